@@ -1,0 +1,1171 @@
+/* test_gpt2.c - every test of megatron_gpt2.c, which is included whole.
+ *
+ *     ./test_gpt2             all tests            ./test_gpt2 NAME..      some           ./test_gpt2 --list    their names
+ *
+ * The same source is built twice: test_gpt2 in float, as the program is, and test_gpt2_double with -DREAL=double, where
+ * the operators and the whole model stand against finite differences, and layouts must agree to 1e-13. Each row shows
+ * what was measured and its bound. A bound comes from the arithmetic (epsilon, number of terms) and is at most some ten
+ * times what is measured; it never is what the code happened to give. NaN fails. Tests run in the project's folder; where
+ * ../shared/data and ../shared/fixtures exist they check more. */
+
+#include "megatron_gpt2.c"
+
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+/* ---- The harness ----------------------------------------------------------------------------------------------- */
+
+static int checks, failures; /* in the running test */
+
+/* One row: name, measured value, bound, ok. A NaN fails: the comparison is written so that it must succeed to pass. */
+static void check(const char *what, double measured, double bound)
+{
+    int ok = measured <= bound;
+    checks++, failures += !ok;
+    printf("    %-60s %12.4g <= %-10.4g %s\n", what, measured, bound, ok ? "ok" : "FAILED");
+}
+
+/* Exact values. */
+static void check_equal(const char *what, double measured, double expected)
+{
+    int ok = measured == expected;
+    checks++, failures += !ok;
+    printf("    %-60s %12.10g == %-10.10g %s\n", what, measured, expected, ok ? "ok" : "FAILED");
+}
+
+static void check_true(const char *what, int ok)
+{
+    checks++, failures += !ok;
+    printf("    %-60s %s\n", what, ok ? "ok" : "FAILED");
+}
+
+/* |a - b| / |b| in the 2-norm; NaN if any element is; 0 when both are zero. */
+static double relative_error(const real *a, const real *b, size_t n)
+{
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        norm += (double)b[i] * b[i];
+    }
+    return difference == 0 ? 0 : sqrt(difference / norm);
+}
+
+/* n normal variates * std from a stream of the test's own. */
+static real *random_reals(size_t n, uint32_t stream, double std)
+{
+    real *x = (real *)xcalloc(n, sizeof *x);
+    random_normals(x, 2019, 0x70000000 + stream, 0, n);
+    for (size_t i = 0; i < n; i++) x[i] *= (real)std;
+    return x;
+}
+
+/* Runs body(arg) in a child: passes if it exits 1 after exactly one line on stderr that contains `message`. */
+static void check_dies(const char *what, void (*body)(void *), void *arg, const char *message)
+{
+    char line[4096] = "";
+    int pipe_[2], status = 0;
+    size_t n = 0;
+    fflush(stdout);
+    if (pipe(pipe_)) die("cannot make a pipe: %s", strerror(errno));
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(pipe_[1], STDERR_FILENO);
+        close(pipe_[0]), close(pipe_[1]);
+        alarm(60);
+#ifdef _OPENMP
+        omp_set_num_threads(1); /* the parent's threads are not there */
+#endif
+        body(arg);
+        _exit(0);
+    }
+    close(pipe_[1]);
+    for (ssize_t got; (got = read(pipe_[0], line + n, sizeof line - 1 - n)) > 0;) n += (size_t)got;
+    close(pipe_[0]);
+    waitpid(child, &status, 0);
+    line[n] = 0;
+    int refused = WIFEXITED(status) && WEXITSTATUS(status) == 1 && n && strchr(line, '\n') == line + n - 1 && strstr(line, message);
+    checks++, failures += !refused;
+    printf("    %-60s %s\n", what, refused ? "refused, ok" : "FAILED");
+    if (!refused) printf("      status %d, expected exit 1 and one line with \"%s\"; got: %s\n", status, message, n ? line : "nothing\n");
+}
+
+/* A folder for the tests' files, emptied at the start and at the end. */
+static const char *const SCRATCH = sizeof(real) == 4 ? "test_scratch" : "test_scratch_double";
+
+static int run_command(const char *format, ...) __attribute__((format(printf, 1, 2)));
+static int run_command(const char *format, ...)
+{
+    char command[4096];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(command, sizeof command, format, args);
+    va_end(args);
+    fflush(stdout);
+    int status = system(command);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+}
+
+/* Says what was not tested, and why. */
+static int skips;
+static void skip(const char *why)
+{
+    skips++;
+    printf("    skipped: %s\n", why);
+}
+
+/* ---- Chapter 2: every operator against a naive double version -------------------------------------------------- */
+
+/* Forward and backward are compared with the naive double versions below; in the -DREAL=double build every backward
+ * also with central differences of its own forward. U is the unit roundoff: bounds are small multiples of it. */
+static const double U = sizeof(real) == sizeof(float) ? 0x1p-24 : 0x1p-53;
+
+static double *random_doubles(const real *from, size_t n)
+{
+    double *to = (double *)xcalloc(n, sizeof *to);
+    for (size_t i = 0; i < n; i++) to[i] = from[i];
+    return to;
+}
+
+static real *copy_reals(const real *from, size_t n)
+{
+    return (real *)memcpy(xcalloc(n, sizeof(real)), from, n * sizeof(real));
+}
+
+/* |a - b| / |b| in the 2-norm against a double oracle. NaN if any element is. */
+static double error_of(const real *a, const double *b, size_t n)
+{
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        difference += (a[i] - b[i]) * (a[i] - b[i]);
+        norm += b[i] * b[i];
+    }
+    return difference == 0 ? 0 : sqrt(difference / norm);
+}
+
+static void use_threads(int n)
+{
+#ifdef _OPENMP
+    omp_set_num_threads(n);
+#else
+    (void)n;
+#endif
+}
+
+static Dropout test_dropout(double p, size_t first, size_t heads)
+{
+    Dropout d;
+    d.seed = 0x123456789abcdefull, d.site = 7, d.step = 3, d.p = (real)p, d.first = first, d.heads = heads;
+    return d;
+}
+
+/* Largest |numeric - grad| / |grad|_inf over a sample of x's elements; loss(arg) must read x. Central differences,
+ * h = 1e-5: truncation h^2 = 1e-10, rounding 1e-16 / h = 1e-11 of a loss near 1. Only meaningful in double. */
+static double finite_difference_error(real *x, const real *grad, size_t n, double (*loss)(void *), void *arg)
+{
+    double worst = 0, top = 0;
+    const double h = 1e-5;
+    for (size_t i = 0; i < n; i++) top = fabs((double)grad[i]) > top ? fabs((double)grad[i]) : top;
+    for (size_t s = 0; s < 24; s++) {
+        const size_t i = (s * 2654435761u + 5) % n;
+        const real saved = x[i];
+        x[i] = (real)(saved + h);
+        const double above = loss(arg);
+        x[i] = (real)(saved - h);
+        const double below = loss(arg);
+        x[i] = saved;
+        const double e = fabs((above - below) / (2 * h) - grad[i]) / top;
+        if (!(e <= worst)) worst = e;
+    }
+    return worst;
+}
+
+static double weighted_sum(const real *y, const real *weight, size_t n)
+{
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)y[i] * weight[i];
+    return sum;
+}
+
+/* ---- Functions of one number, random numbers ------------------------------------------------------------------- */
+
+static void test_exponential(void)
+{
+    if (sizeof(real) == sizeof(float)) {
+        double worst = 0, at = 0;
+        for (uint64_t bits = 0; bits < 0x100000000ull;
+             bits += 257) { /* every sign, exponent, and low bits of all kinds */
+            uint32_t word = (uint32_t)bits;
+            float x;
+            memcpy(&x, &word, 4);
+            if (!(x >= -86.5f && x <= 88.72283f)) continue;
+            const double exact = exp((double)x), y = exponential(x);
+            int e;
+            frexp(exact, &e);
+            const double ulps = fabs(y - exact) / ldexp(1, e - 24);
+            if (!(ulps <= worst)) worst = ulps, at = x;
+        }
+        printf("    worst at x = %.9g\n", at);
+        check("e^x: error in ulp over all floats", worst, 1.02);
+        check_equal("e^x is 0 below -86.5", exponential(-86.6f), 0);
+        check_true("e^x < 2^-124 there", exp(-86.5) < 0x1p-124);
+        check_equal("e^x at -1e30 and -inf", exponential(-1e30f) + exponential((real)-INFINITY), 0);
+        check_true("e^88.72283 is finite", isfinite(exponential(88.72283f)));
+        check_true("e^88.72284 is inf", isinf(exponential(88.72284f)));
+        check_true("e^1e30 is inf", isinf(exponential(1e30f)));
+    }
+    check_true("e^inf is inf", isinf(exponential((real)INFINITY)));
+    check_true("e^NaN is NaN", isnan(exponential((real)NAN)));
+    check_equal("e^0", exponential(0), 1);
+    real x[67], y[67]; /* the same in a vectorised loop as alone */
+    for (int i = 0; i < 67; i++) x[i] = (real)((i - 33) * 3.1);
+    for (int i = 0; i < 67; i++) y[i] = exponential(x[i]);
+    double worst = 0;
+    for (int i = 0; i < 67; i++) {
+        const double exact = x[i] < -86.5 && sizeof(real) == sizeof(float) ? 0 : exp((double)x[i]);
+        const double e = exact == y[i] || (exact > 3.4e38 && isinf(y[i])) ? 0 : fabs(y[i] / exact - 1);
+        if (!(e <= worst)) worst = e;
+    }
+    check("e^x in a loop, relative", worst, 2.1 * U);
+}
+
+static double exact_gelu(double x, Gelu kind)
+{
+    if (kind == GELU_ERF) return 0.5 * x * erfc(-x / sqrt(2));
+    return (double)(0.5L * x * (1 + tanhl(sqrtl(2 / 3.14159265358979323846L) * (x + 0.044715L * x * x * x))));
+}
+
+static double exact_gelu_slope(double x, Gelu kind)
+{
+    if (kind == GELU_ERF) return 0.5 * erfc(-x / sqrt(2)) + x * exp(-x * x / 2) / sqrt(2 * M_PI);
+    const long double slope_at_0 = sqrtl(2 / 3.14159265358979323846L),
+                      t = tanhl(slope_at_0 * (x + 0.044715L * x * x * x));
+    return (double)(0.5L * (1 + t) + 0.5L * x * (1 - t * t) * slope_at_0 * (1 + 3 * 0.044715L * x * x));
+}
+
+static void test_gelu(void)
+{
+    double error[2] = {0}, slope_error[2] = {0}, difference = 0, gap = 0, gap_at = 0;
+    for (int kind = GELU_TANH; kind <= GELU_ERF; kind++)
+        for (int i = -12000; i <= 12000; i++) {
+            const real x = (real)(i * 1e-3);
+            const double exact = exact_gelu(x, (Gelu)kind), slope = exact_gelu_slope(x, (Gelu)kind), h = 1e-6;
+            const double e = fabs(gelu(x, (Gelu)kind) - exact) / fmax(fabs(exact), 0.01);
+            const double s = fabs(gelu_slope(x, (Gelu)kind) - slope);
+            const double d = fabs((exact_gelu(x + h, (Gelu)kind) - exact_gelu(x - h, (Gelu)kind)) / (2 * h) - slope);
+            if (!(e <= error[kind])) error[kind] = e;
+            if (!(s <= slope_error[kind])) slope_error[kind] = s;
+            if (!(d <= difference)) difference = d;
+        }
+    check("gelu tanh, relative above 0.01", error[GELU_TANH], 32 * U); /* e^-2u turns U of 2u into |2u| U */
+    check("gelu erf, relative above 0.01", error[GELU_ERF], 40 * U);   /* erfc amplifies U by x^2 */
+    check("gelu' tanh, absolute", slope_error[GELU_TANH], 8 * U);
+    check("gelu' erf, absolute", slope_error[GELU_ERF], 8 * U);
+    check("the oracle's gelu' against its differences", difference, 1e-8);
+    check_equal("gelu(-1e6), both kinds", (double)gelu(-1000000, GELU_TANH) + (double)gelu(-1000000, GELU_ERF), 0);
+    check_equal("gelu'(+-100)", (double)gelu_slope(100, GELU_TANH) + (double)gelu_slope(-100, GELU_TANH), 1);
+    check("[P41] gelu_tanh(1) = 0.8411920", fabs(gelu(1, GELU_TANH) - 0.8411920), 1e-7);
+    check("[P41] gelu_erf(1) = 0.8413447", fabs(gelu(1, GELU_ERF) - 0.8413447), 1e-7);
+    for (double x = 0; x < 6; x += 1e-3) {
+        const double g = fabs((double)gelu((real)x, GELU_TANH) - (double)gelu((real)x, GELU_ERF));
+        if (g > gap) gap = g, gap_at = x;
+    }
+    check("[P41] largest gap is 4.73e-4", fabs(gap - 4.73e-4), 1e-6);
+    check("[P41] at x = 2.699", fabs(gap_at - 2.699), 0.01);
+}
+
+static void test_philox_and_dropout(void)
+{
+    static const struct {
+        uint32_t counter[4], key[2], out[4];
+    } known[] = {/* Random123's kat_vectors */
+                 {{0, 0, 0, 0}, {0, 0}, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
+                 {{~0u, ~0u, ~0u, ~0u}, {~0u, ~0u}, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
+                 {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+                  {0xa4093822, 0x299f31d0},
+                  {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}};
+    for (size_t i = 0; i < 3; i++) {
+        uint32_t out[4];
+        philox(out, known[i].key[0] | (uint64_t)known[i].key[1] << 32,
+               known[i].counter[0] | (uint64_t)known[i].counter[1] << 32, known[i].counter[2], known[i].counter[3]);
+        check_true("philox known answer", memcmp(out, known[i].out, sizeof out) == 0);
+    }
+    const Dropout d =
+        test_dropout(0.3, (size_t)4 * 0xfffffff0u + 2, 1); /* the block number crosses 2^32 on the way */
+    int same = 1, guarded = 1;
+    for (size_t offset = 0; offset < 9; offset++)
+        for (size_t n = 0; n < 200; n += 1 + n / 8) {
+            real out[201];
+            out[n] = 42;
+            dropout_factors(out, d, offset, n);
+            for (size_t i = 0; i < n; i++) same &= out[i] == dropout_factor(d, offset + i);
+            guarded &= out[n] == 42;
+        }
+    check_true("dropout_factors = dropout_factor, all alignments", same);
+    check_true("dropout_factors stays inside", guarded);
+    int agrees = 1;
+    for (size_t i = 0; i < 1000; i++) {
+        const double word = random_word(d.seed, d.site, d.step, d.first + i);
+        agrees &= dropout_factor(d, i) == (word >= (double)d.p * 4294967296.0 ? 1 / (1 - d.p) : 0);
+    }
+    check_true("dropout_factor keeps iff word >= p * 2^32", agrees);
+    Dropout exact = test_dropout(0.5, 0, 1);
+    size_t round = 0; /* an element whose word is a float: p * 2^32 can equal it */
+    while (random_word(exact.seed, exact.site, exact.step, round) % 256) round++;
+    exact.p = (real)(random_word(exact.seed, exact.site, exact.step, round) * 0x1p-32);
+    real edge;
+    dropout_factors(&edge, exact, round, 1);
+    check_true("a word equal to p * 2^32 is kept", dropout_factor(exact, round) > 1 && edge > 1);
+    enum { DRAWS = 400000 };
+    real *out = (real *)xcalloc(DRAWS, sizeof *out);
+    for (int i = 1; i <= 2; i++) {
+        const double p = i == 1 ? 0.1 : 0.5;
+        double dropped = 0;
+        dropout_factors(out, test_dropout(p, 0, 1), 0, DRAWS);
+        for (size_t j = 0; j < DRAWS; j++) dropped += out[j] == 0;
+        check("observed drop rate - p, in standard deviations", fabs(dropped / DRAWS - p) / sqrt(p * (1 - p) / DRAWS),
+              4);
+    }
+    free(out);
+}
+
+/* ---- Matrix product, linear layers ----------------------------------------------------------------------------- */
+
+/* c (M,N) [+]= a b in double, strides as in Mat. */
+static void naive_product(double *c, const real *a, size_t a_row, size_t a_col, const real *b, size_t b_row,
+                          size_t b_col, size_t M, size_t N, size_t K, int add)
+{
+    for (size_t i = 0; i < M; i++)
+        for (size_t j = 0; j < N; j++) {
+            double sum = add ? c[i * N + j] : 0;
+            for (size_t k = 0; k < K; k++) sum += (double)a[i * a_row + k * a_col] * b[k * b_row + j * b_col];
+            c[i * N + j] = sum;
+        }
+}
+
+/* One shape, all four combinations of strides, with and without add; the worst relative error. */
+static double product_error(size_t M, size_t N, size_t K)
+{
+    double worst = 0;
+    real *a = random_reals(M * K, 1, 1), *b = random_reals(K * N, 2, 1), *c0 = random_reals(M * N, 3, 1);
+    for (int way = 0; way < 8; way++) {
+        const size_t a_row = way & 1 ? 1 : K, a_col = way & 1 ? M : 1, b_row = way & 2 ? 1 : N,
+                     b_col = way & 2 ? K : 1;
+        const Mat ma = {a, a_row, a_col}, mb = {b, b_row, b_col};
+        real *c = copy_reals(c0, M * N);
+        double *exact = random_doubles(c0, M * N);
+        matmul(c, ma, mb, M, N, K, way >> 2, NULL);
+        naive_product(exact, a, a_row, a_col, b, b_row, b_col, M, N, K, way >> 2);
+        const double e = error_of(c, exact, M * N);
+        if (!(e <= worst)) worst = e;
+        free(c), free(exact);
+    }
+    free(a), free(b), free(c0);
+    return worst;
+}
+
+static void test_matmul(void)
+{
+    double worst = 0;
+    for (size_t s = 1; s <= 70; s++) { /* every M, N and K in 1..70, in different company */
+        const double e = product_error(s, (s * 29) % 71, (s * 43) % 71);
+        if (!(e <= worst)) worst = e;
+    }
+    check("matmul, shapes 1..70, all strides", worst, 8 * U);
+    check("matmul, K over two blocks", product_error(66, 130, 801), 16 * U);
+    check("matmul, M over two blocks", product_error(1543, 70, 40), 8 * U);
+}
+
+typedef struct {
+    size_t N, I, O;
+    Gelu kind;
+    real *x, *w, *b, *w2, *y, *pre, *z, *weight; /* (N,I) (O,I) (O) (I,O) (N,O) (N,O) (N,I or O) (N,O) */
+} LinearCase;
+
+static double linear_loss(void *arg)
+{
+    LinearCase *c = (LinearCase *)arg;
+    linear_forward(c->y, c->x, c->w, c->b, c->N, c->I, c->O);
+    return weighted_sum(c->y, c->weight, c->N * c->O);
+}
+
+/* z = gelu(pre) w2' as a function of pre and w2. */
+static double gelu_linear_loss(void *arg)
+{
+    LinearCase *c = (LinearCase *)arg;
+    for (size_t i = 0; i < c->N * c->O; i++) c->y[i] = gelu(c->pre[i], c->kind);
+    linear_forward(c->z, c->y, c->w2, NULL, c->N, c->O, c->I);
+    return weighted_sum(c->z, c->x, c->N * c->I);
+}
+
+static void linear_case(size_t N, size_t I, size_t O, Gelu kind)
+{
+    printf("  N %zu I %zu O %zu %s\n", N, I, O, kind == GELU_ERF ? "erf" : "tanh");
+    LinearCase c;
+    c.N = N, c.I = I, c.O = O, c.kind = kind;
+    c.x = random_reals(N * I, 1, 1), c.w = random_reals(O * I, 2, 1 / sqrt((double)I)), c.b = random_reals(O, 3, 1);
+    c.w2 = random_reals(I * O, 4, 1 / sqrt((double)O)), c.weight = random_reals(N * O, 5, 1);
+    c.y = random_reals(N * O, 6, 1), c.pre = random_reals(N * O, 7, 1), c.z = random_reals(N * (I + O), 8, 1);
+    double *pre = (double *)xcalloc(N * O, sizeof *pre), *act_ = (double *)xcalloc(N * O, sizeof *act_);
+    naive_product(pre, c.x, I, 1, c.w, 1, I, N, O, I, 0);
+    linear_forward(c.y, c.x, c.w, NULL, N, I, O);
+    check("linear, no bias", error_of(c.y, pre, N * O), 16 * U);
+    for (size_t i = 0; i < N * O; i++) pre[i] += c.b[i % O], act_[i] = exact_gelu(pre[i], kind);
+    linear_forward(c.y, c.x, c.w, c.b, N, I, O);
+    check("linear", error_of(c.y, pre, N * O), 16 * U);
+    linear_gelu_forward(c.y, c.pre, c.x, c.w, c.b, N, I, O, kind);
+    check("bias + GeLU epilogue: pre", error_of(c.pre, pre, N * O), 16 * U);
+    check("bias + GeLU epilogue: y", error_of(c.y, act_, N * O), 16 * U);
+    linear_gelu_forward(c.z, NULL, c.x, c.w, c.b, N, I, O, kind);
+    check_true("the same without pre", memcmp(c.z, c.y, N * O * sizeof(real)) == 0);
+
+    real *dx = random_reals(N * I, 9, 1), *dw0 = random_reals(O * I, 10, 1), *db0 = random_reals(O, 11, 1);
+    real *dw = copy_reals(dw0, O * I), *db = copy_reals(db0, O);
+    double *edx = (double *)xcalloc(N * I, sizeof *edx), *edw = random_doubles(dw0, O * I),
+           *edb = random_doubles(db0, O);
+    linear_backward(dx, dw, db, c.weight, c.x, c.w, N, I, O);
+    naive_product(edx, c.weight, O, 1, c.w, I, 1, N, I, O, 0);
+    naive_product(edw, c.weight, 1, O, c.x, I, 1, O, I, N, 1);
+    for (size_t i = 0; i < N * O; i++) edb[i % O] += c.weight[i];
+    check("linear backward dx", error_of(dx, edx, N * I), 8 * U);
+    check("linear backward dw +=", error_of(dw, edw, O * I), 8 * U);
+    check("linear backward db +=", error_of(db, edb, O), 8 * U);
+    linear_backward(NULL, NULL, NULL, c.weight, c.x, c.w, N, I, O); /* nothing wanted, nothing touched */
+    if (sizeof(real) == sizeof(double)) {
+        for (size_t i = 0; i < O * I; i++) dw[i] -= dw0[i];
+        for (size_t i = 0; i < O; i++) db[i] -= db0[i];
+        check("linear dx, differences", finite_difference_error(c.x, dx, N * I, linear_loss, &c), 1e-8);
+        check("linear dw, differences", finite_difference_error(c.w, dw, O * I, linear_loss, &c), 1e-8);
+        check("linear db, differences", finite_difference_error(c.b, db, O, linear_loss, &c), 1e-8);
+    }
+
+    linear_gelu_forward(c.y, c.pre, c.x, c.w, c.b, N, I, O, kind);
+    /* dGeLU: here dz is x (N,I) and the second layer's weight is w2 (I,O); pre (N,O). */
+    real *dpre = random_reals(N * O, 12, 1), *dw2 = copy_reals(dw0, O * I);
+    double *edpre = (double *)xcalloc(N * O, sizeof *edpre), *edw2 = random_doubles(dw0, O * I);
+    gelu_linear_backward(dpre, dw2, c.x, c.y, c.pre, c.w2, N, O, I, kind);
+    naive_product(edpre, c.x, I, 1, c.w2, O, 1, N, O, I, 0);
+    for (size_t i = 0; i < N * O; i++) edpre[i] *= exact_gelu_slope(c.pre[i], kind);
+    naive_product(edw2, c.x, 1, I, c.y, O, 1, I, O, N, 1);
+    check("gelu + linear backward dpre", error_of(dpre, edpre, N * O), 12 * U);
+    check("gelu + linear backward dw +=", error_of(dw2, edw2, I * O), 8 * U);
+    if (sizeof(real) == sizeof(double)) {
+        for (size_t i = 0; i < O * I; i++) dw2[i] -= dw0[i];
+        check("dpre, differences", finite_difference_error(c.pre, dpre, N * O, gelu_linear_loss, &c), 1e-8);
+        check("dw2, differences", finite_difference_error(c.w2, dw2, I * O, gelu_linear_loss, &c), 1e-8);
+    }
+    free(c.x), free(c.w), free(c.b), free(c.w2), free(c.y), free(c.pre), free(c.z), free(c.weight), free(pre),
+        free(act_);
+    free(dx), free(dw0), free(db0), free(dw), free(db), free(edx), free(edw), free(edb), free(dpre), free(dw2),
+        free(edpre);
+    free(edw2);
+}
+
+static void test_linear(void)
+{
+    linear_case(66, 96, 130, GELU_TANH);
+    linear_case(66, 7, 33, GELU_ERF);
+    linear_case(5, 400, 7, GELU_TANH);
+    linear_case(1, 96, 70, GELU_TANH); /* generation: the matrix-vector way */
+    linear_case(3, 770, 9, GELU_ERF);
+}
+
+/* [§3 eq.1-3] on one thread: what the paper's two ways of cutting a GEMM may and may not do. */
+static void test_split_gemm(void)
+{
+    enum { N = 66, C = 96, F = 384, T = 4 };
+    real *x = random_reals(N * C, 1, 1), *a = random_reals(F * C, 2, 0.1), *b = random_reals(C * F, 3, 0.05);
+    real *no_bias = (real *)xcalloc(F, sizeof(real)), *bias = random_reals(C, 4, 1);
+    real *y = random_reals(N * F, 5, 1), *part = random_reals(N * F, 6, 1), *z = random_reals(N * C, 7, 1);
+    real *sum = (real *)xcalloc(N * F, sizeof(real)), *out = (real *)xcalloc(N * C, sizeof(real));
+    real *wrong = (real *)xcalloc(N * C, sizeof(real)), *slice = random_reals(C * F, 8, 1),
+         *cut = random_reals(F * C, 9, 1);
+    linear_gelu_forward(y, NULL, x, a, no_bias, N, C, F, GELU_TANH);
+
+    double worst = 0; /* columns: each rank holds rows r*F/T.. of a (F,C), the output features */
+    for (size_t r = 0; r < T; r++) {
+        linear_gelu_forward(part, NULL, x, a + r * F / T * C, no_bias, N, C, F / T, GELU_TANH);
+        for (size_t n = 0; n < N; n++) {
+            const double e = relative_error(part + n * F / T, y + n * F + r * F / T, F / T);
+            if (!(e <= worst)) worst = e;
+        }
+    }
+    check("[P2] concatenated GeLU(X A_i) = GeLU(X A)", worst, 4 * U);
+
+    for (size_t r = 0; r < T; r++) { /* rows: each rank holds some input features of x and a */
+        for (size_t i = 0; i < F; i++) memcpy(cut + i * C / T, a + i * C + r * C / T, C / T * sizeof(real));
+        for (size_t n = 0; n < N; n++) memcpy(slice + n * C / T, x + n * C + r * C / T, C / T * sizeof(real));
+        linear_gelu_forward(part, NULL, slice, cut, no_bias, N, C / T, F, GELU_TANH);
+        for (size_t i = 0; i < N * F; i++) sum[i] += part[i];
+    }
+    const double gap = relative_error(sum, y, N * F);
+    printf("    sum of GeLU(X_i A_i) is off by %.3g of GeLU(X A)\n", gap);
+    check_true("[P3] GeLU of a sum is not the sum of GeLUs", gap > 0.1);
+
+    linear_forward(z, y, b, bias, N, F, C);
+    for (size_t r = 0; r < T; r++) {
+        for (size_t n = 0; n < N; n++) memcpy(slice + n * F / T, y + n * F + r * F / T, F / T * sizeof(real));
+        for (size_t i = 0; i < C; i++) memcpy(cut + i * F / T, b + i * F + r * F / T, F / T * sizeof(real));
+        linear_forward(part, slice, cut, NULL, N, F / T, C);
+        for (size_t i = 0; i < N * C; i++) out[i] += part[i], wrong[i] += part[i] + bias[i % C];
+    }
+    memset(sum, 0, N * C * sizeof(real)); /* as the residual */
+    bias_dropout_add_forward(out, out, bias, sum, N, C, test_dropout(0, 0, 1));
+    check("[P4] sum of Y_i B_i + bias = Y B + bias", relative_error(out, z, N * C), 8 * U);
+    check_true("[P4] a bias on every rank would show", relative_error(wrong, z, N * C) > 0.5);
+    free(x), free(a), free(b), free(no_bias), free(bias), free(y), free(part), free(z), free(sum), free(out),
+        free(wrong);
+    free(slice), free(cut);
+}
+
+/* ---- Embeddings, LayerNorm, bias + dropout + residual ---------------------------------------------------------- */
+
+static void test_embedding(void)
+{
+    enum { B = 3, T = 22, N = B * T, C = 70, V = 40, V0 = 10, VP = 20, PAST = 4 };
+    int tokens[N];
+    for (int n = 0; n < N; n++) tokens[n] = n * 7 % V; /* some repeat, half of them belong to another slice */
+    real *wte = random_reals(VP * C, 1, 1), *wpe = random_reals((PAST + T) * C, 2, 1), *x = random_reals(N * C, 3, 1);
+    real *dwte = random_reals(VP * C, 4, 1), *dx = random_reals(N * C, 5, 1), *dwpe = random_reals(T * C, 6, 1);
+    double *edwte = random_doubles(dwte, VP * C), *edwpe = random_doubles(dwpe, T * C);
+    token_embedding_forward(x, tokens, wte, N, C, V0, VP);
+    int same = 1, inside = 0;
+    for (size_t n = 0; n < N; n++)
+        for (size_t c = 0; c < C; c++) {
+            const int own = tokens[n] >= V0 && tokens[n] < V0 + VP;
+            same &= x[n * C + c] == (own ? wte[(size_t)(tokens[n] - V0) * C + c] : 0);
+            inside += own;
+            if (own) edwte[(size_t)(tokens[n] - V0) * C + c] += dx[n * C + c];
+        }
+    check_true("token embedding = lookup, 0 outside the slice", same && inside > 0 && inside < N * C);
+    token_embedding_backward(dwte, dx, tokens, N, C, V0, VP);
+    check("token embedding backward +=", error_of(dwte, edwte, VP * C), 4 * U);
+    for (int i = 0; i < 3; i++) {
+        const Dropout d = test_dropout(i == 0 ? 0 : i == 1 ? 0.1 : 0.5, 12345, 1);
+        real *y = copy_reals(x, N * C), *dy = copy_reals(dx, N * C), *dw = copy_reals(dwpe, T * C);
+        double *ey = random_doubles(x, N * C), *edy = random_doubles(dx, N * C), *edw = random_doubles(dwpe, T * C);
+        position_embedding_forward(y, wpe, B, T, C, PAST, d);
+        position_embedding_backward(dy, dw, B, T, C, d);
+        for (size_t e = 0; e < N * C; e++) {
+            const double keep = d.p > 0 ? dropout_factor(d, e) : 1;
+            ey[e] = (ey[e] + wpe[(PAST + e / C % T) * C + e % C]) * keep;
+            edy[e] *= keep;
+            edw[e / C % T * C + e % C] += edy[e];
+        }
+        check("position embedding", error_of(y, ey, N * C), 2 * U);
+        check("position embedding backward dx", error_of(dy, edy, N * C), 2 * U);
+        check("position embedding backward dwpe +=", error_of(dw, edw, T * C), 4 * U);
+        free(y), free(dy), free(dw), free(ey), free(edy), free(edw);
+    }
+    free(wte), free(wpe), free(x), free(dwte), free(dx), free(dwpe), free(edwte), free(edwpe);
+}
+
+typedef struct {
+    size_t N, C;
+    Dropout d;
+    real *ln, *res, *mean, *rstd, *y, *bias, *residual, *g, *b, *weight, *weight_res;
+} NormCase;
+
+/* The fused operator as a function of y, bias, residual, g and b, seen through both of its outputs. */
+static double norm_loss(void *arg)
+{
+    NormCase *c = (NormCase *)arg;
+    bias_dropout_add_layernorm_forward(c->ln, c->res, c->mean, c->rstd, c->y, c->bias, c->residual, c->g, c->b, c->N,
+                                       c->C, (real)1e-5, c->d);
+    return weighted_sum(c->ln, c->weight, c->N * c->C) + weighted_sum(c->res, c->weight_res, c->N * c->C);
+}
+
+static void norm_case(size_t N, size_t C, double p, double mean)
+{
+    printf("  N %zu C %zu p %g mean %g\n", N, C, p, mean);
+    const size_t n = N * C;
+    NormCase c;
+    c.N = N, c.C = C, c.d = test_dropout(p, 98765432101, 1);
+    c.ln = random_reals(n, 1, 1), c.res = random_reals(n, 2, 1), c.mean = random_reals(N, 3, 1),
+    c.rstd = random_reals(N, 4, 1);
+    c.y = random_reals(n, 5, 1), c.bias = random_reals(C, 6, 1), c.residual = random_reals(n, 7, 1),
+    c.g = random_reals(C, 8, 1);
+    c.b = random_reals(C, 9, 1), c.weight = random_reals(n, 10, 1), c.weight_res = random_reals(n, 11, 1);
+    for (size_t i = 0; i < n; i++) c.residual[i] += (real)mean;
+    norm_loss(&c);
+
+    double *res = (double *)xcalloc(n, sizeof *res), *ln = (double *)xcalloc(n, sizeof *ln),
+           *h = (double *)xcalloc(n, sizeof *h);
+    double *em = (double *)xcalloc(N, sizeof *em), *er = (double *)xcalloc(N, sizeof *er);
+    for (size_t e = 0; e < n; e++)
+        res[e] = c.residual[e] + ((double)c.y[e] + c.bias[e % C]) * (p > 0 ? (double)dropout_factor(c.d, e) : 1);
+    for (size_t i = 0; i < N; i++) {
+        double square = 0;
+        for (size_t j = 0; j < C; j++) em[i] += res[i * C + j] / (double)C;
+        for (size_t j = 0; j < C; j++) square += (res[i * C + j] - em[i]) * (res[i * C + j] - em[i]) / (double)C;
+        er[i] = 1 / sqrt(square + 1e-5);
+        for (size_t j = 0; j < C; j++) {
+            h[i * C + j] = (res[i * C + j] - em[i]) * er[i];
+            ln[i * C + j] = h[i * C + j] * c.g[j] + c.b[j];
+        }
+    }
+    const double grow = 1 + fabs(mean); /* res carries mean with a rounding of U * mean, which LayerNorm uncovers */
+    check("bias + dropout + residual", error_of(c.res, res, n), 4 * U);
+    check("layernorm mean", error_of(c.mean, em, N), 32 * U); /* a mean near 0 of numbers near 1 */
+    check("layernorm rstd", error_of(c.rstd, er, N), 8 * U * grow);
+    check("layernorm", error_of(c.ln, ln, n), 8 * U * grow);
+    real *ln2 = random_reals(n, 12, 1), *m2 = random_reals(N, 13, 1), *r2 = random_reals(N, 14, 1),
+         *out = copy_reals(c.y, n);
+    layernorm_forward(ln2, m2, r2, c.res, c.g, c.b, N, C, (real)1e-5);
+    bias_dropout_add_forward(out, out, c.bias, c.residual, N, C, c.d);
+    check_true("fused = bias_dropout_add, then layernorm, bit for bit",
+               !memcmp(ln2, c.ln, n * sizeof(real)) && !memcmp(out, c.res, n * sizeof(real)) &&
+                   !memcmp(m2, c.mean, N * sizeof(real)) && !memcmp(r2, c.rstd, N * sizeof(real)));
+
+    real *dres = copy_reals(c.weight_res, n), *dg = random_reals(C, 15, 1), *db = random_reals(C, 16, 1),
+         *alone = random_reals(n, 17, 1);
+    real *dbias = random_reals(C, 18, 1), *dy = random_reals(n, 19, 1), *dg0 = copy_reals(dg, C),
+         *db0 = copy_reals(db, C), *dbias0 = copy_reals(dbias, C);
+    double *edres = random_doubles(c.weight_res, n), *ealone = (double *)xcalloc(n, sizeof *ealone),
+           *edg = random_doubles(dg, C);
+    double *edb = random_doubles(db, C), *edbias = random_doubles(dbias, C), *edy = (double *)xcalloc(n, sizeof *edy);
+    layernorm_backward(alone, dg, db, c.weight, c.res, c.g, c.mean, c.rstd, NULL, N, C);
+    real zero_g[600] = {0}, zero_b[600] = {0};
+    layernorm_backward(dres, zero_g, zero_b, c.weight, c.res, c.g, c.mean, c.rstd, dres, N, C);
+    bias_dropout_add_backward(dy, dbias, dres, N, C, c.d);
+    for (size_t i = 0; i < N; i++) {
+        double sum = 0, sum_h = 0;
+        for (size_t j = 0; j < C; j++) {
+            const double dh = (double)c.weight[i * C + j] * c.g[j];
+            sum += dh / (double)C, sum_h += dh * h[i * C + j] / (double)C;
+            edg[j] += c.weight[i * C + j] * h[i * C + j], edb[j] += c.weight[i * C + j];
+        }
+        for (size_t j = 0; j < C; j++) {
+            const size_t e = i * C + j;
+            ealone[e] = er[i] * ((double)c.weight[e] * c.g[j] - sum - h[e] * sum_h);
+            edres[e] += ealone[e];
+            edy[e] = edres[e] * (p > 0 ? (double)dropout_factor(c.d, e) : 1);
+            edbias[j] += edy[e];
+        }
+    }
+    check("layernorm backward dx", error_of(alone, ealone, n), 16 * U * grow);
+    check("layernorm backward dx + dres, in place", error_of(dres, edres, n), 16 * U * grow);
+    check("layernorm backward dg +=", error_of(dg, edg, C), 16 * U * grow);
+    check("layernorm backward db +=", error_of(db, edb, C), 8 * U);
+    check("bias + dropout + residual backward dy", error_of(dy, edy, n), 16 * U * grow);
+    check("bias + dropout + residual backward dbias +=", error_of(dbias, edbias, C), 16 * U * grow);
+    if (sizeof(real) == sizeof(double) && mean == 0) {
+        for (size_t i = 0; i < C; i++) dg[i] -= dg0[i], db[i] -= db0[i], dbias[i] -= dbias0[i];
+        check("residual, differences", finite_difference_error(c.residual, dres, n, norm_loss, &c), 1e-7);
+        check("y, differences", finite_difference_error(c.y, dy, n, norm_loss, &c), 1e-7);
+        check("bias, differences", finite_difference_error(c.bias, dbias, C, norm_loss, &c), 1e-7);
+        check("g, differences", finite_difference_error(c.g, dg, C, norm_loss, &c), 1e-7);
+        check("b, differences", finite_difference_error(c.b, db, C, norm_loss, &c), 1e-7);
+    }
+    free(c.ln), free(c.res), free(c.mean), free(c.rstd), free(c.y), free(c.bias), free(c.residual), free(c.g),
+        free(c.b);
+    free(c.weight), free(c.weight_res), free(res), free(ln), free(h), free(em), free(er), free(ln2), free(m2),
+        free(r2), free(out);
+    free(dres), free(dg), free(db), free(alone), free(dbias), free(dy), free(dg0), free(db0), free(dbias0),
+        free(edres);
+    free(ealone), free(edg), free(edb), free(edbias), free(edy);
+}
+
+static void test_layernorm(void)
+{
+    norm_case(66, 96, 0, 0);
+    norm_case(66, 7, 0.5, 0);
+    norm_case(5, 530, 0.1, 0);    /* a row over two blocks of dropout factors, misaligned */
+    norm_case(9, 130, 0.1, 1000); /* E[x^2] - E[x]^2 would lose everything here */
+}
+
+/* ---- Attention ------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    size_t B, T, H, D;
+    Dropout d;
+    real *out, *lse, *qkv, *weight;
+} AttentionCase;
+
+static double attention_loss(void *arg)
+{
+    AttentionCase *c = (AttentionCase *)arg;
+    attention_forward(c->out, c->lse, c->qkv, c->B, c->T, c->H, c->D, c->d);
+    return weighted_sum(c->out, c->weight, c->B * c->T * c->H * c->D);
+}
+
+/* The textbook, one query at a time, with P as a row: out, lse and, from dout, dqkv. */
+static void naive_attention(double *out, double *lse, double *dqkv, const real *dout, const real *qkv, size_t B,
+                            size_t T, size_t H, size_t D, Dropout d)
+{
+    const size_t C = H * D;
+    double *p = (double *)xcalloc(T, sizeof *p), *dp = (double *)xcalloc(T, sizeof *dp),
+           *keep = (double *)xcalloc(T, sizeof *keep);
+    for (size_t b = 0; b < B; b++)
+        for (size_t h = 0; h < H; h++)
+            for (size_t i = 0; i < T; i++) {
+                const size_t q = (b * T + i) * 3 * C + h * D, o = (b * T + i) * C + h * D;
+                double top = -INFINITY, sum = 0, delta = 0;
+                for (size_t j = 0; j <= i; j++) {
+                    const size_t k = (b * T + j) * 3 * C + C + h * D;
+                    p[j] = 0;
+                    for (size_t c = 0; c < D; c++) p[j] += (double)qkv[q + c] * qkv[k + c] / sqrt((double)D);
+                    top = fmax(top, p[j]);
+                    keep[j] = d.p > 0 ? (double)dropout_factor(d, ((b * d.heads + h) * T + i) * T + j) : 1;
+                }
+                for (size_t j = 0; j <= i; j++) sum += exp(p[j] - top);
+                lse[(b * H + h) * T + i] = top + log(sum);
+                for (size_t j = 0; j <= i; j++) {
+                    const size_t v = (b * T + j) * 3 * C + 2 * C + h * D;
+                    p[j] = exp(p[j] - top) / sum, dp[j] = 0;
+                    for (size_t c = 0; c < D; c++) {
+                        out[o + c] += p[j] * keep[j] * qkv[v + c];
+                        dp[j] += keep[j] * dout[o + c] * qkv[v + c];
+                        dqkv[v + c] += p[j] * keep[j] * dout[o + c];
+                    }
+                    delta += p[j] * dp[j];
+                }
+                for (size_t j = 0; j <= i; j++) {
+                    const size_t k = (b * T + j) * 3 * C + C + h * D;
+                    const double ds = p[j] * (dp[j] - delta) / sqrt((double)D);
+                    for (size_t c = 0; c < D; c++) dqkv[q + c] += ds * qkv[k + c], dqkv[k + c] += ds * qkv[q + c];
+                }
+            }
+    free(p), free(dp), free(keep);
+}
+
+static void attention_case(size_t B, size_t T, size_t H, size_t D, double p, double std)
+{
+    printf("  B %zu T %zu H %zu D %zu p %g std %g\n", B, T, H, D, p, std);
+    const size_t C = H * D, n = B * T * C;
+    AttentionCase c;
+    c.B = B, c.T = T, c.H = H, c.D = D, c.d = test_dropout(p, 1003, H + 2);
+    c.out = random_reals(n, 1, 1), c.lse = random_reals(B * H * T, 2, 1), c.qkv = random_reals(3 * n, 3, std),
+    c.weight = random_reals(n, 4, 1);
+    real *dqkv = random_reals(3 * n, 5, 1), *delta = random_reals(B * H * T, 6, 1);
+    double *out = (double *)xcalloc(n, sizeof *out), *lse = (double *)xcalloc(B * H * T, sizeof *lse),
+           *edqkv = (double *)xcalloc(3 * n, sizeof *edqkv);
+    attention_loss(&c);
+    attention_backward(dqkv, delta, c.weight, c.out, c.lse, c.qkv, B, T, H, D, c.d);
+    naive_attention(out, lse, edqkv, c.weight, c.qkv, B, T, H, D, c.d);
+    const double grow = 1 + std * std; /* scores grow as std^2, and their absolute error is P's relative error */
+    check("attention", error_of(c.out, out, n), 8 * U * grow);
+    check("attention lse", error_of(c.lse, lse, B * H * T), 16 * U);
+    check("attention backward", error_of(dqkv, edqkv, 3 * n), 16 * U * grow);
+    if (sizeof(real) == sizeof(double) && std == 1)
+        check("attention, differences", finite_difference_error(c.qkv, dqkv, 3 * n, attention_loss, &c), 1e-7);
+
+    if (p == 0) { /* generation: 1 row, then all but one of the rest, then the last; sequence 0 */
+        real *k = (real *)xcalloc(T * C, sizeof(real)), *v = (real *)xcalloc(T * C, sizeof(real)),
+             *o = random_reals(T * C, 7, 1);
+        const size_t cut[4] = {0, T > 2 ? 1 : 0, T > 1 ? T - 1 : 0, T};
+        for (int i = 0; i < 3; i++)
+            if (cut[i + 1] > cut[i])
+                attention_cached_forward(o + cut[i] * C, k, v, c.qkv + cut[i] * 3 * C, cut[i + 1] - cut[i], cut[i], H,
+                                         D);
+        check("attention over a cache", error_of(o, out, T * C), 8 * U * grow);
+        attention_cached_forward(o, k, v, c.qkv, T, 0, H, D);
+        check("the same, all at once", error_of(o, out, T * C), 8 * U * grow);
+        int same = 1;
+        for (size_t i = 0; i < T * C; i++)
+            same &= k[i] == c.qkv[i / C * 3 * C + C + i % C] && v[i] == c.qkv[i / C * 3 * C + 2 * C + i % C];
+        check_true("the caches hold K and V", same);
+        free(k), free(v), free(o);
+    }
+    free(c.out), free(c.lse), free(c.qkv), free(c.weight), free(dqkv), free(delta), free(out), free(lse), free(edqkv);
+}
+
+static void test_attention(void)
+{
+    attention_case(2, 1, 2, 64, 0, 1);
+    attention_case(2, 5, 3, 1, 0, 1);
+    attention_case(2, 5, 2, 24, 0.5, 1);
+    attention_case(1, 64, 2, 64, 0.1, 1);
+    attention_case(2, 130, 3, 24, 0, 1);
+    attention_case(2, 130, 2, 80, 0.1, 1);
+    attention_case(1, 130, 2, 64, 0.5, 1);
+    attention_case(1, 300, 2, 64, 0, 1);
+    attention_case(1, 97, 1, 64, 0, 7); /* scores near +-400: the softmax must subtract its maximum */
+}
+
+/* ---- Cross entropy --------------------------------------------------------------------------------------------- */
+
+enum { CE_N = 66, CE_V = 1003, CE_VP = 256, CE_T = 4 }; /* four slices of 256, the last with 21 dummies */
+
+typedef struct {
+    real *logits; /* (CE_T, CE_N, CE_VP): each rank's slice */
+    int targets[CE_N];
+    real weight[CE_N], max[CE_N], sum[CE_N], target[CE_N], loss[CE_N];
+    real scale;
+} CrossEntropyCase;
+
+/* What chapter 5 does with three all-reduces, on one thread. */
+static double cross_entropy_case_loss(void *arg)
+{
+    CrossEntropyCase *c = (CrossEntropyCase *)arg;
+    double total = 0;
+    for (size_t r = 0; r < CE_T; r++) {
+        real max[CE_N];
+        logits_max(max, c->logits + r * CE_N * CE_VP, CE_N, CE_VP, min_size(CE_VP, CE_V - r * CE_VP));
+        for (size_t n = 0; n < CE_N; n++) c->max[n] = r == 0 || max[n] > c->max[n] ? max[n] : c->max[n];
+    }
+    for (size_t r = 0; r < CE_T; r++) {
+        real sum[CE_N], target[CE_N];
+        logits_sum_exp(sum, target, c->logits + r * CE_N * CE_VP, c->max, c->targets, CE_N, CE_VP,
+                       min_size(CE_VP, CE_V - r * CE_VP), r * CE_VP);
+        for (size_t n = 0; n < CE_N; n++) {
+            c->sum[n] = (r ? c->sum[n] : 0) + sum[n];
+            c->target[n] = (r ? c->target[n] : 0) + target[n];
+        }
+    }
+    cross_entropy_loss(c->loss, c->sum, c->target, CE_N);
+    for (size_t n = 0; n < CE_N; n++) total += (double)c->loss[n] * c->weight[n];
+    return total * c->scale;
+}
+
+static CrossEntropyCase *cross_entropy_case(double std)
+{
+    CrossEntropyCase *c = (CrossEntropyCase *)xcalloc(1, sizeof *c);
+    real *weight = random_reals(CE_N, 2, 1);
+    c->logits = random_reals(CE_T * CE_N * CE_VP, 1, std);
+    c->scale = (real)0.125;
+    for (size_t n = 0; n < CE_N; n++) {
+        c->weight[n] = n % 5 ? weight[n] : 0;
+        c->targets[n] = (int)(n * 389 % CE_V);
+        for (size_t v = CE_V % CE_VP; v < CE_VP; v++) /* dummies must not matter, however large */
+            c->logits[((CE_T - 1) * CE_N + n) * CE_VP + v] = (real)(v % 2 ? 1000 : NAN);
+    }
+    free(weight);
+    return c;
+}
+
+static void test_cross_entropy(void)
+{
+    CrossEntropyCase *c = cross_entropy_case(3);
+    double *loss = (double *)xcalloc(CE_N, sizeof *loss),
+           *grad = (double *)xcalloc(CE_T * CE_N * CE_VP, sizeof *grad);
+    for (size_t n = 0; n < CE_N; n++) {
+        double top = -INFINITY, sum = 0;
+        for (int pass = 0; pass < 3; pass++)
+            for (size_t v = 0; v < CE_V; v++) {
+                const size_t at = (v / CE_VP * CE_N + n) * CE_VP + v % CE_VP;
+                if (pass == 0) top = fmax(top, (double)c->logits[at]);
+                if (pass == 1) sum += exp(c->logits[at] - top);
+                if (pass == 2)
+                    grad[at] =
+                        (exp(c->logits[at] - top) / sum - (v == (size_t)c->targets[n])) * c->weight[n] * c->scale;
+                if (pass == 2 && v == (size_t)c->targets[n]) loss[n] = log(sum) + top - c->logits[at];
+            }
+    }
+    cross_entropy_case_loss(c);
+    real *keep = copy_reals(c->logits, CE_T * CE_N * CE_VP);
+    check("[P16] loss, slices summed", error_of(c->loss, loss, CE_N), 2 * U);
+    double worst = 0;
+    for (size_t n = 0; n < CE_N; n++) {
+        const double e = fabs(c->loss[n] - loss[n]) / fmax(1, loss[n]);
+        if (!(e <= worst)) worst = e;
+    }
+    check("[P16] loss, worst row, relative above 1", worst, 4 * U); /* 2.4e-7; P16 asks for 1e-6 */
+    for (size_t r = 0; r < CE_T; r++)
+        cross_entropy_backward(c->logits + r * CE_N * CE_VP, c->max, c->sum, c->targets, c->weight, c->scale, CE_N,
+                               CE_VP, min_size(CE_VP, CE_V - r * CE_VP), r * CE_VP);
+    check("[P16] gradient", error_of(c->logits, grad, CE_T * CE_N * CE_VP), 4 * U);
+    real *g = c->logits;
+    double rows = 0, dummies = 0;
+    for (size_t n = 0; n < CE_N; n++) {
+        double sum = 0;
+        for (size_t v = 0; v < CE_T * CE_VP; v++) {
+            const real z = g[(v / CE_VP * CE_N + n) * CE_VP + v % CE_VP];
+            sum += z;
+            if (v >= CE_V) dummies += !(z == 0);
+        }
+        if (!(fabs(sum) <= rows)) rows = fabs(sum);
+    }
+    check("[P19] gradient rows sum to 0 over the slices", rows, 16 * U);
+    check_equal("dummies with a gradient", dummies, 0);
+    if (sizeof(real) == sizeof(double)) {
+        c->logits = keep;
+        check("cross entropy, differences",
+              finite_difference_error(keep, g, (CE_T - 1) * CE_N * CE_VP, cross_entropy_case_loss, c), 1e-7);
+    }
+
+    for (size_t i = 0; i < CE_T * CE_N * CE_VP; i++) keep[i] = rint(keep[i] * 64) / 64;
+    c->logits = keep;
+    cross_entropy_case_loss(c);
+    real *before = copy_reals(c->loss, CE_N);
+    for (size_t i = 0; i < CE_T * CE_N * CE_VP; i++) keep[i] += 1024;
+    cross_entropy_case_loss(c);
+    check_true("[P20] logits on a 1/64 grid, shifted by 1024: same bits", !memcmp(before, c->loss, sizeof c->loss));
+    real *noise = random_reals(CE_T * CE_N * CE_VP, 9, 1);
+    c->logits = noise;
+    cross_entropy_case_loss(c);
+    memcpy(before, c->loss, sizeof c->loss);
+    for (size_t i = 0; i < CE_T * CE_N * CE_VP; i++) noise[i] += 1000;
+    cross_entropy_case_loss(c);
+    worst = 0;
+    for (size_t n = 0; n < CE_N; n++) worst = fmax(worst, fabs((double)before[n] - c->loss[n]));
+    check("[P20] any logits, shifted by 1000", worst, 1e-4);
+
+    enum { V = 51200 };
+    real *uniform_logits = (real *)xcalloc(V, sizeof(real)), max, sum, target, l;
+    const int last = V - 1;
+    logits_max(&max, uniform_logits, 1, V, V);
+    logits_sum_exp(&sum, &target, uniform_logits, &max, &last, 1, V, V, 0);
+    cross_entropy_loss(&l, &sum, &target, 1);
+    check("[P21] uniform logits cost ln 51200 = 10.843495", fabs(l - 10.843495), 1e-6);
+    real *logits = random_reals(V, 10, 2);
+    double exact_sum = 0, exact_max = -INFINITY;
+    for (size_t v = 0; v < V; v++) exact_max = fmax(exact_max, (double)logits[v]);
+    for (size_t v = 0; v < V; v++) exact_sum += exp(logits[v] - exact_max);
+    logits_max(&max, logits, 1, V, V);
+    logits_sum_exp(&sum, &target, logits, &max, &last, 1, V, V, 0);
+    check_equal("largest of 51200", max, exact_max);
+    check("[P16] sum of 51200 exponentials, relative", fabs(sum / exact_sum - 1), fmax(2 * U, 1e-13));
+    for (size_t v = 1; v < V; v++) logits[v] = (real)-0.3;
+    logits[0] = max = 0;
+    logits_sum_exp(&sum, &target, logits, &max, &last, 1, V, V, 0);
+    exact_sum = 1 + (V - 1) * exp((double)(real)-0.3); /* equal terms round alike: a sum in float would drift */
+    check("[P16] the same of equal terms", fabs(sum / exact_sum - 1), fmax(4 * U, 2e-12));
+    free(logits);
+    logits_max(&max, uniform_logits, 1, V, 0);
+    logits_sum_exp(&sum, &target, uniform_logits, &l, &last, 1, V, 0, 0);
+    check_true("a slice of dummies: max -inf, sum 0, target 0", max == -INFINITY && sum == 0 && target == 0);
+    free(uniform_logits), free(before), free(keep), free(g), free(noise), free(loss), free(grad), free(c);
+}
+
+/* ---- Optimiser, reductions, threads ---------------------------------------------------------------------------- */
+
+static void test_adamw(void)
+{
+    enum { N = 1003, STEPS = 5 };
+    real *w = random_reals(N, 1, 1), *m = (real *)xcalloc(N, sizeof *m), *v = (real *)xcalloc(N, sizeof *v);
+    double *ew = random_doubles(w, N), *em = random_doubles(m, N), *ev = random_doubles(v, N);
+    real *w2 = copy_reals(w, N), *master = copy_reals(w, N), *m2 = copy_reals(m, N), *v2 = copy_reals(v, N),
+         *w0 = copy_reals(w, N);
+    AdamW h = {1e-2, 0.9, 0.999, 1e-8, 0.01, 0.25, 0};
+    for (int step = 1; step <= STEPS; step++) {
+        real *g = random_reals(N, (uint32_t)(10 + step), 1);
+        h.step = (size_t)step;
+        adamw(w, NULL, m, v, g, N, h);
+        adamw(w2, master, m2, v2, g, N, h);
+        for (size_t i = 0; i < N; i++) {
+            const double gi = g[i] * h.grad_scale;
+            em[i] = h.beta1 * em[i] + (1 - h.beta1) * gi;
+            ev[i] = h.beta2 * ev[i] + (1 - h.beta2) * gi * gi;
+            ew[i] -= h.lr * (em[i] / (1 - pow(h.beta1, step)) / (sqrt(ev[i] / (1 - pow(h.beta2, step))) + h.eps) +
+                             h.decay * ew[i]);
+        }
+        free(g);
+    }
+    check("[P32] AdamW, 5 steps: p", error_of(w, ew, N), 4 * U);
+    check("AdamW: m", error_of(m, em, N), 8 * U);
+    check("AdamW: v", error_of(v, ev, N), 8 * U);
+    check_true("AdamW over master weights: the same",
+               !memcmp(w, master, N * sizeof(real)) && !memcmp(w, w2, N * sizeof(real)));
+    double moved = 0;
+    for (size_t i = 0; i < N; i++) moved += fabs((double)w[i] - w0[i]) / N;
+    check_true("AdamW moved p by about lr a step", moved > 0.2 * STEPS * h.lr && moved < 1.1 * STEPS * h.lr);
+    memset(m, 0, N * sizeof *m), memset(v, 0, N * sizeof *v);
+    real *zero = (real *)xcalloc(N, sizeof *zero);
+    memcpy(w, w0, N * sizeof *w);
+    h.step = 1;
+    adamw(w, NULL, m, v, zero, N, h);
+    for (size_t i = 0; i < N; i++) ew[i] = w0[i] * (1 - h.lr * h.decay);
+    check("[P32] gradient 0: decay only", error_of(w, ew, N), 2 * U);
+    free(w), free(m), free(v), free(ew), free(em), free(ev), free(w2), free(master), free(m2), free(v2), free(w0),
+        free(zero);
+}
+
+static void test_reductions(void)
+{
+    for (int i = 0; i < 2; i++) {
+        const size_t n = i ? 30011 : 7;
+        real *x = random_reals(n, 1, 1);
+        double exact = 0;
+        for (size_t j = 0; j < n; j++) exact += (double)x[j] * x[j];
+        check("sum_squares", fabs(sum_squares(x, n) / exact - 1), 1e-13);
+        x[n - 1] = (real)INFINITY;
+        check_true("sum_squares lets inf through", isinf(sum_squares(x, n)));
+        x[0] = (real)NAN;
+        check_true("sum_squares lets NaN through", isnan(sum_squares(x, n)));
+        free(x);
+    }
+    check_equal("sum_squares of nothing", sum_squares(NULL, 0), 0);
+    enum { P = 3, N = 2600, BEGIN = 5, MIDDLE = 2500 };
+    for (int op = SUM; op <= MAX; op++)
+        for (int type = ACT; type <= DOUBLE_ARRAY; type++) {
+            double *array[P], old[P][N];
+            for (int r = 0; r < P; r++) {
+                array[r] = (double *)xcalloc(N, sizeof(double));
+                real *fill = random_reals(N, (uint32_t)(20 + r), 1);
+                for (size_t i = 0; i < N; i++) {
+                    old[r][i] = fill[i];
+                    if (type == DOUBLE_ARRAY)
+                        array[r][i] = fill[i];
+                    else
+                        ((real *)array[r])[i] = fill[i];
+                }
+                free(fill);
+            }
+            void *const x[P] = {array[0], array[1], array[2]};
+            reduce_slice(x, P, BEGIN, MIDDLE, (Type)type, (Op)op);
+            int same = 1;
+            for (size_t i = 0; i < N; i++)
+                for (int r = 0; r < P; r++) {
+                    const double got = type == DOUBLE_ARRAY ? array[r][i] : (double)((real *)array[r])[i];
+                    double want = op == MAX ? fmax(fmax(old[0][i], old[1][i]), old[2][i])
+                                  : type == DOUBLE_ARRAY
+                                      ? old[0][i] + old[1][i] + old[2][i]
+                                      : (double)(real)((real)((real)old[0][i] + (real)old[1][i]) + (real)old[2][i]);
+                    if (i < BEGIN || i >= BEGIN + MIDDLE) want = old[r][i];
+                    same &= got == want;
+                }
+            check_true("reduce_slice, in rank order, and nothing outside the slice", same);
+            for (int r = 0; r < P; r++) free(array[r]);
+        }
+    real a[2] = {1, (real)NAN}, b[2] = {(real)NAN, 1};
+    void *const pair[2] = {a, b};
+    reduce_slice(pair, 2, 0, 2, REAL_ARRAY, MAX);
+    check_true("MAX keeps a NaN, whoever brings it", isnan(a[0]) && isnan(a[1]) && isnan(b[0]) && isnan(b[1]));
+    double wide_a[2] = {1, NAN}, wide_b[2] = {NAN, 1};
+    void *const wide[2] = {wide_a, wide_b};
+    reduce_slice(wide, 2, 0, 2, DOUBLE_ARRAY, MAX);
+    check_true("in doubles too", isnan(wide_a[0]) && isnan(wide_a[1]) && isnan(wide_b[0]) && isnan(wide_b[1]));
+}
+
+/* Runs every operator that may use threads and writes all their results one after the other: how many reals. */
+static size_t all_results(real *r)
+{
+    enum { B = 2, T = 130, H = 3, D = 24, C = H * D, N = B * T, V = 1003 };
+    real *const start = r;
+    real *x = random_reals(N * 3 * C, 1, 1), *w = random_reals(V * C, 2, 0.3), *b = random_reals(V, 3, 1),
+         *y = random_reals(N * V, 4, 1);
+    int tokens[N];
+    for (int n = 0; n < N; n++) tokens[n] = n * 31 % V;
+    const Dropout d = test_dropout(0.1, 77, H);
+    AdamW h = {1e-2, 0.9, 0.999, 1e-8, 0.01, 1, 1};
+    linear_forward(r, x, w, b, N, C, V), r += N * V;
+    linear_forward(r, x, w, b, 1, C, V), r += V;
+    linear_gelu_forward(r, r + N * V, x, w, b, N, C, V, GELU_TANH), r += 2 * N * V;
+    memset(r, 0, (N * C + V * C + V) * sizeof *r);
+    linear_backward(r, r + N * C, r + N * C + V * C, y, x, w, N, C, V), r += N * C + V * C + V;
+    attention_forward(r, r + N * C, x, B, T, H, D, d);
+    attention_backward(r + N * C + B * H * T, r + N * C + B * H * T + 3 * N * C, y, r, r + N * C, x, B, T, H, D, d);
+    r += N * C + B * H * T + 3 * N * C + B * H * T;
+    real *caches = (real *)xcalloc(2 * T * C, sizeof *caches);
+    for (size_t t = 0; t < T; t += 26, r += 26 * C)
+        attention_cached_forward(r, caches, caches + T * C, x + t * 3 * C, 26, t, H, D);
+    free(caches);
+    memset(r, 0, (2 * V * C + T * C + 3 * C) * sizeof *r);
+    token_embedding_forward(r, tokens, w, N, C, 0, V), r += N * C;
+    memset(r, 0, (V * C + T * C + 3 * C) * sizeof *r);
+    token_embedding_backward(r, y, tokens, N, C, 0, V), r += V * C;
+    memcpy(r + T * C, y, N * C * sizeof *r);
+    position_embedding_backward(r + T * C, r, B, T, C, d), r += T * C + N * C;
+    bias_dropout_add_layernorm_forward(r, r + N * C, r + 2 * N * C, r + 2 * N * C + N, x, b, y, w, w + C, N, C,
+                                       (real)1e-5, d);
+    memset(r + 2 * N * C + 2 * N, 0, (N * C + 2 * C) * sizeof *r);
+    layernorm_backward(r + 2 * N * C + 2 * N, r + 3 * N * C + 2 * N, r + 3 * N * C + 2 * N + C, y, r + N * C, w,
+                       r + 2 * N * C, r + 2 * N * C + N, NULL, N, C);
+    r += 3 * N * C + 2 * N + 2 * C;
+    memset(r, 0, (N * C + C) * sizeof *r);
+    bias_dropout_add_backward(r, r + N * C, y, N, C, d), r += N * C + C;
+    logits_max(r, y, N, V, V);
+    logits_sum_exp(r + N, r + 2 * N, y, r, tokens, N, V, V, 0);
+    memcpy(r + 3 * N, y, N * V * sizeof *r);
+    cross_entropy_backward(r + 3 * N, r, r + N, tokens, b, 1, N, V, V, 0), r += 3 * N + N * V;
+    const double squares = sum_squares(y, N * V);
+    r[0] = (real)squares, r[1] = (real)((squares - (real)squares) * 0x1p20), r += 2;
+    memcpy(r, w, V * C * sizeof *r);
+    memset(r + V * C, 0, 2 * V * C * sizeof *r);
+    adamw(r, NULL, r + V * C, r + 2 * V * C, y, V * C, h), r += 3 * V * C;
+    free(x), free(w), free(b), free(y);
+    return (size_t)(r - start);
+}
+
+static void test_threads(void)
+{
+    enum { ROOM = 3000000 };
+    real *one = (real *)xcalloc(ROOM, sizeof *one), *two = (real *)xcalloc(ROOM, sizeof *two);
+    use_threads(1);
+    const size_t n = all_results(one);
+    int same = 1;
+    for (int threads = 2; threads <= 3; threads++) {
+        use_threads(threads);
+        memset(two, 0, ROOM * sizeof *two);
+        same &= all_results(two) == n && !memcmp(one, two, n * sizeof *one);
+    }
+    use_threads(2);
+    check_true("1, 2 and 3 threads: the same bits from every operator", same);
+    double finite = 0;
+    for (size_t i = 0; i < n; i++) finite += isfinite(one[i]) != 0;
+    check_equal("and all of them finite", finite, (double)n);
+    free(one), free(two);
+}
+
+/* ---- The table of tests -------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *name, *about;
+    void (*run)(void);
+    int in_float, in_double; /* worth running in this build */
+} Test;
+
+/* clang-format off */
+static const Test tests[] = {
+    {"exponential",        "error in ulp over all floats", test_exponential, 1, 0},
+    {"gelu",               "P41", test_gelu, 1, 1},
+    {"philox_and_dropout", "known answers; masks", test_philox_and_dropout, 1, 0},
+    {"matmul",             "all strides, shapes that do not divide", test_matmul, 1, 1},
+    {"linear",             "and its gradients", test_linear, 1, 1},
+    {"split_gemm",         "P2 P3 P4", test_split_gemm, 1, 1},
+    {"embedding",          "and its gradients", test_embedding, 1, 1},
+    {"layernorm",          "and its gradients", test_layernorm, 1, 1},
+    {"attention",          "and its gradients; with a cache", test_attention, 1, 1},
+    {"cross_entropy",      "P16 P19 P20 P21", test_cross_entropy, 1, 1},
+    {"adamw",              "P32", test_adamw, 1, 1},
+    {"reductions",         "sums of squares, reduce_slice", test_reductions, 1, 1},
+    {"threads",            "operators do not depend on the number of threads", test_threads, 1, 0},
+};
+/* clang-format on */
+enum { N_TESTS = sizeof tests / sizeof *tests };
+
+/* Is it the test's name, or one of its P-numbers? */
+static int names_test(const char *word, const Test *t)
+{
+    const char *place = strstr(t->about, word);
+    size_t n = strlen(word);
+    return !strcmp(word, t->name) || (word[0] == 'P' && place && !(place[n] >= '0' && place[n] <= '9'));
+}
+
+static int wanted(const Test *t, int argc, char **argv)
+{
+    for (int i = 1; i < argc; i++)
+        if (names_test(argv[i], t)) return 1;
+    return argc == 1 && (sizeof(real) == 4 ? t->in_float : t->in_double);
+}
+
+int main(int argc, char **argv)
+{
+    int passed = 0, failed = 0, skipped = 0;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    if (argc > 1 && !strcmp(argv[1], "--list")) {
+        for (int i = 0; i < N_TESTS; i++) printf("%-20s %s\n", tests[i].name, tests[i].about);
+        return 0;
+    }
+    for (int a = 1, known = 0; a < argc; a++, known = 0) {
+        for (int i = 0; i < N_TESTS; i++) known |= names_test(argv[a], &tests[i]);
+        if (!known) die("there is no test %s; --list names them", argv[a]);
+    }
+    if (run_command("rm -rf %s && mkdir %s", SCRATCH, SCRATCH)) die("cannot make the folder %s", SCRATCH);
+    for (int i = 0; i < N_TESTS; i++) {
+        if (!wanted(&tests[i], argc, argv)) continue;
+        double start = now();
+        checks = failures = skips = 0;
+        printf("%s (%s)\n", tests[i].name, tests[i].about);
+        tests[i].run();
+        printf("  %s: %d checks, %d failed, %.2f s\n", failures ? "FAILED" : "ok", checks, failures, now() - start);
+        failed += failures > 0;
+        skipped += skips > 0 && !checks;
+        passed += failures == 0 && checks > 0;
+        if (!checks && !skips) failed++, printf("  FAILED: %s checked nothing\n", tests[i].name);
+    }
+    run_command("rm -rf %s", SCRATCH);
+    printf("%s: %d passed, %d failed, %d skipped\n", sizeof(real) == 4 ? "test_gpt2" : "test_gpt2_double", passed, failed, skipped);
+    return failed > 0;
+}
