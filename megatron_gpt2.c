@@ -1597,3 +1597,957 @@ static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type typ
 }
 
 #endif /* GPT2_OPERATORS */
+
+/* ================================================================================================================
+ * Chapter 8. Text and data [§4.1]
+ *
+ * Text becomes numbers by GPT-2's byte-level byte-pair encoding. A text is cut into words; a word is a row of bytes,
+ * of which neighbours merge by a list of pairs, the list's first pair first, until no pair of the list is left in it.
+ * As every byte is a token, any bytes can be encoded, and decoding gives them back. Documents, with <|endoftext|>
+ * between them, are joined and cut into samples of T + 1 tokens: T inputs, and the same shifted by one as labels.
+ * ============================================================================================================= */
+
+#include "dev/unicode/classes.h" /* class_starts[]: which code points are letters, numbers, white space */
+
+static const char END_OF_TEXT[] = "<|endoftext|>";
+
+/* Room for one element more in a growing array of n elements: p itself, or p moved into twice the capacity. */
+static void *grow(void *p, size_t n, size_t *capacity, size_t size)
+{
+    if (n < *capacity) return p;
+    *capacity = *capacity ? 2 * *capacity : 64;
+    p = realloc(p, *capacity * size);
+    if (!p) die("out of memory: %zu objects of %zu bytes were asked for; give less text", *capacity, size);
+    return p;
+}
+
+typedef struct {
+    int *id;
+    size_t n, capacity;
+} Tokens; /* starts as {NULL, 0, 0}; free(id) ends it */
+
+static void push_token(Tokens *tokens, int id)
+{
+    tokens->id = (int *)grow(tokens->id, tokens->n, &tokens->capacity, sizeof(int));
+    tokens->id[tokens->n++] = id;
+}
+
+/* ---- Words: the pre-tokeniser ---------------------------------------------------------------------------------- */
+
+enum { NOT_A_CHARACTER = 0x110000 }; /* one past the last code point: stands for a byte that is not UTF-8 */
+
+/* The character that begins at text, n > 0 bytes left: its code point, and its length in bytes as the result. A byte
+ * that begins no well-formed character counts as one character by itself. */
+static size_t next_character(uint32_t *code, const char *text, size_t n)
+{
+    size_t length = utf8_length(text, n);
+    unsigned char first = (unsigned char)*text;
+    *code = length == 1 ? first : length ? first & (0x7Fu >> length) : (uint32_t)NOT_A_CHARACTER;
+    for (size_t i = 1; i < length; i++) *code = *code << 6 | (text[i] & 0x3F);
+    return max_size(length, 1);
+}
+
+/* CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE or CLASS_OTHER. */
+static int class_of(uint32_t code)
+{
+    size_t low = 0, high = sizeof(class_starts) / sizeof(class_starts[0]); /* the answer is in [low, high) */
+    if (code < 0x80 && (code | 32) - 'a' < 26u) return CLASS_LETTER;       /* most of most texts */
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (class_starts[middle] >> 2 <= code) low = middle;
+        else high = middle;
+    }
+    return class_starts[low] & 3;
+}
+
+/* Bytes of 's 't 're 've 'm 'll 'd at text, or 0. */
+static size_t contraction(const char *text, size_t n)
+{
+    if (n < 2 || text[0] != '\'') return 0;
+    if (memchr("stmd", text[1], 4)) return 2;
+    return n > 2 && (!memcmp(text + 1, "re", 2) || !memcmp(text + 1, "ve", 2) || !memcmp(text + 1, "ll", 2)) ? 3 : 0;
+}
+
+/* The end of the word that begins at start < n: what GPT-2's regular expression
+ *     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+ * would match there. A word is a run of one class, and may take along one blank before it. */
+static size_t word_end(const char *text, size_t n, size_t start)
+{
+    uint32_t code;
+    size_t end = start, last = start, length; /* last: where the run's last character begins */
+    int kind;
+
+    if ((length = contraction(text + start, n - start))) return start + length;
+    length = next_character(&code, text + start, n - start);
+    kind = class_of(code);
+    if (code == ' ' && start + 1 < n) {
+        uint32_t after;
+        next_character(&after, text + start + 1, n - start - 1);
+        if (class_of(after) != CLASS_SPACE) kind = class_of(after), end = start + 1; /* " word" */
+    }
+    while (end < n) {
+        length = next_character(&code, text + end, n - end);
+        if (class_of(code) != kind) break;
+        last = end, end += length;
+    }
+    /* White space before a word leaves its last character to that word: \s+(?!\S). */
+    return kind == CLASS_SPACE && end < n && last > start ? last : end;
+}
+
+/* ---- Byte-pair encoding ---------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *bytes;
+    size_t n;
+    int id;
+} Token;
+
+typedef struct {
+    uint32_t left, right; /* these two neighbouring tokens .. */
+    uint32_t rank, id;    /* .. merge into this one, the lowest rank first */
+} Merge;
+
+typedef struct {
+    size_t vocabulary;
+    int end_of_text;  /* id of <|endoftext|>, -1 if there is none */
+    Token *token;     /* (vocabulary) by id */
+    char *bytes;      /* what they point into */
+    int byte_id[256]; /* the token of a single byte */
+    Merge *merge;     /* sorted by left, then right: every look-up is a binary search, so no input makes it slow */
+    size_t *row;      /* (vocabulary + 1) where each left token's merges begin in it */
+} Tokenizer;
+
+/* The merge of two neighbours, or NULL. */
+static const Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right)
+{
+    size_t low = t->row[left], high = t->row[left + 1];
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (t->merge[middle].right == right) return &t->merge[middle];
+        if (t->merge[middle].right < right) low = middle + 1;
+        else high = middle;
+    }
+    return NULL;
+}
+
+/* A word while it is merged: a linked list of symbols, each at the position of its first byte, and a heap of the
+ * merges that are possible. A word of n bytes takes O(n log n), be it one letter a million times. The heap holds 2n
+ * entries at most: n - 1 at first, and each merge takes one away and adds two. */
+typedef struct {
+    uint32_t *id, *before, *after; /* (capacity) token and neighbours; after = n: none */
+    uint64_t *heap;                /* (2 capacity) rank << 32 | position of the left symbol, the smallest on top */
+    size_t capacity, n, entries;
+} Word;
+
+static const uint32_t MERGED = UINT32_MAX; /* the id at a position whose symbol went into its left neighbour */
+
+/* The merge of the symbol at position i with the next one, or NULL. */
+static const Merge *merge_at(const Word *w, const Tokenizer *t, uint32_t i)
+{
+    if (w->id[i] == MERGED || w->after[i] >= w->n) return NULL;
+    return find_merge(t, w->id[i], w->id[w->after[i]]);
+}
+
+/* Puts the merge at position i, if there is one, onto the heap. */
+static void heap_push(Word *w, const Tokenizer *t, uint32_t i)
+{
+    const Merge *merge = merge_at(w, t, i);
+    size_t at;
+    if (!merge) return;
+    uint64_t key = (uint64_t)merge->rank << 32 | i;
+    for (at = w->entries++; at > 0 && w->heap[(at - 1) / 2] > key; at = (at - 1) / 2)
+        w->heap[at] = w->heap[(at - 1) / 2];
+    w->heap[at] = key;
+}
+
+static uint64_t heap_pop(Word *w)
+{
+    uint64_t top = w->heap[0], key = w->heap[--w->entries];
+    size_t at = 0, child;
+    while ((child = 2 * at + 1) < w->entries) {
+        if (child + 1 < w->entries && w->heap[child + 1] < w->heap[child]) child++;
+        if (w->heap[child] >= key) break;
+        w->heap[at] = w->heap[child], at = child;
+    }
+    w->heap[at] = key;
+    return top;
+}
+
+static void encode_word(Tokens *out, const Tokenizer *t, Word *w, const char *text, size_t n)
+{
+    if (n > UINT32_MAX / 2) die("a word of %zu bytes: a text with so long a word cannot be encoded", n);
+    if (n > w->capacity) {
+        free(w->id), free(w->heap);
+        w->capacity = max_size(n, 2 * w->capacity);
+        w->id = (uint32_t *)xcalloc(3 * w->capacity, sizeof(uint32_t));
+        w->before = w->id + w->capacity, w->after = w->before + w->capacity;
+        w->heap = (uint64_t *)xcalloc(2 * w->capacity, sizeof(uint64_t));
+    }
+    w->n = n, w->entries = 0;
+    for (uint32_t i = 0; i < n; i++)
+        w->id[i] = (uint32_t)t->byte_id[(unsigned char)text[i]], w->before[i] = i - 1, w->after[i] = i + 1;
+    for (uint32_t i = 0; i + 1 < n; i++) heap_push(w, t, i);
+    while (w->entries) {
+        uint64_t key = heap_pop(w);
+        uint32_t i = (uint32_t)key, j;
+        const Merge *merge = merge_at(w, t, i);
+        if (!merge || merge->rank != key >> 32) continue; /* an entry from before a neighbour merged */
+        j = w->after[i];
+        w->id[i] = merge->id, w->id[j] = MERGED, w->after[i] = w->after[j];
+        if (w->after[i] < n) w->before[w->after[i]] = i;
+        heap_push(w, t, i);
+        if (i > 0) heap_push(w, t, w->before[i]);
+    }
+    for (uint32_t i = 0; i < n; i = w->after[i]) push_token(out, (int)w->id[i]);
+}
+
+/* Appends the tokens of a text. <|endoftext|> in it is the one special token, as in Hugging Face's tokenizers. */
+static void encode_part(Tokens *out, const Tokenizer *t, const char *text, size_t n)
+{
+    Word word = {NULL, NULL, NULL, NULL, 0, 0, 0};
+    size_t special = sizeof(END_OF_TEXT) - 1;
+    for (size_t start = 0; start < n;) {
+        const char *found = NULL;
+        if (t->end_of_text >= 0) found = (const char *)memmem(text + start, n - start, END_OF_TEXT, special);
+        size_t stop = found ? (size_t)(found - text) : n;
+        for (size_t end; start < stop; start = end) {
+            end = word_end(text, stop, start);
+            encode_word(out, t, &word, text + start, end - start);
+        }
+        if (found) push_token(out, t->end_of_text), start += special;
+    }
+    free(word.id), free(word.heap);
+}
+
+/* The same, a long text in parts side by side. A part ends between a visible ASCII character and white space: there
+ * every word ends, whatever comes after. */
+static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
+{
+    enum { PART = 1 << 17 }; /* bytes */
+    Tokens *part = (Tokens *)xcalloc(n / PART + 1, sizeof(Tokens));
+    size_t *start = (size_t *)xcalloc(n / PART + 2, sizeof(size_t)), parts = 0;
+    while (start[parts] < n) {
+        size_t end = min_size(start[parts] + PART, n);
+        while (end < n && !((text[end] == ' ' || text[end] == '\n') && text[end - 1] > ' ' && text[end - 1] < 0x7F))
+            end++;
+        start[++parts] = end;
+    }
+#pragma omp parallel for schedule(dynamic) if (parts > 1)
+    for (size_t i = 0; i < parts; i++) encode_part(&part[i], t, text + start[i], start[i + 1] - start[i]);
+    for (size_t i = 0; i < parts; i++) {
+        for (size_t j = 0; j < part[i].n; j++) push_token(out, part[i].id[j]);
+        free(part[i].id);
+    }
+    free(part), free(start);
+}
+
+/* The n bytes of a token; none for an id outside the vocabulary (a model's has padding behind it). */
+static const char *decode(size_t *n, const Tokenizer *t, int id)
+{
+    int known = id >= 0 && (size_t)id < t->vocabulary;
+    *n = known ? t->token[id].n : 0;
+    return known ? t->token[id].bytes : "";
+}
+
+/* ---- vocab.json and merges.txt --------------------------------------------------------------------------------- */
+
+/* These files write a byte as one printable character: itself where it is one in Latin-1, else U+0100 and up. */
+enum { BYTE_CHARACTERS = 324 };
+
+static void byte_characters(int byte_of[BYTE_CHARACTERS]) /* -1: no byte is written so */
+{
+    int next = 256;
+    for (int c = 0; c < BYTE_CHARACTERS; c++) byte_of[c] = -1;
+    for (int b = 0; b < 256; b++)
+        byte_of[(b >= '!' && b <= '~') || (b >= 0xA1 && b != 0xAD && b <= 0xFF) ? b : next++] = b;
+}
+
+/* Reads a token's name as bytes into out; returns how many, 0 if the name is empty or not of this alphabet. */
+static size_t bytes_of_name(char *out, const int byte_of[BYTE_CHARACTERS], const char *name, size_t n)
+{
+    size_t count = 0;
+    uint32_t code;
+    for (size_t i = 0; i < n; count++) {
+        i += next_character(&code, name + i, n - i);
+        if (code >= BYTE_CHARACTERS || byte_of[code] < 0) return 0;
+        out[count] = (char)byte_of[code];
+    }
+    return count;
+}
+
+static int compare_tokens(const void *a, const void *b)
+{
+    const Token *x = (const Token *)a, *y = (const Token *)b;
+    int order = memcmp(x->bytes, y->bytes, min_size(x->n, y->n));
+    return order ? order : (x->n > y->n) - (x->n < y->n);
+}
+
+static int compare_merges(const void *a, const void *b)
+{
+    const Merge *x = (const Merge *)a, *y = (const Merge *)b;
+    uint64_t p = (uint64_t)x->left << 32 | x->right, q = (uint64_t)y->left << 32 | y->right;
+    return (p > q) - (p < q);
+}
+
+/* The id of the token of these bytes, -1 if there is none. */
+static int token_id(const Token *sorted, size_t vocabulary, const char *bytes, size_t n)
+{
+    Token key = {bytes, n, 0};
+    const Token *found = (const Token *)bsearch(&key, sorted, vocabulary, sizeof(Token), compare_tokens);
+    return found ? found->id : -1;
+}
+
+/* {"!": 0, "\"": 1, ..}: n tokens whose ids are 0..n-1. */
+static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS])
+{
+    Map map = map_file(path);
+    Json json = json_parse(map.data, map.size, path);
+    const JsonValue *root = json.value;
+    size_t used = 0;
+    char shown[SHOWN];
+
+    if (root->type != JSON_OBJECT || !root->length || root->length > INT_MAX)
+        die("%s is not a JSON object of tokens with their ids", path);
+    t->vocabulary = root->length;
+    t->token = (Token *)xcalloc(t->vocabulary, sizeof(Token));
+    t->bytes = (char *)xcalloc(map.size, 1); /* a byte takes one character, so all names together fit */
+    for (size_t i = 1; i < root->end; i = json.value[i].end) {
+        const JsonValue *v = &json.value[i];
+        size_t n = bytes_of_name(t->bytes + used, byte_of, v->key, strlen(v->key));
+        Token token = {t->bytes + used, n, 0};
+        double id = v->type == JSON_NUMBER ? v->number : -1;
+        printable(shown, v->key);
+        if (!n) die("%s: \"%s\" is not in GPT-2's alphabet of byte-level tokens", path, shown);
+        if (id < 0 || id >= (double)root->length || id != floor(id))
+            die("%s: the id of \"%s\" must be an integer below %zu, the number of tokens", path, shown, root->length);
+        token.id = (int)id;
+        if (t->token[token.id].n) die("%s: the id %d is given twice, now to \"%s\"", path, token.id, shown);
+        t->token[token.id] = token;
+        used += n;
+    }
+    json_free(&json);
+    unmap_file(map);
+}
+
+/* A line "left right" for each merge, the first merge first; above them perhaps a line "#version: .." */
+static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS], const Token *sorted)
+{
+    Map map = map_file(path);
+    char *pair = (char *)xcalloc(map.size, 1); /* the bytes of left and right, one after the other */
+    size_t n = 0, capacity = 0, number = 0;
+    for (const char *line = map.data, *stop = line + map.size, *next; line < stop; line = next) {
+        const char *end = (const char *)memchr(line, '\n', (size_t)(stop - line));
+        next = end ? end + 1 : stop;
+        end = end ? end : stop;
+        if (end > line && end[-1] == '\r') end--;
+        if (number++ == 0 && end - line >= 8 && !memcmp(line, "#version", 8)) continue;
+        if (end == line) continue;
+
+        const char *blank = (const char *)memchr(line, ' ', (size_t)(end - line));
+        size_t left = blank ? bytes_of_name(pair, byte_of, line, (size_t)(blank - line)) : 0;
+        size_t right = left ? bytes_of_name(pair + left, byte_of, blank + 1, (size_t)(end - blank - 1)) : 0;
+        if (!right) die("%s line %zu: expected two byte-level tokens with one blank between them", path, number);
+        int a = token_id(sorted, t->vocabulary, pair, left);
+        int b = token_id(sorted, t->vocabulary, pair + left, right);
+        int ab = token_id(sorted, t->vocabulary, pair, left + right);
+        if (a < 0 || b < 0 || ab < 0)
+            die("%s line %zu: %s is not in the vocabulary: do both files belong to one tokenizer?", path, number,
+                a < 0 ? "the left token" : b < 0 ? "the right token" : "what the two tokens merge into");
+        Merge merge = {(uint32_t)a, (uint32_t)b, (uint32_t)n, (uint32_t)ab};
+        t->merge = (Merge *)grow(t->merge, n, &capacity, sizeof(Merge));
+        t->merge[n++] = merge;
+    }
+    if (n) qsort(t->merge, n, sizeof(Merge), compare_merges);
+    for (size_t i = 0; i < n; i++) {
+        if (i && !compare_merges(&t->merge[i - 1], &t->merge[i]))
+            die("%s: merges %u and %u are of the same two tokens", path, t->merge[i - 1].rank, t->merge[i].rank);
+        t->row[t->merge[i].left + 1]++;
+    }
+    for (size_t i = 0; i < t->vocabulary; i++) t->row[i + 1] += t->row[i];
+    free(pair);
+    unmap_file(map);
+}
+
+/* Reads the tokenizer of a folder: vocab.json and merges.txt, or by their older names encoder.json and vocab.bpe. */
+static Tokenizer *tokenizer_open(const char *folder)
+{
+    Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
+    int old = !file_exists(folder, "vocab.json") && file_exists(folder, "encoder.json"), byte_of[BYTE_CHARACTERS];
+    char path[PATH_MAX];
+
+    byte_characters(byte_of);
+    load_vocabulary(t, join_path(path, folder, old ? "encoder.json" : "vocab.json"), byte_of);
+    t->row = (size_t *)xcalloc(t->vocabulary + 1, sizeof(size_t));
+    Token *sorted = (Token *)xcalloc(t->vocabulary, sizeof(Token)); /* by bytes */
+    memcpy(sorted, t->token, t->vocabulary * sizeof(Token));
+    qsort(sorted, t->vocabulary, sizeof(Token), compare_tokens);
+    for (int b = 0; b < 256; b++) {
+        char byte = (char)b;
+        t->byte_id[b] = token_id(sorted, t->vocabulary, &byte, 1);
+        if (t->byte_id[b] < 0) die("%s has no token for the byte 0x%02X: all 256 are expected", path, (unsigned)b);
+    }
+    t->end_of_text = token_id(sorted, t->vocabulary, END_OF_TEXT, sizeof(END_OF_TEXT) - 1);
+    load_merges(t, join_path(path, folder, old ? "vocab.bpe" : "merges.txt"), byte_of, sorted);
+    free(sorted);
+    return t;
+}
+
+/* Where there is no tokenizer: ids 0..255 are bytes, 256 is <|endoftext|>. */
+static Tokenizer *tokenizer_bytes(void)
+{
+    Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
+    t->vocabulary = 257, t->end_of_text = 256;
+    t->token = (Token *)xcalloc(257, sizeof(Token));
+    t->bytes = (char *)xcalloc(256, 1);
+    t->row = (size_t *)xcalloc(258, sizeof(size_t));
+    for (int b = 0; b < 256; b++) {
+        Token token = {t->bytes + b, 1, b};
+        t->bytes[b] = (char)b, t->byte_id[b] = b, t->token[b] = token;
+    }
+    Token special = {END_OF_TEXT, sizeof(END_OF_TEXT) - 1, 256};
+    t->token[256] = special;
+    return t;
+}
+
+static void tokenizer_close(Tokenizer *t)
+{
+    free(t->token), free(t->bytes), free(t->merge), free(t->row), free(t);
+}
+
+/* ---- Documents ------------------------------------------------------------------------------------------------- */
+
+/* A run of tokens in memory. Where a document does not end with <|endoftext|>, one is read behind its last token. */
+typedef struct {
+    const char *data;      /* uint16_t or int32_t, little-endian as every machine this runs on */
+    size_t width;          /* bytes of a token there: 2 or 4 */
+    size_t stored, length; /* tokens there; tokens in the document, with the <|endoftext|> that is added */
+} Document;
+
+static int document_token(const Document *d, size_t i, int end_of_text)
+{
+    if (i >= d->stored) return end_of_text;
+    return d->width == 2 ? ((const uint16_t *)d->data)[i] : ((const int32_t *)d->data)[i];
+}
+
+/* What documents point into: the tokens of a text, or a mapped PREFIX.bin. */
+typedef struct {
+    int *id;
+    Map map;
+} Storage;
+
+typedef struct {
+    Document *document; /* all that are not empty, in the order of the paths */
+    Storage *storage;
+    size_t documents, document_capacity, stores, storage_capacity;
+    size_t tokens;     /* in all documents */
+    size_t vocabulary; /* every token is below it */
+    int end_of_text;   /* -1: documents follow each other unmarked */
+} Corpus;
+
+static void add_storage(Corpus *c, int *id, Map map)
+{
+    Storage storage = {id, map};
+    c->storage = (Storage *)grow(c->storage, c->stores, &c->storage_capacity, sizeof(Storage));
+    c->storage[c->stores++] = storage;
+}
+
+/* prefix and suffix in one path. */
+static char *extend_path(char path[PATH_MAX], const char *prefix, const char *suffix)
+{
+    if (snprintf(path, PATH_MAX, "%s%s", prefix, suffix) >= PATH_MAX) die("the path %s is too long", prefix);
+    return path;
+}
+
+static void add_document(Corpus *c, const char *path, const char *data, size_t width, size_t n)
+{
+    Document d = {data, width, n, n};
+    uint32_t largest = 0;
+    if (n == 0) return;
+#pragma omp parallel for reduction(max : largest) if (n > 1 << 20)
+    for (size_t i = 0; i < n; i++) {
+        uint32_t id = (uint32_t)document_token(&d, i, 0); /* a negative one becomes very large */
+        largest = id > largest ? id : largest;
+    }
+    if (largest >= c->vocabulary)
+        die("%s has the token %d, but the vocabulary %zu tokens: it needs another tokenizer or model", path,
+            (int)largest, c->vocabulary);
+    d.length += c->end_of_text >= 0 && document_token(&d, n - 1, 0) != c->end_of_text;
+    c->document = (Document *)grow(c->document, c->documents, &c->document_capacity, sizeof(Document));
+    c->document[c->documents++] = d;
+    c->tokens += d.length;
+}
+
+/* A text is encoded here, once. A document ends at <|endoftext|> or at the end of the file. */
+static void add_text(Corpus *c, const Tokenizer *t, const char *path)
+{
+    Tokens text = {NULL, 0, 0};
+    Map map = map_file(path), none = {"", 0};
+    encode(&text, t, map.data, map.size);
+    unmap_file(map);
+    add_storage(c, text.id, none);
+    for (size_t start = 0, end; start < text.n; start = end + 1) {
+        for (end = start; end < text.n && text.id[end] != c->end_of_text;) end++;
+        add_document(c, path, (const char *)(text.id + start), sizeof(int), end - start);
+    }
+}
+
+static uint64_t little_endian(const char *p, size_t bytes)
+{
+    uint64_t x = 0;
+    memcpy(&x, p, bytes);
+    return x;
+}
+
+/* Megatron's indexed dataset, version 1. PREFIX.bin holds the tokens. PREFIX.idx holds, little-endian and unaligned:
+ *
+ *     "MMIDIDX\0\0"   u64 version = 1   u8 type of a token   u64 n sequences   u64 m marks
+ *     i32 tokens[n]   i64 byte in PREFIX.bin[n]   i64 mark[m]: document i is the sequences mark[i] .. mark[i+1] - 1
+ */
+enum { INDEX_HEADER = 34, TYPE_INT32 = 4, TYPE_UINT16 = 8 };
+static const char INDEX_MAGIC[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', 0, 0};
+
+static void add_indexed(Corpus *c, const char *prefix)
+{
+    static const char *const types[8] = {"no type", "uint8", "int8", "int16", "int32", "int64", "float32", "float64"};
+    char path[PATH_MAX];
+    Map bin = map_file(extend_path(path, prefix, ".bin")), index = map_file(extend_path(path, prefix, ".idx"));
+    const char *p = index.data;
+    add_storage(c, NULL, bin);
+
+    if (index.size < INDEX_HEADER || memcmp(p, INDEX_MAGIC, sizeof(INDEX_MAGIC)) || little_endian(p + 9, 8) != 1)
+        die("%s is not a Megatron indexed dataset of version 1, which begins with MMIDIDX", path);
+    int type = (unsigned char)p[17];
+    size_t n = little_endian(p + 18, 8), m = little_endian(p + 26, 8), width = type == TYPE_UINT16 ? 2 : 4, end = 0;
+    if (type != TYPE_UINT16 && type != TYPE_INT32)
+        die("%s has tokens of type %d (%s); only int32 (4) and uint16 (8) are read", path, type,
+            type < 8 ? types[type] : "unknown");
+    if (n > index.size / 12 || m > index.size / 8 || INDEX_HEADER + 12 * n + 8 * m != index.size)
+        die("%s has %zu bytes, which is not what %zu sequences and %zu document marks take: it is damaged", path,
+            index.size, n, m);
+
+    const char *sizes = p + INDEX_HEADER, *pointers = sizes + 4 * n, *marks = pointers + 8 * n;
+    for (size_t i = 0; i < n; i++) {
+        size_t size = little_endian(sizes + 4 * i, 4); /* a negative one becomes very large */
+        if (little_endian(pointers + 8 * i, 8) != end || size > (bin.size - end) / width)
+            die("%s: sequence %zu must begin where the one before ends, and end within the %zu bytes of %s.bin", path,
+                i, bin.size, prefix);
+        end += size * width;
+    }
+    if (end != bin.size) die("%s describes %zu bytes of %s.bin, which has %zu", path, end, prefix, bin.size);
+    if (m == 0 || little_endian(marks, 8) != 0 || little_endian(marks + 8 * (m - 1), 8) != n)
+        die("%s: the document marks must go from 0 to the number of sequences, %zu", path, n);
+    for (size_t i = 0, begin = 0; i + 1 < m; i++) {
+        size_t mark = little_endian(marks + 8 * i, 8), next = little_endian(marks + 8 * i + 8, 8);
+        if (next > n || next < mark) die("%s: document mark %zu is out of order", path, i + 1);
+        size_t stop = next < n ? little_endian(pointers + 8 * next, 8) : end;
+        add_document(c, prefix, bin.data + begin, width, (stop - begin) / width);
+        begin = stop;
+    }
+    unmap_file(index);
+}
+
+/* ---- Where documents are found --------------------------------------------------------------------------------- */
+
+/* Why a folder's entry is not read as text; NULL if it is, or is a folder. */
+static const char *why_skipped(const char *path, const char *name)
+{
+    struct stat st, link;
+    char head[4096];
+    if (name[0] == '.') return "hidden";
+    if (lstat(path, &link) || stat(path, &st)) return strerror(errno);
+    if (S_ISDIR(st.st_mode)) return S_ISLNK(link.st_mode) ? "a link to a folder" : NULL; /* they may run in circles */
+    if (!S_ISREG(st.st_mode)) return "not a regular file";
+    FILE *f = fopen(path, "rb");
+    if (!f) return strerror(errno);
+    size_t n = fread(head, 1, sizeof(head), f);
+    fclose(f);
+    return memchr(head, 0, n) ? "not text: it has zero bytes" : NULL;
+}
+
+static int by_name(const struct dirent **a, const struct dirent **b) { return strcmp((*a)->d_name, (*b)->d_name); }
+
+/* All text files of a folder and of the folders in it, in the order of their names. Paths grow behind `path`. */
+static void add_folder(Corpus *c, const Tokenizer *t, char path[PATH_MAX])
+{
+    struct dirent **entry;
+    struct stat st;
+    size_t length = strlen(path);
+    int n = scandir(path, &entry, NULL, by_name);
+    if (n < 0) die("cannot read the folder %s: %s", path, strerror(errno));
+    for (int i = 0; i < n; i++) {
+        const char *name = entry[i]->d_name, *why;
+        if (strcmp(name, ".") && strcmp(name, "..")) {
+            if (length + 1 + strlen(name) >= PATH_MAX) die("the path %s/%s is too long", path, name);
+            path[length] = '/', strcpy(path + length + 1, name);
+            if ((why = why_skipped(path, name))) fprintf(stderr, "skipped %s: %s\n", path, why);
+            else if (!stat(path, &st) && S_ISDIR(st.st_mode)) add_folder(c, t, path);
+            else add_text(c, t, path);
+        }
+        free(entry[i]);
+    }
+    free(entry);
+}
+
+/* A text file, a folder of them, or the prefix of PREFIX.bin and PREFIX.idx (or one of these two names). */
+static void add_path(Corpus *c, const Tokenizer *t, const char *name)
+{
+    char path[PATH_MAX], index[PATH_MAX];
+    struct stat st;
+    size_t n = strlen(extend_path(path, name, ""));
+    int found = !stat(path, &st), half = n > 4 && (!strcmp(path + n - 4, ".bin") || !strcmp(path + n - 4, ".idx"));
+    if (half) path[n - 4] = 0;
+    if (found && S_ISDIR(st.st_mode)) add_folder(c, t, extend_path(path, name, ""));
+    else if ((half || !found) && !access(extend_path(index, path, ".idx"), F_OK)) add_indexed(c, path);
+    else if (found) add_text(c, t, name);
+    else die("there is no %s: expected a text, a folder, or the prefix of an indexed dataset's .bin and .idx", name);
+}
+
+/* Reads and checks everything that n paths name. Dies if a token is not in the vocabulary: the model's, or where no
+ * model is at hand the tokenizer's own. */
+static Corpus *corpus_open(const char *const *paths, size_t n, const Tokenizer *t, size_t vocabulary)
+{
+    Corpus *c = (Corpus *)xcalloc(1, sizeof(Corpus));
+    c->vocabulary = vocabulary, c->end_of_text = t->end_of_text;
+    if (t->end_of_text >= 0 && (size_t)t->end_of_text >= vocabulary)
+        die("<|endoftext|> is token %d of the tokenizer, but the model has %zu tokens", t->end_of_text, vocabulary);
+    for (size_t i = 0; i < n; i++) add_path(c, t, paths[i]);
+    if (!c->tokens) die("there is no text in %s%s", n ? paths[0] : "no paths", n > 1 ? " and the other paths" : "");
+    return c;
+}
+
+static void corpus_close(Corpus *c)
+{
+    for (size_t i = 0; i < c->stores; i++) free(c->storage[i].id), unmap_file(c->storage[i].map);
+    free(c->storage), free(c->document), free(c);
+}
+
+/* Appends all tokens of a corpus. */
+static void corpus_tokens(Tokens *out, const Corpus *c)
+{
+    for (size_t i = 0; i < c->documents; i++)
+        for (size_t j = 0; j < c->document[i].length; j++)
+            push_token(out, document_token(&c->document[i], j, c->end_of_text));
+}
+
+/* ---- Writing an indexed dataset -------------------------------------------------------------------------------- */
+
+static void put(FILE *f, uint64_t x, size_t bytes) { fwrite(&x, bytes, 1, f); } /* finish_file() sees errors */
+
+static FILE *create_file(const char *path)
+{
+    FILE *f = fopen(path, "wb");
+    if (!f) die("cannot create %s: %s", path, strerror(errno));
+    return f;
+}
+
+/* Makes sure that what was written is on the disk. */
+static void finish_file(FILE *f, const char *path)
+{
+    if (fflush(f) || ferror(f) || fsync(fileno(f)) || fclose(f)) {
+        int error = errno;
+        unlink(path);
+        die("cannot write %s: %s", path, strerror(error));
+    }
+}
+
+/* Writes PREFIX.bin and PREFIX.idx, a sequence for each document, <|endoftext|> included. The index comes last: where
+ * it exists, both files are whole, whenever the program was killed. */
+static void corpus_write(const Corpus *c, const char *prefix)
+{
+    char bin_path[PATH_MAX], idx_path[PATH_MAX], bin_new[PATH_MAX], idx_new[PATH_MAX];
+    FILE *bin = create_file(extend_path(bin_new, prefix, ".bin.tmp"));
+    FILE *idx = create_file(extend_path(idx_new, prefix, ".idx.tmp"));
+    size_t width = c->vocabulary < 65500 ? 2 : 4, end = 0; /* Megatron's limit */
+
+    fwrite(INDEX_MAGIC, sizeof(INDEX_MAGIC), 1, idx);
+    put(idx, 1, 8), put(idx, width == 2 ? TYPE_UINT16 : TYPE_INT32, 1);
+    put(idx, c->documents, 8), put(idx, c->documents + 1, 8);
+    for (size_t i = 0; i < c->documents; i++) {
+        const Document *d = &c->document[i];
+        if (d->length > INT32_MAX) die("a document of %zu tokens is too long to be written: split it", d->length);
+        for (size_t j = 0; j < d->length; j++) put(bin, (uint32_t)document_token(d, j, c->end_of_text), width);
+        put(idx, d->length, 4);
+    }
+    for (size_t i = 0; i < c->documents; i++) put(idx, end, 8), end += c->document[i].length * width;
+    for (size_t i = 0; i <= c->documents; i++) put(idx, i, 8);
+
+    finish_file(bin, bin_new), finish_file(idx, idx_new);
+    unlink(extend_path(idx_path, prefix, ".idx")); /* an older one does not fit the new tokens */
+    if (rename(bin_new, extend_path(bin_path, prefix, ".bin")) || rename(idx_new, idx_path))
+        die("cannot rename %s to %s: %s", bin_new, bin_path, strerror(errno));
+}
+
+/* ---- Samples --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    Document *document; /* (documents) of the training part, or of the held-out part */
+    size_t documents, tokens, T;
+    size_t samples; /* in an epoch */
+    uint64_t seed;
+    int end_of_text;
+    pthread_mutex_t lock; /* of the rest: the order of an epoch, which follows from (seed, epoch) alone */
+    size_t epoch;         /* SIZE_MAX: none yet */
+    size_t *order;        /* (documents) shuffled */
+    size_t *start;        /* (documents + 1) where each of them begins in the row of all tokens */
+    size_t *sample;       /* (samples) shuffled */
+} Dataset;
+
+/* The last valid_percent (0..100) of the tokens are held out. The dataset has those, or the others (held_out 0). */
+static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out, size_t T, uint64_t seed)
+{
+    Dataset *d = (Dataset *)xcalloc(1, sizeof(Dataset));
+    size_t cut = c->tokens - min_size((size_t)((double)c->tokens * valid_percent / 100), c->tokens);
+    size_t first = held_out ? cut : 0, last = held_out ? c->tokens : cut, at = 0;
+
+    d->tokens = last - first, d->T = T, d->seed = seed, d->end_of_text = c->end_of_text;
+    if (d->tokens < T + 1)
+        die("the %s text has %zu tokens, but a sample of %zu needs %zu: give more text, or a smaller --seq",
+            held_out ? "held-out" : "training", d->tokens, T, T + 1);
+    d->samples = (d->tokens - 1) / T;
+    d->document = (Document *)xcalloc(c->documents, sizeof(Document));
+    for (size_t i = 0; i < c->documents; at += c->document[i++].length) {
+        Document part = c->document[i];
+        size_t begin = max_size(first, at), end = min_size(last, at + part.length);
+        if (begin >= end) continue;
+        part.data += (begin - at) * part.width;
+        part.stored -= begin - at; /* may be more than length now: what is behind that is not read */
+        part.length = end - begin;
+        d->document[d->documents++] = part;
+    }
+    d->epoch = SIZE_MAX;
+    d->order = (size_t *)xcalloc(d->documents, sizeof(size_t));
+    d->start = (size_t *)xcalloc(d->documents + 1, sizeof(size_t));
+    d->sample = (size_t *)xcalloc(d->samples, sizeof(size_t));
+    pthread_mutex_init(&d->lock, NULL);
+    return d;
+}
+
+static void dataset_close(Dataset *d)
+{
+    pthread_mutex_destroy(&d->lock);
+    free(d->order), free(d->start), free(d->sample), free(d->document), free(d);
+}
+
+/* x = a permutation of 0..n-1 (Fisher and Yates). DEVIATION: Megatron shuffles with NumPy's RandomState [code V]. */
+static void shuffle(size_t *x, size_t n, uint64_t seed, uint32_t site, uint32_t epoch)
+{
+    for (size_t i = 0; i < n; i++) x[i] = i;
+    for (size_t i = n; i > 1; i--) {
+        uint32_t word[4];
+        philox(word, seed, i, site, epoch);
+        size_t j = ((uint64_t)word[0] << 32 | word[1]) % i, swap = x[j];
+        x[j] = x[i - 1], x[i - 1] = swap;
+    }
+}
+
+/* Documents in a shuffled order form one row of tokens, which is cut every T tokens; the pieces are shuffled too. */
+static void start_epoch(Dataset *d, size_t epoch)
+{
+    shuffle(d->order, d->documents, d->seed, SITE_SHUFFLE, (uint32_t)epoch);
+    shuffle(d->sample, d->samples, d->seed, SITE_SHUFFLE + 1, (uint32_t)epoch);
+    for (size_t i = 0; i < d->documents; i++) d->start[i + 1] = d->start[i] + d->document[d->order[i]].length;
+    d->epoch = epoch;
+}
+
+/* Sample number n of a whole run, in which epochs follow each other without end: to resume, that number is enough.
+ * tokens (T + 1): T inputs and one label more, the first input of the next piece [code V data/gpt2_dataset.py]. Ranks
+ * may call this at the same time. */
+static void dataset_sample(Dataset *d, size_t n, int *tokens)
+{
+    size_t low = 0, high = d->documents; /* the first document is in [low, high) */
+    pthread_mutex_lock(&d->lock);
+    if (d->epoch != n / d->samples) start_epoch(d, n / d->samples);
+
+    size_t at = d->sample[n % d->samples] * d->T, stop = at + d->T + 1;
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (d->start[middle] <= at) low = middle;
+        else high = middle;
+    }
+    for (; at < stop; low++)
+        for (const Document *doc = &d->document[d->order[low]]; at < stop && at < d->start[low + 1]; at++)
+            *tokens++ = document_token(doc, at - d->start[low], d->end_of_text);
+    pthread_mutex_unlock(&d->lock);
+}
+
+/* ================================================================================================================
+ * Chapter 9. Evaluation [§5.2, App. E]
+ * ============================================================================================================= */
+
+/* ---- WikiText-103 [§5.2, App. E; code V tasks/zeroshot_gpt2] --------------------------------------------------- */
+
+/* Bytes of the white-space character at text, 0 if none begins there. Python's str.isspace(), which its strip(),
+ * split() and \s follow, has four control characters more than White_Space. */
+static size_t space_at(const char *text, size_t n)
+{
+    uint32_t code;
+    size_t length = n ? next_character(&code, text, n) : 0;
+    return length && (class_of(code) == CLASS_SPACE || (code >= 0x1C && code <= 0x1F)) ? length : 0;
+}
+
+/* Bytes of the white-space character that ends the n bytes of text, 0 if none does. */
+static size_t space_before(const char *text, size_t n)
+{
+    for (size_t back = 1; back <= 4 && back <= n; back++)
+        if (space_at(text + n - back, back) == back) return back;
+    return 0;
+}
+
+/* The text without white space at both ends, as str.strip(): its begin, and its length in *n. */
+static const char *strip(const char *text, size_t *n)
+{
+    size_t length;
+    while ((length = space_before(text, *n))) *n -= length;
+    while ((length = space_at(text, *n))) text += length, *n -= length;
+    return text;
+}
+
+/* T_o, what the paper's perplexity is normalised by: len(text.strip().split(" ")) [P51]. */
+static size_t wikitext_original_tokens(const char *text, size_t n)
+{
+    size_t count = 1;
+    text = strip(text, &n);
+    for (size_t i = 0; i < n; i++) count += text[i] == ' ';
+    return count;
+}
+
+/* Both of these work in place, from left to right, and return the new length, which is not larger. */
+static size_t replace_all(char *text, size_t n, const char *from, const char *to)
+{
+    size_t from_length = strlen(from), to_length = strlen(to), out = 0;
+    for (size_t i = 0; i < n;)
+        if (text[i] == from[0] && n - i >= from_length && !memcmp(text + i, from, from_length)) {
+            memcpy(text + out, to, to_length);
+            out += to_length, i += from_length;
+        } else text[out++] = text[i++];
+    return out;
+}
+
+/* "( a )" -> "(a)": from each opening sign to the next closing one, re.sub(r"\(\s*([^\)]*?)\s*\)", r"(\1)", text). */
+static size_t strip_inside(char *text, size_t n, char opening, char closing)
+{
+    size_t out = 0, i = 0;
+    const char *begin, *end;
+    while ((begin = (const char *)memchr(text + i, opening, n - i)) &&
+           (end = (const char *)memchr(begin + 1, closing, n - (size_t)(begin + 1 - text)))) {
+        size_t before = (size_t)(begin + 1 - text) - i, length = (size_t)(end - begin - 1);
+        const char *inside = strip(begin + 1, &length);
+        memmove(text + out, text + i, before), out += before;
+        memmove(text + out, inside, length), out += length;
+        text[out++] = closing;
+        i = (size_t)(end + 1 - text);
+    }
+    memmove(text + out, text + i, n - i);
+    return out + n - i;
+}
+
+/* WikiText's tokens back into text, in place; returns the new length. The order matters: rules see what earlier ones
+ * left. (Megatron's second rule, /' [0-9]/, has slashes that never match: it is left out.) */
+static size_t wikitext_detokenise(char *text, size_t n)
+{
+    static const char *const rules[][2] = {
+        {"s '", "s'"},
+        {" @-@ ", "-"}, {" @,@ ", ","}, {" @.@ ", "."},
+        {" : ", ": "}, {" ; ", "; "}, {" . ", ". "}, {" ! ", "! "}, {" ? ", "? "}, {" , ", ", "},
+        {"(", ")"}, {"[", "]"}, {"{", "}"}, {"\"", "\""}, {"'", "'"}, /* strip inside these */
+        {"= = = =", "===="}, {"= = =", "==="}, {"= =", "=="},
+        {" \xC2\xB0 ", "\xC2\xB0"}, /* degrees */
+        {" \n", "\n"}, {"\n ", "\n"}, {" N ", " 1 "}, {" 's", "'s"},
+    };
+    for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++)
+        if (!rules[i][0][1]) n = strip_inside(text, n, rules[i][0][0], rules[i][1][0]);
+        else n = replace_all(text, n, rules[i][0], rules[i][1]);
+    return n;
+}
+
+/* Window i of T tokens begins at token overlap * i. Window 0 scores all its targets; a later one only the last
+ * `overlap`, each of which has at least T - overlap tokens before it. The count is Megatron's: it takes the first
+ * window to score `overlap` targets, not T, so that the last windows have none to score [P52]. 0 < overlap <= T. */
+static size_t window_count(size_t targets, size_t overlap)
+{
+    return targets ? (targets - 1) / overlap + 1 : 1;
+}
+
+/* tokens (T + 1), weight (T) of window i over a text of n tokens: target t is tokens[t + 1], and counts weight[t].
+ * Behind the text stands pad. */
+static void window_fill(int *tokens, real *weight, const int *text, size_t n, size_t i, size_t T, size_t overlap,
+                        int pad)
+{
+    size_t start = i * overlap, left = start < n ? n - start : 0;
+    for (size_t t = 0; t <= T; t++) tokens[t] = t < left ? text[start + t] : pad;
+    for (size_t t = 0; t < T; t++) weight[t] = t + 1 < left && (i == 0 || t >= T - overlap) ? 1 : 0;
+}
+
+/* ---- LAMBADA [§5.2; code V, --strict-lambada] ------------------------------------------------------------------ */
+
+/* The last word is to be predicted from the text before it: right if all of its tokens are the most probable ones. */
+typedef struct {
+    size_t first, context, label; /* tokens[first ..]: the context's, then the last word's */
+} LambadaExample;
+
+typedef struct {
+    Tokens tokens;
+    LambadaExample *example; /* (n) */
+    size_t n, capacity;
+} Lambada;
+
+static void lambada_add(Lambada *l, const Tokenizer *t, const char *text, size_t n, const char *what)
+{
+    LambadaExample e = {l->tokens.n, 0, 0};
+    text = strip(text, &n);
+    size_t word = n, context;
+    while (word > 0 && !space_before(text, word)) word--;
+    context = word;
+    strip(text, &context);
+    if (!context) die("%s: the text needs two words at least: the last is predicted from those before it", what);
+    char *label = (char *)xcalloc(n - word + 1, 1); /* " word" */
+    label[0] = ' ';
+    memcpy(label + 1, text + word, n - word);
+    encode(&l->tokens, t, text, context);
+    e.context = l->tokens.n - e.first;
+    encode(&l->tokens, t, label, n - word + 1);
+    e.label = l->tokens.n - e.first - e.context;
+    free(label);
+    l->example = (LambadaExample *)grow(l->example, l->n, &l->capacity, sizeof(LambadaExample));
+    l->example[l->n++] = e;
+}
+
+/* Reads {"text": ".."} lines. */
+static Lambada lambada_open(const char *path, const Tokenizer *t)
+{
+    Lambada l = {{NULL, 0, 0}, NULL, 0, 0};
+    Map map = map_file(path);
+    char what[PATH_MAX + 32];
+    size_t number = 0, length;
+    for (const char *line = map.data, *stop = line + map.size, *next; line < stop; line = next) {
+        const char *end = (const char *)memchr(line, '\n', (size_t)(stop - line));
+        next = end ? end + 1 : stop;
+        length = (size_t)(next - line);
+        number++;
+        strip(line, &length);
+        if (!length) continue;
+        snprintf(what, sizeof(what), "%s line %zu", path, number);
+        Json json = json_parse(line, (size_t)(next - line), what);
+        const JsonValue *text = json_get(&json, json.value, "text");
+        if (!text || text->type != JSON_STRING) die("%s: expected {\"text\": \"..\"}", what);
+        lambada_add(&l, t, text->string, text->length, what);
+        json_free(&json);
+    }
+    unmap_file(map);
+    if (!l.n) die("%s has no examples: expected lines of {\"text\": \"..\"}", path);
+    return l;
+}
+
+static void lambada_close(Lambada *l)
+{
+    free(l->tokens.id), free(l->example);
+}
+
+/* tokens (T + 1), weight (T) of example i, as window_fill(). Of one that is longer than T + 1 the end counts. */
+static void lambada_fill(int *tokens, real *weight, const Lambada *l, size_t i, size_t T, int pad)
+{
+    LambadaExample e = l->example[i];
+    size_t n = e.context + e.label, cut = n > T + 1 ? n - (T + 1) : 0;
+    for (size_t t = 0; t <= T; t++) tokens[t] = cut + t < n ? l->tokens.id[e.first + cut + t] : pad;
+    for (size_t t = 0; t < T; t++) weight[t] = cut + t + 1 >= e.context && cut + t + 1 < n ? 1 : 0;
+}

@@ -1098,6 +1098,896 @@ static void test_threads(void)
     free(one), free(two);
 }
 
+/* ---- Chapters 8 and 9: text and data --------------------------------------------------------------------------- */
+
+/* A new folder in SCRATCH; text_path(f, name) is a path in it. */
+typedef struct {
+    char *path, **name;
+    size_t n, capacity;
+} TextFolder;
+
+static TextFolder *open_folder(const char *name)
+{
+    TextFolder *f = (TextFolder *)xcalloc(1, sizeof(TextFolder));
+    f->path = join_path((char *)xcalloc(PATH_MAX, 1), SCRATCH, name);
+    if (mkdir(f->path, 0700)) die("cannot make the folder %s: %s", f->path, strerror(errno));
+    return f;
+}
+
+static void close_folder(TextFolder *f)
+{
+    for (size_t i = 0; i < f->n; i++) free(f->name[i]);
+    free(f->name), free(f->path), free(f);
+}
+
+static const char *text_path(TextFolder *f, const char *name)
+{
+    f->name = (char **)grow(f->name, f->n, &f->capacity, sizeof(char *));
+    f->name[f->n] = (char *)xcalloc(PATH_MAX, 1);
+    return join_path(f->name[f->n++], f->path, name);
+}
+
+static void write_bytes(TextFolder *f, const char *name, const void *data, size_t n)
+{
+    FILE *out = fopen(text_path(f, name), "wb");
+    if (!out || fwrite(data, 1, n, out) != n || fclose(out)) die("cannot write %s", name);
+}
+
+static void write_string(TextFolder *f, const char *name, const char *text)
+{
+    write_bytes(f, name, text, strlen(text));
+}
+
+static int same_tokens(const Tokens *a, const int *b, size_t n)
+{
+    return a->n == n && !memcmp(a->id, b, n * sizeof(int));
+}
+
+/* decode(encode(text)) == text */
+static int round_trips(const Tokenizer *t, const char *text, size_t n)
+{
+    Tokens tokens = {NULL, 0, 0};
+    size_t at = 0, length;
+    int ok = 1;
+    encode(&tokens, t, text, n);
+    for (size_t i = 0; i < tokens.n && ok; i++) {
+        const char *bytes = decode(&length, t, tokens.id[i]);
+        ok = length > 0 && at + length <= n && !memcmp(bytes, text + at, length);
+        at += length;
+    }
+    free(tokens.id);
+    return ok && at == n;
+}
+
+#define REFERENCE "dev/reference/bpe"
+
+/* Texts of every kind, encoded by a plain Python encoder and by Hugging Face's: dev/reference/bpe_cases.py. */
+static void test_encode_reference(void)
+{
+    Tokenizer *t = tokenizer_open(REFERENCE);
+    Map map = map_file(REFERENCE "/cases.jsonl");
+    size_t cases = 0, wrong = 0, broken = 0;
+    Tokens tokens = {NULL, 0, 0};
+    for (const char *line = map.data, *end; line < map.data + map.size; line = end + 1, cases++) {
+        end = (const char *)memchr(line, '\n', (size_t)(map.data + map.size - line));
+        Json json = json_parse(line, (size_t)(end - line), REFERENCE "/cases.jsonl");
+        const JsonValue *text = json_get(&json, json.value, "text"), *ids = json_get(&json, json.value, "ids");
+        tokens.n = 0;
+        encode(&tokens, t, text->string, text->length);
+        int ok = tokens.n == ids->length;
+        for (size_t i = 0; ok && i < tokens.n; i++) ok = tokens.id[i] == ids[1 + i].number;
+        if (!ok) printf("    %.*s\n", (int)(end - line), line);
+        wrong += !ok, broken += !round_trips(t, text->string, text->length);
+        json_free(&json);
+    }
+    check_equal("vocabulary", (double)t->vocabulary, 677);
+    check_equal("<|endoftext|>", t->end_of_text, 676);
+    check_true("more than 300 cases were read", cases > 300);
+    check_equal("cases with other tokens than the reference", (double)wrong, 0);
+    check_equal("cases that do not decode to themselves", (double)broken, 0);
+    unmap_file(map);
+    free(tokens.id);
+    tokenizer_close(t);
+}
+
+/* vocab.json of the 256 bytes, written as the format does, and then of `more` names. */
+static void write_vocabulary(TextFolder *f, const char *const *more, size_t n)
+{
+    char json[1 << 16], *p = json;
+    int byte_of[BYTE_CHARACTERS], id = 0;
+    byte_characters(byte_of);
+    for (int c = 0; c < BYTE_CHARACTERS; c++) {
+        if (byte_of[c] < 0) continue;
+        *p++ = id ? ',' : '{';
+        if (c < 0x80) p += sprintf(p, c == '"' || c == '\\' ? "\"\\%c\":%d" : "\"%c\":%d", c, id);
+        else p += sprintf(p, "\"%c%c\":%d", 0xC0 | c >> 6, 0x80 | (c & 0x3F), id);
+        id++;
+    }
+    for (size_t i = 0; i < n; i++) p += sprintf(p, ",\"%s\":%d", more[i], id++);
+    strcpy(p, "}");
+    write_string(f, "vocab.json", json);
+}
+
+/* A tokenizer of `count` random merges over the letters a, b, c, in a random order: also such as no training gives,
+ * in which a merge comes before the merges that make its halves. */
+static Tokenizer *random_tokenizer(TextFolder *f, size_t count, uint64_t seed)
+{
+    char name[64][64] = {"a", "b", "c"}, merges[64 * 130], *p = merges;
+    const char *more[64];
+    size_t pair[64][2], order[64], names = 3, n = 0;
+    for (uint64_t draw = 0; n < count && draw < 1000; draw++) {
+        size_t a = random_word(seed, 0, 0, 2 * draw) % names, b = random_word(seed, 0, 0, 2 * draw + 1) % names;
+        size_t found = 0;
+        char joined[128];
+        snprintf(joined, sizeof(joined), "%s%s", name[a], name[b]);
+        for (size_t i = 0; i < n; i++) found |= pair[i][0] == a && pair[i][1] == b;
+        if (found || strlen(joined) > 40) continue;
+        for (size_t i = 0; i < names; i++) found |= !strcmp(name[i], joined);
+        if (!found) strcpy(name[names++], joined);
+        pair[n][0] = a, pair[n][1] = b, n++;
+    }
+    shuffle(order, n, seed, 1, 0);
+    for (size_t i = 0; i < n; i++) p += sprintf(p, "%s %s\n", name[pair[order[i]][0]], name[pair[order[i]][1]]);
+    *p = 0;
+    for (size_t i = 3; i < names; i++) more[i - 3] = name[i];
+    write_vocabulary(f, more, names - 3);
+    write_string(f, "merges.txt", merges);
+    return tokenizer_open(f->path);
+}
+
+/* The definition: merge the leftmost of the pairs of lowest rank, until there is none. */
+static void encode_naively(Tokens *out, const Tokenizer *t, const char *text, size_t n)
+{
+    uint32_t id[512];
+    for (size_t i = 0; i < n; i++) id[i] = (uint32_t)t->byte_id[(unsigned char)text[i]];
+    for (;;) {
+        uint32_t best = UINT32_MAX, merged = 0;
+        size_t at = 0;
+        for (size_t i = 0; i + 1 < n; i++)
+            for (size_t m = 0; m < t->row[t->vocabulary]; m++)
+                if (t->merge[m].left == id[i] && t->merge[m].right == id[i + 1] && t->merge[m].rank < best)
+                    best = t->merge[m].rank, merged = t->merge[m].id, at = i;
+        if (best == UINT32_MAX) break;
+        id[at] = merged;
+        memmove(id + at + 1, id + at + 2, (--n - at - 1) * sizeof(uint32_t));
+    }
+    for (size_t i = 0; i < n; i++) push_token(out, (int)id[i]);
+}
+
+static void test_encode_brute_force(void)
+{
+    TextFolder *f = open_folder("encode_brute_force");
+    Tokens fast = {NULL, 0, 0}, slow = {NULL, 0, 0};
+    size_t wrong = 0, merged = 0;
+    for (uint32_t table = 0; table < 40; table++) {
+        Tokenizer *t = random_tokenizer(f, 4 + table, table);
+        for (uint32_t i = 0; i < 30; i++) {
+            char text[160];
+            size_t n = 1 + random_word(7, 2, table, i) % sizeof(text);
+            for (size_t j = 0; j < n; j++) text[j] = (char)('a' + random_word(i, 3, table, j) % 3);
+            fast.n = slow.n = 0;
+            encode(&fast, t, text, n);
+            encode_naively(&slow, t, text, n);
+            wrong += !same_tokens(&fast, slow.id, slow.n);
+            merged += slow.n < n;
+        }
+        tokenizer_close(t);
+    }
+    check_true("nearly all of 1200 strings had merges", merged > 1150);
+    check_equal("strings on which heap and rescan differ", (double)wrong, 0);
+    free(fast.id), free(slow.id);
+    close_folder(f);
+}
+
+static void test_encode_any_bytes(void)
+{
+    enum { SIZE = 700000 };
+    Tokenizer *t = tokenizer_open(REFERENCE), *bytes = tokenizer_bytes();
+    Tokens whole = {NULL, 0, 0}, parts = {NULL, 0, 0};
+    char *text = (char *)xcalloc(SIZE, 1);
+    size_t broken = 0, length;
+
+    for (uint32_t i = 0; i < 300; i++) {
+        size_t n = random_word(1, 0, 1, i) % 200;
+        for (size_t j = 0; j < n; j++) { /* even: any bytes; odd: mostly the beginnings and middles of characters */
+            uint32_t word = random_word(i, 4, 0, j);
+            text[j] = i % 2 ? "\xE2\x80\xA8\xF0\x9F\xC2\xED\xA0 '\xFF\n"[word % 12] : (char)word;
+        }
+        broken += !round_trips(t, text, n) + !round_trips(bytes, text, n);
+    }
+    check_equal("random byte strings that do not decode to themselves", (double)broken, 0);
+
+    Tokens invalid = {NULL, 0, 0}; /* 0xC3 opens a letter that does not come: a sign, at which words end */
+    encode(&invalid, t, "the\xC3river", 9);
+    encode(&whole, t, "the", 3), push_token(&whole, t->byte_id[0xC3]), encode(&whole, t, "river", 5);
+    check_true("a stray byte is one sign between two words", same_tokens(&invalid, whole.id, whole.n));
+    whole.n = 0;
+
+    static const char *const pairs[] = {"\xC4\xA0\xC4\xA0", "\xC4\xA0\xC4\x8A", "\xC4\x8A\xC4\xA0",
+                                        "\xC4\x8A\xC4\x8A"};
+    TextFolder *f = open_folder("encode_any_bytes"); /* blanks and newlines merge in pairs: a wrong cut shows */
+    write_vocabulary(f, pairs, 4);
+    write_string(f, "merges.txt", "\xC4\xA0 \xC4\xA0\n\xC4\xA0 \xC4\x8A\n\xC4\x8A \xC4\xA0\n\xC4\x8A \xC4\x8A\n");
+    Tokenizer *white = tokenizer_open(f->path);
+    size_t different = 0;
+    for (uint32_t i = 0; i < 4; i++) {
+        for (size_t j = 0; j < SIZE; j++) text[j] = "ab.'s  \n \n\xC2\xA0"[random_word(9, 4, i, j) % 12];
+        whole.n = parts.n = 0;
+        encode_part(&whole, white, text, SIZE);
+        encode(&parts, white, text, SIZE);
+        different += !same_tokens(&parts, whole.id, whole.n);
+    }
+    check_equal("texts that have other tokens in parts than whole", (double)different, 0);
+    memset(text, 'x', SIZE); /* no place to cut */
+    whole.n = parts.n = 0;
+    encode_part(&whole, t, text, SIZE);
+    encode(&parts, t, text, SIZE);
+    check_true("a word too long for a part has the same tokens", same_tokens(&parts, whole.id, whole.n));
+
+    decode(&length, t, (int)t->vocabulary);
+    check_equal("an id behind the vocabulary decodes to nothing", (double)length, 0);
+    decode(&length, t, -1);
+    check_equal("so does a negative one", (double)length, 0);
+    whole.n = 0;
+    encode(&whole, bytes, "a<|endoftext|>\xFF", 15);
+    const int expected[3] = {'a', 256, 255};
+    check_true("bytes: <|endoftext|> is 256", bytes->vocabulary == 257 && same_tokens(&whole, expected, 3));
+    free(text), free(whole.id), free(parts.id), free(invalid.id);
+    tokenizer_close(t), tokenizer_close(bytes), tokenizer_close(white);
+    close_folder(f);
+}
+
+/* O(n log n): a rescan of the word for each merge would take days. 2^20 letters merge into eights. */
+static void test_encode_long_word(void)
+{
+    enum { SIZE = 1 << 20 };
+    static const char *const more[] = {"aa", "aaaa", "aaaaaaaa"};
+    TextFolder *f = open_folder("encode_long_word");
+    write_vocabulary(f, more, 3);
+    write_string(f, "merges.txt", "#version: 0.2\na a\naa aa\naaaa aaaa\n");
+    Tokenizer *t = tokenizer_open(f->path);
+    Tokens tokens = {NULL, 0, 0};
+    char *text = (char *)xcalloc(SIZE + 7, 1);
+    memset(text, 'a', SIZE + 7);
+    encode(&tokens, t, text, SIZE + 7);
+    check_equal("tokens of 2^20 + 7 letters: eights, then 4 2 1", (double)tokens.n, SIZE / 8 + 3);
+    const int last[] = {258, 257, 256, t->byte_id['a']};
+    check_true("the short ones come last", tokens.n > 4 && !memcmp(tokens.id + tokens.n - 4, last, sizeof(last)));
+    check_equal("no <|endoftext|> in this vocabulary", t->end_of_text, -1);
+    free(text), free(tokens.id);
+    tokenizer_close(t);
+    close_folder(f);
+}
+
+static void open_tokenizer(void *folder) { tokenizer_close(tokenizer_open(((TextFolder *)folder)->path)); }
+
+static void test_tokenizer_refuses(void)
+{
+    static const char *const more[] = {"ab", "xyz"};
+    static const struct {
+        const char *what, *vocabulary, *message;
+    } bad[] = {
+        {"an array", "[]", "not a JSON object"},
+        {"no tokens", "{}", "not a JSON object"},
+        {"an id given twice", "{\"a\":0,\"b\":0}", "given twice"},
+        {"an id too large", "{\"a\":0,\"b\":2}", "below 2"},
+        {"a negative id", "{\"a\":-1,\"b\":1}", "below 2"},
+        {"half an id", "{\"a\":0.5,\"b\":1}", "below 2"},
+        {"a word for an id", "{\"a\":\"0\"}", "below 1"},
+        {"a blank in a name", "{\"a b\":0}", "alphabet"},
+        {"a name of other letters", "{\"\xE6\xB0\xB4\":0}", "alphabet"},
+        {"an empty name", "{\"\":0}", "alphabet"},
+        {"a token given twice", "{\"a\":0,\"a\":1}", "twice"},
+        {"missing bytes", "{\"!\":0}", "0x00"},
+        {"half a file", "{\"a\":0,", "JSON"},
+    };
+    static const char *const bad_merges[][3] = {
+        {"one token in a line", "a b\nab\n", "line 2: expected two"},
+        {"three tokens", "a b c\n", "line 1: expected two"},
+        {"a second blank", "a  b\n", "line 1: expected two"},
+        {"a name of other letters", "#version: 0.2\na \xE6\xB0\xB4\n", "line 2: expected two"},
+        {"an unknown left token", "xy z\n", "line 1: the left token"},
+        {"an unknown right token", "x yz\n", "line 1: the right token"},
+        {"an unknown result", "b a\n", "line 1: what the two tokens merge into"},
+        {"a merge given twice", "a b\na b\n", "merges 0 and 1"},
+    };
+    TextFolder *f = open_folder("tokenizer_refuses");
+    check_dies("no vocab.json", open_tokenizer, f, "vocab.json");
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+        write_string(f, "vocab.json", bad[i].vocabulary);
+        check_dies(bad[i].what, open_tokenizer, f, bad[i].message);
+    }
+    write_vocabulary(f, more, 2);
+    check_dies("no merges.txt", open_tokenizer, f, "merges.txt");
+    for (size_t i = 0; i < sizeof(bad_merges) / sizeof(bad_merges[0]); i++) {
+        write_string(f, "merges.txt", bad_merges[i][1]);
+        check_dies(bad_merges[i][0], open_tokenizer, f, bad_merges[i][2]);
+    }
+
+    /* the older names, and lines that end as on Windows */
+    write_string(f, "vocab.bpe", "#version: 0.2\r\na b\r\n\r\n");
+    if (rename(text_path(f, "vocab.json"), text_path(f, "encoder.json"))) die("rename: %s", strerror(errno));
+    Tokenizer *t = tokenizer_open(f->path);
+    Tokens tokens = {NULL, 0, 0};
+    encode(&tokens, t, "ab", 2);
+    check_true("encoder.json and vocab.bpe are read", tokens.n == 1 && tokens.id[0] == 256);
+    check_true("<|endoftext|> is text to a vocabulary without it", round_trips(t, "a<|endoftext|>b", 15));
+    free(tokens.id);
+    tokenizer_close(t);
+    close_folder(f);
+}
+
+/* ---- Documents */
+
+/* Whether a corpus reads as this text, in which '|' stands for <|endoftext|> (the tokenizer is that of bytes). */
+static int reads_as(const Corpus *c, const char *expected)
+{
+    Tokens tokens = {NULL, 0, 0};
+    corpus_tokens(&tokens, c);
+    int ok = tokens.n == strlen(expected) && c->tokens == tokens.n;
+    for (size_t i = 0; ok && i < tokens.n; i++) ok = tokens.id[i] == (expected[i] == '|' ? 256 : expected[i]);
+    if (!ok)
+        for (size_t i = 0; i < tokens.n; i++) putchar(tokens.id[i] < 256 ? tokens.id[i] : '|');
+    free(tokens.id);
+    return ok;
+}
+
+static void test_corpus_of_files(void)
+{
+    TextFolder *f = open_folder("corpus_of_files");
+    Tokenizer *t = tokenizer_bytes();
+    write_string(f, "z.txt", "zz<|endoftext|>");
+    write_string(f, "b.txt", "one<|endoftext|><|endoftext|>two");
+    write_string(f, ".hidden", "hidden");
+    write_bytes(f, "picture", "PNG\0\1\2", 6);
+    write_string(f, "empty", "");
+    mkdir(text_path(f, "c"), 0700);
+    write_string(f, "c/2.txt", "c2");
+    write_string(f, "c/1.txt", "c1");
+    if (symlink(".", text_path(f, "c/loop"))) die("symlink: %s", strerror(errno));
+    const char *folder[] = {f->path}, *files[] = {text_path(f, "z.txt"), text_path(f, "c")};
+    Corpus *c = corpus_open(folder, 1, t, 257);
+    check_true("a folder: by name, folders in it too, the rest skipped", reads_as(c, "one|two|c1|c2|zz|"));
+    check_equal("documents", (double)c->documents, 5);
+    corpus_close(c);
+    c = corpus_open(files, 2, t, 257);
+    check_true("a list: in its order", reads_as(c, "zz|c1|c2|"));
+    corpus_close(c);
+    t->end_of_text = -1;
+    c = corpus_open(files + 1, 1, t, 257);
+    check_true("no <|endoftext|> in the vocabulary: nothing is added", reads_as(c, "c1c2"));
+    corpus_close(c);
+    tokenizer_close(t);
+    close_folder(f);
+}
+
+/* Writes PREFIX.bin and .idx piece by piece, as the format's description says. */
+typedef struct {
+    char bytes[4096];
+    size_t n;
+} Buffer;
+
+static void append(Buffer *b, long long x, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i++) b->bytes[b->n++] = (char)((unsigned long long)x >> 8 * i);
+}
+
+/* Two documents of three sequences, {1 2 3 | 4 5} and {6}, in 16 or 32 bits. Field `broken` is wrong; 0: none. */
+enum {
+    BAD_MAGIC = 1, BAD_VERSION, BAD_TYPE, BAD_SEQUENCES, BAD_SEQUENCES_HUGE, BAD_MARKS, BAD_SIZE_NEGATIVE,
+    BAD_SIZE_LONG, BAD_POINTER, BAD_POINTER_ODD, BAD_FIRST_MARK, BAD_LAST_MARK, BAD_MARK_LARGE, BAD_MARK_BACK,
+    BAD_CUT, BAD_LONGER, BAD_BIN_CUT, BAD_BIN_LONGER, BAD_TOKEN, BAD_NEGATIVE_TOKEN, BAD_NO_BIN, BAD_COUNT
+};
+
+static void write_index(TextFolder *f, size_t width, int broken)
+{
+    Buffer idx = {{0}, 0}, bin = {{0}, 0};
+    memcpy(idx.bytes, broken == BAD_MAGIC ? "TNTIDX\0\0\0" : "MMIDIDX\0\0", 9), idx.n = 9;
+    append(&idx, broken == BAD_VERSION ? 2 : 1, 8);
+    append(&idx, broken == BAD_TYPE ? 5 : width == 2 ? 8 : 4, 1);
+    append(&idx, broken == BAD_SEQUENCES ? 4 : broken == BAD_SEQUENCES_HUGE ? 0x4000000000000003 : 3, 8);
+    append(&idx, broken == BAD_MARKS ? 0x2000000000000003 : broken == BAD_MARK_BACK ? 4 : 3, 8);
+    append(&idx, broken == BAD_SIZE_NEGATIVE ? -3 : 3, 4), append(&idx, 2, 4);
+    append(&idx, broken == BAD_SIZE_LONG ? 9 : 1, 4);
+    append(&idx, 0, 8);
+    append(&idx, (broken == BAD_POINTER ? 2 : 3) * (long long)width + (broken == BAD_POINTER_ODD), 8);
+    append(&idx, 5 * (long long)width, 8);
+    append(&idx, broken == BAD_FIRST_MARK, 8), append(&idx, broken == BAD_MARK_LARGE ? 4 : 2, 8);
+    if (broken == BAD_MARK_BACK) append(&idx, 1, 8);
+    append(&idx, broken == BAD_LAST_MARK ? 2 : 3, 8);
+    if (broken == BAD_LONGER) append(&idx, 0, 1);
+    for (int i = 1; i <= 6; i++)
+        append(&bin, i == 4 && broken == BAD_TOKEN ? 257 : i == 4 && broken == BAD_NEGATIVE_TOKEN ? -1 : i, width);
+    if (broken == BAD_BIN_LONGER) append(&bin, 0, width);
+    write_bytes(f, "data.idx", idx.bytes, broken == BAD_CUT ? 20 : idx.n);
+    write_bytes(f, "data.bin", bin.bytes, broken == BAD_BIN_CUT ? bin.n - 1 : bin.n);
+    if (broken == BAD_NO_BIN) remove(text_path(f, "data.bin"));
+}
+
+static void open_data(void *folder)
+{
+    const char *path = text_path((TextFolder *)folder, "data");
+    corpus_close(corpus_open(&path, 1, tokenizer_bytes(), 257));
+}
+
+static void test_indexed_dataset(void)
+{
+    static const char *const refused[BAD_COUNT][2] = {
+        {NULL, NULL}, {"another magic", "MMIDIDX"}, {"version 2", "version 1"}, {"type int64", "int64"},
+        {"more sequences than there are", "damaged"}, {"sequences that overflow", "damaged"},
+        {"marks that overflow", "damaged"}, {"a negative size", "sequence 0"}, {"a size too large", "sequence 2"},
+        {"a pointer back", "sequence 1"}, {"an odd pointer", "sequence 1"}, {"marks that begin at 1", "from 0"},
+        {"marks that end early", "from 0"}, {"a mark too large", "mark 1"}, {"a mark back", "mark 2"},
+        {"half a header", "MMIDIDX"},
+        {"a longer index", "damaged"}, {"a short .bin", "sequence 2"}, {"a long .bin", "which has"},
+        {"a token outside the vocabulary", "token 257"}, {"a negative token", "token -1"}, {"no .bin", "data.bin"},
+    };
+    TextFolder *f = open_folder("indexed_dataset");
+    Tokenizer *t = tokenizer_bytes();
+    const char *prefix = text_path(f, "data"), *half = text_path(f, "data.idx");
+    for (size_t width = 2; width <= 4; width += 2) {
+        write_index(f, width, 0);
+        Corpus *c = corpus_open(&prefix, 1, t, 257);
+        check_true(width == 2 ? "uint16: two documents of three sequences" : "int32: the same",
+                   reads_as(c, "\1\2\3\4\5|\6|"));
+        corpus_close(c);
+        c = corpus_open(&half, 1, t, 257);
+        check_true("named by its .idx", reads_as(c, "\1\2\3\4\5|\6|"));
+        corpus_close(c);
+    }
+    for (int broken = 1; broken < BAD_COUNT; broken++) {
+        write_index(f, 4, broken);
+        check_dies(refused[broken][0], open_data, f, refused[broken][1]);
+    }
+
+    /* what is written: as the description says, and read back the same */
+    write_string(f, "text", "abc<|endoftext|>de");
+    const char *text = text_path(f, "text");
+    for (size_t vocabulary = 65499; vocabulary <= 65500; vocabulary++) { /* Megatron takes 16 bits below 65500 */
+        size_t width = vocabulary < 65500 ? 2 : 4;
+        Buffer expected = {"MMIDIDX\0", 9};
+        append(&expected, 1, 8), append(&expected, width == 2 ? 8 : 4, 1);
+        append(&expected, 2, 8), append(&expected, 3, 8);                     /* two sequences, three marks */
+        append(&expected, 4, 4), append(&expected, 3, 4);                     /* "abc|", "de|" */
+        append(&expected, 0, 8), append(&expected, 4 * (long long)width, 8);
+        append(&expected, 0, 8), append(&expected, 1, 8), append(&expected, 2, 8);
+        Corpus *c = corpus_open(&text, 1, t, vocabulary);
+        corpus_write(c, prefix);
+        corpus_close(c);
+        Map idx = map_file(text_path(f, "data.idx"));
+        check_true(width == 2 ? "the index of a written dataset, uint16" : "the same, int32",
+                   idx.size == expected.n && !memcmp(idx.data, expected.bytes, expected.n));
+        unmap_file(idx);
+        c = corpus_open(&prefix, 1, t, 257);
+        check_true("it reads as it was written", reads_as(c, "abc|de|"));
+        corpus_close(c);
+    }
+    check_true("no temporary file is left",
+               !file_exists(f->path, "data.bin.tmp") && !file_exists(f->path, "data.idx.tmp"));
+    tokenizer_close(t);
+    close_folder(f);
+}
+
+static void open_nothing(void *path)
+{
+    const char *paths[] = {(const char *)path};
+    corpus_open(paths, 1, tokenizer_bytes(), 257);
+}
+
+static void open_with_small_vocabulary(void *path)
+{
+    const char *paths[] = {(const char *)path};
+    Tokenizer *t = tokenizer_bytes();
+    t->end_of_text = -1;
+    corpus_open(paths, 1, t, 'd');
+}
+
+static void open_without_end_of_text(void *path)
+{
+    const char *paths[] = {(const char *)path};
+    corpus_open(paths, 1, tokenizer_bytes(), 256);
+}
+
+static void write_nowhere(void *path)
+{
+    const char *paths[] = {(const char *)path};
+    corpus_write(corpus_open(paths, 1, tokenizer_bytes(), 257), "/nonexistent/folder/data");
+}
+
+static void test_corpus_refuses(void)
+{
+    TextFolder *f = open_folder("corpus_refuses");
+    write_string(f, "text", "abcd");
+    write_string(f, "empty", "");
+    const char *text = text_path(f, "text");
+    check_dies("a path to nothing", open_nothing, (void *)text_path(f, "absent"), "absent");
+    check_dies("an empty file", open_nothing, (void *)text_path(f, "empty"), "no text");
+    check_dies("a token outside the model's vocabulary", open_with_small_vocabulary, (void *)text, "token 100");
+    check_dies("<|endoftext|> outside of it", open_without_end_of_text, (void *)text, "256");
+    check_dies("a folder to write to that is not there", write_nowhere, (void *)text, "/nonexistent");
+    close_folder(f);
+}
+
+/* ---- Samples */
+
+/* A corpus whose token number i is i: documents of `lengths`, no <|endoftext|>. */
+static Corpus *counting_corpus(TextFolder *f, const size_t *lengths, size_t n)
+{
+    size_t total = 0;
+    for (size_t i = 0; i < n; i++) total += lengths[i];
+    FILE *bin = fopen(text_path(f, "count.bin"), "wb"), *idx = fopen(text_path(f, "count.idx"), "wb");
+    fwrite("MMIDIDX\0", 9, 1, idx);
+    uint64_t head[3] = {1, n, n + 1}, at = 0, four = 4;
+    fwrite(&head[0], 8, 1, idx), fwrite(&four, 1, 1, idx), fwrite(&head[1], 8, 2, idx);
+    for (size_t i = 0; i < n; i++) fwrite(&lengths[i], 4, 1, idx);
+    for (size_t i = 0; i < n; at += 4 * lengths[i++]) fwrite(&at, 8, 1, idx);
+    for (uint64_t i = 0; i <= n; i++) fwrite(&i, 8, 1, idx);
+    for (uint32_t i = 0; i < total; i++) fwrite(&i, 4, 1, bin);
+    fclose(bin), fclose(idx);
+    Tokenizer *t = tokenizer_bytes();
+    t->end_of_text = -1;
+    const char *prefix = text_path(f, "count");
+    Corpus *c = corpus_open(&prefix, 1, t, total);
+    tokenizer_close(t);
+    return c;
+}
+
+enum { DOCUMENTS = 60 };
+
+static void test_samples(void)
+{
+    enum { T = 7 };
+    TextFolder *f = open_folder("samples");
+    size_t lengths[DOCUMENTS], total = 0, document_of[DOCUMENTS * 40];
+    for (size_t i = 0; i < DOCUMENTS; i++) {
+        lengths[i] = 1 + random_word(3, 0, 0, i) % 30;
+        for (size_t j = 0; j < lengths[i]; j++) document_of[total++] = i;
+    }
+    while (total % T) /* so that the last piece lacks its label */
+        lengths[DOCUMENTS - 1]++, document_of[total++] = DOCUMENTS - 1;
+    Corpus *c = counting_corpus(f, lengths, DOCUMENTS);
+    Dataset *d = dataset_open(c, 0, 0, T, 42);
+    size_t samples = total / T - 1;
+    check_equal("samples in an epoch: (tokens - 1) / T", (double)d->samples, (double)samples);
+
+    int *all = (int *)xcalloc(3 * samples * (T + 1), sizeof(int));
+    for (size_t n = 0; n < 3 * samples; n++) dataset_sample(d, n, all + n * (T + 1));
+    for (int epoch = 0; epoch < 3; epoch++) {
+        const int *first = all + (size_t)epoch * samples * (T + 1);
+        int *seen = (int *)xcalloc(total, sizeof(int)), *heads = (int *)xcalloc(total, sizeof(int));
+        size_t twice = 0, jumps = 0, headless = 0, in_order = 0, neighbours = 0;
+        for (size_t n = 0; n < samples; n++) {
+            const int *s = first + n * (T + 1);
+            heads[s[0]] = 1;
+            for (size_t t = 0; t < T; t++) {
+                twice += seen[s[t]]++;
+                /* the next token of the document, or from a document's end to a document's beginning */
+                size_t a = (size_t)s[t], b = (size_t)s[t + 1];
+                int ends = a + 1 == total || document_of[a + 1] != document_of[a];
+                int begins = b == 0 || document_of[b - 1] != document_of[b];
+                jumps += ends ? !begins : b != a + 1;
+                neighbours += ends && b == a + 1;
+            }
+            in_order += n + 1 < samples && s[T] == s[T + 1];
+        }
+        for (size_t n = 0; n < samples; n++) headless += !heads[first[n * (T + 1) + T]];
+        check_equal("tokens that are inputs twice in an epoch", (double)twice, 0);
+        check_equal("breaks within a document", (double)jumps, 0);
+        check_equal("labels at the end that open no other sample: the last", (double)headless, 1);
+        check_true("samples are shuffled", in_order < samples / 5);
+        check_true("documents are shuffled", neighbours < DOCUMENTS / 5);
+        free(seen), free(heads);
+    }
+    check_true("epochs differ", memcmp(all, all + samples * (T + 1), samples * (T + 1) * sizeof(int)) != 0);
+
+    /* any sample at once, as after a resume; another seed gives another order */
+    Dataset *again = dataset_open(c, 0, 0, T, 42), *other = dataset_open(c, 0, 0, T, 43);
+    size_t wrong = 0, equal = 0;
+    for (uint32_t i = 0; i < 100; i++) {
+        size_t n = random_word(5, 0, 0, i) % (3 * samples);
+        int s[T + 1];
+        dataset_sample(again, n, s);
+        wrong += memcmp(s, all + n * (T + 1), sizeof(s)) != 0;
+        dataset_sample(other, n, s);
+        equal += memcmp(s, all + n * (T + 1), sizeof(s)) == 0;
+    }
+    check_equal("samples that depend on what was read before", (double)wrong, 0);
+    check_true("another seed, other samples", equal < 10);
+    dataset_close(again), dataset_close(other), dataset_close(d);
+    free(all);
+    corpus_close(c);
+    close_folder(f);
+}
+
+typedef struct {
+    Dataset *dataset;
+    const int *expected;
+    size_t first, n, wrong;
+} Reader;
+
+static void *read_samples(void *arg)
+{
+    Reader *r = (Reader *)arg;
+    int s[9];
+    for (size_t i = 0; i < r->n; i++) {
+        size_t n = (r->first + i * 7) % r->n; /* several epochs, in another order for each thread */
+        dataset_sample(r->dataset, n, s);
+        r->wrong += memcmp(s, r->expected + n * 9, sizeof(s)) != 0;
+    }
+    return NULL;
+}
+
+static void test_samples_from_threads(void)
+{
+    TextFolder *f = open_folder("samples_from_threads");
+    size_t lengths[3] = {50, 31, 20}, n;
+    Corpus *c = counting_corpus(f, lengths, 3);
+    Dataset *d = dataset_open(c, 0, 0, 8, 1);
+    n = 1000 * d->samples + 1; /* not a multiple of 7 */
+    int *expected = (int *)xcalloc(n * 9, sizeof(int));
+    for (size_t i = 0; i < n; i++) dataset_sample(d, i, expected + i * 9);
+    pthread_t thread[4];
+    Reader reader[4];
+    size_t wrong = 0;
+    for (size_t i = 0; i < 4; i++) {
+        Reader r = {d, expected, i * 101, n, 0};
+        reader[i] = r;
+        if (pthread_create(&thread[i], NULL, read_samples, &reader[i])) die("no thread");
+    }
+    for (size_t i = 0; i < 4; i++) pthread_join(thread[i], NULL), wrong += reader[i].wrong;
+    check_equal("wrong samples when four threads read at once", (double)wrong, 0);
+    free(expected);
+    dataset_close(d);
+    corpus_close(c);
+    close_folder(f);
+}
+
+static void open_too_long(void *corpus) { dataset_open((Corpus *)corpus, 0, 0, 101, 1); }
+static void open_too_little_held_out(void *corpus) { dataset_open((Corpus *)corpus, 5, 1, 5, 1); }
+
+static void test_held_out(void)
+{
+    TextFolder *f = open_folder("held_out");
+    size_t lengths[3] = {50, 31, 20};
+    Corpus *c = counting_corpus(f, lengths, 3);
+    for (int held_out = 0; held_out < 2; held_out++) { /* 30 % of 101 tokens: 30, so the cut is inside a document */
+        Dataset *d = dataset_open(c, 30, held_out, 1, 9);
+        int s[2], seen[101] = {0}, wrong = 0;
+        for (size_t n = 0; n < d->samples; n++) {
+            dataset_sample(d, n, s);
+            seen[s[0]] = seen[s[1]] = 1;
+        }
+        for (int i = 0; i < 101; i++) wrong += seen[i] != (held_out ? i >= 71 : i < 71);
+        check_equal(held_out ? "tokens held out" : "tokens to train on", (double)d->tokens, held_out ? 30 : 71);
+        check_equal("tokens in the wrong part", wrong, 0);
+        dataset_close(d);
+    }
+    check_dies("too few tokens", open_too_long, c, "101 tokens, but a sample of 101 needs 102");
+    check_dies("too few held out", open_too_little_held_out, c, "held-out text has 5 tokens");
+    Dataset *d = dataset_open(c, 0, 0, 100, 1); /* exactly enough */
+    check_equal("one sample of all tokens", (double)d->samples, 1);
+    dataset_close(d);
+    corpus_close(c);
+
+    /* the cut just before and just behind an <|endoftext|>, and inside a document that has none of its own */
+    Tokenizer *t = tokenizer_bytes();
+    write_string(f, "text", "abc<|endoftext|>def");
+    const char *text = text_path(f, "text");
+    c = corpus_open(&text, 1, t, 257);
+    for (int cut = 3; cut <= 6; cut++) {
+        Dataset *left = dataset_open(c, 100 * (8 - cut) / 8., 0, (size_t)cut - 1, 1);
+        Dataset *right = dataset_open(c, 100 * (8 - cut) / 8., 1, (size_t)(8 - cut) - 1, 1);
+        size_t ends = 0;
+        int s[8];
+        dataset_sample(left, 0, s);
+        for (int i = 0; i < cut; i++) ends += s[i] == 256;
+        check_equal("<|endoftext|> left of the cut", (double)ends, cut > 3);
+        dataset_sample(right, 0, s);
+        for (int i = 0; i < 8 - cut; i++) ends += s[i] == 256;
+        check_equal("and in all", (double)ends, 2);
+        dataset_close(left), dataset_close(right);
+    }
+    corpus_close(c);
+    tokenizer_close(t);
+    close_folder(f);
+}
+
+/* 12000 shuffles of 5 elements over their 120 orders: chi squared has mean 119 and deviation 15.4; 200 is 5 such. */
+static void test_shuffle(void)
+{
+    size_t x[1000], seen[1000] = {0}, count[3125] = {0}, orders = 0, missing = 0;
+    double chi_squared = 0;
+    shuffle(x, 1000, 1, SITE_SHUFFLE, 0);
+    for (size_t i = 0; i < 1000; i++) seen[x[i] % 1000]++;
+    for (size_t i = 0; i < 1000; i++) missing += seen[i] != 1;
+    check_equal("elements that a permutation of 1000 misses or repeats", (double)missing, 0);
+    for (uint32_t epoch = 0; epoch < 12000; epoch++) {
+        shuffle(x, 5, 2, SITE_SHUFFLE, epoch);
+        count[x[0] + 5 * (x[1] + 5 * (x[2] + 5 * (x[3] + 5 * x[4])))]++;
+    }
+    for (size_t i = 0; i < 3125; i++)
+        if (count[i]) orders++, chi_squared += ((double)count[i] - 100) * ((double)count[i] - 100) / 100;
+    check_equal("orders of 5 elements that occur", (double)orders, 120);
+    check("chi squared of how often they do", chi_squared, 200);
+}
+
+/* ---- Chapter 9's texts */
+
+static void test_detokenise(void)
+{
+    Map map = map_file(REFERENCE "/detokenise.jsonl");
+    size_t cases = 0, wrong = 0, miscounted = 0;
+    for (const char *line = map.data, *end; line < map.data + map.size; line = end + 1, cases++) {
+        end = (const char *)memchr(line, '\n', (size_t)(map.data + map.size - line));
+        Json json = json_parse(line, (size_t)(end - line), REFERENCE "/detokenise.jsonl");
+        const JsonValue *text = json_get(&json, json.value, "text");
+        const JsonValue *expected = json_get(&json, json.value, "expected");
+        char *copy = (char *)xcalloc(text->length + 1, 1);
+        memcpy(copy, text->string, text->length);
+        miscounted += wikitext_original_tokens(copy, text->length) != json_get(&json, json.value, "words")->number;
+        size_t n = wikitext_detokenise(copy, text->length);
+        int ok = n == expected->length && !memcmp(copy, expected->string, n);
+        if (!ok) printf("    %.*s\n", (int)(end - line), line);
+        wrong += !ok;
+        free(copy);
+        json_free(&json);
+    }
+    check_true("more than 140 cases were read", cases > 140);
+    check_equal("texts detokenised otherwise than by Python", (double)wrong, 0);
+    check_equal("texts whose words are counted otherwise", (double)miscounted, 0);
+    unmap_file(map);
+    char *many = (char *)xcalloc(1 << 20, 1); /* no sign that closes: must not be looked for again and again */
+    memset(many, '(', 1 << 20);
+    check_equal("a million opening brackets", (double)wikitext_detokenise(many, 1 << 20), 1 << 20);
+    free(many);
+}
+
+static void test_windows(void)
+{
+    size_t wrong = 0, blind = 0, sparse = 0, bad_count = 0, texts = 0;
+    for (size_t T = 1; T <= 9; T++)
+        for (size_t o = 1; o <= T; o++)
+            for (size_t n = 2; n < 40; n++, texts++) {
+                int text[40], tokens[10], times[40] = {0};
+                real weight[9];
+                for (size_t i = 0; i < n; i++) text[i] = (int)i;
+                size_t count = window_count(n - 1, o);
+                double rest = n - 1 > o ? (double)(n - 1 - o) : 0; /* Megatron's words for the count */
+                bad_count += (double)count != ceil(rest / (double)o) + 1;
+                for (size_t i = 0; i < count; i++) {
+                    window_fill(tokens, weight, text, n, i, T, o, -1);
+                    for (size_t t = 0; t < T; t++) {
+                        if (weight[t] == 0) continue;
+                        if (weight[t] != 1 || tokens[t + 1] != (int)(i * o + t + 1)) wrong++;
+                        else times[tokens[t + 1]]++;
+                        sparse += t < T - o && i > 0; /* too little text before it */
+                    }
+                    for (size_t t = 0; t <= T; t++) blind += tokens[t] != (i * o + t < n ? (int)(i * o + t) : -1);
+                }
+                for (size_t i = 1; i < n; i++) wrong += times[i] != 1;
+            }
+    check_equal("texts and windows tried", (double)texts, 45 * 38);
+    check_equal("targets not scored exactly once", (double)wrong, 0);
+    check_equal("targets scored with too little before them", (double)sparse, 0);
+    check_equal("wrong tokens in windows", (double)blind, 0);
+    check_equal("wrong counts of windows", (double)bad_count, 0);
+    check_equal("windows of a text of one token", (double)window_count(0, 32), 1);
+
+    enum { N = 270330, LENGTH = 1024 };
+    int *text = (int *)xcalloc(N, sizeof(int)), tokens[LENGTH + 1];
+    real weight[LENGTH];
+    size_t windows = window_count(N - 1, 32), empty = 0;
+    double scored = 0;
+    for (size_t i = 0; i < windows; i++) {
+        double sum = 0;
+        window_fill(tokens, weight, text, N, i, LENGTH, 32, 0);
+        for (size_t t = 0; t < LENGTH; t++) sum += (double)weight[t];
+        empty += sum == 0, scored += sum;
+    }
+    check_equal("[P52] windows of WikiText-103", (double)windows, 8448);
+    check_equal("[P52] that score nothing", (double)empty, 31);
+    check_equal("[P51] targets scored", scored, 270329);
+    free(text);
+}
+
+static void open_lambada(void *path)
+{
+    Tokenizer *t = tokenizer_bytes();
+    lambada_open((const char *)path, t);
+}
+
+static void test_lambada(void)
+{
+    static const char *const bad[][3] = {
+        {"not JSON", "{\"text\": \"a b\"}\n{\"text\": \"a b\n", "line 2"},
+        {"no text", "{\"text\": \"a b\"}\n\n{\"txt\": \"a b\"}\n", "line 3"},
+        {"a number", "{\"text\": 5}", "line 1: expected"},
+        {"an array", "[\"text\"]", "line 1: expected"},
+        {"one word", "{\"text\": \" word \"}\n", "two words"},
+        {"no word", "{\"text\": \" \"}\n", "two words"},
+        {"no lines", "\n \n", "no examples"},
+    };
+    TextFolder *f = open_folder("lambada");
+    Tokenizer *t = tokenizer_bytes();
+    write_string(f, "l", "{\"text\": \"So she saw.\\n The  sea \"}\r\n"
+                         "\n"
+                         "{\"n\": 1, \"text\": \"\\u3000a b\\u00a0c\"}");
+    Lambada l = lambada_open(text_path(f, "l"), t);
+    const char *first = "So she saw.\n The sea", *second = "a b c"; /* context and label, a token a byte */
+    check_equal("examples", (double)l.n, 2);
+    check_equal("context of the first: the text before its last word, stripped", (double)l.example[0].context, 16);
+    check_equal("label: the word, with one blank before it", (double)l.example[0].label, 4);
+    check_equal("context of the second: between white space of other kinds", (double)l.example[1].context, 3);
+    check_equal("label", (double)l.example[1].label, 2);
+
+    int tokens[33];
+    real weight[32];
+    size_t wrong = 0;
+    for (size_t i = 0; i < 20; i++) wrong += l.tokens.id[l.example[0].first + i] != first[i];
+    for (size_t i = 0; i < 5; i++) wrong += l.tokens.id[l.example[1].first + i] != second[i];
+    check_equal("wrong tokens", (double)wrong, 0);
+    lambada_fill(tokens, weight, &l, 0, 32, -7);
+    for (int i = 0; i < 33; i++) wrong += tokens[i] != (i < 20 ? first[i] : -7);
+    for (int i = 0; i < 32; i++) wrong += weight[i] != (i >= 15 && i < 19); /* the labels are tokens 16..19 */
+    check_equal("wrong tokens or weights of an example", (double)wrong, 0);
+    lambada_fill(tokens, weight, &l, 0, 9, -7); /* too long: its last 10 tokens */
+    for (int i = 0; i < 10; i++) wrong += tokens[i] != first[10 + i];
+    for (int i = 0; i < 9; i++) wrong += weight[i] != (i >= 5);
+    check_equal("and of one that is longer than a window", (double)wrong, 0);
+    lambada_close(&l);
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+        write_string(f, "bad", bad[i][1]);
+        check_dies(bad[i][0], open_lambada, (void *)text_path(f, "bad"), bad[i][2]);
+    }
+    tokenizer_close(t);
+    close_folder(f);
+}
+
+#define SHARED "../shared/data"
+
+/* The paper's own figures, where the data is at hand [P51, P52, P53, P55]. */
+static void test_benchmark_texts(void)
+{
+    if (access(SHARED "/gpt2_tokenizer/vocab.json", F_OK)) {
+        skip("there is no " SHARED);
+        return;
+    }
+    Tokenizer *t = tokenizer_open(SHARED "/gpt2_tokenizer");
+    check_equal("GPT-2's vocabulary", (double)t->vocabulary, 50257);
+    check_equal("its <|endoftext|>", t->end_of_text, 50256);
+
+    Map map = map_file(SHARED "/wikitext103_test.txt");
+    char *text = (char *)xcalloc(map.size, 1);
+    Tokens tokens = {NULL, 0, 0};
+    memcpy(text, map.data, map.size);
+    check_equal("[P51] WikiText-103's original tokens", (double)wikitext_original_tokens(text, map.size), 245566);
+    encode(&tokens, t, text, map.size);
+    check_equal("tokens before detokenising", (double)tokens.n, 285234);
+    check_true("they decode to the text", round_trips(t, text, map.size));
+    tokens.n = 0;
+    encode(&tokens, t, text, wikitext_detokenise(text, map.size));
+    check_equal("[P51] tokens", (double)tokens.n, 270330);
+    check_equal("[P52] windows", (double)window_count(tokens.n - 1, 32), 8448);
+    unmap_file(map);
+    free(text), free(tokens.id);
+
+    Lambada l = lambada_open(SHARED "/lambada_test.jsonl", t);
+    size_t labels[6] = {0}, longest = 0;
+    for (size_t i = 0; i < l.n; i++) {
+        labels[min_size(l.example[i].label, 5)]++;
+        longest = max_size(longest, l.example[i].context + l.example[i].label);
+    }
+    check_equal("[P55] LAMBADA's examples", (double)l.n, 5153);
+    check_equal("[P55] labels of one token", (double)labels[1], 4013);
+    check_equal("of two", (double)labels[2], 913);
+    check_equal("of three", (double)labels[3], 208);
+    check_equal("of four", (double)labels[4], 16);
+    check_equal("of five", (double)labels[5], 3);
+    check_equal("the longest example", (double)longest, 224);
+    lambada_close(&l);
+    tokenizer_close(t);
+}
+
 /* ---- The table of tests -------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -1121,6 +2011,22 @@ static const Test tests[] = {
     {"adamw",              "P32", test_adamw, 1, 1},
     {"reductions",         "sums of squares, reduce_slice", test_reductions, 1, 1},
     {"threads",            "operators do not depend on the number of threads", test_threads, 1, 0},
+    {"encode_reference",   "BPE against Hugging Face's", test_encode_reference, 1, 0},
+    {"encode_brute_force", "", test_encode_brute_force, 1, 0},
+    {"encode_any_bytes",   "", test_encode_any_bytes, 1, 0},
+    {"encode_long_word",   "", test_encode_long_word, 1, 0},
+    {"tokenizer_refuses",  "", test_tokenizer_refuses, 1, 0},
+    {"corpus_of_files",    "", test_corpus_of_files, 1, 0},
+    {"indexed_dataset",    "", test_indexed_dataset, 1, 0},
+    {"corpus_refuses",     "", test_corpus_refuses, 1, 0},
+    {"samples",            "", test_samples, 1, 0},
+    {"samples_from_threads", "", test_samples_from_threads, 1, 0},
+    {"held_out",           "", test_held_out, 1, 0},
+    {"shuffle",            "", test_shuffle, 1, 0},
+    {"detokenise",         "", test_detokenise, 1, 0},
+    {"windows",            "P52 P53", test_windows, 1, 0},
+    {"lambada",            "P55", test_lambada, 1, 0},
+    {"benchmark_texts",    "P51 P55, with ../shared/data", test_benchmark_texts, 1, 0},
 };
 /* clang-format on */
 enum { N_TESTS = sizeof tests / sizeof *tests };
