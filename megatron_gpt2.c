@@ -1599,6 +1599,1221 @@ static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type typ
 #endif /* GPT2_OPERATORS */
 
 /* ================================================================================================================
+ * Chapter 3. Ranks and collectives [§2.3, App. B.1]
+ *
+ * Every GPU of the paper is a thread here, called a rank. Rank code is written as if it were alone; ranks meet only in
+ * the collectives below, which bear their MPI and NCCL names. A Comm is one rank's view of a group; the group's Board
+ * is what its ranks share. The protocol of every collective is the same:
+ *
+ *     1. each rank posts its pointer and count on the board;      2. barrier: all posts can be read;
+ *     3. each rank reads the others' buffers and does its part;   4. barrier: the buffers are their owners' again.
+ *
+ * Sums run in rank order, and each element is summed by one rank only and then written to all: every run repeats bit
+ * for bit, and all ranks hold the same bits afterwards.
+ * ============================================================================================================= */
+
+enum { MAX_RANKS = 64 };
+
+/* Where in the model a rank is at work: for error messages and for `trace`. */
+typedef struct {
+    const char *operation; /* "attention", "loss", .. */
+    const char *paper;     /* the paper's place, "[§3 Fig.3b]" */
+    int layer;             /* -1 outside the layers */
+} Place;
+
+/* One collective as `trace` prints it. */
+typedef struct {
+    const char *op, *group;
+    size_t elements, bytes; /* of the message: what each rank passes in */
+    Place place;
+} Event;
+
+typedef struct {
+    Event *event;
+    size_t n, capacity;
+} Trace;
+
+/* A buffered one-way channel between two ranks: send waits while it is full, recv while it is empty. */
+typedef struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    int full;
+    void *data;
+    size_t capacity, bytes;
+} Mailbox;
+
+/* What one rank posts. */
+typedef struct {
+    const char *op;
+    void *x;
+    size_t n;
+    int type, world_rank;
+} Post;
+
+typedef struct {
+    int size, spin;
+    int arrived;         /* barrier: ranks that wait */
+    unsigned generation; /* barrier: how often it has opened */
+    pthread_mutex_t mutex;
+    pthread_cond_t opened;
+    Post post[MAX_RANKS];
+    Mailbox *mailbox; /* [from * size + to] */
+} Board;
+
+typedef struct {
+    int rank, size;
+    Board *board;
+    const char *name;   /* "tp", .. */
+    int world_rank;     /* this rank's number in the whole run */
+    const Place *place; /* set by the model code; NULL: unknown */
+    Trace *trace;       /* NULL: not recorded */
+} Comm;
+
+static size_t type_size(Type type)
+{
+    return type == ACT ? sizeof(act) : type == REAL_ARRAY ? sizeof(real) : sizeof(double);
+}
+
+static Board *board_create(int size)
+{
+    Board *board = (Board *)xcalloc(1, sizeof *board);
+    board->size = size;
+    board->spin = size <= sysconf(_SC_NPROCESSORS_ONLN) ? 4096 : 0; /* never burn a core that another rank needs */
+    board->mailbox = (Mailbox *)xcalloc((size_t)size * size, sizeof *board->mailbox);
+    pthread_mutex_init(&board->mutex, NULL);
+    pthread_cond_init(&board->opened, NULL);
+    for (int i = 0; i < size * size; i++) {
+        pthread_mutex_init(&board->mailbox[i].mutex, NULL);
+        pthread_cond_init(&board->mailbox[i].changed, NULL);
+    }
+    return board;
+}
+
+/* Called by one rank, after the last barrier of the group. */
+static void board_destroy(Board *board)
+{
+    for (int i = 0; i < board->size * board->size; i++) device_free(board->mailbox[i].data);
+    free(board->mailbox);
+    free(board);
+}
+
+/* No rank returns before all have come. Spins briefly, since ranks are usually close together, and then sleeps. */
+static void barrier(Comm *c)
+{
+    Board *b = c->board;
+    unsigned generation = __atomic_load_n(&b->generation, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&b->arrived, 1, __ATOMIC_ACQ_REL) == b->size) {
+        __atomic_store_n(&b->arrived, 0, __ATOMIC_RELAXED);
+        pthread_mutex_lock(&b->mutex); /* so that no rank falls asleep between its last look and our call */
+        __atomic_store_n(&b->generation, generation + 1, __ATOMIC_RELEASE);
+        pthread_cond_broadcast(&b->opened);
+        pthread_mutex_unlock(&b->mutex);
+        return;
+    }
+    for (int i = 0; i < b->spin; i++)
+        if (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) != generation) return;
+    pthread_mutex_lock(&b->mutex);
+    while (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) == generation) pthread_cond_wait(&b->opened, &b->mutex);
+    pthread_mutex_unlock(&b->mutex);
+}
+
+static void record(Comm *c, const char *op, size_t n, Type type)
+{
+    static const Place nowhere = {"-", "", -1};
+    Trace *trace = c->trace;
+    if (!trace) return;
+    if (trace->n == trace->capacity) {
+        trace->capacity = trace->capacity ? 2 * trace->capacity : 256;
+        trace->event = (Event *)realloc(trace->event, trace->capacity * sizeof *trace->event);
+        if (!trace->event) die("out of memory while tracing %zu events", trace->capacity);
+    }
+    Event *event = &trace->event[trace->n++];
+    event->op = op;
+    event->group = c->name;
+    event->elements = n;
+    event->bytes = n * type_size(type);
+    event->place = c->place ? *c->place : nowhere;
+}
+
+/* Steps 1 and 2 of the protocol. A program whose ranks disagree on what comes next is broken beyond repair: say who. */
+static void meet(Comm *c, const char *op, void *x, size_t n, Type type)
+{
+    Post *mine = &c->board->post[c->rank];
+    mine->op = op, mine->x = x, mine->n = n, mine->type = type, mine->world_rank = c->world_rank;
+    device_synchronize();
+    barrier(c);
+    for (int r = 0; r < c->size; r++) {
+        const Post *other = &c->board->post[r];
+        if (other->n != n || other->type != (int)type || strcmp(other->op, op))
+            die("ranks disagree in group %s: rank %d calls %s of %zu elements, rank %d calls %s of %zu", c->name,
+                c->world_rank, op, n, other->world_rank, other->op, other->n);
+    }
+    record(c, op, n, type);
+}
+
+static void part(Comm *c)
+{
+    device_synchronize();
+    barrier(c);
+}
+
+/* x[i] = x_0[i] op x_1[i] op .. over the ranks of the group, i < n, in place, on all ranks. Rank r reduces slice r for
+ * everyone: as in a ring all-reduce, 2 (t-1)/t n elements of each rank cross over, read from others and written to them
+ * [P8]. */
+static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op)
+{
+    if (c->size == 1) return;
+    meet(c, op == SUM ? "all_reduce" : "all_reduce_max", x, n, type);
+    void *buffer[MAX_RANKS];
+    for (int r = 0; r < c->size; r++) buffer[r] = c->board->post[r].x;
+    size_t begin = n * c->rank / c->size, end = n * (c->rank + 1) / c->size;
+    reduce_slice(buffer, c->size, begin, end - begin, type, op);
+    part(c);
+}
+
+/* out[r * n + i] = x[i] of rank r. */
+static void all_gather(Comm *c, void *out, void *x, size_t n, Type type)
+{
+    size_t bytes = n * type_size(type);
+    if (c->size > 1) meet(c, "all_gather", x, n, type);
+    for (int r = 0; r < c->size; r++)
+        device_copy((char *)out + r * bytes, c->size > 1 ? c->board->post[r].x : x, bytes);
+    if (c->size > 1) part(c);
+}
+
+/* x of every rank = x of the root. */
+static void broadcast(Comm *c, void *x, size_t n, Type type, int root)
+{
+    if (c->size == 1) return;
+    meet(c, "broadcast", x, n, type);
+    if (c->rank != root) device_copy(x, c->board->post[root].x, n * type_size(type));
+    part(c);
+}
+
+/* Point to point: the message is copied into the mailbox, so send returns before the other side has called recv,
+ * unless an earlier message still waits there. */
+static void send(Comm *c, const void *x, size_t n, Type type, int to)
+{
+    Mailbox *box = &c->board->mailbox[c->rank * c->size + to];
+    size_t bytes = n * type_size(type);
+    record(c, "send", n, type);
+    pthread_mutex_lock(&box->mutex);
+    while (box->full) pthread_cond_wait(&box->changed, &box->mutex);
+    if (bytes > box->capacity) { /* the first message only: later steps allocate nothing */
+        device_free(box->data);
+        box->data = device_calloc(bytes);
+        box->capacity = bytes;
+    }
+    device_copy(box->data, x, bytes);
+    device_synchronize();
+    box->bytes = bytes;
+    box->full = 1;
+    pthread_cond_broadcast(&box->changed);
+    pthread_mutex_unlock(&box->mutex);
+}
+
+static void recv(Comm *c, void *x, size_t n, Type type, int from)
+{
+    Mailbox *box = &c->board->mailbox[from * c->size + c->rank];
+    record(c, "recv", n, type);
+    pthread_mutex_lock(&box->mutex);
+    while (!box->full) pthread_cond_wait(&box->changed, &box->mutex);
+    if (box->bytes != n * type_size(type))
+        die("rank %d receives %zu bytes in group %s, but %zu were sent", c->world_rank, n * type_size(type), c->name,
+            box->bytes);
+    device_copy(x, box->data, box->bytes);
+    device_synchronize();
+    box->full = 0;
+    pthread_cond_broadcast(&box->changed);
+    pthread_mutex_unlock(&box->mutex);
+}
+
+/* As MPI_Comm_split: the ranks of parent that pass the same color form a group, ordered by their rank in parent.
+ * Every rank of parent must call it. */
+static Comm comm_split(Comm *parent, int color, const char *name)
+{
+    Post *mine = &parent->board->post[parent->rank];
+    Comm c = {0, 0, NULL, name, parent->world_rank, NULL, NULL};
+    int leader = -1;
+    mine->n = (size_t)color;
+    barrier(parent);
+    for (int r = 0; r < parent->size; r++) {
+        if (parent->board->post[r].n != (size_t)color) continue;
+        if (leader < 0) leader = r;
+        if (r == parent->rank) c.rank = c.size;
+        c.size++;
+    }
+    if (leader == parent->rank) mine->x = board_create(c.size);
+    barrier(parent);
+    c.board = (Board *)parent->board->post[leader].x;
+    barrier(parent); /* the posts may be reused only when all have read them */
+    return c;
+}
+
+/* Every rank calls it; the group is then gone. */
+static void comm_free(Comm *c)
+{
+    barrier(c);
+    int last = __atomic_add_fetch(&c->board->arrived, 1, __ATOMIC_ACQ_REL) == c->size;
+    if (last) board_destroy(c->board); /* the others have left the barrier before they counted themselves in */
+}
+
+/* ---- Layout: who is who ---------------------------------------------------------------------------------------- */
+
+/* t x p x d ranks. Tensor ranks are neighbours, since they talk most; then come the data replicas, then the pipeline's
+ * stages, as in Megatron [App. B.1 Fig.8, P22]: rank = (stage * d + replica) * t + tensor rank. */
+typedef struct {
+    int tp, pp, dp;
+} Layout;
+
+static int world_size(Layout s) { return s.tp * s.pp * s.dp; }
+static int tp_rank(Layout s, int rank) { return rank % s.tp; }
+static int dp_rank(Layout s, int rank) { return rank / s.tp % s.dp; }
+static int pp_rank(Layout s, int rank) { return rank / (s.tp * s.dp); }
+
+/* The group of `rank` is named by its two other coordinates; ranks of equal color share a group. */
+static int tp_color(Layout s, int rank) { return rank / s.tp; }
+static int dp_color(Layout s, int rank) { return pp_rank(s, rank) * s.tp + tp_rank(s, rank); }
+static int pp_color(Layout s, int rank) { return rank % (s.tp * s.dp); }
+
+/* The first and the last stage of each pipeline share the tied embedding: they form a pair (Megatron's embedding
+ * group); stages between stay alone. */
+static int embedding_color(Layout s, int rank)
+{
+    int stage = pp_rank(s, rank);
+    return stage == 0 || stage == s.pp - 1 ? pp_color(s, rank) : s.tp * s.dp + rank;
+}
+
+/* ---- Starting the ranks ---------------------------------------------------------------------------------------- */
+
+typedef struct {
+    Comm world;
+    void (*body)(Comm *world, void *arg);
+    void *arg;
+} Start;
+
+static int cores(void)
+{
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n > 0 ? (int)n : 1;
+}
+
+static void *start_rank(void *arg)
+{
+    Start *start = (Start *)arg;
+    device_select(start->world.rank, start->world.size);
+#ifdef _OPENMP
+    omp_set_num_threads(cores() / start->world.size > 1 ? cores() / start->world.size : 1); /* ranks share the cores */
+#endif
+    start->body(&start->world, start->arg);
+    return NULL;
+}
+
+/* Runs body as n ranks, each a thread with its own world Comm, and returns when all have returned. */
+static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg)
+{
+    pthread_t thread[MAX_RANKS];
+    Start start[MAX_RANKS];
+    if (n < 1 || n > MAX_RANKS) die("%d ranks were asked for: 1 to %d are possible", n, MAX_RANKS);
+    Board *board = board_create(n);
+    for (int r = 0; r < n; r++) {
+        Comm world = {r, n, board, "world", r, NULL, NULL};
+        start[r].world = world, start[r].body = body, start[r].arg = arg;
+        if (pthread_create(&thread[r], NULL, start_rank, &start[r])) die("cannot start a thread for rank %d of %d", r, n);
+    }
+    for (int r = 0; r < n; r++) pthread_join(thread[r], NULL);
+    board_destroy(board);
+}
+
+/* ================================================================================================================
+ * Chapter 4. Shapes, parameters, initialisation [§4.2, §5.1, Tables 1 and 2]
+ * ============================================================================================================= */
+
+/* The shape of a model: Hugging Face's n_layer n_embd n_head n_inner n_positions vocab_size, and so on. */
+typedef struct {
+    size_t L, C, H, F, T, V; /* layers, hidden size, heads, MLP width (4C), positions, words of the vocabulary */
+    Gelu gelu;
+    real eps; /* LayerNorm's */
+    real embd_pdrop, attn_pdrop, resid_pdrop;
+} Config;
+
+typedef struct {
+    const char *name, *what;
+    size_t L, C, H, T, V;
+} Preset;
+
+/* The paper pads its vocabulary to 51,200 in all experiments [§5.1]; the four plain sizes are OpenAI's GPT-2. */
+static const Preset presets[] = {
+    {"tiny", "the demo: text as bytes", 4, 128, 4, 64, 257},
+    {"124M", "GPT-2", 12, 768, 12, 1024, 50257},
+    {"355M", "Table 2", 24, 1024, 16, 1024, 51200},
+    {"774M", "GPT-2", 36, 1280, 20, 1024, 50257},
+    {"1558M", "GPT-2", 48, 1600, 25, 1024, 50257},
+    {"1.2B", "Table 1", 40, 1536, 16, 1024, 51200},
+    {"2.5B", "Tables 1 and 2", 54, 1920, 20, 1024, 51200},
+    {"4.2B", "Table 1", 64, 2304, 24, 1024, 51200},
+    {"8.3B", "Table 2", 72, 3072, 24, 1024, 51200},
+    {"8.3B-scaling", "Table 1", 72, 3072, 32, 1024, 51200},
+};
+enum { N_PRESETS = sizeof presets / sizeof *presets };
+
+/* A model of this shape with the paper's other choices [§4.2, P41]. */
+static Config make_config(size_t L, size_t C, size_t H, size_t T, size_t V)
+{
+    Config c = {L, C, H, 4 * C, T, V, GELU_TANH, (real)1e-5, (real)0.1, (real)0.1, (real)0.1};
+    return c;
+}
+
+static Config find_preset(const char *name)
+{
+    char known[256] = "";
+    for (int i = 0; i < N_PRESETS; i++) {
+        const Preset *p = &presets[i];
+        if (!strcmp(p->name, name)) return make_config(p->L, p->C, p->H, p->T, p->V);
+        snprintf(known + strlen(known), sizeof known - strlen(known), " %s", p->name);
+    }
+    die("--config %s is not known; there are:%s", name, known);
+}
+
+/* Words are padded to a multiple of 128 t, so that every tensor rank holds as many [§5.1, P14]. */
+static size_t padded_vocab(size_t V, int tp)
+{
+    size_t multiple = 128 * (size_t)tp;
+    return (V + multiple - 1) / multiple * multiple;
+}
+
+/* Dies unless the model can be cut this way. */
+static void check_layout(const Config *c, Layout s)
+{
+    if (s.tp < 1 || s.pp < 1 || s.dp < 1) die("--tp %d --pp %d --dp %d: each must be at least 1", s.tp, s.pp, s.dp);
+    if (s.tp > MAX_RANKS || s.pp > MAX_RANKS || s.dp > MAX_RANKS || world_size(s) > MAX_RANKS)
+        die("--tp %d --pp %d --dp %d: at most %d ranks are possible", s.tp, s.pp, s.dp, MAX_RANKS);
+    if (c->H % s.tp) die("--tp %d does not divide %zu heads: choose a divisor, since each rank owns whole heads", s.tp, c->H);
+    if (c->F % s.tp) die("--tp %d does not divide the MLP width %zu: choose a divisor", s.tp, c->F);
+    if (c->L % s.pp) die("--pp %d does not divide %zu layers: choose a divisor, since stages are equally deep", s.pp, c->L);
+}
+
+/* ---- The one table of tensors ---------------------------------------------------------------------------------- */
+
+/* How tensor ranks share a tensor [§3]. Weights are [out, in], as in Megatron. */
+typedef enum {
+    WHOLE, /* replicated: every rank has all of it and computes the same gradient for it */
+    ROWS,  /* column-parallel in the paper's words (its A stands transposed here), or vocabulary rows */
+    QKV,   /* rows too, but of each of Q, K, V: rank r holds [Q_r; K_r; V_r], whole heads [P11] */
+    COLS   /* row-parallel */
+} Split;
+
+typedef enum { ONE, DIM_C, DIM_3C, DIM_F, DIM_T, DIM_V } Dim;
+
+typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_SCALED } Init;
+
+/* One transformer layer [Fig. 2], as one tensor rank sees it. Cp = C/t, Fp = F/t. */
+typedef struct {
+    act *ln1_g, *ln1_b;   /* (C)          */
+    act *qkv_w, *qkv_b;   /* (3Cp, C) (3Cp)  column-parallel: whole heads */
+    act *proj_w, *proj_b; /* (C, Cp) (C)     row-parallel; the bias is replicated */
+    act *ln2_g, *ln2_b;   /* (C)          */
+    act *fc_w, *fc_b;     /* (Fp, C) (Fp)    column-parallel */
+    act *out_w, *out_b;   /* (C, Fp) (C)     row-parallel */
+} Layer;
+
+/* All parameters of a rank, or their gradients. Stages hold only their own part; other fields are NULL. */
+typedef struct {
+    act *wte;           /* (Vp, C) rows of the vocabulary; on the last stage too, where it makes the logits */
+    act *wpe;           /* (T, C) */
+    Layer *layer;       /* [L / stages] */
+    act *lnf_g, *lnf_b; /* (C) */
+} Params;
+
+/* What there is to know about a tensor. Placing, initialisation, sharding, weight decay, clipping, checkpoints and
+ * convert.c walk this table; no second list of tensors exists. */
+typedef struct {
+    const char *name; /* Hugging Face's, without its prefix "transformer."; %zu is the layer */
+    size_t field;     /* of the pointer in Layer, or in Params if not in_layer */
+    int in_layer;
+    Dim rows, cols; /* [out, in] */
+    Split split;
+    Init init;
+    int decay;  /* weight decay: matrices and embeddings; not biases, not LayerNorm [P31] */
+    int conv1d; /* Hugging Face stores it transposed, [in, out], after OpenAI's Conv1D */
+} Spec;
+
+/* clang-format off */
+static const Spec specs[] = {
+    /* name                      field                      layer rows    cols   split  init         decay conv1d */
+    {"wte.weight",               offsetof(Params, wte),     0,    DIM_V,  DIM_C, ROWS,  INIT_NORMAL, 1,    0},
+    {"wpe.weight",               offsetof(Params, wpe),     0,    DIM_T,  DIM_C, WHOLE, INIT_NORMAL, 1,    0},
+    {"h.%zu.ln_1.weight",        offsetof(Layer, ln1_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
+    {"h.%zu.ln_1.bias",          offsetof(Layer, ln1_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"h.%zu.attn.c_attn.weight", offsetof(Layer, qkv_w),    1,    DIM_3C, DIM_C, QKV,   INIT_NORMAL, 1,    1},
+    {"h.%zu.attn.c_attn.bias",   offsetof(Layer, qkv_b),    1,    DIM_3C, ONE,   QKV,   INIT_ZERO,   0,    0},
+    {"h.%zu.attn.c_proj.weight", offsetof(Layer, proj_w),   1,    DIM_C,  DIM_C, COLS,  INIT_SCALED, 1,    1},
+    {"h.%zu.attn.c_proj.bias",   offsetof(Layer, proj_b),   1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"h.%zu.ln_2.weight",        offsetof(Layer, ln2_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
+    {"h.%zu.ln_2.bias",          offsetof(Layer, ln2_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"h.%zu.mlp.c_fc.weight",    offsetof(Layer, fc_w),     1,    DIM_F,  DIM_C, ROWS,  INIT_NORMAL, 1,    1},
+    {"h.%zu.mlp.c_fc.bias",      offsetof(Layer, fc_b),     1,    DIM_F,  ONE,   ROWS,  INIT_ZERO,   0,    0},
+    {"h.%zu.mlp.c_proj.weight",  offsetof(Layer, out_w),    1,    DIM_C,  DIM_F, COLS,  INIT_SCALED, 1,    1},
+    {"h.%zu.mlp.c_proj.bias",    offsetof(Layer, out_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"ln_f.weight",              offsetof(Params, lnf_g),   0,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
+    {"ln_f.bias",                offsetof(Params, lnf_b),   0,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+};
+/* clang-format on */
+enum { N_SPECS = sizeof specs / sizeof *specs, NAME_SIZE = 64 };
+
+static size_t dim_size(const Config *c, Dim dim)
+{
+    switch (dim) {
+    case DIM_C: return c->C;
+    case DIM_3C: return 3 * c->C;
+    case DIM_F: return c->F;
+    case DIM_T: return c->T;
+    case DIM_V: return c->V;
+    default: return 1;
+    }
+}
+
+/* One tensor, as one rank holds it. */
+typedef struct {
+    const Spec *spec;
+    size_t layer;                  /* its number in the whole model */
+    size_t rows, cols;             /* of the whole tensor, [out, in]; wte without padding */
+    size_t local_rows, local_cols; /* of this rank's slice; wte with padding */
+    size_t offset, n;              /* where the slice starts in the arenas, and its size; elements */
+    int counted; /* 1 on exactly one rank for each distinct element: global sums must count replicas once [P27] */
+} Tensor;
+
+/* The name, with the layer filled in. */
+static char *tensor_name(char name[NAME_SIZE], const Tensor *t)
+{
+    if (t->spec->in_layer) snprintf(name, NAME_SIZE, t->spec->name, t->layer);
+    else snprintf(name, NAME_SIZE, "%s", t->spec->name);
+    return name;
+}
+
+/* Does this stage hold the tensor? Embeddings live on the first stage, the final LayerNorm on the last, which also
+ * holds a copy of the word embedding for the logits. */
+static int on_stage(const Spec *spec, int stage, int stages)
+{
+    int first = stage == 0, last = stage == stages - 1;
+    if (spec->in_layer) return 1;
+    if (spec->field == offsetof(Params, wte)) return first || last;
+    return spec->field == offsetof(Params, wpe) ? first : last;
+}
+
+static void add_tensor(Tensor *t, size_t *offset, const Config *c, const Spec *spec, size_t layer, Layout s, int rank)
+{
+    int copied = spec->field == offsetof(Params, wte) && !spec->in_layer && pp_rank(s, rank) > 0;
+    t->spec = spec;
+    t->layer = layer;
+    t->rows = dim_size(c, spec->rows);
+    t->cols = dim_size(c, spec->cols);
+    t->local_rows = spec->rows == DIM_V ? padded_vocab(t->rows, s.tp) : t->rows;
+    if (spec->split == ROWS || spec->split == QKV) t->local_rows /= (size_t)s.tp;
+    t->local_cols = spec->split == COLS ? t->cols / (size_t)s.tp : t->cols;
+    t->n = t->local_rows * t->local_cols;
+    t->offset = *offset;
+    t->counted = !copied && (spec->split != WHOLE || tp_rank(s, rank) == 0);
+    *offset += (t->n + 63) / 64 * 64; /* every tensor starts on a cache line, whatever its type */
+}
+
+/* Lists the tensors of one rank, in the order of the table, layer by layer. list has room for max_tensors(c), or is
+ * NULL: then they are only counted. Returns their number; *elements (if wanted) the size of an arena for them. */
+static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layout s, int rank)
+{
+    int stage = pp_rank(s, rank);
+    size_t n = 0, offset = 0, depth = c->L / (size_t)s.pp, first = (size_t)stage * depth;
+    for (int i = 0; i < N_SPECS;) {
+        int end = i + 1; /* the layer's specs are neighbours: they repeat together */
+        while (specs[i].in_layer && end < N_SPECS && specs[end].in_layer) end++;
+        size_t repeats = specs[i].in_layer ? depth : 1;
+        for (size_t l = 0; l < repeats; l++)
+            for (int j = i; j < end; j++) {
+                Tensor t;
+                if (!on_stage(&specs[j], stage, s.pp)) continue;
+                add_tensor(list ? &list[n] : &t, &offset, c, &specs[j], specs[j].in_layer ? first + l : 0, s, rank);
+                n++;
+            }
+        i = end;
+    }
+    if (elements) *elements = offset;
+    return n;
+}
+
+/* Row of the whole tensor that local row i of tensor rank r's slice is; columns start at whole_col(). */
+static size_t whole_row(const Tensor *t, int r, size_t i)
+{
+    size_t rows = t->local_rows;
+    if (t->spec->split == ROWS) return (size_t)r * rows + i;
+    if (t->spec->split == QKV) return i / (rows / 3) * (t->rows / 3) + (size_t)r * (rows / 3) + i % (rows / 3);
+    return i;
+}
+
+static size_t whole_col(const Tensor *t, int r) { return t->spec->split == COLS ? (size_t)r * t->local_cols : 0; }
+
+/* Local rows that exist in the whole tensor: all but the padding of the vocabulary, which stays zero for ever. */
+static size_t real_rows(const Tensor *t, int r)
+{
+    if (t->spec->rows != DIM_V) return t->local_rows;
+    size_t first = (size_t)r * t->local_rows;
+    return first >= t->rows ? 0 : min_size(t->local_rows, t->rows - first);
+}
+
+/* Number of parameters of the whole model, without padding: 12 L C^2 (1 + 13/(12C) + (V+T)/(12 L C)) + 2C [P42, P43]. */
+static size_t count_parameters(const Config *c)
+{
+    size_t total = 0;
+    for (int i = 0; i < N_SPECS; i++)
+        total += dim_size(c, specs[i].rows) * dim_size(c, specs[i].cols) * (specs[i].in_layer ? c->L : 1);
+    return total;
+}
+
+/* Points the fields of p into an arena at base. p->layer has room for the stage's layers, of which the first is layer
+ * number first_layer of the model. */
+static void place_params(Params *p, act *base, const Tensor *list, size_t n, size_t first_layer)
+{
+    for (size_t i = 0; i < n; i++) {
+        const Tensor *t = &list[i];
+        char *owner = t->spec->in_layer ? (char *)&p->layer[t->layer - first_layer] : (char *)p;
+        *(act **)(void *)(owner + t->spec->field) = base + t->offset;
+    }
+}
+
+/* Draws the initial weights of a rank: N(0, 0.02), residual outputs scaled by 1/sqrt(2L), biases 0, LayerNorm 1 and 0
+ * [§4.2, P40]. An element's value depends on the tensor and its place in the whole, so every layout draws one and the
+ * same model [P13]; Megatron gets there by drawing the whole matrix on every rank and keeping a slice. */
+static void init_params(act *base, const Tensor *list, size_t n, const Config *c, uint64_t seed, int r)
+{
+    for (size_t i = 0; i < n; i++) {
+        const Tensor *t = &list[i];
+        uint32_t site = SITE_INIT + (uint32_t)(t->layer * N_SPECS + (size_t)(t->spec - specs));
+        double std = t->spec->init == INIT_SCALED ? 0.02 / sqrt(2.0 * (double)c->L) : 0.02;
+        size_t cols = t->local_cols;
+        real *slice = (real *)xcalloc(t->n, sizeof *slice); /* padding stays zero */
+#pragma omp parallel for
+        for (size_t row = 0; row < real_rows(t, r); row++) {
+            real *x = slice + row * cols;
+            if (t->spec->init >= INIT_NORMAL)
+                random_normals(x, seed, site, whole_row(t, r, row) * t->cols + whole_col(t, r), cols);
+            for (size_t col = 0; col < cols; col++)
+                x[col] = t->spec->init == INIT_ZERO ? 0 : t->spec->init == INIT_ONE ? 1 : (real)std * x[col];
+        }
+        act_upload(base + t->offset, slice, t->n);
+        free(slice);
+    }
+}
+
+/* ================================================================================================================
+ * Chapter 5. The model-parallel transformer [§3]
+ * ============================================================================================================= */
+
+/* What a layer keeps of one micro-batch for its backward pass. N = B*T rows; Cp, Fp, Hp: this rank's share. */
+typedef struct {
+    act *x;                            /* (N, C)    the layer's input: the residual stream */
+    act *ln1, *qkv, *att, *res, *ln2;  /* (N, C) (N, 3Cp) (N, Cp) (N, C) (N, C) */
+    act *pre, *gelu;                   /* (N, Fp)   before and after GeLU */
+    real *mean1, *rstd1, *mean2, *rstd2; /* (N) */
+    real *lse;                         /* (B, Hp, T) log-sum-exp of each row of scores */
+} Saved;
+
+/* One micro-batch on its way through a stage. */
+typedef struct {
+    int *tokens, *targets; /* (N) input words; the words to predict, which are the same shifted by one */
+    real *weight;          /* (N) 1: the target counts; 0: it does not (padding, or context that is not scored) */
+    size_t sequence;       /* number of its first sequence in the global batch: dropout is drawn by it */
+    Saved *layer;          /* [depth + 1]; of the last one only x exists: the stage's output */
+    real *meanf, *rstdf;   /* (N)     last stage: final LayerNorm */
+    act *lnf, *logits;     /* (N, C) (N, Vp) */
+    real *max, *sum, *target_logit, *loss; /* (N) */
+} MicroBatch;
+
+/* Keys and values of all earlier positions, for generation: [depth] arrays of (T, Cp). */
+typedef struct {
+    act **k, **v;
+    size_t past; /* positions filled */
+} Cache;
+
+/* All that one GPU owns. Rank code reads as if it were alone. */
+typedef struct {
+    Config config;
+    Layout layout;
+    Comm world, tp, pp, dp, embedding; /* the groups this rank belongs to */
+    Place place;                       /* where it is at work */
+
+    size_t B, T;                       /* sequences in a micro-batch, tokens in a sequence, right now */
+    size_t Cp, Hp, Fp, D;              /* this rank's hidden columns, heads, MLP columns; head size */
+    size_t Vp, v0, valid;              /* it owns words v0 .. v0+Vp-1, of which the first `valid` are no padding */
+    size_t depth, first_layer;         /* this stage's layers */
+    int first_stage, last_stage;
+
+    Tensor *tensor;                    /* [tensors] its slices */
+    size_t tensors, elements;          /* elements in each arena of parameters */
+    Params w, g;                       /* weights and their gradients, in ... */
+    act *weights, *gradients;          /* ... these arenas */
+    real *m, *v, *master;              /* AdamW's moments; float weights where act is narrower, else NULL */
+
+    MicroBatch *flight;                /* [in_flight] micro-batches whose backward pass is still to come */
+    int in_flight, peak_in_flight;     /* places; how many were ever taken at once [P57] */
+    act *dx, *dy;                      /* (N, C)  gradient of the residual stream; of a branch */
+    act *dpre, *dqkv, *datt;           /* (N, Fp) (N, 3Cp) (N, Cp) */
+    real *delta;                       /* (B, Hp, T) attention's backward */
+    void *activations;                 /* the arena of all these */
+    real *host;                        /* (2, N) losses and weights on the host, on their way to or from the device */
+    int *host_ids;                     /* (2, N) words and targets likewise */
+    Cache *cache;                      /* generation only */
+
+    int recompute, training;           /* recompute activations in backward [§4.2]; dropout on */
+    uint64_t seed;
+    uint32_t step;                     /* dropout draws new masks each step */
+} Rank;
+
+static Place *at(Rank *k, const char *operation, const char *paper, int layer)
+{
+    k->place.operation = operation, k->place.paper = paper, k->place.layer = layer;
+    return &k->place;
+}
+
+/* f and g [§3, Code 1, Fig. 3]: the conjugate pair that stands at the edges of every model-parallel region. f hands a
+ * replicated x to all ranks, so its backward pass adds up what each rank's columns contribute to dx; g adds up the
+ * ranks' partial sums, so its backward pass hands dx to all. Between them no rank talks [P1, P7]. */
+static void f_forward(Rank *k, act *x, size_t n) { (void)k, (void)x, (void)n; /* identity */ }
+static void f_backward(Rank *k, act *dx, size_t n) { all_reduce(&k->tp, dx, n, ACT, SUM); }
+static void g_forward(Rank *k, act *x, size_t n) { all_reduce(&k->tp, x, n, ACT, SUM); }
+static void g_backward(Rank *k, act *dx, size_t n) { (void)k, (void)dx, (void)n; /* identity */ }
+
+/* Dropout's sites: the embedding, and three in each layer. */
+enum { SITE_EMBEDDING = 0, SITE_ATTENTION = 1, SITE_ATTENTION_OUTPUT = 2, SITE_MLP_OUTPUT = 3 };
+
+/* Dropout of a replicated activation: masks are drawn by global index, so they are equal on all tensor ranks, as the
+ * equal results of duplicated work require [App. B.2, P25].
+ * DEVIATION: the paper draws attention masks from a generator per rank, so they depend on t; here they are drawn by
+ * the global head, differ between heads just as well, and a run does not depend on its layout. */
+static Dropout drop(const Rank *k, int site, size_t layer, const MicroBatch *mb)
+{
+    real p = site == SITE_EMBEDDING ? k->config.embd_pdrop : k->config.resid_pdrop;
+    Dropout d = {k->seed, (uint32_t)(3 * layer) + (uint32_t)site, k->step, k->training ? p : 0,
+                 mb->sequence * k->T * k->config.C, 0};
+    return d;
+}
+
+static Dropout attention_drop(const Rank *k, size_t layer, const MicroBatch *mb)
+{
+    Dropout d = drop(k, SITE_ATTENTION, layer, mb);
+    d.p = k->training ? k->config.attn_pdrop : 0;
+    d.heads = k->config.H;
+    d.first = (mb->sequence * d.heads + (size_t)k->tp.rank * k->Hp) * k->T * k->T;
+    return d;
+}
+
+/* ---- One layer [Fig. 2, Fig. 3, Fig. 4] ------------------------------------------------------------------------ */
+
+/* out = layer l of this stage applied to a->x. Two all-reduces: the g of attention and the g of the MLP [P5]. */
+static void block_forward(Rank *k, size_t l, Saved *a, act *out, const MicroBatch *mb)
+{
+    const Layer *w = &k->w.layer[l];
+    size_t B = k->B, T = k->T, N = B * T, C = k->config.C, layer = k->first_layer + l;
+    real eps = k->config.eps;
+
+    /* Fig. 3b: each rank owns Hp whole heads */
+    at(k, "attention", "[§3 Fig.3b]", (int)layer);
+    layernorm_forward(a->ln1, a->mean1, a->rstd1, a->x, w->ln1_g, w->ln1_b, N, C, eps);
+    f_forward(k, a->ln1, N * C);
+    linear_forward(a->qkv, a->ln1, w->qkv_w, w->qkv_b, N, C, 3 * k->Cp); /* (N,C) -> (N,3Cp) */
+    if (k->cache) attention_cached_forward(a->att, k->cache->k[l], k->cache->v[l], a->qkv, T, k->cache->past, k->Hp, k->D);
+    else attention_forward(a->att, a->lse, a->qkv, B, T, k->Hp, k->D, attention_drop(k, layer, mb));
+    linear_forward(a->res, a->att, w->proj_w, NULL, N, k->Cp, C); /* partial sums */
+    g_forward(k, a->res, N * C);
+    bias_dropout_add_layernorm_forward(a->ln2, a->res, a->mean2, a->rstd2, a->res, w->proj_b, a->x, w->ln2_g, w->ln2_b,
+                                       N, C, eps, drop(k, SITE_ATTENTION_OUTPUT, layer, mb)); /* bias once: after g [P4] */
+
+    /* Fig. 3a: GeLU(X A_i) on each rank, since A is split by columns [§3 eq.3] */
+    at(k, "mlp", "[§3 Fig.3a]", (int)layer);
+    f_forward(k, a->ln2, N * C);
+    linear_gelu_forward(a->gelu, a->pre, a->ln2, w->fc_w, w->fc_b, N, C, k->Fp, k->config.gelu); /* (N,C) -> (N,Fp) */
+    linear_forward(out, a->gelu, w->out_w, NULL, N, k->Fp, C);                                   /* partial sums */
+    g_forward(k, out, N * C);
+    bias_dropout_add_forward(out, out, w->out_b, a->res, N, C, drop(k, SITE_MLP_OUTPUT, layer, mb));
+}
+
+/* k->dx: gradient of the layer's output on entry, of its input on return. Adds to the gradients of the layer's
+ * weights. block_forward read backwards; two all-reduces: the two f [P5]. */
+static void block_backward(Rank *k, size_t l, Saved *a, const MicroBatch *mb)
+{
+    const Layer *w = &k->w.layer[l], *g = &k->g.layer[l];
+    size_t B = k->B, T = k->T, N = B * T, C = k->config.C, layer = k->first_layer + l;
+    act *dx = k->dx, *dy = k->dy;
+
+    at(k, "mlp", "[§3 Fig.3a]", (int)layer);
+    bias_dropout_add_backward(dy, g->out_b, dx, N, C, drop(k, SITE_MLP_OUTPUT, layer, mb));
+    g_backward(k, dy, N * C);
+    gelu_linear_backward(k->dpre, g->out_w, dy, a->gelu, a->pre, w->out_w, N, k->Fp, C, k->config.gelu);
+    linear_backward(dy, g->fc_w, g->fc_b, k->dpre, a->ln2, w->fc_w, N, C, k->Fp);
+    f_backward(k, dy, N * C);
+    layernorm_backward(dx, g->ln2_g, g->ln2_b, dy, a->res, w->ln2_g, a->mean2, a->rstd2, dx, N, C); /* + residual */
+
+    at(k, "attention", "[§3 Fig.3b]", (int)layer);
+    bias_dropout_add_backward(dy, g->proj_b, dx, N, C, drop(k, SITE_ATTENTION_OUTPUT, layer, mb));
+    g_backward(k, dy, N * C);
+    linear_backward(k->datt, g->proj_w, NULL, dy, a->att, w->proj_w, N, k->Cp, C);
+    attention_backward(k->dqkv, k->delta, k->datt, a->att, a->lse, a->qkv, B, T, k->Hp, k->D,
+                       attention_drop(k, layer, mb));
+    linear_backward(dy, g->qkv_w, g->qkv_b, k->dqkv, a->ln1, w->qkv_w, N, C, 3 * k->Cp);
+    f_backward(k, dy, N * C);
+    layernorm_backward(dx, g->ln1_g, g->ln1_b, dy, a->x, w->ln1_g, a->mean1, a->rstd1, dx, N, C); /* + residual */
+}
+
+/* ---- Both ends: the vocabulary-parallel embedding and cross entropy [§3] ---------------------------------------- */
+
+/* x (N,C) = dropout(word embedding + position embedding). Each rank looks up the words it owns and leaves zeros for
+ * the others'; g adds the ranks up [P15]. */
+static void embedding_forward(Rank *k, act *x, const MicroBatch *mb)
+{
+    size_t N = k->B * k->T, C = k->config.C, past = k->cache ? k->cache->past : 0;
+    at(k, "embedding", "[§3 input embedding]", -1);
+    token_embedding_forward(x, mb->tokens, k->w.wte, N, C, k->v0, k->Vp);
+    g_forward(k, x, N * C);
+    position_embedding_forward(x, k->w.wpe, k->B, k->T, C, past, drop(k, SITE_EMBEDDING, 0, mb));
+}
+
+/* From k->dx. */
+static void embedding_backward(Rank *k, const MicroBatch *mb)
+{
+    size_t N = k->B * k->T, C = k->config.C;
+    position_embedding_backward(k->dx, k->g.wpe, k->B, k->T, C, drop(k, SITE_EMBEDDING, 0, mb));
+    g_backward(k, k->dx, N * C);
+    token_embedding_backward(k->g.wte, k->dx, mb->tokens, N, C, k->v0, k->Vp);
+}
+
+/* Logits of this rank's words for `rows` rows of x: the output layer is the word embedding again [§3]. */
+static void logits_forward(Rank *k, MicroBatch *mb, const act *x, size_t rows)
+{
+    size_t C = k->config.C;
+    at(k, "logits", "[§3 output embedding]", -1);
+    layernorm_forward(mb->lnf, mb->meanf, mb->rstdf, x, k->w.lnf_g, k->w.lnf_b, rows, C, k->config.eps);
+    f_forward(k, mb->lnf, rows * C);
+    linear_forward(mb->logits, mb->lnf, k->w.wte, NULL, rows, C, k->Vp);
+}
+
+/* loss (N) = log sum_j exp(z_j) - z_target, where each rank has its own words' z only. Gathering the logits would move
+ * N*V numbers; this moves 3N, in exactly three all-reduces [§3, P17, P18; doc/cross_entropy.md].
+ * DEVIATION: Megatron lets the padding words take part in the softmax; here they do not, so that the loss depends
+ * neither on t nor on the padding, and equals Hugging Face's. */
+static void cross_entropy_forward(Rank *k, MicroBatch *mb)
+{
+    size_t N = k->B * k->T;
+    at(k, "cross entropy", "[§3 output embedding]", -1);
+    logits_max(mb->max, mb->logits, N, k->Vp, k->valid);
+    all_reduce(&k->tp, mb->max, N, REAL_ARRAY, MAX);
+    logits_sum_exp(mb->sum, mb->target_logit, mb->logits, mb->max, mb->targets, N, k->Vp, k->valid, k->v0);
+    all_reduce(&k->tp, mb->sum, N, REAL_ARRAY, SUM);
+    all_reduce(&k->tp, mb->target_logit, N, REAL_ARRAY, SUM);
+    cross_entropy_loss(mb->loss, mb->sum, mb->target_logit, N);
+}
+
+/* k->dx = gradient of sum_n weight_n loss_n * scale with respect to the last layer's output x. The softmax needs no
+ * communication [P17]; the f of the logits needs one all-reduce. */
+static void logits_backward(Rank *k, MicroBatch *mb, const act *x, real scale)
+{
+    size_t N = k->B * k->T, C = k->config.C;
+    at(k, "logits", "[§3 output embedding]", -1);
+    cross_entropy_backward(mb->logits, mb->max, mb->sum, mb->targets, mb->weight, scale, N, k->Vp, k->valid, k->v0);
+    linear_backward(k->dy, k->g.wte, NULL, mb->logits, mb->lnf, k->w.wte, N, C, k->Vp);
+    f_backward(k, k->dy, N * C);
+    layernorm_backward(k->dx, k->g.lnf_g, k->g.lnf_b, k->dy, x, k->w.lnf_g, mb->meanf, mb->rstdf, NULL, N, C);
+}
+
+/* ================================================================================================================
+ * Chapter 6. Stages, recomputation [§4.2] and the pipeline (beyond the paper: arXiv 2104.04473 §2.2)
+ * ============================================================================================================= */
+
+/* ---- A rank's memory ------------------------------------------------------------------------------------------- */
+
+/* Fills in what follows from the shape of the model, the layout and the rank's number. */
+static void shape_rank(Rank *k, const Config *c, Layout s, int rank, size_t B, size_t T, int recompute)
+{
+    size_t t = (size_t)s.tp, stage = (size_t)pp_rank(s, rank);
+    k->config = *c, k->layout = s, k->B = B, k->T = T, k->recompute = recompute;
+    k->D = c->C / c->H, k->Hp = c->H / t, k->Cp = c->C / t, k->Fp = c->F / t;
+    k->Vp = padded_vocab(c->V, s.tp) / t;
+    k->v0 = (size_t)tp_rank(s, rank) * k->Vp;
+    k->valid = k->v0 >= c->V ? 0 : min_size(k->Vp, c->V - k->v0);
+    k->depth = c->L / (size_t)s.pp, k->first_layer = stage * k->depth;
+    k->first_stage = stage == 0, k->last_stage = stage == (size_t)s.pp - 1;
+}
+
+static void carve_saved(Saved *a, const Rank *k, Arena *arena)
+{
+    size_t N = k->B * k->T, C = k->config.C;
+    a->ln1 = (act *)carve(arena, N * C, sizeof(act));
+    a->qkv = (act *)carve(arena, N * 3 * k->Cp, sizeof(act));
+    a->att = (act *)carve(arena, N * k->Cp, sizeof(act));
+    a->res = (act *)carve(arena, N * C, sizeof(act));
+    a->ln2 = (act *)carve(arena, N * C, sizeof(act));
+    a->pre = (act *)carve(arena, N * k->Fp, sizeof(act));
+    a->gelu = (act *)carve(arena, N * k->Fp, sizeof(act));
+    a->mean1 = (real *)carve(arena, N, sizeof(real));
+    a->rstd1 = (real *)carve(arena, N, sizeof(real));
+    a->mean2 = (real *)carve(arena, N, sizeof(real));
+    a->rstd2 = (real *)carve(arena, N, sizeof(real));
+    a->lse = (real *)carve(arena, N * k->Hp, sizeof(real));
+}
+
+/* The activations of all micro-batches in flight. With recomputation a layer keeps only its input, and all layers
+ * share the rest: "activation checkpointing after every transformer layer" [§4.2]. flight has room for k->in_flight
+ * entries with depth + 1 layers each. Without gradients (inference) there is nothing but the forward pass's part. */
+static void carve_activations(Rank *k, MicroBatch *flight, Arena *arena, int gradients)
+{
+    size_t N = k->B * k->T, C = k->config.C;
+    Saved shared;
+    if (k->recompute) carve_saved(&shared, k, arena);
+    for (int i = 0; i < k->in_flight; i++) {
+        MicroBatch *mb = &flight[i];
+        mb->tokens = (int *)carve(arena, N, sizeof(int));
+        mb->targets = (int *)carve(arena, N, sizeof(int));
+        mb->weight = (real *)carve(arena, N, sizeof(real));
+        for (size_t l = 0; l <= k->depth; l++) {
+            Saved *a = &mb->layer[l];
+            if (l < k->depth && k->recompute) *a = shared;
+            else if (l < k->depth) carve_saved(a, k, arena);
+            a->x = (act *)carve(arena, N * C, sizeof(act));
+        }
+        if (!k->last_stage) continue;
+        mb->lnf = (act *)carve(arena, N * C, sizeof(act));
+        mb->logits = (act *)carve(arena, N * k->Vp, sizeof(act));
+        real **rows[] = {&mb->meanf, &mb->rstdf, &mb->max, &mb->sum, &mb->target_logit, &mb->loss};
+        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) *rows[r] = (real *)carve(arena, N, sizeof(real));
+    }
+    if (!gradients) return;
+    k->dx = (act *)carve(arena, N * C, sizeof(act));
+    k->dy = (act *)carve(arena, N * C, sizeof(act));
+    k->dpre = (act *)carve(arena, N * k->Fp, sizeof(act));
+    k->dqkv = (act *)carve(arena, N * 3 * k->Cp, sizeof(act));
+    k->datt = (act *)carve(arena, N * k->Cp, sizeof(act));
+    k->delta = (real *)carve(arena, N * k->Hp, sizeof(real));
+}
+
+/* 1F1B keeps at most p - i micro-batches in flight on stage i (from 0) [P57]. */
+static int flights(const Rank *k, size_t micro_batches)
+{
+    return (int)min_size((size_t)(k->layout.pp - pp_rank(k->layout, k->world.world_rank)), micro_batches);
+}
+
+static MicroBatch *flight_create(const Rank *k)
+{
+    MicroBatch *flight = (MicroBatch *)xcalloc((size_t)k->in_flight, sizeof *flight);
+    for (int i = 0; i < k->in_flight; i++) flight[i].layer = (Saved *)xcalloc(k->depth + 1, sizeof(Saved));
+    return flight;
+}
+
+static void flight_free(const Rank *k, MicroBatch *flight)
+{
+    for (int i = 0; i < k->in_flight; i++) free(flight[i].layer);
+    free(flight);
+}
+
+/* Bytes of activations of one rank: `plan` prints it, and rank_create allocates exactly so much. */
+static size_t activation_bytes(const Config *c, Layout s, int rank, size_t B, size_t T, int recompute, size_t micro_batches)
+{
+    Rank k;
+    Arena measure = {NULL, 0};
+    memset(&k, 0, sizeof k);
+    shape_rank(&k, c, s, rank, B, T, recompute);
+    k.world.world_rank = rank;
+    k.in_flight = flights(&k, micro_batches);
+    MicroBatch *flight = flight_create(&k);
+    carve_activations(&k, flight, &measure, 1);
+    flight_free(&k, flight);
+    return measure.used;
+}
+
+/* What a run asks of its ranks. */
+typedef struct {
+    Config config;
+    Layout layout;
+    size_t micro_batch, micro_batches; /* sequences in each; how many of them make a step on one data rank */
+    size_t seq;                        /* tokens in a sequence */
+    int training;                      /* with gradients and moments, and dropout */
+    int recompute;
+    uint64_t seed;
+} RankOptions;
+
+/* A rank with all its memory: weights are zero (see init_params, load_slices). Every rank of the world calls it. */
+static Rank *rank_create(Comm *world, const RankOptions *o)
+{
+    Rank *k = (Rank *)xcalloc(1, sizeof *k);
+    const Layout s = o->layout;
+    int rank = world->rank;
+    shape_rank(k, &o->config, s, rank, o->micro_batch, o->seq, o->recompute || !o->training);
+    k->seed = o->seed, k->training = o->training;
+    k->world = *world;
+    k->tp = comm_split(world, tp_color(s, rank), "tp");
+    k->pp = comm_split(world, pp_color(s, rank), "pp");
+    k->dp = comm_split(world, dp_color(s, rank), "dp");
+    k->embedding = comm_split(world, embedding_color(s, rank), "embedding");
+    k->world.place = k->tp.place = k->pp.place = k->dp.place = k->embedding.place = at(k, "-", "", -1);
+
+    k->tensors = list_tensors(NULL, &k->elements, &k->config, s, rank);
+    k->tensor = (Tensor *)xcalloc(k->tensors, sizeof *k->tensor);
+    list_tensors(k->tensor, &k->elements, &k->config, s, rank);
+    k->w.layer = (Layer *)xcalloc(k->depth, sizeof(Layer));
+    k->weights = (act *)device_calloc(k->elements * sizeof(act));
+    place_params(&k->w, k->weights, k->tensor, k->tensors, k->first_layer);
+    if (o->training) {
+        k->g.layer = (Layer *)xcalloc(k->depth, sizeof(Layer));
+        k->gradients = (act *)device_calloc(k->elements * sizeof(act));
+        place_params(&k->g, k->gradients, k->tensor, k->tensors, k->first_layer);
+        k->m = (real *)device_calloc(k->elements * sizeof(real));
+        k->v = (real *)device_calloc(k->elements * sizeof(real));
+        if (sizeof(act) < sizeof(real)) k->master = (real *)device_calloc(k->elements * sizeof(real));
+    }
+
+    Arena measure = {NULL, 0}, arena = {NULL, 0};
+    k->in_flight = o->training ? flights(k, o->micro_batches) : 1;
+    k->flight = flight_create(k);
+    carve_activations(k, k->flight, &measure, o->training);
+    arena.base = (char *)device_calloc(measure.used);
+    k->activations = arena.base;
+    carve_activations(k, k->flight, &arena, o->training);
+    k->host = (real *)xcalloc(2 * k->B * k->T, sizeof *k->host);
+    k->host_ids = (int *)xcalloc(2 * k->B * k->T, sizeof *k->host_ids);
+    return k;
+}
+
+/* Every rank of the world calls it. */
+static void rank_free(Rank *k)
+{
+    comm_free(&k->tp), comm_free(&k->pp), comm_free(&k->dp), comm_free(&k->embedding);
+    device_free(k->weights), device_free(k->gradients), device_free(k->m), device_free(k->v), device_free(k->master);
+    device_free(k->activations);
+    flight_free(k, k->flight);
+    free(k->w.layer), free(k->g.layer), free(k->tensor), free(k->host), free(k->host_ids), free(k);
+}
+
+/* ---- One micro-batch through one stage -------------------------------------------------------------------------- */
+
+/* From tokens (first stage) or the previous stage's output to the next stage, or to the losses (last stage). */
+static void stage_forward(Rank *k, MicroBatch *mb)
+{
+    size_t n = k->B * k->T * k->config.C;
+    at(k, "pipeline", "[beyond the paper]", -1);
+    if (k->first_stage) embedding_forward(k, mb->layer[0].x, mb);
+    else recv(&k->pp, mb->layer[0].x, n, ACT, k->pp.rank - 1);
+
+    for (size_t l = 0; l < k->depth; l++) block_forward(k, l, &mb->layer[l], mb->layer[l + 1].x, mb);
+
+    if (k->last_stage) {
+        logits_forward(k, mb, mb->layer[k->depth].x, k->B * k->T);
+        cross_entropy_forward(k, mb);
+    } else {
+        at(k, "pipeline", "[beyond the paper]", -1);
+        send(&k->pp, mb->layer[k->depth].x, n, ACT, k->pp.rank + 1);
+    }
+}
+
+/* The same way back. scale: what one unit of a target's loss counts in the step's loss, times the loss scale. */
+static void stage_backward(Rank *k, MicroBatch *mb, real scale)
+{
+    size_t n = k->B * k->T * k->config.C;
+    at(k, "pipeline", "[beyond the paper]", -1);
+    if (k->last_stage) logits_backward(k, mb, mb->layer[k->depth].x, scale);
+    else recv(&k->pp, k->dx, n, ACT, k->pp.rank + 1);
+
+    for (size_t l = k->depth; l-- > 0;) {
+        /* Recomputation runs the very same code and draws the same masks: gradients are equal bit for bit [P26]. */
+        if (k->recompute) block_forward(k, l, &mb->layer[l], mb->layer[l + 1].x, mb);
+        block_backward(k, l, &mb->layer[l], mb);
+    }
+
+    if (k->first_stage) embedding_backward(k, mb);
+    else {
+        at(k, "pipeline", "[beyond the paper]", -1);
+        send(&k->pp, k->dx, n, ACT, k->pp.rank - 1);
+    }
+}
+
+/* ---- 1F1B ------------------------------------------------------------------------------------------------------- */
+
+/* Where a step's micro-batches come from: fills mb's tokens, targets, weight and sequence for micro-batch number i. */
+typedef void (*Feed)(void *source, Rank *k, MicroBatch *mb, size_t i);
+
+/* Sum over this rank's targets of weight * loss, in double; 0 on ranks that have no losses of their own. */
+static double sum_losses(const Rank *k, const MicroBatch *mb)
+{
+    size_t N = k->B * k->T;
+    real *host = k->host;
+    double sum = 0;
+    if (!k->last_stage || k->tp.rank > 0) return 0; /* tensor ranks hold equal copies: count them once */
+    device_download(host, mb->loss, N * sizeof *host);
+    device_download(host + N, mb->weight, N * sizeof *host);
+    for (size_t n = 0; n < N; n++) sum += host[N + n] == 0 ? 0 : (double)host[n] * host[N + n];
+    return sum;
+}
+
+/* All forward and backward passes of a step: m micro-batches, one forward, one backward, in turns, after a warm-up of
+ * p - i - 1 forward passes on stage i. No stage then holds more than p - i micro-batches, and the bubble is that of
+ * all forward then all backward, (p-1)/m of the ideal time [P56, P57; doc/pipeline.md draws it]. Each stage just
+ * receives, works and sends; the blocking of recv makes the schedule. A place in k->flight is free again when its turn
+ * comes: the micro-batch that had it, p - i earlier, has just finished its backward pass.
+ * Returns the sum of this rank's weighted losses. */
+static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real scale)
+{
+    size_t warmup = min_size((size_t)(k->pp.size - k->pp.rank - 1), m);
+    size_t started = 0, finished = 0;
+    double loss = 0;
+    while (finished < m) {
+        if (started < m) {
+            MicroBatch *mb = &k->flight[started % (size_t)k->in_flight];
+            feed(source, k, mb, started++);
+            stage_forward(k, mb);
+            loss += sum_losses(k, mb);
+            if ((int)(started - finished) > k->peak_in_flight) k->peak_in_flight = (int)(started - finished);
+        }
+        if (started > warmup || started == m) stage_backward(k, &k->flight[finished++ % (size_t)k->in_flight], scale);
+    }
+    return loss;
+}
+
+/* ================================================================================================================
+ * Chapter 7. Optimisation [§4.2]
+ * ============================================================================================================= */
+
+typedef enum { DECAY_PAPER, DECAY_MEGATRON, DECAY_COSINE } Decay;
+
+typedef struct {
+    double lr, min_lr;
+    size_t warmup, decay_steps;
+    Decay decay; /* of the learning rate */
+    double beta1, beta2, eps, weight_decay;
+    double clip;       /* global gradient norm; 0: no clipping */
+    double loss_scale; /* fixed; 0: dynamic */
+} Optimizer;
+
+/* Learning rate of update n, counted from 0: linear warm-up, then a cosine down to min_lr [§4.2]. The scheduler stands
+ * at 0 during the first update, which therefore changes nothing [P33]. Three readings of "cosine":
+ *     paper      over the 297k iterations after the warm-up, down to 0, but never below the floor [P35]
+ *     megatron   as its code of 2020 has it: the whole 300k are the period, and the floor comes later [P34]
+ *     cosine     from the peak to the floor itself: Megatron today, and most others */
+static double learning_rate(const Optimizer *o, size_t n)
+{
+    double w = (double)o->warmup, end = (double)o->decay_steps, k = (double)n;
+    if (n <= o->warmup && o->warmup > 0) return o->lr * k / w;
+    if (o->decay == DECAY_MEGATRON) return fmax(o->lr / 2 * (cos(M_PI * (fmin(k, end - w) - w) / end) + 1), o->min_lr);
+    double fall = end > w ? (cos(M_PI * (fmin(k, end) - w) / (end - w)) + 1) / 2 : 1; /* 1 .. 0 */
+    return o->decay == DECAY_PAPER ? fmax(o->lr * fall, o->min_lr) : o->min_lr + (o->lr - o->min_lr) * fall;
+}
+
+/* Dynamic loss scaling: fp16 gradients are kept away from underflow by a factor as large as does not overflow. Two
+ * overflows (hysteresis) halve it once, each further one again; 1000 clean steps double it [P36-P38]. */
+typedef struct {
+    double scale;
+    int dynamic, hysteresis;
+    long long iteration, last_overflow;
+} LossScaler;
+
+enum { SCALE_WINDOW = 1000, HYSTERESIS = 2 };
+
+static LossScaler make_loss_scaler(double fixed)
+{
+    LossScaler s = {fixed > 0 ? fixed : 0x1p32, fixed <= 0, HYSTERESIS, 0, -1};
+    return s;
+}
+
+static void loss_scaler_update(LossScaler *s, int overflow)
+{
+    if (s->dynamic && overflow) {
+        if (s->hysteresis == 1) s->scale = fmax(s->scale / 2, 1);
+        else s->hysteresis--;
+        s->last_overflow = s->iteration;
+    } else if (s->dynamic && (s->iteration - s->last_overflow) % SCALE_WINDOW == 0) {
+        s->scale *= 2;
+        s->hysteresis = HYSTERESIS;
+    }
+    s->iteration++;
+}
+
+/* Where a run stands: all that resuming needs beside weights and moments. */
+typedef struct {
+    size_t step;    /* optimizer steps tried, skipped ones included: what the user counts, and what draws dropout */
+    size_t updates; /* steps that changed the weights: Adam's and the learning rate's clock [P39] */
+    size_t samples; /* sequences consumed */
+    LossScaler scaler;
+} Progress;
+
+/* 2-norm of the whole model's gradient, equal on all ranks. Every distinct element counts once: slices on each tensor
+ * rank, replicas on the first one, the last stage's copy of the embedding not at all [P27]. Data replicas hold equal
+ * gradients: the first one speaks for all. Infinite or NaN if any element is. */
+static double gradient_norm(Rank *k)
+{
+    double sum = 0;
+    at(k, "gradient norm", "[§4.2]", -1);
+    for (size_t i = 0; i < k->tensors && k->dp.rank == 0; i++)
+        if (k->tensor[i].counted) sum += sum_squares(k->gradients + k->tensor[i].offset, k->tensor[i].n);
+    all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
+    return sqrt(sum);
+}
+
+/* Sums the gradients of what is held more than once: the tied embedding of first and last stage, then the data
+ * replicas, each of which saw other sequences [§2.3]. Replicas within a tensor group need nothing: equal inputs and
+ * equal incoming gradients made equal gradients [§3]. */
+static void reduce_gradients(Rank *k)
+{
+    if (k->first_stage || k->last_stage) {
+        at(k, "tied embedding", "[beyond the paper]", -1);
+        all_reduce(&k->embedding, k->g.wte, k->Vp * k->config.C, ACT, SUM);
+    }
+    at(k, "data parallel", "[§2.3]", -1);
+    all_reduce(&k->dp, k->gradients, k->elements, ACT, SUM);
+}
+
+/* AdamW with decoupled decay; none for biases and LayerNorm [§4.2, P31, P32]. */
+static void update_weights(Rank *k, const Optimizer *o, size_t update, double gradient_scale)
+{
+    for (size_t i = 0; i < k->tensors; i++) {
+        const Tensor *t = &k->tensor[i];
+        AdamW h = {learning_rate(o, update), o->beta1, o->beta2, o->eps, t->spec->decay ? o->weight_decay : 0,
+                   gradient_scale, update + 1};
+        size_t o0 = t->offset;
+        adamw(k->weights + o0, k->master ? k->master + o0 : NULL, k->m + o0, k->v + o0, k->gradients + o0, t->n, h);
+    }
+}
+
+typedef struct {
+    double loss, lr, grad_norm, loss_scale;
+    int skipped; /* an overflow: the weights did not change */
+} StepResult;
+
+/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py): zero gradients, forward and
+ * backward of all micro-batches with the scaled loss, sum over replicas, unscale, clip, update the scale, AdamW unless
+ * some gradient overflowed anywhere.
+ * DEVIATION: the loss is the mean over all targets of the global batch, and the mean over data replicas is folded into
+ * each target's share of it [P29, P30]; Megatron divides by d before the sum of gradients. An overflow shows in the
+ * gradient norm; Megatron reduces a flag of its own. */
+static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t micro_batches, Feed feed, void *source)
+{
+    StepResult r;
+    size_t sequences = k->B * micro_batches * (size_t)k->dp.size;
+    double targets = (double)(sequences * k->T);
+    k->step = (uint32_t)p->step;
+    r.loss_scale = p->scaler.scale;
+    r.lr = learning_rate(o, p->updates);
+
+    device_zero(k->gradients, k->elements * sizeof(act));
+    r.loss = pipeline_step(k, micro_batches, feed, source, (real)(r.loss_scale / targets)) / targets;
+    reduce_gradients(k);
+    r.grad_norm = gradient_norm(k) / r.loss_scale;
+    r.skipped = !isfinite(r.grad_norm); /* on one rank means on all: every rank reads the same norm [P39] */
+    at(k, "logged loss", "[§4.2]", -1);
+    all_reduce(&k->world, &r.loss, 1, DOUBLE_ARRAY, SUM);
+
+    double coefficient = o->clip > 0 ? fmin(o->clip / (r.grad_norm + 1e-6), 1) : 1; /* [P28] */
+    if (!r.skipped) update_weights(k, o, p->updates++, coefficient / r.loss_scale);
+    loss_scaler_update(&p->scaler, r.skipped);
+    p->step++;
+    p->samples += sequences;
+    return r;
+}
+
+/* ================================================================================================================
  * Chapter 8. Text and data [§4.1]
  *
  * Text becomes numbers by GPT-2's byte-level byte-pair encoding. A text is cut into words; a word is a row of bytes,
@@ -2550,4 +3765,1047 @@ static void lambada_fill(int *tokens, real *weight, const Lambada *l, size_t i, 
     size_t n = e.context + e.label, cut = n > T + 1 ? n - (T + 1) : 0;
     for (size_t t = 0; t <= T; t++) tokens[t] = cut + t < n ? l->tokens.id[e.first + cut + t] : pad;
     for (size_t t = 0; t < T; t++) weight[t] = cut + t + 1 >= e.context && cut + t + 1 < n ? 1 : 0;
+}
+
+/* ---- Scores [§5.2, App. E] ------------------------------------------------------------------------------------- */
+
+/* Gives a rank words: row b of the micro-batch predicts tokens[1..T] from tokens[0..T-1]; tokens (B, T+1), weight
+ * (B, T) or NULL for all ones. */
+static void set_words(Rank *k, MicroBatch *mb, const int *tokens, const real *weight)
+{
+    size_t N = k->B * k->T;
+    int *ids = k->host_ids;
+    for (size_t n = 0; n < N; n++) {
+        ids[n] = tokens[n / k->T * (k->T + 1) + n % k->T];
+        ids[N + n] = tokens[n / k->T * (k->T + 1) + n % k->T + 1];
+        k->host[n] = weight ? weight[n] : 1;
+    }
+    device_upload(mb->tokens, ids, N * sizeof *ids);
+    device_upload(mb->targets, ids + N, N * sizeof *ids);
+    device_upload(mb->weight, k->host, N * sizeof *k->host);
+}
+
+typedef struct {
+    double loss; /* mean over the targets, nats */
+    size_t targets;
+} Score;
+
+/* exp(loss), with Megatron's cap on the exponent. */
+static double perplexity(double loss) { return exp(fmin(loss, 20)); }
+
+/* Mean loss over the held-out samples, every one once; data ranks share them. Called by all ranks, during training. */
+static double validation_loss(Rank *k, Dataset *held_out)
+{
+    MicroBatch *mb = &k->flight[0];
+    size_t B = k->B, T = k->T, together = B * (size_t)k->dp.size;
+    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens), training = k->training;
+    real *weight = (real *)xcalloc(B * T, sizeof *weight);
+    double sum = 0;
+    k->training = 0;
+    for (size_t first = 0; first < held_out->samples; first += together) {
+        for (size_t b = 0; b < B; b++) {
+            size_t i = first + (size_t)k->dp.rank * B + b;
+            dataset_sample(held_out, min_size(i, held_out->samples - 1), tokens + b * (T + 1));
+            for (size_t t = 0; t < T; t++) weight[b * T + t] = i < held_out->samples;
+        }
+        set_words(k, mb, tokens, weight);
+        stage_forward(k, mb);
+        sum += sum_losses(k, mb);
+    }
+    k->training = training;
+    at(k, "validation loss", "[§5.2]", -1);
+    all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
+    free(tokens), free(weight);
+    return sum / (double)(held_out->samples * T);
+}
+
+/* Loss of a text in overlapping windows: each target is scored once, with as much context as there is, but at least
+ * T - overlap tokens [App. E, P52]. Runs the first `limit` windows. Tensor ranks only; all call it. */
+static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit, int pad, Meter *meter)
+{
+    MicroBatch *mb = &k->flight[0];
+    size_t B = k->B, T = k->T, windows = window_count(text->n - 1, overlap);
+    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens);
+    real *weight = (real *)xcalloc(B * T, sizeof *weight);
+    double sum = 0;
+    Score score = {0, 0};
+    windows = min_size(windows, limit);
+    for (size_t first = 0; first < windows; first += B) {
+        size_t scored = 0;
+        for (size_t b = 0; b < B; b++) {
+            real *w = weight + b * T;
+            window_fill(tokens + b * (T + 1), w, text->id, text->n, min_size(first + b, windows - 1), T, overlap, pad);
+            for (size_t t = 0; t < T; t++) scored += w[t] = first + b < windows ? w[t] : 0;
+        }
+        if (scored) { /* Megatron's last windows have nothing left to score */
+            set_words(k, mb, tokens, weight);
+            stage_forward(k, mb);
+            sum += sum_losses(k, mb);
+        }
+        score.targets += scored;
+        if (meter && k->world.rank == 0) meter_show(meter, min_size(first + B, windows), "loss", sum / (double)max_size(score.targets, 1));
+    }
+    free(tokens), free(weight);
+    all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM);
+    score.loss = sum / (double)max_size(score.targets, 1);
+    return score;
+}
+
+/* id[i] = the most probable word after row row[i] of the micro-batch: each tensor rank finds the best of its own
+ * words, and all compare. Of equal ones the first counts, as with argmax. Tensor ranks only; all call it. */
+static void most_probable(Rank *k, const MicroBatch *mb, const size_t *row, size_t n, int *id)
+{
+    size_t Vp = k->Vp, t = (size_t)k->tp.size;
+    real *logits = (real *)xcalloc(Vp, sizeof *logits);
+    double *mine = (double *)xcalloc(2 * n, sizeof *mine), *all = (double *)xcalloc(2 * n * t, sizeof *all);
+    for (size_t i = 0; i < n; i++) {
+        act_download(logits, mb->logits + row[i] * Vp, Vp);
+        mine[2 * i] = -INFINITY;
+        for (size_t v = 0; v < k->valid; v++)
+            if (logits[v] > mine[2 * i]) mine[2 * i] = logits[v], mine[2 * i + 1] = (double)(k->v0 + v);
+    }
+    all_gather(&k->tp, all, mine, 2 * n, DOUBLE_ARRAY);
+    for (size_t i = 0; i < n; i++) {
+        const double *best = &all[2 * i];
+        for (size_t r = 1; r < t; r++)
+            if (all[2 * (r * n + i)] > best[0]) best = &all[2 * (r * n + i)];
+        id[i] = (int)best[1];
+    }
+    free(logits), free(mine), free(all);
+}
+
+typedef struct {
+    size_t examples, correct, last_correct; /* all tokens of the last word right; its last token right */
+} Accuracy;
+
+/* LAMBADA: is every token of the last word the most probable one, given the true tokens before it [§5.2]? Runs the
+ * first `limit` examples. Tensor ranks only; all call it. */
+static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pad, Meter *meter)
+{
+    MicroBatch *mb = &k->flight[0];
+    size_t B = k->B, T = k->T, examples = min_size(l->n, limit);
+    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens), *best = (int *)xcalloc(B * T, sizeof *best);
+    real *weight = (real *)xcalloc(B * T, sizeof *weight);
+    size_t *row = (size_t *)xcalloc(B * T, sizeof *row);
+    Accuracy a = {0, 0, 0};
+    for (size_t first = 0; first < examples; first += B) {
+        size_t longest = 1, n = 0;
+        for (size_t b = 0; b < B && first + b < examples; b++)
+            longest = max_size(longest, l->example[first + b].context + l->example[first + b].label - 1);
+        k->T = min_size(longest, T); /* no need to compute the padding of the longest example of all */
+        memset(weight, 0, B * T * sizeof *weight);
+        for (size_t b = 0; b < B; b++)
+            lambada_fill(tokens + b * (k->T + 1), weight + b * k->T, l, min_size(first + b, examples - 1), k->T, pad);
+        set_words(k, mb, tokens, weight);
+        stage_forward(k, mb);
+        for (size_t i = 0; i < B * k->T; i++)
+            if (weight[i] != 0) row[n++] = i;
+        most_probable(k, mb, row, n, best);
+        for (size_t i = 0, right = 1; i < n; i++) {
+            size_t b = row[i] / k->T;
+            int last = i + 1 == n || row[i + 1] / k->T != b;
+            int hit = best[i] == tokens[b * (k->T + 1) + row[i] % k->T + 1];
+            if (first + b >= examples) break; /* the last batch is filled up with copies */
+            right = right && hit;
+            if (!last) continue;
+            a.examples++, a.correct += right, a.last_correct += (size_t)hit;
+            right = 1;
+        }
+        k->T = T;
+        if (meter && k->world.rank == 0) meter_show(meter, min_size(first + B, examples), "accuracy", (double)a.correct / (double)a.examples);
+    }
+    free(tokens), free(best), free(weight), free(row);
+    return a;
+}
+
+/* ================================================================================================================
+ * Chapter 10. Generation [App. C]
+ * ============================================================================================================= */
+
+typedef struct {
+    double temperature; /* 0: always the most probable word */
+    size_t top_k;       /* draw from the k most probable words only; 0: from all */
+    double top_p;       /* draw from the most probable words that make up this probability; 1: from all */
+    uint64_t seed;
+} Sampler;
+
+typedef struct {
+    double p;
+    int id;
+} Candidate;
+
+/* More probable; of equals, the earlier word. */
+static int better(Candidate a, Candidate b) { return a.p > b.p || (a.p == b.p && a.id < b.id); }
+
+/* Restores the heap (no child better than its parent) below place i. */
+static void sift_down(Candidate *heap, size_t n, size_t i)
+{
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && better(heap[child + 1], heap[child])) child++;
+        if (!better(heap[child], heap[i])) return;
+        Candidate swap = heap[i];
+        heap[i] = heap[child], heap[child] = swap;
+    }
+}
+
+/* The next word from its logits (V): softmax(z / temperature), cut by top-k and then top-p. A heap yields the words in
+ * order of probability, so that only those that are kept get sorted. Word number `index` of a text draws its own
+ * random number, whatever came before. heap: (V) scratch. */
+static int sample_word(const real *z, size_t V, const Sampler *s, size_t index, Candidate *heap)
+{
+    size_t best = 0, kept = 0, left = V;
+    double total = 0, mass = 0, u = uniform(random_word(s->seed, SITE_SAMPLE, 0, index));
+    for (size_t i = 0; i < V; i++) best = z[i] > z[best] ? i : best;
+    if (s->temperature == 0) return (int)best;
+    for (size_t i = 0; i < V; i++) {
+        heap[i].p = exp(((double)z[i] - z[best]) / s->temperature), heap[i].id = (int)i;
+        total += heap[i].p;
+    }
+    if ((s->top_k == 0 || s->top_k >= V) && s->top_p >= 1) mass = total, kept = V;
+    else {
+        for (size_t i = V / 2; i-- > 0;) sift_down(heap, V, i);
+        while (kept < V && (kept == 0 || ((s->top_k == 0 || kept < s->top_k) && mass < s->top_p * total))) {
+            Candidate top = heap[0];
+            heap[0] = heap[--left];
+            sift_down(heap, left, 0);
+            heap[left] = top; /* the kept ones gather behind the heap */
+            mass += top.p, kept++;
+        }
+    }
+    for (size_t i = V - kept; i < V; i++)
+        if ((u -= heap[i].p / mass) < 0) return heap[i].id;
+    return heap[V - 1].id; /* rounding left a crumb of u */
+}
+
+typedef struct {
+    Rank *k;
+    Cache cache;
+    act *slices;     /* (t, Vp) every tensor rank's logits of one row */
+    real *logits;    /* (t * Vp) the same on the host; the first V are real words */
+    Candidate *heap; /* (V) */
+} Generator;
+
+/* Keys and values of up to T positions, for a rank with B = 1. */
+static Generator *generator_create(Rank *k)
+{
+    Generator *g = (Generator *)xcalloc(1, sizeof *g);
+    size_t all = (size_t)k->tp.size * k->Vp;
+    g->k = k;
+    g->cache.k = (act **)xcalloc(k->depth, sizeof(act *)), g->cache.v = (act **)xcalloc(k->depth, sizeof(act *));
+    for (size_t l = 0; l < k->depth; l++) {
+        g->cache.k[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
+        g->cache.v[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
+    }
+    g->slices = (act *)device_calloc(all * sizeof(act));
+    g->logits = (real *)xcalloc(all, sizeof(real));
+    g->heap = (Candidate *)xcalloc(k->config.V, sizeof(Candidate));
+    k->cache = &g->cache;
+    return g;
+}
+
+static void generator_free(Generator *g)
+{
+    for (size_t l = 0; l < g->k->depth; l++) device_free(g->cache.k[l]), device_free(g->cache.v[l]);
+    g->k->cache = NULL;
+    device_free(g->slices);
+    free(g->cache.k), free(g->cache.v), free(g->logits), free(g->heap), free(g);
+}
+
+/* Reads n more tokens at positions past .. past+n-1 and leaves the logits of the word that follows in g->logits, on
+ * all tensor ranks. A prompt comes as one batch; then one token at a time: its keys and values join the cache, so
+ * nothing is computed twice. */
+static void generator_read(Generator *g, const int *tokens, size_t n)
+{
+    Rank *k = g->k;
+    MicroBatch *mb = &k->flight[0];
+    size_t T = k->T, C = k->config.C;
+    k->T = n;
+    device_upload(mb->tokens, tokens, n * sizeof *tokens);
+    embedding_forward(k, mb->layer[0].x, mb);
+    for (size_t l = 0; l < k->depth; l++) block_forward(k, l, &mb->layer[l], mb->layer[l + 1].x, mb);
+    logits_forward(k, mb, mb->layer[k->depth].x + (n - 1) * C, 1);
+    all_gather(&k->tp, g->slices, mb->logits, k->Vp, ACT);
+    act_download(g->logits, g->slices, (size_t)k->tp.size * k->Vp);
+    g->cache.past += n;
+    k->T = T;
+}
+
+/* Appends up to `count` words to text, and calls emit after each; stops early after end_of_text. Every tensor rank
+ * calls it, and draws the same words. When all T positions are full, the last half of the text is read again from
+ * position 0: learned positions allow no sliding. */
+static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s, int end_of_text,
+                     void (*emit)(void *arg, int id), void *arg)
+{
+    size_t T = g->k->T, stop = text->n + count, unread = min_size(text->n, T);
+    g->cache.past = 0;
+    while (text->n < stop) {
+        if (g->cache.past + unread > T) g->cache.past = 0, unread = (T + 1) / 2;
+        generator_read(g, text->id + text->n - unread, unread);
+        double word = sample_word(g->logits, g->k->config.V, s, text->n, g->heap);
+        broadcast(&g->k->tp, &word, 1, DOUBLE_ARRAY, 0); /* all would draw the same; one decides */
+        int id = (int)word;
+        push_token(text, id);
+        if (emit) emit(arg, id);
+        if (id == end_of_text) return;
+        unread = 1;
+    }
+}
+
+/* ================================================================================================================
+ * Chapter 12. Planner [§5.1, Fig. 4]: what a training run will cost, without running it
+ *
+ * All numbers come from shapes alone: memory and parameters from the table of chapter 4, messages from the places
+ * where chapters 5 to 7 call collectives, floating point operations from the sizes of the products.
+ * ============================================================================================================= */
+
+typedef struct {
+    Config config;
+    Layout layout;
+    size_t batch, micro_batch; /* sequences: in an iteration, on all data ranks; in one pass */
+    size_t seq;                /* tokens of a sequence */
+    int recompute;
+    double peak, bandwidth;    /* of the user's machine: sustained TFLOP/s of a rank, GB/s of a ring; 0: not given */
+} PlanInput;
+
+/* All doubles, so that one table can print them; counts are exact up to 2^53. "rank" is the one that has most. */
+typedef struct {
+    double parameters, parameters_per_rank, replication;
+    double bytes_per_rank, weights_bytes, gradient_bytes, moment_bytes, master_bytes, activation_bytes;
+    double paper_bytes, paper_activation_bytes, zero1_bytes, zero2_bytes, zero3_bytes;
+    double micro_batches, in_flight, bubble, bubble_formula, bubble_gpipe, bubble_interleaved;
+    double flops_per_iteration, flops_formula, tokens_per_iteration;
+    double all_reduces_per_iteration, all_reduce_bytes, bytes_sent_per_rank, busiest_stage;
+    double v100_seconds, v100_efficiency, v100_days, seconds, efficiency;
+} Plan;
+
+/* Dies unless the run can be cut this way. Unlike check_layout, it allows as many data ranks as the paper had. */
+static void check_plan(const PlanInput *in)
+{
+    Layout s = in->layout, tensor = {s.tp, 1, 1}, pipeline = {1, s.pp, 1};
+    check_layout(&in->config, tensor);
+    check_layout(&in->config, pipeline);
+    if (s.dp < 1 || s.dp > 65536) die("--dp %d: 1 to 65536 data ranks can be planned", s.dp);
+    size_t rows = in->micro_batch * (size_t)s.dp;
+    if (in->micro_batch < 1 || in->micro_batch > 65536)
+        die("--micro-batch %zu: 1 to 65536 can be planned", in->micro_batch);
+    if (in->batch < 1 || in->batch % rows)
+        die("--batch %zu is no multiple of --micro-batch %zu times --dp %d", in->batch, in->micro_batch, s.dp);
+    if (in->batch / rows > 65536)
+        die("--batch %zu makes %zu micro-batches: at most 65536 can be planned", in->batch, in->batch / rows);
+    if (in->seq < 1 || in->seq > in->config.T) die("--seq %zu: the model has %zu positions", in->seq, in->config.T);
+    const Config *c = &in->config; /* bounds all products below, so that none overflows */
+    double width = (double)c->V + 16.0 * (double)c->C + 2.0 * (double)c->F + (double)c->H;
+    double height = (double)in->micro_batch * (double)in->seq + (double)c->C + (double)c->T;
+    if (c->L > 100000 || width * height * (double)(c->L + 1) * s.pp > 1e15)
+        die("a model of %zu layers of %zu is too large to plan at this batch", c->L, c->C);
+}
+
+/* ---- Arithmetic ------------------------------------------------------------------------------------------------ */
+
+/* F = 96 B s l h^2 (1 + s/(6h) + V/(16 l h)) with recomputation, 72 and V/(12 l h) without
+ * [arXiv 2104.04473 (3), P46]. */
+static double flops_formula(const Config *c, size_t batch, size_t seq, int recompute)
+{
+    double B = (double)batch, s = (double)seq, l = (double)c->L, h = (double)c->C, V = (double)c->V;
+    double passes = recompute ? 4 : 3; /* a backward pass costs two forward ones; only the layers are recomputed */
+    return 24 * passes * B * s * l * h * h * (1 + s / (6 * h) + V / (4 * passes * l * h));
+}
+
+/* The same, counted product by product: 2 n k m for (n,k) times (k,m), scores not halved for being causal, the words
+ * of the vocabulary with padding. A backward pass counts as two forward ones, as everywhere in the literature; chapter 2
+ * really makes five products for attention's two, since it computes the scores again instead of keeping them. */
+static double flops_exact(const Config *c, int tp, size_t batch, size_t seq, int recompute)
+{
+    double C = (double)c->C, F = (double)c->F, s = (double)seq, rows = (double)batch * s;
+    double linear = 2 * rows * (C * 3 * C + C * C + C * F + F * C); /* QKV, output, and the MLP's two */
+    double attention = 2 * rows * (s * C + s * C);                  /* Q K' and P V, over all heads */
+    double logits = 2 * rows * C * (double)padded_vocab(c->V, tp);
+    return (recompute ? 4 : 3) * (double)c->L * (linear + attention) + 3 * logits;
+}
+
+/* Bytes of a parameter with fp16 and Adam: weight 2, gradient 2, float weight and moments 12. ZeRO stage 1 deals the
+ * twelve out to the d data ranks, 2 the gradients too, 3 the weights too [arXiv 1910.02054, P60]. */
+static double zero_bytes(int stage, double d)
+{
+    return 2 / (stage >= 3 ? d : 1) + 2 / (stage >= 2 ? d : 1) + 12 / (stage >= 1 ? d : 1);
+}
+
+/* Bytes of one layer's activations as Megatron keeps them, fp16, masks of one byte, scores in full:
+ * s b h (10 + 24/t + 5 a s / (h t)); with recomputation only the input, 2 s b h [arXiv 2205.05198 (2), P58]. */
+static double megatron_activation_bytes(const Config *c, int tp, size_t b, size_t seq, int recompute)
+{
+    double s = (double)seq, h = (double)c->C, t = tp;
+    return s * (double)b * h * (recompute ? 2 : 10 + 24 / t + 5 * (double)c->H * s / (h * t));
+}
+
+/* Days that n GPUs of X FLOP/s need for T tokens with P parameters: 8 T P / (n X) [arXiv 2104.04473 (4), P61]. */
+static double training_days(double tokens, double parameters, double gpus, double flops)
+{
+    return 8 * tokens * parameters / (gpus * flops) / 86400;
+}
+
+/* ---- Messages -------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *group, *op, *what, *paper;
+    size_t ranks;    /* in the group */
+    size_t count;    /* calls of one rank in one iteration */
+    size_t elements; /* of each call */
+    Type type;
+} Message;
+
+enum { MAX_MESSAGES = 16 };
+
+/* Elements a rank sends in one call. A ring all-reduce is a reduce-scatter and an all-gather, in which each rank
+ * passes on (t-1)/t of the buffer: together 2 (t-1)/t of it [P8, P59]. */
+static double elements_sent(const Message *m)
+{
+    double n = (double)m->elements, t = (double)m->ranks;
+    if (!strcmp(m->op, "recv")) return 0;
+    return strcmp(m->op, "send") ? 2 * (t - 1) / t * n : n;
+}
+
+static size_t message_bytes(const Message *m) { return m->elements * type_size(m->type); }
+
+/* What each rank of a stage says in one iteration; list has room for MAX_MESSAGES. Returns their number. */
+static size_t list_messages(Message *list, const PlanInput *in, int stage)
+{
+    const Config *c = &in->config;
+    Layout s = in->layout;
+    size_t t = (size_t)s.tp, p = (size_t)s.pp, d = (size_t)s.dp, n = 0, arena;
+    size_t m = in->batch / in->micro_batch / d, bs = in->micro_batch * in->seq, bsh = bs * c->C;
+    size_t layers = m * (c->L / p), passes = in->recompute ? 2 : 1;
+    size_t first = stage == 0, last = stage == s.pp - 1, end = first || last, pair = p > 1 ? 2 : 1;
+    size_t after_first = m * !first, before_last = m * !last;
+    list_tensors(NULL, &arena, c, s, stage * s.tp * s.dp);
+    const Message all[] = {
+        {"tp", "all_reduce", "g: embedding", "[§3]", t, m * first, bsh, ACT},
+        {"tp", "all_reduce", "g: attention, MLP; forward", "[§3 Fig.4]", t, 2 * layers, bsh, ACT},
+        {"tp", "all_reduce", "g: the same, recomputed", "[§4.2]", t, 2 * layers * (passes - 1), bsh, ACT},
+        {"tp", "all_reduce", "f: attention, MLP; backward", "[§3 Fig.4]", t, 2 * layers, bsh, ACT},
+        {"tp", "all_reduce", "f: logits; backward", "[§3]", t, m * last, bsh, ACT},
+        {"tp", "all_reduce_max", "cross entropy: largest logit", "[§3]", t, m * last, bs, REAL_ARRAY},
+        {"tp", "all_reduce", "cross entropy: sum, target", "[§3]", t, 2 * m * last, bs, REAL_ARRAY},
+        {"pp", "recv", "activations", "", p, after_first, bsh, ACT},
+        {"pp", "send", "activations", "", p, before_last, bsh, ACT},
+        {"pp", "recv", "gradients of activations", "", p, before_last, bsh, ACT},
+        {"pp", "send", "gradients of activations", "", p, after_first, bsh, ACT},
+        {"embedding", "all_reduce", "gradient of the tied embedding", "", pair, end,
+         padded_vocab(c->V, s.tp) / t * c->C, ACT},
+        {"dp", "all_reduce", "gradients", "[§2.3]", d, 1, arena, ACT},
+        {"world", "all_reduce", "gradient norm", "[§4.2]", t * p * d, 1, 1, DOUBLE_ARRAY},
+        {"world", "all_reduce", "loss", "", t * p * d, 1, 1, DOUBLE_ARRAY},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (all[i].ranks > 1 && all[i].count > 0) list[n++] = all[i];
+    return n;
+}
+
+/* ---- The pipeline's schedules, pass by pass (beyond the paper: arXiv 2104.04473 §2.2) ------------------------- */
+
+/* GPipe: all forward passes, then all backward passes. 1F1B: chapter 6. Interleaved 1F1B cuts the model into v p
+ * parts and deals them out to the stages: each has v "chunks", and every micro-batch goes round v times. */
+typedef enum { GPIPE, ONE_F_ONE_B } Schedule;
+
+typedef struct {
+    double bubble;               /* idle time / time of the work */
+    size_t in_flight[MAX_RANKS]; /* stage i: most chunks whose backward pass is still to come */
+} Pipeline;
+
+typedef struct {
+    int backward;
+    size_t chunk, micro_batch;
+} Pass;
+
+/* Pass number j of stage i: w forward passes to warm up, then one forward, one backward in turns, then the rest
+ * backward. With chunks, p micro-batches at a time pass through one chunk before the next. */
+static Pass nth_pass(Schedule kind, size_t p, size_t m, size_t v, size_t i, size_t j)
+{
+    size_t n = m * v, warmup = v > 1 ? 2 * (p - i - 1) + (v - 1) * p : p - i - 1;
+    size_t w = kind == GPIPE ? n : min_size(warmup, n), k = j;
+    Pass pass;
+    pass.backward = j >= 2 * n - w || (j >= w && (j - w) % 2);
+    if (j >= 2 * n - w) k = j - n;
+    else if (j >= w) k = (j - w) / 2 + (pass.backward ? 0 : w);
+    pass.chunk = k % (p * v) / p;
+    if (pass.backward) pass.chunk = v - 1 - pass.chunk;
+    pass.micro_batch = k / (p * v) * p + k % p;
+    return pass;
+}
+
+/* Runs m micro-batches through p stages of v chunks (v > 1: m is a multiple of p), when a whole stage needs tf > 0
+ * forward and tb > 0 backward, and messages no time. A pass starts when its stage is free and its input is there. */
+static Pipeline simulate_pipeline(Schedule kind, size_t p, size_t m, size_t v, double tf, double tb)
+{
+    Pipeline result;
+    size_t parts = p * v, n = m * v, next[MAX_RANKS] = {0}, held[MAX_RANKS] = {0};
+    double clock[MAX_RANKS] = {0}, end = 0;
+    double *forward = (double *)xcalloc(2 * parts * m, sizeof *forward); /* [part][micro-batch] end; 0: not yet */
+    double *backward = forward + parts * m;
+    memset(&result, 0, sizeof result);
+    for (size_t left = 2 * n * p, before = left + 1; left > 0;) {
+        if (left == before) die("the schedule of %zu stages and %zu micro-batches does not end", p, m);
+        before = left;
+        for (size_t i = 0; i < p; i++)
+            for (; next[i] < 2 * n; next[i]++, left--) {
+                Pass pass = nth_pass(kind, p, m, v, i, next[i]);
+                size_t part = pass.chunk * p + i, here = part * m + pass.micro_batch;
+                if (pass.backward || part > 0) {
+                    const double *input = !pass.backward     ? &forward[here - m]  /* the part before */
+                                          : part + 1 < parts ? &backward[here + m] /* the part behind */
+                                                             : &forward[here];     /* the loss */
+                    if (*input == 0) break;
+                    clock[i] = fmax(clock[i], *input);
+                }
+                clock[i] += (pass.backward ? tb : tf) / (double)v;
+                (pass.backward ? backward : forward)[here] = clock[i];
+                if (pass.backward) held[i]--;
+                else result.in_flight[i] = max_size(result.in_flight[i], ++held[i]);
+                end = fmax(end, clock[i]);
+            }
+    }
+    free(forward);
+    result.bubble = end / ((double)m * (tf + tb)) - 1;
+    return result;
+}
+
+/* ---- Projection ------------------------------------------------------------------------------------------------ */
+
+/* FLOP/s of one V100 [§5.1], iterations of an epoch [Table 2], tokens of an iteration [§4.2] */
+static const double PAPER_RATE = 39e12, EPOCH = 68507, PAPER_BATCH = 512 * 1024;
+
+typedef struct {
+    double flops;   /* sustained, of one rank */
+    double bus;     /* bytes/s that a rank sends in a ring inside a server */
+    double network; /* bytes/s in and out of a server */
+    double latency; /* seconds, of one message */
+    int server;     /* ranks in a server */
+    size_t act_size;
+} Machine;
+
+/* The paper's DGX-2H [§5]. 39 TFLOP/s is what it measured for 1.2B on one V100, products and all else. NVSwitch moves
+ * 300 GB/s, in and out together; that a ring sustains 130 of the 150 out is our assumption. Servers are joined at
+ * 100 GB/s. */
+static const Machine v100 = {39e12, 130e9, 100e9, 15e-6, 16, 2};
+
+static double message_seconds(const Machine *machine, const Message *m, Layout s)
+{
+    int tensor = !strcmp(m->group, "tp"), span = tensor ? s.tp : s.tp * s.pp * s.dp;
+    /* Groups other than tp leave the server, and the t rings of a server's tensor ranks share its network. */
+    double bandwidth = span <= machine->server ? machine->bus : machine->network / (tensor ? 1 : s.tp);
+    double size = m->type == ACT ? (double)machine->act_size : (double)type_size(m->type);
+    return (double)m->count * (elements_sent(m) * size / bandwidth + machine->latency);
+}
+
+/* Seconds of an iteration = (FLOPs / (ranks * rate) + tp and pp messages) * (1 + bubble) + all other messages, on the
+ * stage that talks most; nothing overlaps, as in the paper. It does not see that narrow products are slower, nor the
+ * duplicated LayerNorms: it flatters large t. */
+static double project(const PlanInput *in, const Machine *machine, double flops, double bubble)
+{
+    double worst = 0, ranks = (double)in->layout.tp * in->layout.pp * in->layout.dp;
+    for (int stage = 0; stage < in->layout.pp; stage++) {
+        Message list[MAX_MESSAGES];
+        double pass = flops / (ranks * machine->flops), rest = 0;
+        for (size_t i = 0, n = list_messages(list, in, stage); i < n; i++) {
+            double time = message_seconds(machine, &list[i], in->layout);
+            if (!strcmp(list[i].group, "tp") || !strcmp(list[i].group, "pp")) pass += time;
+            else rest += time;
+        }
+        worst = fmax(worst, pass * (1 + bubble) + rest);
+    }
+    return worst;
+}
+
+/* ---- The plan -------------------------------------------------------------------------------------------------- */
+
+/* Parameters and memory: of each stage, keeps the most. */
+static void plan_memory(Plan *plan, const PlanInput *in)
+{
+    const Config *c = &in->config;
+    Layout s = in->layout;
+    double stored = 0, m = plan->micro_batches;
+    Tensor *list = (Tensor *)xcalloc(N_SPECS * c->L, sizeof *list); /* more than any stage has */
+    for (int stage = 0; stage < s.pp; stage++) {
+        int rank = stage * s.tp * s.dp; /* the first of the stage; all are alike */
+        size_t elements, count = list_tensors(list, &elements, c, s, rank);
+        double parameters = 0, n = (double)elements;
+        for (size_t i = 0; i < count; i++) parameters += (double)list[i].n;
+        stored += parameters * s.tp;
+        if (parameters > plan->parameters_per_rank) plan->parameters_per_rank = parameters;
+        double activations = (double)activation_bytes(c, s, rank, in->micro_batch, in->seq, in->recompute, (size_t)m);
+        double master = sizeof(act) < sizeof(real) ? n * sizeof(real) : 0;
+        double total = n * (2 * sizeof(act) + 2 * sizeof(real)) + master + activations;
+        if (total <= plan->bytes_per_rank) continue;
+        plan->bytes_per_rank = total;
+        plan->weights_bytes = plan->gradient_bytes = n * sizeof(act);
+        plan->moment_bytes = 2 * n * sizeof(real);
+        plan->master_bytes = master;
+        plan->activation_bytes = activations;
+    }
+    free(list);
+    plan->replication = stored / plan->parameters;
+    plan->paper_bytes = 20 * plan->parameters_per_rank; /* fp16 weight, gradient; the same in float; moments [§4.2] */
+    plan->paper_activation_bytes = megatron_activation_bytes(c, s.tp, in->micro_batch, in->seq, in->recompute) *
+                                   (double)(c->L / (size_t)s.pp) * plan->in_flight;
+    plan->zero1_bytes = zero_bytes(1, s.dp) * plan->parameters_per_rank;
+    plan->zero2_bytes = zero_bytes(2, s.dp) * plan->parameters_per_rank;
+    plan->zero3_bytes = zero_bytes(3, s.dp) * plan->parameters_per_rank;
+}
+
+/* The pipeline: stages count as equally long, backward as two or, with recomputation, three times forward. */
+static void plan_pipeline(Plan *plan, const PlanInput *in)
+{
+    size_t p = (size_t)in->layout.pp, m = (size_t)plan->micro_batches;
+    double tb = in->recompute ? 3 : 2;
+    Pipeline run = simulate_pipeline(ONE_F_ONE_B, p, m, 1, 1, tb);
+    plan->in_flight = (double)run.in_flight[0];
+    plan->bubble = run.bubble;
+    plan->bubble_formula = (double)(p - 1) / (double)m; /* [P56] */
+    plan->bubble_gpipe = simulate_pipeline(GPIPE, p, m, 1, 1, tb).bubble;
+    plan->bubble_interleaved = NAN;
+    if (m % p == 0 && in->config.L % (2 * p) == 0)
+        plan->bubble_interleaved = simulate_pipeline(ONE_F_ONE_B, p, m, 2, 1, tb).bubble;
+}
+
+/* all_reduces_per_iteration counts as the paper does: those of b*s*h that one micro-batch meets on its way through
+ * all stages. The paper's 4 a layer leave out embedding, logits and recomputation: 4l+2, with it 6l+2 [P6]. */
+static void plan_messages(Plan *plan, const PlanInput *in)
+{
+    Message list[MAX_MESSAGES];
+    size_t bsh = in->micro_batch * in->seq * in->config.C;
+    for (int stage = 0; stage < in->layout.pp; stage++) {
+        double sent = 0;
+        for (size_t i = 0, n = list_messages(list, in, stage); i < n; i++) {
+            sent += (double)list[i].count * elements_sent(&list[i]) * (double)type_size(list[i].type);
+            if (strcmp(list[i].group, "tp") || list[i].elements != bsh) continue;
+            plan->all_reduces_per_iteration += (double)list[i].count / plan->micro_batches;
+            plan->all_reduce_bytes = (double)message_bytes(&list[i]);
+        }
+        if (sent <= plan->bytes_sent_per_rank) continue;
+        plan->bytes_sent_per_rank = sent;
+        plan->busiest_stage = stage;
+    }
+}
+
+static Plan make_plan(const PlanInput *in)
+{
+    Plan plan;
+    Layout s = in->layout;
+    Machine yours = {in->peak * 1e12, in->bandwidth * 1e9, 0, 15e-6, INT_MAX, sizeof(act)};
+    double ranks = (double)s.tp * s.pp * s.dp;
+    memset(&plan, 0, sizeof plan);
+    plan.parameters = (double)count_parameters(&in->config);
+    plan.micro_batches = (double)(in->batch / in->micro_batch / (size_t)s.dp);
+    plan_pipeline(&plan, in);
+    plan_memory(&plan, in);
+    plan_messages(&plan, in);
+    plan.tokens_per_iteration = (double)in->batch * (double)in->seq;
+    plan.flops_formula = flops_formula(&in->config, in->batch, in->seq, in->recompute);
+    plan.flops_per_iteration = flops_exact(&in->config, s.tp, in->batch, in->seq, in->recompute);
+    plan.v100_seconds = project(in, &v100, plan.flops_per_iteration, plan.bubble);
+    plan.v100_efficiency = plan.flops_per_iteration / (ranks * v100.flops) / plan.v100_seconds;
+    plan.v100_days = training_days(300000 * PAPER_BATCH, plan.parameters, ranks, v100.flops * plan.v100_efficiency);
+    plan.seconds = plan.efficiency = NAN;
+    if (in->peak > 0 && in->bandwidth > 0) {
+        plan.seconds = project(in, &yours, plan.flops_per_iteration, plan.bubble);
+        plan.efficiency = plan.flops_per_iteration / (ranks * yours.flops) / plan.seconds;
+    }
+    return plan;
+}
+
+/* ---- Printing -------------------------------------------------------------------------------------------------- */
+
+/* One number of a plan: its JSON key, and how to tell it to people: in units of `unit`, with `decimals`. */
+typedef struct {
+    const char *key;
+    size_t field; /* its place in Plan */
+    const char *what;
+    double unit;
+    int decimals;
+} Figure;
+
+#define FIGURE(name) #name, offsetof(Plan, name)
+
+/* clang-format off */
+static const Figure figures[] = {
+    {FIGURE(parameters), "parameters [P42]", 1, 0},
+    {FIGURE(parameters_per_rank), "parameters of a rank, padded vocabulary [P44]", 1, 0},
+    {FIGURE(replication), "parameters of all tensor ranks and stages / parameters", 1, 5},
+    {FIGURE(bytes_per_rank), "memory of a rank, GB", 1e9, 3},
+    {FIGURE(weights_bytes), "    weights, GB", 1e9, 3},
+    {FIGURE(gradient_bytes), "    gradients, GB", 1e9, 3},
+    {FIGURE(moment_bytes), "    AdamW's moments, GB", 1e9, 3},
+    {FIGURE(master_bytes), "    float copy of narrower weights, GB", 1e9, 3},
+    {FIGURE(activation_bytes), "    activations, GB", 1e9, 3},
+    {FIGURE(paper_bytes), "the paper's 20 bytes a parameter (fp16 and float), GB", 1e9, 3},
+    {FIGURE(paper_activation_bytes), "Megatron's activations in the layers, fp16, GB", 1e9, 3},
+    {FIGURE(zero1_bytes), "ZeRO stage 1 (of 16 bytes a parameter), GB", 1e9, 3},
+    {FIGURE(zero2_bytes), "ZeRO stage 2, GB", 1e9, 3},
+    {FIGURE(zero3_bytes), "ZeRO stage 3, GB", 1e9, 3},
+    {FIGURE(tokens_per_iteration), "tokens of an iteration", 1, 0},
+    {FIGURE(micro_batches), "micro-batches of a data rank", 1, 0},
+    {FIGURE(in_flight), "micro-batches in flight on the first stage", 1, 0},
+    {FIGURE(bubble), "pipeline bubble / ideal time, 1F1B simulated", 1, 4},
+    {FIGURE(bubble_formula), "    (p-1)/m", 1, 4},
+    {FIGURE(bubble_gpipe), "    GPipe simulated", 1, 4},
+    {FIGURE(bubble_interleaved), "    interleaved, 2 chunks a stage, simulated", 1, 4},
+    {FIGURE(flops_per_iteration), "TFLOP of an iteration, all ranks, products counted", 1e12, 3},
+    {FIGURE(flops_formula), "    by formula, without padded words", 1e12, 3},
+    {FIGURE(all_reduces_per_iteration), "all-reduces of b*s*h a micro-batch", 1, 0},
+    {FIGURE(all_reduce_bytes), "    bytes of each", 1, 0},
+    {FIGURE(bytes_sent_per_rank), "bytes sent by a rank, iteration, GB", 1e9, 3},
+    {FIGURE(busiest_stage), "    on stage", 1, 0},
+    {FIGURE(v100_seconds), "on the paper's V100s (39 TFLOP/s, 130 GB/s): s/iteration", 1, 3},
+    {FIGURE(v100_efficiency), "    efficiency: the share of it that is not messages or bubble", 1, 3},
+    {FIGURE(v100_days), "    days for the paper's 157 G tokens, 8TP/(nX)", 1, 1},
+    {FIGURE(seconds), "on yours (--peak, --bandwidth): s/iteration", 1, 3},
+    {FIGURE(efficiency), "    efficiency: the share of it that is not messages or bubble", 1, 3},
+};
+/* clang-format on */
+
+static void print_json_number(const char *key, double x)
+{
+    if (isnan(x)) printf("\"%s\": null", key);
+    else printf("\"%s\": %.15g", key, x);
+}
+
+static void print_messages(const PlanInput *in, int stage, int json)
+{
+    Message list[MAX_MESSAGES];
+    if (json) printf("\"messages\": [");
+    else
+        printf("\n%-10s %-14s %-30s %-10s %6s %11s %12s\n", "group", "op", "what", "paper", "calls", "bytes",
+               "sent, each");
+    for (size_t i = 0, n = list_messages(list, in, stage); i < n; i++) {
+        const Message *m = &list[i];
+        double sent = elements_sent(m) * (double)type_size(m->type);
+        int width = strstr(m->paper, "§") ? 11 : 10; /* § has two bytes, but takes one column */
+        if (json)
+            printf("%s{\"group\": \"%s\", \"op\": \"%s\", \"what\": \"%s\", \"paper\": \"%s\", \"ranks\": %zu, "
+                   "\"count\": %zu, \"elements\": %zu, \"bytes\": %zu, \"bytes_sent\": %.15g}",
+                   i ? ", " : "", m->group, m->op, m->what, m->paper, m->ranks, m->count, m->elements,
+                   message_bytes(m), sent);
+        else
+            printf("%-10s %-14s %-30s %-*s %6zu %11zu %12.0f\n", m->group, m->op, m->what, width, m->paper, m->count,
+                   message_bytes(m), sent);
+    }
+    if (json) putchar(']');
+}
+
+static void print_plan(const PlanInput *in, const Plan *plan, int json)
+{
+    const Config *c = &in->config;
+    Layout s = in->layout;
+    if (json) putchar('{');
+    else
+        printf("%zu layers, hidden %zu, %zu heads, %zu words; tp %d pp %d dp %d; batch %zu of %zu tokens, "
+               "%zu a pass%s\n\n", c->L, c->C, c->H, c->V, s.tp, s.pp, s.dp, in->batch, in->seq, in->micro_batch,
+               in->recompute ? ", recomputed" : "");
+    for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {
+        const Figure *f = &figures[i];
+        double x = *(const double *)(const void *)((const char *)plan + f->field);
+        if (json) print_json_number(f->key, x), printf(", ");
+        else if (!isnan(x)) printf("%-60s %20.*f\n", f->what, f->decimals, x / f->unit);
+    }
+    print_messages(in, (int)plan->busiest_stage, json);
+    if (json) puts("}");
+}
+
+/* ---- `plan --paper`: the paper's tables beside what this chapter derives -------------------------------------- */
+
+enum { MAX_COLUMNS = 12, MAX_ROWS = 4 };
+
+typedef struct {
+    const char *key, *heading;
+    int decimals; /* -1: with exponent */
+} Column;
+
+typedef struct {
+    const char *key, *title, *remark; /* remark: where paper, code and arithmetic disagree */
+    Column column[MAX_COLUMNS];
+    const char *label[MAX_ROWS];
+    double value[MAX_ROWS][MAX_COLUMNS];
+} Table;
+
+static void print_table(const Table *t, int json)
+{
+    if (json) printf("\"%s\": [", t->key);
+    else printf("%s\n%-12s", t->title, "");
+    for (int c = 0; !json && c < MAX_COLUMNS && t->column[c].key; c++) printf("  %6s", t->column[c].heading);
+    for (int r = 0; r < MAX_ROWS && t->label[r]; r++) {
+        if (json) printf("%s{\"name\": \"%s\"", r ? ", " : "", t->label[r]);
+        else printf("\n%-12s", t->label[r]);
+        for (int c = 0; c < MAX_COLUMNS && t->column[c].key; c++) {
+            const Column *column = &t->column[c];
+            int width = (int)max_size(6, strlen(column->heading));
+            double x = t->value[r][c];
+            if (json) printf(", "), print_json_number(column->key, x);
+            else if (column->decimals < 0) printf("  %*.2e", width, x);
+            else printf("  %*.*f", width, column->decimals, x);
+        }
+        if (json) putchar('}');
+    }
+    if (json) putchar(']');
+    else printf("\n%s\n\n", t->remark);
+}
+
+/* The scaling study: layers recomputed, a batch of 8 for each group of model-parallel GPUs [§5.1]. */
+static PlanInput paper_input(const char *preset, int tp, int dp)
+{
+    PlanInput in;
+    memset(&in, 0, sizeof in);
+    in.config = find_preset(preset);
+    in.layout.tp = tp, in.layout.pp = 1, in.layout.dp = dp;
+    in.micro_batch = 8, in.batch = 8 * (size_t)dp, in.seq = 1024, in.recompute = 1;
+    return in;
+}
+
+static const char *const scaling_preset[4] = {"1.2B", "2.5B", "4.2B", "8.3B-scaling"};
+
+static Table table_1(void)
+{
+    Table t = {"table1", "Table 1. Models of the scaling study; batch 8, with data parallelism 512 [P42, P44-P46]",
+               "per rank: parameters of a tensor rank; sum/P: those of all ranks, replicas too, to the model's.",
+               {{"hidden", "hidden", 0}, {"heads", "heads", 0}, {"head_size", "h/heads", 0}, {"layers", "layers", 0},
+                {"parameters", "parameters", 0}, {"gpus", "GPUs", 0}, {"parameters_per_rank", "  per rank", 0},
+                {"replication", "  sum/P", 5}, {"flops_8", " FLOP(8)", -1},
+                {"flops_512", "FLOP(512)", -1}}, {0}, {{0}}};
+    for (int r = 0; r < 4; r++) {
+        PlanInput in = paper_input(scaling_preset[r], 1 << r, 1), all = paper_input(scaling_preset[r], 1 << r, 64);
+        Plan plan = make_plan(&in);
+        double h = (double)in.config.C, heads = (double)in.config.H, gpus = 1 << r;
+        const double row[] = {h, heads, h / heads, (double)in.config.L, plan.parameters, gpus,
+                              plan.parameters_per_rank, plan.replication, plan.flops_per_iteration,
+                              make_plan(&all).flops_per_iteration};
+        t.label[r] = scaling_preset[r];
+        memcpy(t.value[r], row, sizeof row);
+    }
+    return t;
+}
+
+static Table figure_4(void)
+{
+    Table t = {"figure4", "Figure 4. All-reduces of an iteration, batch 8, fp16 [P5, P6, P9, P10, P18]",
+               "The paper counts 4 a layer; embedding and logits add 2, recomputation 2 a layer. For the cross\n"
+               "entropy it counts b*s numbers; its code, and this one, move 3*b*s. Gathered logits would be b*s*V.",
+               {{"layers", "layers", 0}, {"gpus", "GPUs", 0}, {"paper", "4l", 0}, {"plain", "4l+2", 0},
+                {"recomputed", "6l+2", 0}, {"message_bytes", "message, B", 0},
+                {"layer_bytes_sent", "sent/layer, B", 0}, {"cross_entropy", "cross entropy", 0},
+                {"logits", "   logits", 0}}, {0}, {{0}}};
+    for (int r = 0; r < 4; r++) {
+        PlanInput in = paper_input(scaling_preset[r], 1 << r, 1), plain = in;
+        Message list[MAX_MESSAGES];
+        double cross_entropy = 0, message = 0, sent = 0, gpus = 1 << r, l = (double)in.config.L;
+        plain.recompute = 0;
+        for (size_t i = 0, n = list_messages(list, &plain, 0); i < n; i++) {
+            if (list[i].elements == 8 * 1024) cross_entropy += (double)(list[i].count * list[i].elements);
+            if (list[i].elements != 8 * 1024 * in.config.C) continue;
+            message = 2 * (double)list[i].elements;
+            sent = 4 * 2 * elements_sent(&list[i]);
+        }
+        const double row[] = {l, gpus, 4 * l * (r > 0), make_plan(&plain).all_reduces_per_iteration,
+                              make_plan(&in).all_reduces_per_iteration, message, sent, cross_entropy,
+                              8 * 1024 * (double)in.config.V};
+        t.label[r] = scaling_preset[r];
+        memcpy(t.value[r], row, sizeof row);
+    }
+    return t;
+}
+
+static Table table_2(void)
+{
+    static const char *const preset[3] = {"355M", "2.5B", "8.3B"};
+    static const double gpus[3] = {64, 128, 512}, days[3] = {0.86, 2.27, 2.10};
+    Table t = {"table2", "Table 2. GPT-2 models trained; batch 512; an epoch is 68,507 iterations [P45, P47]",
+               "Days give seconds, and with the FLOPs of [P46] a rate: 13.8 PFLOP/s for 8.3B in training, 15.1 in\n"
+               "the abstract; the paper does not say how it counts. 8.3B has 24 heads of 128, in Table 1 32 of 96.",
+               {{"layers", "layers", 0}, {"hidden", "hidden", 0}, {"heads", "heads", 0}, {"head_size", "h/heads", 0},
+                {"parameters", "parameters", 0}, {"gpus", "GPUs", 0}, {"days_per_epoch", "days", 2},
+                {"seconds", "s/iter", 3}, {"flops", "    FLOP", -1}, {"pflops", "PFLOP/s", 2},
+                {"tflops_gpu", "TF/GPU", 1}}, {0}, {{0}}};
+    for (int r = 0; r < 3; r++) {
+        Config c = find_preset(preset[r]);
+        double h = (double)c.C, heads = (double)c.H, s = days[r] * 86400 / EPOCH;
+        double flops = flops_formula(&c, 512, 1024, 1);
+        const double row[] = {(double)c.L, h, heads, h / heads, (double)count_parameters(&c), gpus[r], days[r], s,
+                              flops, flops / s / 1e15, flops / s / gpus[r] / 1e12};
+        t.label[r] = preset[r];
+        memcpy(t.value[r], row, sizeof row);
+    }
+    return t;
+}
+
+static Table table_7(void)
+{
+    static const char *const name[3] = {"16 heads", "24 heads", "32 heads"};
+    static const size_t heads[3] = {16, 24, 32};
+    static const double percent[3] = {82, 80, 77};
+    Table t = {"table7", "Table 7. 8.3B on 8 GPUs with heads of different size, batch 8 [P45]",
+               "Neither products nor messages change; the scores do, a*b*s*s a layer, so softmax and dropout do too.",
+               {{"head_size", "h/heads", 0}, {"paper_percent", "paper %", 0}, {"tflops_gpu", "TF/GPU", 1},
+                {"flops", "    FLOP", -1}, {"scores", "scores/GPU", 0}}, {0}, {{0}}};
+    for (int r = 0; r < 3; r++) {
+        PlanInput in = paper_input("8.3B", 8, 1);
+        in.config.H = heads[r];
+        const double row[] = {(double)(in.config.C / heads[r]), percent[r], percent[r] / 100 * PAPER_RATE / 1e12,
+                              make_plan(&in).flops_per_iteration, (double)(heads[r] / 8 * 8 * 1024 * 1024)};
+        t.label[r] = name[r];
+        memcpy(t.value[r], row, sizeof row);
+    }
+    return t;
+}
+
+static Table table_8(void)
+{
+    static const char *const name[4] = {"1 GPU", "2 GPUs", "4 GPUs", "8 GPUs"};
+    static const double speedup[4] = {1, 1.64, 2.34, 2.98};
+    Table t = {"table8", "Table 8. Strong scaling of 1.2B, batch 8; \"we\": the projection of `plan` [P49]",
+               "The projection knows messages only, not that narrow products are slow and LayerNorms are duplicated.",
+               {{"paper_speedup", "paper", 2}, {"paper_percent", "paper %", 2}, {"speedup", "we", 2},
+                {"percent", "we %", 2}, {"tflops_gpu", "TF/GPU", 1}}, {0}, {{0}}};
+    for (int r = 0; r < 4; r++) {
+        PlanInput in = paper_input("1.2B", 1 << r, 1);
+        double gpus = 1 << r, ours = make_plan(&in).v100_efficiency;
+        const double row[] = {speedup[r], 100 * speedup[r] / gpus, gpus * ours, 100 * ours,
+                              speedup[r] / gpus * PAPER_RATE / 1e12};
+        t.label[r] = name[r];
+        memcpy(t.value[r], row, sizeof row);
+    }
+    return t;
+}
+
+static Table figure_5(void)
+{
+    static const double percent[2][4] = {{100, 95, 82, 77}, {96, 83, 79, 74}};
+    Table t = {"figure5", "Figure 5. Weak scaling, % of 39 TFLOP/s; \"we\": the projection of `plan` [P48, P50]",
+               "The abstract's 15.1 PFLOP/s on 512 GPUs are 75.6%, it says 76%; the figure's 74% are 14.8 PFLOP/s.",
+               {{"gpus", "GPUs", 0}, {"paper_percent", "paper %", 0}, {"percent", "we %", 1},
+                {"tflops_gpu", "TF/GPU", 1}, {"pflops", "PFLOP/s", 4}, {"gpus_dp", "GPUs", 0},
+                {"paper_percent_dp", "paper %", 0},
+                {"percent_dp", "we %", 1}, {"tflops_gpu_dp", "TF/GPU", 1}, {"pflops_dp", "PFLOP/s", 2}}, {0}, {{0}}};
+    for (int r = 0; r < 4; r++) {
+        t.label[r] = scaling_preset[r];
+        for (int dp = 0; dp < 2; dp++) {
+            PlanInput in = paper_input(scaling_preset[r], 1 << r, dp ? 64 : 1);
+            double gpus = in.layout.tp * in.layout.dp, rate = percent[dp][r] / 100 * PAPER_RATE;
+            const double row[] = {gpus, percent[dp][r], 100 * make_plan(&in).v100_efficiency, rate / 1e12,
+                                  gpus * rate / 1e15};
+            memcpy(t.value[r] + 5 * dp, row, sizeof row);
+        }
+    }
+    return t;
+}
+
+static Table paper_totals(void)
+{
+    Table t = {"totals", "Totals [P47, P48]",
+               "The abstract's 15.1 PFLOP/s and Figure 5's 74%, both of 512 GPUs, disagree.",
+               {{"tokens_per_epoch", "tokens/epoch", 0}, {"tokens", "300k iterations", 0}, {"epochs", "epochs", 3},
+                {"abstract_share", "15.1 PFLOP/s", 3}, {"figure5_pflops", "74%, PFLOP/s", 2}}, {0}, {{0}}};
+    const double row[] = {EPOCH * PAPER_BATCH, 300000 * PAPER_BATCH, 300000 / EPOCH, 15.1e15 / (512 * PAPER_RATE),
+                          0.74 * 512 * PAPER_RATE / 1e15};
+    t.label[0] = "8.3B";
+    memcpy(t.value[0], row, sizeof row);
+    return t;
+}
+
+static void print_paper(int json)
+{
+    const Table tables[] = {table_1(), figure_4(), table_2(), table_7(), table_8(), figure_5(), paper_totals()};
+    if (json) putchar('{');
+    for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
+        if (json && i) printf(", ");
+        print_table(&tables[i], json);
+    }
+    if (json) puts("}");
+}
+
+/* ---- Trace: what the ranks really said -------------------------------------------------------------------------- */
+
+/* Totals of one kind of message over a trace. */
+static Message sum_events(const Trace *trace, const Message *kind)
+{
+    Message sum = *kind;
+    sum.count = sum.elements = 0;
+    for (size_t i = 0; i < trace->n; i++) {
+        const Event *e = &trace->event[i];
+        if (strcmp(e->group, kind->group) || strcmp(e->op, kind->op)) continue;
+        sum.count++;
+        sum.elements += e->elements;
+    }
+    return sum;
+}
+
+/* Do the events of a rank of this stage add up to what the plan lists, for every group and operation? Says where not. */
+static int trace_agrees(const Trace *trace, const PlanInput *in, int stage)
+{
+    Message planned[MAX_MESSAGES];
+    size_t n = list_messages(planned, in, stage), events = 0;
+    int agrees = 1;
+    for (size_t i = 0; i < n; i++) {
+        Message sum = sum_events(trace, &planned[i]);
+        size_t count = 0, elements = 0, seen = 0;
+        for (size_t j = 0; j < n; j++) {
+            if (strcmp(planned[j].group, planned[i].group) || strcmp(planned[j].op, planned[i].op)) continue;
+            seen += j < i;
+            count += planned[j].count;
+            elements += planned[j].count * planned[j].elements;
+        }
+        if (seen) continue; /* several rows of the plan may be of one kind: each kind is compared once */
+        events += sum.count;
+        if (sum.count == count && sum.elements == elements) continue;
+        fprintf(stderr, "stage %d, %s %s: %zu calls of %zu elements in all, but the plan has %zu of %zu\n", stage,
+                planned[i].group, planned[i].op, sum.count, sum.elements, count, elements);
+        agrees = 0;
+    }
+    return agrees && events == trace->n; /* and nothing was said that the plan does not know */
+}
+
+/* One line, or one JSON object, for each collective of a stage's first rank. */
+static void print_events(const Trace *trace, int stage, int json)
+{
+    for (size_t i = 0; i < trace->n; i++) {
+        const Event *e = &trace->event[i];
+        if (json)
+            printf("%s{\"stage\": %d, \"op\": \"%s\", \"group\": \"%s\", \"elements\": %zu, \"bytes\": %zu, \"layer\": %d, "
+                   "\"where\": \"%s\", \"paper\": \"%s\"}", stage || i ? ", " : "", stage, e->op, e->group, e->elements,
+                   e->bytes, e->place.layer, e->place.operation, e->place.paper);
+        else {
+            char layer[16] = "-";
+            if (e->place.layer >= 0) snprintf(layer, sizeof layer, "%d", e->place.layer);
+            printf("%5d  %5s  %-16s  %-14s  %-9s  %10zu  %11zu  %s\n", stage, layer, e->place.operation, e->op, e->group,
+                   e->elements, e->bytes, e->place.paper);
+        }
+    }
+}
+
+/* Totals of a stage by group and operation, and of the tensor group by layer. */
+static void print_totals(const Trace *trace, const PlanInput *in, int stage, int json)
+{
+    size_t depth = in->config.L / (size_t)in->layout.pp, printed = 0;
+    int agrees = trace_agrees(trace, in, stage);
+    Message planned[MAX_MESSAGES];
+    size_t n = list_messages(planned, in, stage);
+    if (json) printf("%s{\"stage\": %d, \"agrees_with_plan\": %s", stage ? ", " : "", stage,
+                     agrees ? "true" : "false");
+    else printf("\nstage %d\n", stage);
+    for (size_t i = 0; i < n; i++) {
+        int seen = 0;
+        for (size_t j = 0; j < i; j++) seen |= !strcmp(planned[j].group, planned[i].group) && !strcmp(planned[j].op, planned[i].op);
+        if (seen) continue;
+        Message sum = sum_events(trace, &planned[i]);
+        size_t bytes = sum.elements * type_size(sum.type);
+        if (json) printf(", \"%s_%s\": {\"calls\": %zu, \"elements\": %zu}", sum.group, sum.op, sum.count, sum.elements);
+        else printf("  %-9s  %-14s  %5zu calls  %12zu elements  %13zu bytes\n", sum.group, sum.op, sum.count, sum.elements, bytes);
+    }
+    if (json) printf(", \"layers\": [");
+    for (size_t l = (size_t)stage * depth; in->layout.tp > 1 && l < (size_t)(stage + 1) * depth; l++) {
+        size_t calls = 0, elements = 0;
+        for (size_t i = 0; i < trace->n; i++)
+            if (trace->event[i].place.layer == (int)l) calls++, elements += trace->event[i].elements;
+        if (json) printf("%s{\"layer\": %zu, \"calls\": %zu, \"elements\": %zu}", printed++ ? ", " : "", l, calls, elements);
+        else printf("  layer %-3zu                 %5zu calls  %12zu elements\n", l, calls, elements);
+    }
+    if (json) printf("]}");
+    else printf("  %s\n", agrees ? "equal to what `plan` lists" : "NOT what `plan` lists");
 }

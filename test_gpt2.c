@@ -1988,6 +1988,1408 @@ static void test_benchmark_texts(void)
     tokenizer_close(t);
 }
 
+/* ---- Planner: the paper's numbers [P5, P6, P8-P10, P14, P17, P18, P21-P23, P40, P42-P50, P56-P62] -------------- */
+
+static PlanInput plan_case(const char *preset, int tp, int pp, int dp, size_t batch, size_t micro, int recompute)
+{
+    PlanInput in;
+    memset(&in, 0, sizeof in);
+    in.config = find_preset(preset);
+    in.layout.tp = tp, in.layout.pp = pp, in.layout.dp = dp;
+    in.batch = batch, in.micro_batch = micro, in.seq = in.config.T, in.recompute = recompute;
+    return in;
+}
+
+/* Number j of Table 1's models on 2^j tensor ranks with dp replicas, as the paper ran it. */
+static PlanInput scaling_case(int j, int dp)
+{
+    static const char *const name[4] = {"1.2B", "2.5B", "4.2B", "8.3B-scaling"};
+    return plan_case(name[j], 1 << j, 1, dp, 8 * (size_t)dp, 8, 1);
+}
+
+static void test_plan_parameters(void)
+{
+    static const char *const name[6] = {"355M", "1.2B", "2.5B", "4.2B", "8.3B", "8.3B-scaling"};
+    static const double exact[6] = {355788800, 1213479936, 2490408960, 4199109120, 8317040640, 8317040640};
+    static const double per_rank[4] = {355788800, 178493440, 89845760, 45521920};
+    static const double padded[4] = {50304, 50432, 50688, 51200};
+    for (int i = 0; i < 6; i++) {
+        PlanInput in = plan_case(name[i], 1, 1, 1, 1, 1, 0);
+        double l = (double)in.config.L, h = (double)in.config.C;
+        char what[64];
+        snprintf(what, sizeof what, "P42 parameters of %s", name[i]);
+        check_equal(what, make_plan(&in).parameters, exact[i]);
+        double formula = 12 * l * h * h * (1 + 13 / (12 * h) + (51200 + 1024) / (12 * l * h));
+        check("P43 the formula lacks 2h, off by (rounding of 1e10: 2e-6)", fabs(exact[i] - formula - 2 * h), 1e-5);
+    }
+    PlanInput in = plan_case("8.3B", 8, 1, 1, 8, 8, 0);
+    Plan plan = make_plan(&in);
+    check_equal("P44 8.3B, t=8: parameters of a rank", plan.parameters_per_rank, 1043549184);
+    check_equal("P44 sum over the tensor ranks / P, rounded", round(plan.replication * 1e5), 100377);
+    for (int i = 0; i < 4; i++) {
+        in = plan_case("355M", 1 << i, 1, 1, 1, 1, 0);
+        check_equal("P44 355M, t=1,2,4,8: parameters of a rank", make_plan(&in).parameters_per_rank, per_rank[i]);
+        check_equal("P14 50,257 words padded", (double)padded_vocab(50257, 1 << i), padded[i]);
+    }
+    check_equal("P14 dummy words at t=8", (double)padded_vocab(50257, 8) - 50257, 943);
+    check_equal("P14 words of a rank at t=8", (double)padded_vocab(50257, 8) / 8, 6400);
+    /* Two stages: both hold the 128 x 51200 embedding. Shapes enumerated by hand: C 8, F 32, T 4, L 2. */
+    in.config = make_config(2, 8, 2, 4, 300);
+    in.layout.tp = 1, in.layout.pp = 2, in.seq = 4;
+    plan = make_plan(&in);
+    check_equal("stage 0: 384 padded words, positions, one layer", plan.parameters_per_rank,
+                384 * 8 + 4 * 8 + (2 * 8 + 24 * 8 + 24 + 8 * 8 + 8 + 2 * 8 + 32 * 8 + 32 + 8 * 32 + 8));
+    check_equal("parameters without padding", plan.parameters,
+                300 * 8 + 4 * 8 + 2 * (2 * 8 + 24 * 8 + 24 + 8 * 8 + 8 + 2 * 8 + 32 * 8 + 32 + 8 * 32 + 8) + 2 * 8);
+}
+
+/* A ring reduce-scatter and all-gather of `n` numbers, step by step as a ring does it: numbers that rank 0 sends in
+ * each half. Fails unless all ranks end with the sum. */
+static void ring(int t, int n, int sent[2], int *right)
+{
+    static int x[8][1680];
+    int part = n / t;
+    sent[0] = sent[1] = 0;
+    for (int r = 0; r < t; r++)
+        for (int i = 0; i < n; i++) x[r][i] = (r + 1) * (i + 1);
+    for (int half = 0; half < 2; half++)
+        for (int step = 0; step < t - 1; step++) {
+            static int wire[8][1680];
+            for (int r = 0; r < t; r++) { /* all send first, then all receive */
+                int chunk = (r - step + half + 2 * t) % t;
+                memcpy(wire[r], x[r] + chunk * part, (size_t)part * sizeof(int));
+                if (r == 0) sent[half] += part;
+            }
+            for (int r = 0; r < t; r++) {
+                int from = (r + t - 1) % t, chunk = (from - step + half + 2 * t) % t;
+                for (int i = 0; i < part; i++)
+                    x[r][chunk * part + i] = (half ? 0 : x[r][chunk * part + i]) + wire[from][i];
+            }
+        }
+    *right = 1;
+    for (int r = 0; r < t; r++)
+        for (int i = 0; i < n; i++) *right &= x[r][i] == t * (t + 1) / 2 * (i + 1);
+}
+
+static double count_calls(const Message *list, size_t n, const char *group, const char *op, size_t elements)
+{
+    double calls = 0;
+    for (size_t i = 0; i < n; i++)
+        if (!strcmp(list[i].group, group) && !strcmp(list[i].op, op) && list[i].elements == elements)
+            calls += (double)list[i].count;
+    return calls;
+}
+
+static void test_plan_messages(void)
+{
+    static const double share[3] = {1.0, 1.5, 1.75};
+    Message list[MAX_MESSAGES];
+    for (int i = 0; i < 3; i++) {
+        Message m = {"tp", "all_reduce", "", "", (size_t)2 << i, 1, 1680, REAL_ARRAY};
+        int sent[2], right;
+        ring(2 << i, 1680, sent, &right);
+        check_true("a ring of 2, 4, 8 ranks sums", right);
+        check_equal("P8 an all-reduce sends 1, 1.5, 1.75 N", elements_sent(&m), share[i] * 1680);
+        check_equal("P59 so do reduce-scatter and all-gather, counted", sent[0] + sent[1], share[i] * 1680);
+    }
+
+    PlanInput in = scaling_case(3, 1), plain = in;
+    plain.recompute = 0;
+    size_t n = list_messages(list, &plain, 0), bsh = 8 * 1024 * 3072, bs = 8 * 1024;
+    check_equal("P6 4l+2 all-reduces of b*s*h, l=72", count_calls(list, n, "tp", "all_reduce", bsh), 290);
+    check_equal("P17 cross entropy: one MAX of b*s", count_calls(list, n, "tp", "all_reduce_max", bs), 1);
+    check_equal("P17 cross entropy: two SUM of b*s", count_calls(list, n, "tp", "all_reduce", bs), 2);
+    double moved = 0;
+    for (size_t i = 0; i < n; i++)
+        if (strstr(list[i].what, "cross entropy")) moved += (double)(list[i].count * list[i].elements);
+    check_equal("P18 cross entropy moves 24,576 numbers", moved, 24576);
+    check_equal("P6 plan, without recomputation", make_plan(&plain).all_reduces_per_iteration, 290);
+    check_equal("P6 plan, with recomputation: 6l+2", make_plan(&in).all_reduces_per_iteration, 434);
+    for (size_t i = 0; i < n; i++) {
+        if (list[i].elements != bsh) continue;
+        check_equal("P9 message of b*s*h, fp16, bytes", 2.0 * (double)list[i].elements, 50331648);
+        check_equal("P9 a rank of eight sends of it, bytes", 2 * elements_sent(&list[i]), 88080384);
+        check_equal("P10 a layer's four, elements", 4 * elements_sent(&list[i]), 176160768);
+    }
+    /* P5: one layer more is four all-reduces more. */
+    PlanInput deeper = plain;
+    deeper.config.L++;
+    check_equal("P5 all-reduces of one layer", make_plan(&deeper).all_reduces_per_iteration - 290, 4);
+    PlanInput alone = plan_case("1.2B", 1, 1, 1, 8, 8, 0);
+    check_equal("one rank says nothing", (double)list_messages(list, &alone, 0), 0);
+
+    /* 8.3B, d=64, fp16: 4.109 GB of gradients [paper.md §3]; the arena's alignment may add little. */
+    in = scaling_case(3, 64);
+    n = list_messages(list, &in, 0);
+    for (size_t i = 0; i < n; i++)
+        if (!strcmp(list[i].group, "dp"))
+            check("gradients sent, fp16, GB: off 4.109 by", fabs(elements_sent(&list[i]) * 2e-9 - 4.109), 5e-4);
+    size_t arena;
+    list_tensors(NULL, &arena, &in.config, in.layout, 0);
+    check_equal("one all-reduce of gradients", count_calls(list, n, "dp", "all_reduce", arena), 1);
+
+    /* Four stages of the tiny shape (L 4, C 128, V 257 -> 512 padded), t=2, d=2, 2 micro-batches of 3 x 64 tokens. */
+    in = plan_case("tiny", 2, 4, 2, 12, 3, 1);
+    size_t message = 3 * 64 * 128, tied = 512 / 2 * 128;
+    const double in_stage[4] = {14, 12, 12, 14}; /* of 2 micro-batches: 6 a layer, embedding's g, logits' f */
+    const double sends[4] = {2, 4, 4, 2}, pair[4] = {1, 0, 0, 1}, loss[4] = {0, 0, 0, 2};
+    for (int s = 0; s < 4; s++) {
+        n = list_messages(list, &in, s);
+        check_equal("tp all-reduces of a stage", count_calls(list, n, "tp", "all_reduce", message), in_stage[s]);
+        check_equal("sends of a stage", count_calls(list, n, "pp", "send", message), sends[s]);
+        check_equal("receives of a stage", count_calls(list, n, "pp", "recv", message), sends[s]);
+        check_equal("all-reduces of tied embedding", count_calls(list, n, "embedding", "all_reduce", tied), pair[s]);
+        check_equal("largest logits are asked for", count_calls(list, n, "tp", "all_reduce_max", 3 * 64), loss[s]);
+    }
+    Plan plan = make_plan(&in);
+    check_equal("a micro-batch meets 6l+2 on all stages", plan.all_reduces_per_iteration, 26);
+    /* The first stage sends most, and with t=2, d=2 a ring sends n of n. Of a layer's parameters 12CC + 7C are halved
+     * (QKV's and the MLP's first biases are), 6C are not; all are multiples of the arena's 64. */
+    size_t sharded = 12 * 128 * 128 + 7 * 128, layer = sharded / 2 + 6 * 128, parameters = tied + 64 * 128 + layer;
+    check_equal("it sends on the first stage", plan.busiest_stage, 0);
+    check_equal("elements it sends, and two doubles by ring over 16", plan.bytes_sent_per_rank,
+                (double)((14 + 2) * message + tied + parameters) * sizeof(act) + 2 * 8 * 2 * 15.0 / 16);
+}
+
+static void test_plan_flops(void)
+{
+    static const double implied[4][2] = {{39, 2.40}, {74.1, 4.14}, {127.9, 7.89}, {240.2, 14.78}};
+    static const double table_2_seconds[3] = {1.085, 2.863, 2.648}, table_2_pflops[3] = {1.51, 3.92, 13.8};
+    static const double efficiency[4] = {100, 82, 58.5, 37.25};
+    static const double head_1 = 96, head_2[3] = {64, 96, 128}, head_7[3] = {192, 128, 96};
+    PlanInput one = plan_case("1.2B", 1, 1, 1, 8, 8, 1), all = plan_case("8.3B", 8, 1, 64, 512, 8, 1);
+    Plan plan = make_plan(&one), plan_all = make_plan(&all);
+    check("P46 F(8,1024,40,1536) = 8.6329e13, off by", fabs(plan.flops_per_iteration - 8.6329e13), 5e8);
+    check("P46 F(512,1024,72,3072) = 3.6594e16, off by", fabs(plan_all.flops_per_iteration - 3.6594e16), 5e11);
+    check("P46 formula = products counted", fabs(plan_all.flops_formula / plan_all.flops_per_iteration - 1), 1e-14);
+    check("P46 2.214 s at 39 TFLOP/s, off by", fabs(plan.v100_seconds - 2.214), 6e-4);
+    one.recompute = 0;
+    /* Forward of a layer 24Bsh^2 + 4Bs^2h, logits 2BshV; three times that in all. */
+    double h = 1536, rows = 8 * 1024, layer = 24 * rows * h * h + 4 * rows * 1024 * h;
+    double count = 3 * (40 * layer + 2 * rows * h * 51200);
+    check("without recomputation, off by", fabs(make_plan(&one).flops_per_iteration / count - 1), 1e-14);
+    check("formula, without recomputation, off by", fabs(make_plan(&one).flops_formula / count - 1), 1e-14);
+    PlanInput padded = plan_case("124M", 8, 1, 1, 1, 1, 0); /* 50,257 words become 51,200 */
+    plan = make_plan(&padded);
+    check("padding costs 6BsC for each of 943 words, off by",
+          fabs((plan.flops_per_iteration - plan.flops_formula) / (6.0 * 1024 * 768 * 943) - 1), 1e-5);
+
+    Table t1 = table_1(), t2 = table_2(), t4 = figure_4(), t5 = figure_5(), t7 = table_7(), t8 = table_8();
+    Table total = paper_totals();
+    check_equal("P47 tokens of an epoch", total.value[0][0], 35917398016);
+    check_equal("P47 tokens of 300,000 iterations", total.value[0][1], 157286400000);
+    check_equal("P47 epochs, rounded", round(total.value[0][2] * 1e3), 4379);
+    check_equal("P48 15.1 PFLOP/s are", round(total.value[0][3] * 1e3), 756);
+    check_equal("P48 74% are, PFLOP/s", round(total.value[0][4] * 100), 1478);
+    for (int r = 0; r < 4; r++) {
+        check_equal("P45 Table 1: h/heads", t1.value[r][2], head_1);
+        check_equal("P49 Table 8: efficiency", t8.value[r][1], efficiency[r]);
+        check("P50 Figure 5 x 39 TF, off by", fabs(t5.value[r][4] * 1e3 - implied[r][0]), 0.06);
+        check("P50 Figure 5 x 39 TF, with data parallelism, off by", fabs(t5.value[r][9] - implied[r][1]), 0.006);
+        check_equal("P18 logits a gather would move", t4.value[r][8], 419430400);
+    }
+    check_equal("Figure 4: bytes sent for a layer of 8.3B [calc]", t4.value[3][6], 352321536);
+    for (int r = 0; r < 3; r++) {
+        check_equal("P45 Table 2: h/heads", t2.value[r][3], head_2[r]);
+        check_equal("P45 Table 7: h/heads", t7.value[r][0], head_7[r]);
+        check("Table 2: seconds an iteration, off by", fabs(t2.value[r][7] - table_2_seconds[r]), 6e-4);
+        check("Table 2: PFLOP/s, off by", fabs(t2.value[r][9] - table_2_pflops[r]), r == 2 ? 0.06 : 0.006);
+    }
+}
+
+/* Projection against arithmetic done apart: seconds = products / rate + (4l+2 or 6l+2) ring all-reduces of b*s*h, and
+ * what NVIDIA's v1.0 constants give in it, 94.6 / 87.3 / 79.4% (published: 90.7 / 86.5 / 79.6). */
+static void test_plan_projection(void)
+{
+    static const double hidden[4] = {1536, 1920, 2304, 3072}, layers[4] = {40, 54, 64, 72};
+    static const double v1_gpu[4] = {1, 0.946, 0.873, 0.794}; /* 62.4 TFLOP/s, 130 GB/s, recomputed */
+    for (int r = 0; r < 4; r++) {
+        PlanInput in = scaling_case(r, 1), plain = in;
+        Machine v1 = {62.4e12, 130e9, 1, 15e-6, 16, 2}, h200 = {560e12, 365e9, 1, 15e-6, 8, 2};
+        double h = hidden[r], l = layers[r], t = 1 << r, rows = 8 * 1024;
+        double work = rows * (6 * (12 * l * h * h + 51200 * h) + 6 * l * h * 1024 * 2); /* scores in full */
+        double compute = work / (t * 560e12), talk = 0;
+        if (r > 0) talk = (4 * l + 2) * (2 * (t - 1) / t * 2 * rows * h / 365e9 + 15e-6);
+        plain.recompute = 0;
+        double flops = flops_exact(&plain.config, 1 << r, 8, 1024, 0);
+        /* the cross entropy's three messages, 45 us of latency and little else, are not in the formula */
+        check("H200 seconds, relative to arithmetic",
+              fabs(project(&plain, &h200, flops, 0) / (compute + talk) - 1), 1e-3);
+        flops = flops_exact(&in.config, 1 << r, 8, 1024, 1);
+        double efficiency = flops / (t * 62.4e12) / project(&in, &v1, flops, 0);
+        check("V100 efficiency, off by", fabs(efficiency - v1_gpu[r]), 4e-3);
+    }
+    /* Bubble: four stages, eight micro-batches, messages free: 1.375 of the time. */
+    PlanInput deep = plan_case("8.3B", 1, 4, 1, 8, 1, 1);
+    Machine free_talk = {1e12, 1e30, 1e30, 0, 64, 2};
+    double bubble = make_plan(&deep).bubble;
+    check("bubble of 3/8 in time, off by", fabs(project(&deep, &free_talk, 4e12, bubble) - 1.375), 1e-12);
+}
+
+static void test_plan_memory(void)
+{
+    PlanInput in = plan_case("1.2B", 1, 1, 1, 8, 8, 0);
+    Plan plan = make_plan(&in);
+    double layer = 8.0 * 1024 * 1536;
+    check("P58 1.2B: 34 + 5as/h = 87.33, off by",
+          fabs(megatron_activation_bytes(&in.config, 1, 8, 1024, 0) / layer - 87.33), 5e-3);
+    check("P58 1.2B: 43.96 GB stored, off by", fabs(plan.paper_activation_bytes / 1e9 - 43.96), 5e-3);
+    in.recompute = 1;
+    plan = make_plan(&in);
+    check("P58 1.2B: 1.007 GB recomputed, off by", fabs(plan.paper_activation_bytes / 1e9 - 1.007), 5e-4);
+    check("1.2B: 20 bytes a parameter are 24.27 GB, off by", fabs(plan.paper_bytes / 1e9 - 24.27), 5e-3);
+    check("1.2B: weights, relative to bytes of a parameter (alignment)",
+          fabs(plan.weights_bytes / sizeof(act) / 1213479936 - 1), 1e-6);
+    double parts = plan.weights_bytes + plan.gradient_bytes + plan.moment_bytes + plan.master_bytes;
+    check_equal("a rank's memory is its parts", plan.bytes_per_rank, parts + plan.activation_bytes);
+    check_equal("two moments", plan.moment_bytes / sizeof(real), 2 * plan.weights_bytes / sizeof(act));
+    check_equal("activations are chapter 6's", plan.activation_bytes,
+                (double)activation_bytes(&in.config, in.layout, 0, 8, 1024, 1, 1));
+    in = scaling_case(3, 1);
+    layer = 8.0 * 1024 * 3072;
+    check("8.3B, t=8: 10 + 24/8 + 5as/(8h) = 19.67, off by",
+          fabs(megatron_activation_bytes(&in.config, 8, 8, 1024, 0) / layer - 19.67), 5e-3);
+    in = plan_case("8.3B", 8, 4, 1, 64, 1, 1);
+    size_t last = activation_bytes(&in.config, in.layout, 24, 1, 1024, 1, 64);
+    size_t first = activation_bytes(&in.config, in.layout, 0, 1, 1024, 1, 64);
+    plan = make_plan(&in);
+    check_true("the first of four stages keeps most activations", first > last);
+    check_equal("it is the one that is planned", plan.activation_bytes, (double)first);
+    double weights = 7424.0 * 3072 + 18 * (12.0 * 3072 * 3072 / 8 + 7.0 * 3072 / 8 + 6 * 3072);
+    check_equal("its weights: 6400 words, 1024 positions, 18 layers", plan.weights_bytes / sizeof(act), weights);
+    in = scaling_case(3, 64);
+    plan = make_plan(&in);
+    check("300,000 iterations in days by P61, off by",
+          fabs(plan.v100_days * plan.v100_efficiency - 8 * 157286400000. * 8317040640 / (512 * 39e12) / 86400), 1e-9);
+    check_equal("P60 ZeRO, 7.5B on 64, GB: stage 0", zero_bytes(0, 64) * 7.5, 120);
+    check_equal("P60 ZeRO stage 1", zero_bytes(1, 64) * 7.5, 31.40625);
+    check_equal("P60 ZeRO stage 2", zero_bytes(2, 64) * 7.5, 16.640625);
+    check_equal("P60 ZeRO stage 3", zero_bytes(3, 64) * 7.5, 1.875);
+    check("P61 GPT-3: 33.9 days, off by", fabs(training_days(300e9, 175e9, 1024, 140e12) - 33.9), 0.06);
+    check("P61 1T parameters (450 G tokens, 3072 GPUs, 163 TF): 83.2, off by",
+          fabs(training_days(450e9, 1e12, 3072, 163e12) - 83.2), 0.06);
+}
+
+/* P62: cp ranks share 2cp chunks of a sequence, rank r takes chunks r and 2cp-1-r: equal work under a causal mask. */
+static void test_plan_zigzag(void)
+{
+    for (int cp = 2; cp <= 8; cp *= 2) {
+        int entries[8] = {0}, chunk = 4, unequal = 0;
+        for (int q = 0; q < 2 * cp * chunk; q++) {
+            int c = q / chunk;
+            entries[c < cp ? c : 2 * cp - 1 - c] += q + 1; /* a query sees itself and all before */
+        }
+        for (int r = 1; r < cp; r++) unequal += entries[r] != entries[0];
+        check_equal("P62 zigzag: ranks whose causal work differs", unequal, 0);
+    }
+}
+
+static void test_plan_groups(void)
+{
+    static const int tp[8] = {0, 0, 1, 1, 2, 2, 3, 3}, dp[8] = {0, 1, 0, 1, 0, 1, 0, 1};
+    Layout eight = {2, 1, 4}, paper = {8, 1, 64};
+    int wrong = 0, members[64] = {0}, replicas[8] = {0};
+    for (int r = 0; r < 8; r++) wrong += tp_color(eight, r) != tp[r] || dp_color(eight, r) != dp[r];
+    check_equal("P22 world 8, t=2: {0,1}{2,3}{4,5}{6,7}, {0,2,4,6}{1,3,5,7}", wrong, 0);
+    for (int r = 0; r < 512; r++) {
+        members[tp_color(paper, r)]++, replicas[dp_color(paper, r)]++;
+        wrong += tp_color(paper, r) != r / 8; /* neighbours */
+        wrong += (dp_color(paper, r) == dp_color(paper, 0)) != (r % 8 == 0); /* from 1: 1, 9, .., 505 */
+    }
+    for (int g = 0; g < 64; g++) wrong += members[g] != 8;
+    for (int g = 0; g < 8; g++) wrong += replicas[g] != 64;
+    check_equal("P22, P23 512 ranks: 64 groups of 8, 8 of 64, the first 1, 9, .., 505", wrong, 0);
+    /* With stages: a stage is a block of t*d ranks, a pipeline takes one rank of each. */
+    Layout cube = {2, 3, 4};
+    for (int r = 0; r < 24; r++) wrong += pp_rank(cube, r) != r / 8 || pp_color(cube, r) != r % 8;
+    for (int r = 0; r < 24; r++)
+        for (int q = 0; q < 24; q++) {
+            int same = q == r || (r % 8 == q % 8 && r / 8 != 1 && q / 8 != 1);
+            wrong += (embedding_color(cube, r) == embedding_color(cube, q)) != same;
+        }
+    check_equal("stages, pipelines, embedding pairs of 2 x 3 x 4", wrong, 0);
+}
+
+/* Loss of a model that has learnt nothing: x is a LayerNorm's output, |x|^2 = h, and words are N(0, 0.02), so logits
+ * are N(0, 0.0004 h) and log sum exp is ln V + 0.0002 h. Of 32 rows its mean deviates by 3.1e-3/sqrt(32) = 5.5e-4. */
+static void test_initial_loss(void)
+{
+    enum { V = 51200, SAMPLES = 32 };
+    real *z = (real *)xcalloc(V, sizeof *z);
+    double mean = 0;
+    check_equal("P21 ln 51,200, rounded", round(log(51200) * 1e6), 10843495);
+    for (int row = 0; row < SAMPLES; row++) {
+        double sum = 0;
+        random_normals(z, 7, SITE_SAMPLE, (size_t)row * V, V);
+        for (int i = 0; i < V; i++) sum += exp(0.02 * sqrt(1024) * (double)z[i]);
+        mean += log(sum) / SAMPLES;
+    }
+    check("P21 initial loss, h=1024: 11.0483, off by", fabs(mean - (log(51200) + 0.0002 * 1024)), 2.5e-3);
+    free(z);
+    /* P40, on weights that init_params drew: 276,480 or more of them: one sigma is 0.13%. */
+    static const size_t depth[2] = {24, 72};
+    static const double std[2] = {0.0028868, 0.0016667};
+    for (int i = 0; i < 2; i++) {
+        Config c = make_config(depth[i], 48, 2, 8, 64);
+        Layout one = {1, 1, 1};
+        size_t elements, n = list_tensors(NULL, &elements, &c, one, 0), drawn = 0;
+        Tensor *list = (Tensor *)xcalloc(n, sizeof *list);
+        act *w = (act *)xcalloc(elements, sizeof *w);
+        double squares = 0;
+        list_tensors(list, NULL, &c, one, 0);
+        init_params(w, list, n, &c, 1, 0);
+        for (size_t k = 0; k < n; k++) {
+            if (!strstr(list[k].spec->name, "c_proj.weight")) continue;
+            for (size_t e = 0; e < list[k].n; e++) squares += (double)w[list[k].offset + e] * w[list[k].offset + e];
+            drawn += list[k].n;
+        }
+        double measured = sqrt(squares / (double)drawn);
+        check("P40 deviation of output projections, N=24, 72: off by", fabs(measured / std[i] - 1), 0.006);
+        free(list), free(w);
+    }
+}
+
+/* A second simulator, made differently: time runs in unit ticks, each pass is tf or tb ticks long (v=1 only), a stage
+ * that is idle starts whatever its rule allows: backward first if it may hold no more. Returns the length. */
+static int tick_pipeline(int gpipe, int p, int m, int tf, int tb, int *peak)
+{
+    int forward[8] = {0}, backward[8] = {0}, busy[8] = {0}, kind[8] = {0}, t = 0;
+    for (int i = 0; i < p; i++) peak[i] = 0;
+    for (; backward[0] < m; t++) {
+        int start[8] = {0};
+        for (int i = 0; i < p; i++) {
+            if (busy[i]) continue;
+            int may_f = forward[i] < m && (i == 0 || forward[i - 1] > forward[i]), limit = gpipe ? m : p - i;
+            int started = forward[i] - backward[i];
+            int may_b = backward[i] < forward[i] && (i == p - 1 || backward[i + 1] > backward[i]);
+            if (gpipe) may_b = may_b && forward[i] == m;
+            if (may_b && (started == limit || forward[i] == m)) start[i] = 2;
+            else if (may_f && started < limit) start[i] = 1;
+        }
+        for (int i = 0; i < p; i++) {
+            if (start[i]) busy[i] = start[i] == 1 ? tf : tb, kind[i] = start[i];
+            int held = forward[i] - backward[i] + 1;
+            if (kind[i] == 1 && busy[i] && held > peak[i]) peak[i] = held;
+        }
+        for (int i = 0; i < p; i++)
+            if (busy[i] && --busy[i] == 0) (kind[i] == 1 ? forward : backward)[i]++;
+    }
+    return t;
+}
+
+static void test_plan_pipeline(void)
+{
+    check_equal("P56 1F1B, p=4, m=8", simulate_pipeline(ONE_F_ONE_B, 4, 8, 1, 1, 2).bubble, 0.375);
+    check_equal("P56 interleaved, v=2, p=4, m=8", simulate_pipeline(ONE_F_ONE_B, 4, 8, 2, 1, 2).bubble, 0.1875);
+    check_equal("P56 1F1B, p=8, m=64", simulate_pipeline(ONE_F_ONE_B, 8, 64, 1, 1, 2).bubble, 0.109375);
+    Pipeline run = simulate_pipeline(ONE_F_ONE_B, 4, 8, 1, 1, 2), gpipe = simulate_pipeline(GPIPE, 4, 8, 1, 1, 2);
+    for (size_t i = 0; i < 4; i++) {
+        check_equal("P57 1F1B in flight: 4, 3, 2, 1", (double)run.in_flight[i], 4 - (double)i);
+        check_equal("P57 GPipe in flight: m", (double)gpipe.in_flight[i], 8);
+    }
+    double gap = 0, tick_gap = 0;
+    int wrong = 0, runs = 0;
+    for (int p = 1; p <= 8; p++)
+        for (int m = 1; m <= 24; m++)
+            for (int tb = 1; tb <= 3; tb++) {
+                double ideal = m * (1.0 + tb);
+                for (int g = 0; g < 2; g++) {
+                    int peak[8];
+                    Pipeline x = simulate_pipeline(g ? GPIPE : ONE_F_ONE_B, (size_t)p, (size_t)m, 1, 1, tb);
+                    gap = fmax(gap, fabs(x.bubble - (p - 1.0) / m)), runs++;
+                    tick_gap = fmax(tick_gap, fabs(x.bubble - (tick_pipeline(g, p, m, 1, tb, peak) / ideal - 1)));
+                    for (int i = 0; i < p; i++) {
+                        int expected = g || m < p - i ? m : p - i;
+                        wrong += x.in_flight[i] != (size_t)expected || peak[i] != expected;
+                    }
+                }
+                for (int v = 2; v <= 4 && m % p == 0; v++) {
+                    Pipeline x = simulate_pipeline(ONE_F_ONE_B, (size_t)p, (size_t)m, (size_t)v, 1, tb);
+                    gap = fmax(gap, fabs(x.bubble - (p - 1.0) / (v * m))), runs++;
+                    for (int i = 0; i < p; i++) {
+                        int warm = 2 * (p - i - 1) + (v - 1) * p + 1;
+                        wrong += x.in_flight[i] != (size_t)(warm < m * v ? warm : m * v);
+                    }
+                }
+            }
+    check_true("P56 all cases of the grid ran", runs > 1100);
+    check("P56 bubble against (p-1)/(v m), largest gap", gap, 3e-14);
+    check("P56 bubble against a second simulator, in ticks, largest gap", tick_gap, 3e-14);
+    check_equal("P57 peaks that are not min(p-i, m), or min(warm-up + 1, v m)", wrong, 0);
+
+    PlanInput in = plan_case("8.3B", 2, 4, 2, 16, 1, 0);
+    Plan plan = make_plan(&in);
+    check_equal("plan: m = B/(b d)", plan.micro_batches, 8);
+    check_equal("plan: bubble", plan.bubble, 0.375);
+    check_equal("plan: bubble by formula", plan.bubble_formula, 0.375);
+    check_equal("plan: bubble interleaved", plan.bubble_interleaved, 0.1875);
+    check_equal("plan: in flight", plan.in_flight, 4);
+}
+
+static void bad_plan(void *arg) { check_plan((const PlanInput *)arg); }
+
+static void test_plan_refuses(void)
+{
+    PlanInput good = plan_case("8.3B", 8, 1, 64, 512, 8, 1), in;
+    check_plan(&good); /* 512 ranks, as in the paper */
+    in = good, in.batch = 500;
+    check_dies("batch that does not divide", bad_plan, &in, "--batch 500");
+    in = good, in.micro_batch = 0;
+    check_dies("no micro-batch", bad_plan, &in, "--micro-batch 0");
+    in = good, in.micro_batch = (size_t)1 << 58;
+    check_dies("micro-batch that overflows", bad_plan, &in, "--micro-batch");
+    in = good, in.layout.tp = 5;
+    check_dies("tp that does not divide the heads", bad_plan, &in, "--tp 5");
+    in = good, in.layout.pp = 5;
+    check_dies("pp that does not divide the layers", bad_plan, &in, "--pp 5");
+    in = good, in.layout.dp = 0;
+    check_dies("no data ranks", bad_plan, &in, "--dp 0");
+    in = good, in.seq = 1025;
+    check_dies("more tokens than positions", bad_plan, &in, "--seq 1025");
+    in = good, in.batch = (size_t)512 * 65537;
+    check_dies("too many micro-batches", bad_plan, &in, "65537 micro-batches");
+    in = good, in.config.C = (size_t)24 << 40, in.config.F = 4 * in.config.C;
+    check_dies("a model whose bytes overflow", bad_plan, &in, "too large to plan");
+    in = good, in.config.L = (size_t)72 << 40;
+    check_dies("layers without end", bad_plan, &in, "too large to plan");
+    in = plan_case("tiny", 1, 1, 1, 1, 1, 0), in.config = make_config(1000000000, 1, 1, 1, 1), in.seq = 1;
+    check_dies("layers without end, of nothing", bad_plan, &in, "too large to plan");
+}
+
+static void test_plan(void)
+{
+    test_plan_parameters();
+    test_plan_messages();
+    test_plan_flops();
+    test_plan_projection();
+    test_plan_memory();
+    test_plan_zigzag();
+    test_plan_groups();
+    test_initial_loss();
+    test_plan_pipeline();
+    test_plan_refuses();
+}
+
+/* ---- Running a small model in any layout ------------------------------------------------------------------------ */
+
+typedef struct {
+    Config config;
+    Layout layout;
+    size_t batch, micro_batch, steps;
+    int recompute, threads; /* threads: of OpenMP, 0: as usual */
+    Optimizer optimizer;
+    /* results */
+    double loss[8], norm[8];
+    int skipped[8], peak[MAX_RANKS];
+    real *grad, *initial, *weights; /* whole tensors, laid out as one rank has them: gradients of step 1, weights before and after */
+    Trace trace[MAX_RANKS];
+    int replicas_differ; /* found a replicated element that is not equal, bit for bit, on another rank */
+    Rank *first;         /* during the run */
+} Training;
+
+static const Layout ONE_RANK = {1, 1, 1};
+
+/* Nothing divides nicely that need not: heads of 9, 13 tokens; 300 words, of which the 4 ranks at tp 4 own 128, 128,
+ * 44 and none. */
+static Config awkward_config(void)
+{
+    Config c = make_config(4, 36, 4, 13, 300);
+    return c;
+}
+
+static Optimizer test_optimizer(void)
+{
+    Optimizer o = {1e-3, 1e-5, 2, 100, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, 1, 1};
+    return o;
+}
+
+static Training make_training(Layout layout)
+{
+    Training t;
+    memset(&t, 0, sizeof t);
+    t.config = awkward_config();
+    t.layout = layout;
+    t.batch = 8, t.micro_batch = 1, t.steps = 3;
+    t.optimizer = test_optimizer();
+    return t;
+}
+
+/* Where a tensor lies in the whole arrays. */
+static const Tensor *find_whole(const Tensor *whole, size_t n, const Tensor *t)
+{
+    for (size_t i = 0; i < n; i++)
+        if (whole[i].spec == t->spec && whole[i].layer == t->layer) return &whole[i];
+    return NULL;
+}
+
+/* Copies this rank's slices into (or, with compare, compares them with) whole arrays. */
+static int gather(real *out, const act *arena, const Rank *k, int compare)
+{
+    int differ = 0;
+    size_t n = list_tensors(NULL, NULL, &k->config, ONE_RANK, 0);
+    Tensor *whole = (Tensor *)xcalloc(n, sizeof *whole);
+    list_tensors(whole, NULL, &k->config, ONE_RANK, 0);
+    for (size_t i = 0; i < k->tensors; i++) {
+        const Tensor *t = &k->tensor[i], *w = find_whole(whole, n, t);
+        int r = tp_rank(k->layout, k->world.rank);
+        for (size_t row = 0; row < real_rows(t, r); row++)
+            for (size_t col = 0; col < t->local_cols; col++) {
+                real *to = out + w->offset + whole_row(t, r, row) * t->cols + whole_col(t, r) + col;
+                const act *from = arena + t->offset + row * t->local_cols + col;
+                if (compare) differ |= memcmp(to, from, sizeof *to) != 0;
+                else if (t->counted && k->dp.rank == 0) *to = *from;
+            }
+    }
+    free(whole);
+    return differ;
+}
+
+/* Non-trivial biases and LayerNorms: everything moves by 0.1 N(0,1), drawn by whole index like the weights. */
+static void perturb(Rank *k)
+{
+    for (size_t i = 0; i < k->tensors; i++) {
+        const Tensor *t = &k->tensor[i];
+        for (size_t row = 0; row < real_rows(t, k->tp.rank); row++)
+            for (size_t col = 0; col < t->local_cols; col++) {
+                real z;
+                size_t index = whole_row(t, k->tp.rank, row) * t->cols + whole_col(t, k->tp.rank) + col;
+                random_normals(&z, 99, (uint32_t)(t->layer * 100 + (size_t)(t->spec - specs)), index, 1);
+                k->weights[t->offset + row * t->local_cols + col] += (real)0.1 * z;
+            }
+    }
+}
+
+/* Words that depend on the sequence's place in the run only. */
+static void feed_test(void *source, Rank *k, MicroBatch *mb, size_t i)
+{
+    const Training *t = (const Training *)source;
+    size_t micro_batches = t->batch / t->micro_batch / (size_t)t->layout.dp;
+    int *tokens = (int *)xcalloc(k->B * (k->T + 1), sizeof *tokens);
+    mb->sequence = ((size_t)k->dp.rank * micro_batches + i) * k->B;
+    for (size_t n = 0; n < k->B * (k->T + 1); n++)
+        tokens[n] = (int)(random_word(7, SITE_SAMPLE, k->step, mb->sequence * (k->T + 1) + n) % k->config.V);
+    set_words(k, mb, tokens, NULL);
+    free(tokens);
+}
+
+static RankOptions training_options(const Training *t)
+{
+    RankOptions o = {t->config, t->layout, t->micro_batch, t->batch / t->micro_batch / (size_t)t->layout.dp, t->config.T, 1,
+                     t->recompute, 1234};
+    return o;
+}
+
+static void training_rank(Comm *world, void *arg)
+{
+    Training *t = (Training *)arg;
+    RankOptions o = training_options(t);
+    Rank *k = rank_create(world, &o);
+    Progress p = {0, 0, 0, make_loss_scaler(t->optimizer.loss_scale)};
+#ifdef _OPENMP
+    if (t->threads) omp_set_num_threads(t->threads);
+#endif
+    init_params(k->weights, k->tensor, k->tensors, &k->config, 1234, k->tp.rank);
+    perturb(k);
+    gather(t->initial, k->weights, k, 0);
+    for (size_t step = 0; step < t->steps; step++) {
+        if (step == 0) k->world.trace = k->tp.trace = k->pp.trace = k->dp.trace = k->embedding.trace = &t->trace[world->rank];
+        StepResult r = train_step(k, &t->optimizer, &p, o.micro_batches, feed_test, t);
+        k->world.trace = k->tp.trace = k->pp.trace = k->dp.trace = k->embedding.trace = NULL;
+        if (world->rank == 0) t->loss[step] = r.loss, t->norm[step] = r.grad_norm, t->skipped[step] = r.skipped;
+        if (step == 0) gather(t->grad, k->gradients, k, 0);
+    }
+    t->peak[world->rank] = k->peak_in_flight;
+    gather(t->weights, k->weights, k, 0);
+    barrier(world);
+    if (gather(t->weights, k->weights, k, 1)) __atomic_store_n(&t->replicas_differ, 1, __ATOMIC_RELAXED);
+    barrier(world);
+    rank_free(k);
+}
+
+/* Elements of the whole arrays. */
+static size_t whole_size(const Config *c)
+{
+    size_t elements;
+    list_tensors(NULL, &elements, c, ONE_RANK, 0);
+    return elements;
+}
+
+static void run_training(Training *t)
+{
+    size_t n = whole_size(&t->config);
+    t->grad = (real *)xcalloc(n, sizeof(real));
+    t->initial = (real *)xcalloc(n, sizeof(real));
+    t->weights = (real *)xcalloc(n, sizeof(real));
+    run_ranks(world_size(t->layout), training_rank, t);
+}
+
+static void free_training(Training *t)
+{
+    free(t->grad), free(t->initial), free(t->weights);
+    for (int r = 0; r < MAX_RANKS; r++) free(t->trace[r].event);
+}
+
+/* The largest relative error over the tensors; names it. */
+static double worst_tensor(const char **name, const real *a, const real *b, const Config *c)
+{
+    size_t n = list_tensors(NULL, NULL, c, ONE_RANK, 0);
+    double worst = 0;
+    Tensor *whole = (Tensor *)xcalloc(n, sizeof *whole);
+    list_tensors(whole, NULL, c, ONE_RANK, 0);
+    for (size_t i = 0; i < n; i++) {
+        double e = relative_error(a + whole[i].offset, b + whole[i].offset, whole[i].rows * whole[i].cols);
+        if (!(e <= worst)) worst = e, *name = whole[i].spec->name; /* NaN counts as worst */
+    }
+    free(whole);
+    return worst;
+}
+
+/* ---- Chapter 3 --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int wrong;
+    size_t n;
+} Collected;
+
+__attribute__((noinline)) static real contribution(int rank, size_t i) /* noinline: it must be rounded before it is added */ { return (real)sin(1 + rank * 1.7 + (double)i * 0.37) * (real)pow(10, rank % 3); }
+
+static void collectives_rank(Comm *world, void *arg)
+{
+    Collected *result = (Collected *)arg;
+    size_t n = result->n;
+    int P = world->size, me = world->rank, wrong = 0;
+    real *x = (real *)xcalloc(n + 1, sizeof *x), *all = (real *)xcalloc(n * (size_t)P + 1, sizeof *all);
+    for (size_t i = 0; i < n; i++) x[i] = contribution(me, i);
+    x[n] = 42; /* nothing may write behind the end */
+    all_gather(world, all, x, n, REAL_ARRAY);
+    for (size_t i = 0; i < n * (size_t)P; i++) wrong |= all[i] != contribution((int)(i / n), i % n);
+    all_reduce(world, x, n, REAL_ARRAY, SUM);
+    for (size_t i = 0; i < n; i++) {
+        real sum = contribution(0, i); /* in rank order: the same bits on all ranks and in every run */
+        for (int r = 1; r < P; r++) sum += contribution(r, i);
+        wrong |= x[i] != sum;
+        x[i] = contribution(me, i);
+    }
+    all_reduce(world, x, n, REAL_ARRAY, MAX);
+    for (size_t i = 0; i < n; i++) {
+        real max = contribution(0, i);
+        for (int r = 1; r < P; r++) max = contribution(r, i) > max ? contribution(r, i) : max;
+        wrong |= x[i] != max;
+        x[i] = contribution(me, i);
+    }
+    broadcast(world, x, n, REAL_ARRAY, P - 1);
+    for (size_t i = 0; i < n; i++) wrong |= x[i] != contribution(P - 1, i);
+    for (int round = 0; round < 3 && P > 1; round++) { /* a ring: everyone sends before anyone receives */
+        for (size_t i = 0; i < n; i++) x[i] = contribution(me + round, i);
+        send(world, x, n, REAL_ARRAY, (me + 1) % P);
+        recv(world, x, n, REAL_ARRAY, (me + P - 1) % P);
+        for (size_t i = 0; i < n; i++) wrong |= x[i] != contribution((me + P - 1) % P + round, i);
+    }
+    double d = me + 1;
+    all_reduce(world, &d, 1, DOUBLE_ARRAY, SUM);
+    wrong |= d != P * (P + 1) / 2.0;
+    Comm odd = comm_split(world, me % 2, "odd"); /* every other rank */
+    wrong |= odd.rank != me / 2 || odd.size != (P + 1 - me % 2) / 2;
+    d = me;
+    all_reduce(&odd, &d, 1, DOUBLE_ARRAY, MAX);
+    wrong |= d != (P - 1 - me % 2) / 2 * 2 + me % 2;
+    comm_free(&odd);
+    wrong |= x[n] != 42;
+    if (wrong) __atomic_store_n(&result->wrong, 1, __ATOMIC_RELAXED);
+    free(x), free(all);
+}
+
+static void test_collectives(void)
+{
+    static const int ranks[] = {1, 2, 3, 4, 8};
+    static const size_t sizes[] = {1, 2, 7, 1000};
+    for (size_t r = 0; r < 5; r++)
+        for (size_t s = 0; s < 4; s++) {
+            char what[80];
+            Collected c = {0, sizes[s]};
+            run_ranks(ranks[r], collectives_rank, &c);
+            snprintf(what, sizeof what, "%d ranks, %zu elements: all collectives exact", ranks[r], sizes[s]);
+            check_true(what, !c.wrong);
+        }
+}
+
+static void disagreeing_rank(Comm *world, void *arg)
+{
+    real x[8] = {0};
+    (void)arg;
+    all_reduce(world, x, world->rank == 2 ? 7 : 8, REAL_ARRAY, SUM);
+}
+
+static void disagreeing_order(Comm *world, void *arg)
+{
+    real x[8] = {0};
+    (void)arg;
+    if (world->rank == 1) broadcast(world, x, 8, REAL_ARRAY, 0);
+    else all_reduce(world, x, 8, REAL_ARRAY, SUM);
+}
+
+static void start_disagreement(void *arg) { run_ranks(3, arg ? disagreeing_order : disagreeing_rank, NULL); }
+
+static void test_disagreement(void)
+{
+    int order = 1;
+    check_dies("ranks that disagree on a length", start_disagreement, NULL, "of 7");
+    check_dies("ranks that disagree on the operation", start_disagreement, &order, "broadcast");
+}
+
+/* ---- f, g and the blocks: P1, P5-P7, P17 ------------------------------------------------------------------------- */
+
+static void f_and_g_rank(Comm *world, void *arg)
+{
+    Collected *result = (Collected *)arg;
+    Rank k;
+    memset(&k, 0, sizeof k);
+    k.tp = *world;
+    act x[5], sum[5];
+    int wrong = 0;
+    for (int pass = 0; pass < 4; pass++) {
+        for (size_t i = 0; i < 5; i++) {
+            x[i] = contribution(world->rank, i), sum[i] = contribution(0, i);
+            for (int r = 1; r < world->size; r++) sum[i] += contribution(r, i);
+        }
+        if (pass == 0) f_forward(&k, x, 5);
+        if (pass == 1) f_backward(&k, x, 5);
+        if (pass == 2) g_forward(&k, x, 5);
+        if (pass == 3) g_backward(&k, x, 5);
+        for (size_t i = 0; i < 5; i++) wrong |= x[i] != (pass == 0 || pass == 3 ? contribution(world->rank, i) : sum[i]);
+    }
+    if (wrong) __atomic_store_n(&result->wrong, 1, __ATOMIC_RELAXED);
+}
+
+static void test_f_and_g(void)
+{
+    Collected c = {0, 5};
+    run_ranks(4, f_and_g_rank, &c);
+    check_true("f: identity forward, sum backward; g: the reverse [P1]", !c.wrong);
+}
+
+/* Calls of an operation in a group, at a place (NULL: anywhere), in a layer (-2: anywhere). */
+static double count_events(const Trace *trace, const char *group, const char *op, const char *operation, int layer)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < trace->n; i++) {
+        const Event *e = &trace->event[i];
+        n += !strcmp(e->group, group) && !strcmp(e->op, op) && (!operation || !strcmp(e->place.operation, operation)) &&
+             (layer == -2 || e->place.layer == layer);
+    }
+    return (double)n;
+}
+
+static void test_message_counts(void)
+{
+    for (int recompute = 0; recompute < 2; recompute++) {
+        Layout two = {2, 1, 1};
+        Training t = make_training(two);
+        t.steps = 1, t.batch = t.micro_batch = 2, t.recompute = recompute;
+        run_training(&t);
+        const Trace *trace = &t.trace[0];
+        double L = (double)t.config.L, scalars = 0, logits = 0;
+        check_equal(recompute ? "all-reduces a layer, recomputed: 6" : "all-reduces a layer: 4 [P5]",
+                    count_events(trace, "tp", "all_reduce", NULL, 2), recompute ? 6 : 4);
+        double all = count_events(trace, "tp", "all_reduce", NULL, -2) - count_events(trace, "tp", "all_reduce", "cross entropy", -2);
+        check_equal(recompute ? "all-reduces an iteration, recomputed: 6l+2 [P6]" : "all-reduces an iteration: 4l+2 [P6]", all,
+                    (recompute ? 6 : 4) * L + 2);
+        check_equal("cross entropy: MAX all-reduces [P17]", count_events(trace, "tp", "all_reduce_max", "cross entropy", -2), 1);
+        check_equal("cross entropy: SUM all-reduces [P17]", count_events(trace, "tp", "all_reduce", "cross entropy", -2), 2);
+        check_equal("gathers of logits", count_events(trace, "tp", "all_gather", NULL, -2), 0);
+        for (size_t i = 0; i < trace->n; i++)
+            if (!strcmp(trace->event[i].place.operation, "cross entropy")) scalars += (double)trace->event[i].elements;
+        logits = 2 * (double)(t.config.T * t.config.V);
+        check_equal("cross entropy moves 3 b s scalars [P17, P18]", scalars, 3 * 2 * (double)t.config.T);
+        check("  share of the logits' number", scalars / logits, 3 / (double)t.config.V);
+        /* A layer's messages are all of b s h, and stand at its edges: between f and g there is none [P7]. */
+        for (size_t i = 0; i < trace->n; i++)
+            if (trace->event[i].place.layer >= 0 && trace->event[i].elements != 2 * t.config.T * t.config.C) scalars = NAN;
+        check_true("a layer's messages are of b s h elements each [P7]", !isnan(scalars));
+        free_training(&t);
+    }
+}
+
+static void test_trace_is_plan(void)
+{
+    static const Layout layouts[] = {{1, 1, 1}, {2, 1, 1}, {1, 2, 1}, {1, 1, 2}, {2, 2, 2}, {4, 2, 1}, {1, 4, 2}};
+    for (size_t i = 0; i < sizeof layouts / sizeof *layouts; i++)
+        for (int recompute = 0; recompute < 2; recompute++) {
+            Training t = make_training(layouts[i]);
+            char what[96];
+            int agrees = 1;
+            t.steps = 1, t.recompute = recompute;
+            run_training(&t);
+            PlanInput in = {t.config, t.layout, t.batch, t.micro_batch, t.config.T, recompute, 0, 0};
+            for (int r = 0; r < world_size(t.layout); r++) agrees &= trace_agrees(&t.trace[r], &in, pp_rank(t.layout, r));
+            snprintf(what, sizeof what, "tp %d pp %d dp %d%s: every rank's messages are the plan's", t.layout.tp, t.layout.pp,
+                     t.layout.dp, recompute ? ", recomputed" : "");
+            check_true(what, agrees);
+            free_training(&t);
+        }
+}
+
+/* ---- Every layout against one rank: P12, P15, P27, P29, P30 ------------------------------------------------------ */
+
+/* float: sums of up to a few hundred terms in another order, through 4 layers and back: some 10 epsilon of the norm. */
+static const double LAYOUT_BOUND = sizeof(real) == 4 ? 3e-6 : 1e-13;
+
+static void compare_layout(const Training *one, Layout s, size_t micro_batch, int recompute)
+{
+    Training t = make_training(s);
+    const char *name = "";
+    char what[96], label[64];
+    t.micro_batch = micro_batch, t.recompute = recompute;
+    run_training(&t);
+    snprintf(label, sizeof label, "tp %d pp %d dp %d, %zu a pass%s", s.tp, s.pp, s.dp, micro_batch, recompute ? ", recomputed" : "");
+    double worst_loss = 0;
+    for (size_t i = 0; i < t.steps; i++) {
+        double e = fabs(t.loss[i] / one->loss[i] - 1), n = fabs(t.norm[i] / one->norm[i] - 1);
+        if (!(e <= worst_loss)) worst_loss = e;
+        if (!(n <= worst_loss)) worst_loss = n;
+    }
+    snprintf(what, sizeof what, "%s: losses, norms", label);
+    check(what, worst_loss, LAYOUT_BOUND / 10); /* rounding of many rows averages out */
+    double grad = worst_tensor(&name, t.grad, one->grad, &t.config);
+    snprintf(what, sizeof what, "  gradients; worst %s", name);
+    check(what, grad, LAYOUT_BOUND);
+    /* Adam divides by sqrt(v): where a gradient is nearly 0, as the key biases' is, it makes steps of size lr out of
+     * rounding noise. Weights are therefore compared in absolute terms: steps are of size lr. */
+    double moved = 0;
+    for (size_t i = 0; i < whole_size(&t.config); i++) moved = fmax(moved, fabs((double)t.weights[i] - (double)one->weights[i]));
+    double rms = relative_error(t.weights, one->weights, whole_size(&t.config));
+    check("  weights after 3 steps", rms, 10 * LAYOUT_BOUND);
+    check("  largest difference of one weight", moved, t.optimizer.lr / 2);
+    check_true("  replicas are equal, bit for bit", !t.replicas_differ);
+    free_training(&t);
+}
+
+static void test_layouts(void)
+{
+    Training one = make_training(ONE_RANK);
+    one.micro_batch = 8;
+    run_training(&one);
+    for (int tp = 1; tp <= 4; tp *= 2)
+        for (int pp = 1; pp <= 4; pp *= 2)
+            for (int dp = 1; dp <= 4; dp *= 2) {
+                Layout s = {tp, pp, dp};
+                if (tp * pp * dp > 8) continue;
+                compare_layout(&one, s, dp == 4 ? 1 : 2, (tp + pp + dp) % 2);
+            }
+    /* The norm of the gathered gradient: every element once [P27]. */
+    double sum = 0, clipped;
+    for (size_t i = 0; i < whole_size(&one.config); i++) sum += (double)one.grad[i] * one.grad[i];
+    check("norm of the whole gradient [P27]", fabs(one.norm[0] / sqrt(sum) - 1), LAYOUT_BOUND);
+    clipped = one.norm[0] * fmin(one.optimizer.clip / (one.norm[0] + 1e-6), 1);
+    check("clipped norm [P28]", clipped, 1);
+    check_true("the first update has lr 0 and changes nothing [P33]", learning_rate(&one.optimizer, 0) == 0);
+    free_training(&one);
+}
+
+/* Which rows of the whole [Q; K; V] each rank holds, counted out by hand for 6 heads of 2 on 3 ranks [P11]. */
+static void test_qkv_rows(void)
+{
+    Config c = make_config(1, 12, 6, 4, 9);
+    Layout s = {3, 1, 1};
+    static const size_t expected[3][12] = {{0, 1, 2, 3, 12, 13, 14, 15, 24, 25, 26, 27},
+                                           {4, 5, 6, 7, 16, 17, 18, 19, 28, 29, 30, 31},
+                                           {8, 9, 10, 11, 20, 21, 22, 23, 32, 33, 34, 35}};
+    for (int r = 0; r < 3; r++) {
+        Tensor list[N_SPECS];
+        size_t n = list_tensors(list, NULL, &c, s, r);
+        int right = 1, found = 0;
+        for (size_t i = 0; i < n; i++) {
+            if (list[i].spec->split != QKV) continue;
+            found++;
+            for (size_t row = 0; row < 12; row++) right &= list[i].local_rows == 12 && whole_row(&list[i], r, row) == expected[r][row];
+        }
+        check_true("rows of [Q_r; K_r; V_r], weight and bias [P11]", right && found == 2);
+    }
+}
+
+/* Each rank looks up the words it owns; the sum of all is the serial lookup, bit for bit, and so are the gradients of
+ * the slices, joined [P15]. Megatron's own sizes: 17 sequences, 48 words, hidden 16. */
+static void test_parallel_embedding(void)
+{
+    enum { N = 17 * 5, V = 48, C = 16 };
+    int tokens[N];
+    act whole[N * C], sum[N * C], part[N * C], joined[V * C], dwhole[V * C];
+    real *w = random_reals(V * C, 1, 1), *dx = random_reals(N * C, 2, 1);
+    for (size_t i = 0; i < N; i++) tokens[i] = (int)(random_word(1, 2, 3, i) % V);
+    token_embedding_forward(whole, tokens, w, N, C, 0, V);
+    memset(dwhole, 0, sizeof dwhole);
+    token_embedding_backward(dwhole, dx, tokens, N, C, 0, V);
+    for (size_t t = 2; t <= 8; t *= 2) {
+        char what[64];
+        memset(sum, 0, sizeof sum), memset(joined, 0, sizeof joined);
+        for (size_t r = 0; r < t; r++) {
+            token_embedding_forward(part, tokens, w + r * V / t * C, N, C, r * V / t, V / t);
+            for (size_t i = 0; i < N * C; i++) sum[i] += part[i];
+            token_embedding_backward(joined + r * V / t * C, dx, tokens, N, C, r * V / t, V / t);
+        }
+        snprintf(what, sizeof what, "%zu slices of the vocabulary: forward, backward [P15]", t);
+        check_true(what, !memcmp(sum, whole, sizeof sum) && !memcmp(joined, dwhole, sizeof joined));
+    }
+    free(w), free(dx);
+}
+
+/* ---- Bit for bit: recomputation, repeated runs, thread counts: P13, P26 ------------------------------------------ */
+
+static int same_bits(const Training *a, const Training *b)
+{
+    size_t bytes = whole_size(&a->config) * sizeof(real);
+    return !memcmp(a->grad, b->grad, bytes) && !memcmp(a->weights, b->weights, bytes) && !memcmp(a->loss, b->loss, sizeof a->loss);
+}
+
+static void test_bit_equal(void)
+{
+    static const Layout layouts[] = {{1, 1, 1}, {2, 2, 1}, {2, 1, 2}};
+    for (size_t i = 0; i < 3; i++) {
+        Training a = make_training(layouts[i]), b = a, c = a, d = a;
+        a.threads = 1, b.threads = 2, c.threads = 3, d.recompute = 1;
+        a.micro_batch = b.micro_batch = c.micro_batch = d.micro_batch = 2;
+        run_training(&a), run_training(&b), run_training(&c), run_training(&d);
+        char what[96];
+        snprintf(what, sizeof what, "tp %d pp %d dp %d: 1, 2 and 3 OpenMP threads", layouts[i].tp, layouts[i].pp, layouts[i].dp);
+        check_true(what, same_bits(&a, &b) && same_bits(&a, &c));
+        check_true("  with and without recomputation, dropout on [P26]", same_bits(&a, &d));
+        free_training(&a), free_training(&b), free_training(&c), free_training(&d);
+    }
+    Training one = make_training(ONE_RANK);
+    one.steps = 0;
+    run_training(&one);
+    for (int t = 2; t <= 4; t *= 2) {
+        Layout s = {t, 1, 1};
+        Training many = make_training(s);
+        many.steps = 0;
+        run_training(&many);
+        check_true(t == 2 ? "initial weights: tp 2 = tp 1 [P13]" : "initial weights: tp 4 = tp 1 [P13]",
+                   !memcmp(one.initial, many.initial, whole_size(&one.config) * sizeof(real)));
+        free_training(&many);
+    }
+    free_training(&one);
+}
+
+/* ---- Whole model: finite differences, initial values ------------------------------------------------------------- */
+
+/* Loss of the awkward model, dropout on, at weights moved by `shift` along a direction in one tensor. */
+typedef struct {
+    Training t;
+    size_t tensor;
+    double shift, loss;
+    real *direction;
+} Shifted;
+
+static void shifted_rank(Comm *world, void *arg)
+{
+    Shifted *s = (Shifted *)arg;
+    RankOptions o = training_options(&s->t);
+    Rank *k = rank_create(world, &o);
+    init_params(k->weights, k->tensor, k->tensors, &k->config, 1234, 0);
+    perturb(k);
+    const Tensor *t = &k->tensor[s->tensor];
+    for (size_t i = 0; i < t->rows * t->cols; i++) k->weights[t->offset + i] += (real)s->shift * s->direction[i];
+    MicroBatch *mb = &k->flight[0];
+    feed_test(&s->t, k, mb, 0);
+    stage_forward(k, mb);
+    s->loss = sum_losses(k, mb) / (double)(k->B * k->T);
+    rank_free(k);
+}
+
+/* In double: the directional derivative by a 5-point rule of step 1e-3 has an error of about 1e-12 + eps/1e-3; in
+ * float the losses' rounding over the step: 1e-6/1e-2. */
+static void test_model_finite_differences(void)
+{
+    const double h = sizeof(real) == 8 ? 1e-3 : 2e-2, bound = sizeof(real) == 8 ? 1e-9 : 2e-2;
+    Training base = make_training(ONE_RANK);
+    base.steps = 1, base.batch = base.micro_batch = 4, base.config.L = 2;
+    Training kinds[2] = {base, base};
+    kinds[1].config.gelu = GELU_ERF;
+    for (int kind = 0; kind < 2; kind++) {
+        Training *t = &kinds[kind];
+        size_t n = list_tensors(NULL, NULL, &t->config, ONE_RANK, 0);
+        Tensor *list = (Tensor *)xcalloc(n, sizeof *list);
+        list_tensors(list, NULL, &t->config, ONE_RANK, 0);
+        run_training(t);
+        for (size_t i = 0; i < n; i += 1 + (sizeof(real) == 4) * 4) {
+            Shifted s = {*t, i, 0, 0, random_reals(list[i].n, (uint32_t)i, 1)};
+            static const double weight[4] = {1, -8, 8, -1}, at_[4] = {-2, -1, 1, 2};
+            double slope = 0, expected = 0, norm = 0;
+            char what[96], name[NAME_SIZE];
+            for (size_t e = 0; e < list[i].rows * list[i].cols; e++) norm += (double)s.direction[e] * s.direction[e];
+            for (size_t e = 0; e < list[i].rows * list[i].cols; e++) {
+                s.direction[e] /= (real)sqrt(norm);
+                expected += (double)t->grad[list[i].offset + e] * s.direction[e];
+            }
+            for (int p = 0; p < 4; p++) {
+                s.shift = at_[p] * h;
+                run_ranks(1, shifted_rank, &s);
+                slope += weight[p] * s.loss / (12 * h);
+            }
+            double size = 0;
+            for (size_t e = 0; e < list[i].rows * list[i].cols; e++) size += (double)t->grad[list[i].offset + e] * t->grad[list[i].offset + e];
+            snprintf(what, sizeof what, "%s: slope of the loss%s", tensor_name(name, &list[i]), kind ? " (erf)" : "");
+            check(what, fabs(slope - expected) / sqrt(size), bound);
+            free(s.direction);
+        }
+        free(list);
+        free_training(t);
+    }
+}
+
+static void initial_rank(Comm *world, void *arg)
+{
+    Training *t = (Training *)arg;
+    RankOptions o = training_options(t);
+    Rank *k = rank_create(world, &o);
+    init_params(k->weights, k->tensor, k->tensors, &k->config, 1234, 0);
+    for (size_t i = 0; i < k->tensors; i++) {
+        const Tensor *s = &k->tensor[i];
+        double sum = 0, n = (double)(s->rows * s->cols);
+        if (s->spec->init < INIT_NORMAL || s->layer > 0) continue;
+        for (size_t e = 0; e < s->rows * s->cols; e++) sum += pow((double)k->weights[s->offset + e], 2);
+        double std = s->spec->init == INIT_SCALED ? 0.02 / sqrt(48) : 0.02; /* 24 layers: 0.0028868 [P40] */
+        char what[160], name[NAME_SIZE];
+        snprintf(what, sizeof what, "%s: standard deviation %.7f [P40]", tensor_name(name, s), sqrt(sum / n));
+        check(what, fabs(sqrt(sum / n) / std - 1), 5 / sqrt(2 * n)); /* 5 sigma of its estimate */
+    }
+    MicroBatch *mb = &k->flight[0];
+    feed_test(t, k, mb, 0);
+    k->training = 0;
+    stage_forward(k, mb);
+    /* ln V + half the variance of the logits, which is 0.02^2 C = 0.0004 C [P21] */
+    double N = (double)(k->B * k->T), expected = log((double)k->config.V) + 0.0002 * (double)k->config.C;
+    check("initial loss is near ln V + 0.0002 h [P21]", fabs(sum_losses(k, mb) / N - expected), 0.02);
+    rank_free(k);
+}
+
+static void test_initial_model(void)
+{
+    Training t = make_training(ONE_RANK);
+    t.config = make_config(24, 64, 4, 64, 5003);
+    t.batch = t.micro_batch = 8;
+    run_ranks(1, initial_rank, &t);
+}
+
+/* ---- Dropout: P25 ------------------------------------------------------------------------------------------------ */
+
+static void test_masks(void)
+{
+    Config c = awkward_config();
+    Layout s = {2, 1, 1};
+    Rank k[2];
+    MicroBatch mb;
+    int equal = 1, differ = 0;
+    memset(k, 0, sizeof k), memset(&mb, 0, sizeof mb);
+    for (int r = 0; r < 2; r++) {
+        shape_rank(&k[r], &c, s, r, 2, c.T, 0);
+        k[r].tp.rank = r, k[r].training = 1, k[r].seed = 5, k[r].step = 3;
+    }
+    for (size_t i = 0; i < 2 * c.T * c.C; i++)
+        for (int site = SITE_EMBEDDING; site <= SITE_MLP_OUTPUT; site++)
+            if (site != SITE_ATTENTION)
+                equal &= dropout_factor(drop(&k[0], site, 1, &mb), i) == dropout_factor(drop(&k[1], site, 1, &mb), i);
+    for (size_t i = 0; i < k[0].Hp * c.T * c.T; i++)
+        differ += dropout_factor(attention_drop(&k[0], 1, &mb), i) != dropout_factor(attention_drop(&k[1], 1, &mb), i);
+    check_true("residual masks are equal on all tensor ranks [P25]", equal);
+    /* two independent masks of p = 0.1 differ in 2 * 0.1 * 0.9 of the places */
+    double share = differ / (double)(k[0].Hp * c.T * c.T);
+    check("attention masks of two ranks differ in 18% [P25]", fabs(share - 0.18), 5 * sqrt(0.18 * 0.82 / (double)(k[0].Hp * c.T * c.T)));
+    k[1].step = 4;
+    int changed = 0;
+    for (size_t i = 0; i < 1000; i++)
+        changed += dropout_factor(drop(&k[0], SITE_MLP_OUTPUT, 1, &mb), i) != dropout_factor(drop(&k[1], SITE_MLP_OUTPUT, 1, &mb), i);
+    check_true("the next step has other masks", changed > 100);
+    changed = 0;
+    for (size_t i = 0; i < 1000; i++)
+        changed += dropout_factor(drop(&k[0], SITE_MLP_OUTPUT, 1, &mb), i) != dropout_factor(drop(&k[0], SITE_MLP_OUTPUT, 2, &mb), i);
+    check_true("the next layer has other masks", changed > 100);
+}
+
+/* ---- Chapter 7: P31, P33-P39 ------------------------------------------------------------------------------------- */
+
+static void test_learning_rate(void)
+{
+    Optimizer paper = {1.5e-4, 1e-5, 3000, 300000, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, 1, 1}, megatron = paper;
+    megatron.decay = DECAY_MEGATRON;
+    const Optimizer *both[2] = {&paper, &megatron};
+    for (int i = 0; i < 2; i++) {
+        check_equal("lr(0) [P33]", learning_rate(both[i], 0), 0);
+        check("lr(1) = 5e-8 [P33]", fabs(learning_rate(both[i], 1) / 5e-8 - 1), 1e-12);
+        check("lr(1500) = 7.5e-5 [P33]", fabs(learning_rate(both[i], 1500) / 7.5e-5 - 1), 1e-12);
+        check("lr(3000) = 1.5e-4 [P33]", fabs(learning_rate(both[i], 3000) / 1.5e-4 - 1), 1e-12);
+        check_equal("lr(400000) is the floor", learning_rate(both[i], 400000), 1e-5);
+    }
+    check("Megatron: lr(150000) = 7.735581e-5 [P34]", fabs(learning_rate(&megatron, 150000) - 7.735581e-5), 5e-12);
+    check("Megatron: lr(250000) = 1.125805e-5 [P34]", fabs(learning_rate(&megatron, 250000) - 1.125805e-5), 5e-12);
+    check_true("Megatron: the floor is reached at 253,123 [P34]",
+               learning_rate(&megatron, 253122) > 1e-5 && learning_rate(&megatron, 253123) == 1e-5);
+    Optimizer cosine = paper;
+    cosine.decay = DECAY_COSINE;
+    check("cosine: lr(151500) is halfway between peak and floor", fabs(learning_rate(&cosine, 151500) - 8e-5), 5e-12);
+    check("cosine: lr(300000) is the floor", fabs(learning_rate(&cosine, 300000) - 1e-5), 5e-12);
+    check("paper: lr(151500) = 7.5e-5 [P35]", fabs(learning_rate(&paper, 151500) - 7.5e-5), 5e-12);
+}
+
+static void test_loss_scaler(void)
+{
+    LossScaler s = make_loss_scaler(0);
+    static const double expected[4] = {0x1p32, 0x1p31, 0x1p30, 0x1p29};
+    for (int i = 0; i < 4; i++) {
+        loss_scaler_update(&s, 1);
+        check_equal("scale after an overflow [P36]", s.scale, expected[i]);
+    }
+    s = make_loss_scaler(0);
+    int skipped[4000] = {0}, n = 0;
+    for (int i = 0; i < 3100; i++) {
+        int overflow = s.scale > 0x1p18;
+        if (overflow) skipped[n++] = i;
+        loss_scaler_update(&s, overflow);
+    }
+    check_true("overflow above 2^18: skips at 0 .. 14 [P37]", n > 15 && skipped[0] == 0 && skipped[14] == 14 && skipped[15] == 1015);
+    check_true("  then at 1015, 1016, and two in every 1002 [P37]", n == 21 && skipped[16] == 1016 && skipped[17] == 2017 && skipped[18] == 2018 && skipped[19] == 3019);
+    s = make_loss_scaler(0);
+    double before = s.scale;
+    int doubled[8] = {0};
+    n = 0;
+    for (int i = 0; i < 3000; i++, before = s.scale) {
+        loss_scaler_update(&s, 0);
+        if (s.scale == 2 * before) doubled[n++] = i;
+    }
+    check_true("no overflow: doubles at 999, 1999, 2999 [P38]", n == 3 && doubled[0] == 999 && doubled[1] == 1999 && doubled[2] == 2999);
+    s = make_loss_scaler(8);
+    loss_scaler_update(&s, 1), loss_scaler_update(&s, 1), loss_scaler_update(&s, 1);
+    check_equal("a fixed scale stays", s.scale, 8);
+}
+
+static void poisoned_rank(Comm *world, void *arg)
+{
+    Training *t = (Training *)arg;
+    RankOptions o = training_options(t);
+    Rank *k = rank_create(world, &o);
+    if (world->rank == t->skipped[0]) k->gradients[k->tensor[4].offset] = (act)INFINITY;
+    t->peak[world->rank] = !isfinite(gradient_norm(k));
+    rank_free(k);
+}
+
+/* An overflow anywhere skips the step everywhere, and the learning rate stands still [P39]. */
+static void test_overflow(void)
+{
+    Layout s = {2, 2, 1};
+    for (int r = 0; r < 4; r++) {
+        Training t = make_training(s);
+        t.skipped[0] = r;
+        run_ranks(4, poisoned_rank, &t);
+        check_true("one rank's infinity makes every rank's norm infinite [P39]", t.peak[0] && t.peak[1] && t.peak[2] && t.peak[3]);
+    }
+    Training t = make_training(s);
+    t.optimizer.loss_scale = sizeof(real) == 4 ? 0x1p134 : 0; /* float: overflows in every step; double: never, 2^32 */
+    t.optimizer.warmup = 0;
+    run_training(&t);
+    if (sizeof(real) == 4) {
+        check_true("steps are skipped", t.skipped[0] && t.skipped[1] && t.skipped[2]);
+        check_true("and leave the weights as they were, bit for bit", !memcmp(t.initial, t.weights, whole_size(&t.config) * sizeof(real)));
+    } else {
+        Training plain = make_training(s);
+        plain.optimizer.warmup = 0;
+        run_training(&plain);
+        check_true("a loss scale of 2^32 changes nothing in the weights, bit for bit", !memcmp(plain.weights, t.weights, whole_size(&t.config) * sizeof(real)));
+        free_training(&plain);
+    }
+    free_training(&t);
+}
+
+static void test_decay_groups(void)
+{
+    int wrong = 0;
+    for (int i = 0; i < N_SPECS; i++) {
+        const char *name = specs[i].name;
+        int none = strstr(name, "bias") || strstr(name, "ln_") ? 1 : 0;
+        wrong |= specs[i].decay == none;
+    }
+    check_true("decay: matrices and embeddings; none: biases and LayerNorm [P31]", !wrong);
+}
+
+static void test_in_flight(void)
+{
+    Layout s = {1, 4, 1};
+    Training t = make_training(s);
+    t.steps = 1;
+    run_training(&t); /* 8 micro-batches of 1 */
+    for (int i = 0; i < 4; i++) {
+        char what[64];
+        snprintf(what, sizeof what, "stage %d holds at most %d micro-batches [P57]", i, 4 - i);
+        check_equal(what, t.peak[i], 4 - i);
+    }
+    free_training(&t);
+}
+
+/* The plan's bytes are those that a rank allocates. */
+static void memory_rank(Comm *world, void *arg)
+{
+    Training *t = (Training *)arg;
+    RankOptions o = training_options(t);
+    Rank *k = rank_create(world, &o);
+    double placed = 0, planned = (double)activation_bytes(&t->config, t->layout, world->rank, t->micro_batch, t->config.T, t->recompute, o.micro_batches);
+    Arena again = {(char *)k->activations, 0};
+    carve_activations(k, k->flight, &again, 1);
+    placed = (double)again.used;
+    if (placed != planned) __atomic_store_n(&t->replicas_differ, 1, __ATOMIC_RELAXED);
+    rank_free(k);
+}
+
+static void test_memory(void)
+{
+    static const Layout layouts[] = {{1, 1, 1}, {2, 1, 1}, {1, 4, 1}, {2, 2, 2}};
+    for (size_t i = 0; i < 4; i++) {
+        Training t = make_training(layouts[i]);
+        t.recompute = i % 2;
+        run_ranks(world_size(layouts[i]), memory_rank, &t);
+        check_true("activations take as many bytes as planned", !t.replicas_differ);
+    }
+}
+
+/* ---- Chapters 9 and 10: windows against single targets, the cache against whole passes, drawing words -------------- */
+
+typedef struct {
+    int tp;
+    size_t B;
+    Tokens text;
+    double brute, sliding, disjoint, cached; /* losses; largest difference of logits */
+    Tokens generated;
+} Scored;
+
+static Config scored_config(void) { return make_config(2, 32, 4, 24, 300); }
+
+static Rank *scored_model(Comm *world, int tp, size_t B)
+{
+    Layout s = {tp, 1, 1};
+    RankOptions o = {scored_config(), s, B, 1, 24, 0, 0, 1};
+    Rank *k = rank_create(world, &o);
+    init_params(k->weights, k->tensor, k->tensors, &k->config, 77, k->tp.rank);
+    perturb(k);
+    return k;
+}
+
+/* Losses of all targets, one pass for each: the target's window by the paper's words, the last weight alone. */
+static double brute_force_loss(Rank *k, const Tokens *text, size_t overlap)
+{
+    size_t T = k->T, targets = text->n - 1;
+    int *tokens = (int *)xcalloc(k->B * (T + 1), sizeof *tokens);
+    real *weight = (real *)xcalloc(k->B * T, sizeof *weight);
+    double sum = 0;
+    for (size_t target = 0; target < targets; target++) { /* it is text[target + 1] */
+        size_t start = target < T ? 0 : ((target - T) / overlap + 1) * overlap;
+        memset(weight, 0, k->B * T * sizeof *weight);
+        for (size_t t = 0; t <= T; t++) tokens[t] = start + t < text->n ? text->id[start + t] : 299;
+        weight[target - start] = 1;
+        set_words(k, &k->flight[0], tokens, weight);
+        stage_forward(k, &k->flight[0]);
+        sum += sum_losses(k, &k->flight[0]);
+    }
+    free(tokens), free(weight);
+    all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM);
+    return sum / (double)targets;
+}
+
+static void scored_rank(Comm *world, void *arg)
+{
+    Scored *s = (Scored *)arg;
+    Rank *k = scored_model(world, s->tp, s->B);
+    double brute = brute_force_loss(k, &s->text, 5), sliding = text_loss(k, &s->text, 5, SIZE_MAX, 299, NULL).loss;
+    double disjoint = text_loss(k, &s->text, 24, SIZE_MAX, 299, NULL).loss;
+    rank_free(k);
+    k = scored_model(world, s->tp, 1);
+    Generator *g = generator_create(k);
+    double worst = 0;
+    real *once = (real *)xcalloc(k->config.V, sizeof *once);
+    for (size_t n = 1; n <= 24; n++) { /* the whole prefix at once, against prefix n-1 and one token more */
+        g->cache.past = 0;
+        generator_read(g, s->text.id, n);
+        memcpy(once, g->logits, k->config.V * sizeof *once);
+        g->cache.past = 0;
+        if (n > 1) generator_read(g, s->text.id, n / 2 + (n == 2));
+        for (size_t i = g->cache.past; i < n; i++) generator_read(g, s->text.id + i, 1);
+        double e = relative_error(g->logits, once, k->config.V);
+        if (!(e <= worst)) worst = e;
+    }
+    Sampler sampler = {0.9, 20, 0.95, 5};
+    Tokens text = {NULL, 0, 0};
+    push_token(&text, 3);
+    generate(g, &text, 60, &sampler, -1, NULL, NULL); /* longer than T: the text is read again in between */
+    if (world->rank == 0) s->brute = brute, s->sliding = sliding, s->disjoint = disjoint, s->cached = worst, s->generated = text;
+    else free(text.id);
+    generator_free(g);
+    free(once);
+    rank_free(k);
+}
+
+static void test_scores(void)
+{
+    const double bound = sizeof(real) == 4 ? 2e-6 : 1e-13;
+    Scored first;
+    memset(&first, 0, sizeof first);
+    for (int tp = 1; tp <= 4; tp *= 2) {
+        Scored s;
+        char what[96];
+        memset(&s, 0, sizeof s);
+        s.tp = tp, s.B = tp == 2 ? 3 : 1;
+        for (size_t i = 0; i < 117; i++) push_token(&s.text, (int)(random_word(3, SITE_SAMPLE, 0, i) % 299));
+        run_ranks(tp, scored_rank, &s);
+        snprintf(what, sizeof what, "tp %d: overlapping windows against one pass for each target [P52]", tp);
+        check(what, fabs(s.sliding / s.brute - 1), bound);
+        snprintf(what, sizeof what, "  token by token with the cache, against whole prefixes");
+        check(what, s.cached, 5 * bound);
+        if (tp == 1) {
+            first = s;
+            check_true("  windows without overlap give another loss", fabs(s.disjoint / s.sliding - 1) > 1e-4);
+            continue;
+        }
+        check("  loss against tp 1", fabs(s.sliding / first.sliding - 1), bound);
+        check_true("  draws the same words as tp 1", s.generated.n == 61 && !memcmp(s.generated.id, first.generated.id, 61 * sizeof(int)));
+        free(s.text.id), free(s.generated.id);
+    }
+    free(first.text.id), free(first.generated.id);
+}
+
+static int by_value(const void *a, const void *b) { return *(const double *)a < *(const double *)b ? 1 : -1; }
+
+/* Frequencies of drawn words against probabilities computed the plain way: sort, cut, normalise. */
+static void check_sampler(const char *what, Sampler s)
+{
+    enum { V = 12, DRAWS = 20000 };
+    real z[V];
+    double p[V], sorted[V], total = 0, mass = 0, cut = 0, chi = 0;
+    size_t count[V] = {0}, kept = 0;
+    Candidate heap[V];
+    for (size_t i = 0; i < V; i++) z[i] = (real)(2 * sin(3.0 * (double)i)), total += p[i] = exp((double)z[i] / s.temperature);
+    for (size_t i = 0; i < V; i++) sorted[i] = p[i] /= total;
+    qsort(sorted, V, sizeof *sorted, by_value);
+    while (kept < V && (s.top_k == 0 || kept < s.top_k) && (kept == 0 || mass < s.top_p)) mass += cut = sorted[kept++];
+    for (size_t i = 0; i < DRAWS; i++) count[sample_word(z, V, &s, i, heap)]++;
+    for (size_t i = 0; i < V; i++) {
+        double expected = p[i] >= cut ? p[i] / mass * DRAWS : 0;
+        if (expected == 0) chi += count[i] ? INFINITY : 0;
+        else chi += ((double)count[i] - expected) * ((double)count[i] - expected) / expected;
+    }
+    check(what, chi, (double)kept + 5 * sqrt(2 * (double)kept)); /* chi^2 with kept - 1 degrees of freedom: 5 sigma */
+}
+
+static void test_sampler(void)
+{
+    Sampler all = {1, 0, 1, 1}, cold = {0.5, 0, 1, 2}, k5 = {1, 5, 1, 3}, p7 = {1, 0, 0.7, 4}, both = {1.3, 6, 0.8, 5}, one = {1, 0, 0, 6};
+    real z[3] = {1, 3, 3};
+    Candidate heap[3];
+    Sampler greedy = {0, 0, 1, 0};
+    check_sampler("all words: chi^2 of 20,000 draws", all);
+    check_sampler("temperature 0.5", cold);
+    check_sampler("top-k 5", k5);
+    check_sampler("top-p 0.7", p7);
+    check_sampler("temperature 1.3, top-k 6, top-p 0.8", both);
+    check_sampler("top-p 0: the most probable word", one);
+    check_equal("temperature 0: the first of the most probable", sample_word(z, 3, &greedy, 0, heap), 1);
+}
+
 /* ---- The table of tests -------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -2027,6 +3429,27 @@ static const Test tests[] = {
     {"windows",            "P52 P53", test_windows, 1, 0},
     {"lambada",            "P55", test_lambada, 1, 0},
     {"benchmark_texts",    "P51 P55, with ../shared/data", test_benchmark_texts, 1, 0},
+    {"plan",               "", test_plan, 1, 0},
+    {"collectives",        "all_reduce, all_gather, broadcast, send, recv, comm_split; exact", test_collectives, 1, 0},
+    {"disagreement",       "ranks that disagree die and say who", test_disagreement, 1, 0},
+    {"f_and_g",            "P1", test_f_and_g, 1, 0},
+    {"message_counts",     "P5 P6 P7 P17 P18", test_message_counts, 1, 0},
+    {"trace_is_plan",      "every rank's messages are what plan lists", test_trace_is_plan, 1, 0},
+    {"layouts",            "P12 P15 P27 P28 P29 P30: t x p x d against one rank", test_layouts, 1, 1},
+    {"qkv_rows",           "P11: rank r holds [Q_r; K_r; V_r]", test_qkv_rows, 1, 0},
+    {"parallel_embedding", "P15", test_parallel_embedding, 1, 0},
+    {"bit_equal",          "P13 P26: runs, threads, recomputation", test_bit_equal, 1, 0},
+    {"model_slopes",       "the model's gradients against finite differences", test_model_finite_differences, 1, 1},
+    {"initial_model",      "P21 P40", test_initial_model, 1, 0},
+    {"masks",              "P25", test_masks, 1, 0},
+    {"learning_rate",      "P33 P34 P35", test_learning_rate, 1, 0},
+    {"loss_scaler",        "P36 P37 P38", test_loss_scaler, 1, 0},
+    {"overflow",           "P39", test_overflow, 1, 1},
+    {"decay_groups",       "P31", test_decay_groups, 1, 0},
+    {"in_flight",          "P57", test_in_flight, 1, 0},
+    {"memory",             "the plan's bytes are those allocated", test_memory, 1, 0},
+    {"scores",             "P52: windows, cache, the same words for every tp", test_scores, 1, 1},
+    {"sampler",            "temperature, top-k, top-p", test_sampler, 1, 0},
 };
 /* clang-format on */
 enum { N_TESTS = sizeof tests / sizeof *tests };
