@@ -4052,6 +4052,909 @@ static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s,
 }
 
 /* ================================================================================================================
+ * Chapter 11. Checkpoints
+ *
+ * A model is a folder as Hugging Face has it: config.json and model.safetensors, or shards of it with an index. A
+ * checkpoint is such a folder with AdamW's moments and the state of training beside them, in trainer.safetensors.
+ * These files hold whole tensors and know nothing of ranks: each rank picks its slices out of the mapped file, and
+ * puts them back into one on saving, so that what was saved in one layout is loaded in any other.
+ *
+ * A safetensors file is 8 bytes, the length of the header; the header, in JSON, with type, shape and place of each
+ * tensor; the tensors, little-endian, row by row, without gaps. Nothing is believed before everything is checked.
+ * ============================================================================================================= */
+
+typedef enum { F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL_, N_DTYPES } Dtype; /* reals first */
+static const char *const dtype_name[] = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"};
+static const size_t dtype_size[] = {8, 4, 2, 2, 8, 4, 2, 1, 1, 1};
+
+enum { MAX_DIMS = 8, SHAPE_TEXT = 24 * MAX_DIMS, MAX_HEADER = 100000000 }; /* the last is the format's own limit */
+
+typedef struct {
+    const char *path;
+    Map map, data; /* the whole file; what follows the header */
+    Json header;
+} StoredFile;
+
+typedef struct {
+    const char *name; /* without "transformer." */
+    const char *path; /* its file */
+    Dtype dtype;
+    size_t dims, shape[MAX_DIMS];
+    size_t n, bytes;  /* elements; bytes */
+    const char *data; /* in the mapped file; not aligned */
+    int expected;     /* the model has a place for it */
+} StoredTensor;
+
+typedef struct {
+    StoredFile *file;
+    size_t files;
+    StoredTensor *tensor; /* sorted by name */
+    size_t tensors;
+} Safetensors;
+
+/* ---- Reading safetensors --------------------------------------------------------------------------------------- */
+
+static const char *strip_prefix(const char *name)
+{
+    static const char prefix[] = "transformer.";
+    return strncmp(name, prefix, sizeof prefix - 1) ? name : name + sizeof prefix - 1;
+}
+
+static int compare_names(const void *a, const void *b)
+{
+    return strcmp(((const StoredTensor *)a)->name, ((const StoredTensor *)b)->name);
+}
+
+static int compare_places(const void *a, const void *b)
+{
+    const StoredTensor *x = (const StoredTensor *)a, *y = (const StoredTensor *)b;
+    int order = strcmp(x->path, y->path);
+    if (!order) order = (x->data > y->data) - (x->data < y->data);
+    return order ? order : (x->bytes > y->bytes) - (x->bytes < y->bytes);
+}
+
+/* The tensor of this name, or NULL. */
+static StoredTensor *find_stored(const Safetensors *s, const char *name)
+{
+    StoredTensor key;
+    key.name = strip_prefix(name);
+    return (StoredTensor *)bsearch(&key, s->tensor, s->tensors, sizeof key, compare_names);
+}
+
+static char *shape_text(char text[SHAPE_TEXT], size_t dims, const size_t *shape)
+{
+    size_t n = (size_t)snprintf(text, SHAPE_TEXT, "[");
+    for (size_t i = 0; i < dims; i++) n += (size_t)snprintf(text + n, SHAPE_TEXT - n, i ? ", %zu" : "%zu", shape[i]);
+    snprintf(text + n, SHAPE_TEXT - n, "]");
+    return text;
+}
+
+/* Member `key` of a tensor's entry, an array of whole numbers. Returns how many there are. */
+static size_t read_sizes(size_t *size, size_t most, const StoredFile *f, const JsonValue *entry, const char *key)
+{
+    const JsonValue *array = json_get(&f->header, entry, key);
+    char name[SHOWN];
+    if (!array || array->type != JSON_ARRAY || array->length > most)
+        die("%s: tensor %s has no \"%s\" of %zu numbers at most", f->path, printable(name, entry->key), key, most);
+    for (size_t i = 0; i < array->length; i++) {
+        const JsonValue *v = array + 1 + i;
+        if (v->type != JSON_NUMBER || v->number < 0 || v->number > 0x1p53 || v->number != floor(v->number))
+            die("%s: \"%s\" of tensor %s is not of whole numbers", f->path, key, printable(name, entry->key));
+        size[i] = (size_t)v->number;
+    }
+    return array->length;
+}
+
+/* One tensor's entry in the header. */
+static StoredTensor read_entry(const StoredFile *f, const JsonValue *entry)
+{
+    StoredTensor t;
+    const JsonValue *dtype = json_get(&f->header, entry, "dtype");
+    size_t place[2], type = 0;
+    char name[SHOWN], other[SHOWN];
+    memset(&t, 0, sizeof t);
+    t.path = f->path;
+    t.name = strip_prefix(entry->key);
+    printable(name, entry->key);
+    if (!dtype || dtype->type != JSON_STRING) die("%s: tensor %s has no \"dtype\"", f->path, name);
+    while (type < N_DTYPES && strcmp(dtype_name[type], dtype->string)) type++;
+    if (type == N_DTYPES)
+        die("%s: tensor %s is of type %s, which is not supported", f->path, name, printable(other, dtype->string));
+    t.dtype = (Dtype)type;
+    t.dims = read_sizes(t.shape, MAX_DIMS, f, entry, "shape");
+    t.n = 1;
+    int overflow = 0;
+    for (size_t i = 0; i < t.dims; i++) overflow |= __builtin_mul_overflow(t.n, t.shape[i], &t.n);
+    if (overflow | __builtin_mul_overflow(t.n, dtype_size[type], &t.bytes))
+        die("%s: tensor %s would have more than 2^64 bytes", f->path, name);
+    if (read_sizes(place, 2, f, entry, "data_offsets") != 2 || place[0] > place[1] || place[1] > f->data.size)
+        die("%s: \"data_offsets\" of tensor %s are no range of the %zu bytes of data", f->path, name, f->data.size);
+    if (place[1] - place[0] != t.bytes)
+        die("%s: tensor %s has %zu bytes, but shape and type make %zu", f->path, name, place[1] - place[0], t.bytes);
+    t.data = f->data.data + place[0];
+    return t;
+}
+
+/* Maps a file and reads its header. */
+static void open_file(StoredFile *f, const char *path)
+{
+    uint64_t length = 0;
+    f->path = strdup(path);
+    if (!f->path) die("out of memory");
+    f->map = map_file(path);
+    if (f->map.size < 8) die("%s is no safetensors file: it has only %zu bytes", path, f->map.size);
+    memcpy(&length, f->map.data, 8);
+    if (length > MAX_HEADER || length > f->map.size - 8)
+        die("%s is no safetensors file: its header would have %llu bytes", path, (unsigned long long)length);
+    f->data.data = f->map.data + 8 + length;
+    f->data.size = f->map.size - 8 - (size_t)length;
+    f->header = json_parse(f->map.data + 8, (size_t)length, f->path);
+    if (f->header.value[0].type != JSON_OBJECT) die("%s is no safetensors file: its header is no object", path);
+}
+
+/* Appends the file's tensors to the list. They must cover the data without holes and overlaps. */
+static void list_file(Safetensors *s, const StoredFile *f)
+{
+    const JsonValue *root = f->header.value;
+    const char *at = f->data.data, *end = at + f->data.size;
+    size_t first = s->tensors;
+    char name[SHOWN];
+    for (size_t i = 1; i < root->end; i = root[i].end)
+        if (strcmp(root[i].key, "__metadata__")) s->tensor[s->tensors++] = read_entry(f, &root[i]);
+    qsort(s->tensor + first, s->tensors - first, sizeof *s->tensor, compare_places);
+    for (size_t i = first; i < s->tensors; at += s->tensor[i++].bytes)
+        if (s->tensor[i].data != at)
+            die("%s: tensor %s %s", f->path, printable(name, s->tensor[i].name),
+                s->tensor[i].data < at ? "overlaps another" : "follows a hole that no tensor covers");
+    if (at != end) die("%s: %zu bytes at its end belong to no tensor", f->path, (size_t)(end - at));
+}
+
+/* Is it the plain name of a file in the same folder? */
+static int is_file_name(const char *name)
+{
+    for (const char *c = name; *c; c++)
+        if (*c == '/' || (unsigned char)*c < ' ' || *c == 0x7F) return 0;
+    return *name && *name != '.';
+}
+
+/* Opens the shards that the index's "weight_map" names. */
+static void open_shards(Safetensors *s, const char *folder, const Json *index, const JsonValue *map)
+{
+    char path[PATH_MAX], shown[SHOWN];
+    size_t n = 0;
+    if (!map || map->type != JSON_OBJECT || !map->length) die("%s has no \"weight_map\"", index->what);
+    const char **name = (const char **)xcalloc(map->length, sizeof *name);
+    for (const JsonValue *v = map + 1; v < index->value + map->end; v = index->value + v->end) {
+        if (v->type != JSON_STRING || !is_file_name(v->string))
+            die("%s: tensor %s is not in a file of the same folder", index->what, printable(shown, v->key));
+        name[n++] = v->string;
+    }
+    qsort(name, n, sizeof *name, compare_strings);
+    s->file = (StoredFile *)xcalloc(n, sizeof *s->file);
+    for (size_t i = 0; i < n; i++)
+        if (!i || strcmp(name[i - 1], name[i])) open_file(&s->file[s->files++], join_path(path, folder, name[i]));
+    free(name);
+}
+
+/* Index and shards must agree on where every tensor is. */
+static void check_index(const Safetensors *s, const char *folder, const Json *index, const JsonValue *map)
+{
+    char path[PATH_MAX], name[SHOWN], file[SHOWN];
+    for (const JsonValue *v = map + 1; v < index->value + map->end; v = index->value + v->end) {
+        StoredTensor *t = find_stored(s, v->key);
+        if (!t || t->expected++ || strcmp(t->path, join_path(path, folder, v->string)))
+            die("%s: tensor %s is not in %s", index->what, printable(name, v->key), printable(file, v->string));
+    }
+    for (size_t i = 0; i < s->tensors; i++)
+        if (!s->tensor[i].expected--)
+            die("%s: tensor %s is not in %s", s->tensor[i].path, printable(name, s->tensor[i].name), index->what);
+}
+
+/* Opens a safetensors file, or the file or files of a model's folder, and lists the tensors. */
+static Safetensors safetensors_open(const char *path)
+{
+    static const char whole[] = "model.safetensors", sharded[] = "model.safetensors.index.json";
+    Safetensors s = {NULL, 0, NULL, 0};
+    char file[PATH_MAX], name[SHOWN];
+    struct stat st;
+    Map map = {"", 0};
+    Json index = {NULL, NULL, file};
+    const JsonValue *weight_map = NULL;
+    if (stat(path, &st)) die("cannot open %s: %s", path, strerror(errno));
+    int folder = S_ISDIR(st.st_mode);
+    if (folder && !file_exists(path, whole)) {
+        if (!file_exists(path, sharded)) die("%s holds no %s; convert reads other formats", path, whole);
+        map = map_file(join_path(file, path, sharded));
+        index = json_parse(map.data, map.size, file);
+        weight_map = json_get(&index, index.value, "weight_map");
+        open_shards(&s, path, &index, weight_map);
+    } else {
+        s.file = (StoredFile *)xcalloc(1, sizeof *s.file);
+        open_file(&s.file[s.files++], folder ? join_path(file, path, whole) : path);
+    }
+    size_t most = 0;
+    for (size_t i = 0; i < s.files; i++) most += s.file[i].header.value[0].length;
+    s.tensor = (StoredTensor *)xcalloc(most, sizeof *s.tensor);
+    for (size_t i = 0; i < s.files; i++) list_file(&s, &s.file[i]);
+    qsort(s.tensor, s.tensors, sizeof *s.tensor, compare_names);
+    for (size_t i = 1; i < s.tensors; i++)
+        if (!compare_names(&s.tensor[i - 1], &s.tensor[i]))
+            die("%s: tensor %s is there twice, in two files or with and without \"transformer.\"", s.tensor[i].path,
+                printable(name, s.tensor[i].name));
+    if (weight_map) check_index(&s, path, &index, weight_map);
+    json_free(&index);
+    unmap_file(map);
+    return s;
+}
+
+static void safetensors_close(Safetensors *s)
+{
+    for (size_t i = 0; i < s->files; i++) {
+        unmap_file(s->file[i].map);
+        json_free(&s->file[i].header);
+        free((void *)s->file[i].path);
+    }
+    free(s->file), free(s->tensor);
+    memset(s, 0, sizeof *s);
+}
+
+static float half_to_float(uint16_t h)
+{
+    uint32_t exponent = h >> 10 & 31, mantissa = h & 1023, bits;
+    float x;
+    if (!exponent) return (h >> 15 ? -1.0f : 1.0f) * (float)mantissa * 0x1p-24f; /* zero and subnormals */
+    bits = (uint32_t)(h >> 15) << 31 | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* Element i of a tensor of real numbers. */
+static real stored_value(const StoredTensor *t, size_t i)
+{
+    uint16_t half;
+    uint32_t bits;
+    float x;
+    double y;
+    switch (t->dtype) {
+    case F64: memcpy(&y, t->data + 8 * i, 8); return (real)y;
+    case F32: memcpy(&x, t->data + 4 * i, 4); return (real)x;
+    case F16: memcpy(&half, t->data + 2 * i, 2); return (real)half_to_float(half);
+    default: /* BF16: the upper half of a float */
+        memcpy(&half, t->data + 2 * i, 2);
+        bits = (uint32_t)half << 16;
+        memcpy(&x, &bits, 4);
+        return (real)x;
+    }
+}
+
+/* ---- config.json ----------------------------------------------------------------------------------------------- */
+
+/* Do we know the activation function? Three names for the tanh formula, and the erf. */
+static int find_gelu(Gelu *gelu, const char *name)
+{
+    *gelu = strcmp(name, "gelu") ? GELU_TANH : GELU_ERF;
+    return *gelu == GELU_ERF || !strcmp(name, "gelu_new") || !strcmp(name, "gelu_fast") ||
+           !strcmp(name, "gelu_pytorch_tanh");
+}
+
+/* Reads config.json. *tied: whether the word embedding makes the logits, as in the paper [§3 Fig. 4]. */
+static Config read_config(const char *folder, int *tied)
+{
+    char path[PATH_MAX], shown[SHOWN];
+    Map map = map_file(join_path(path, folder, "config.json"));
+    Json json = json_parse(map.data, map.size, path);
+    const JsonValue *root = json.value, *type = json_get(&json, root, "model_type");
+    const JsonValue *gelu = json_get(&json, root, "activation_function");
+    if (!type || type->type != JSON_STRING || strcmp(type->string, "gpt2"))
+        die("%s: \"model_type\" is not \"gpt2\": only GPT-2 models can be loaded", path);
+    if (!json_flag(&json, root, "scale_attn_weights", 1)) die("%s: \"scale_attn_weights\" must be true", path);
+    if (json_flag(&json, root, "scale_attn_by_inverse_layer_idx", 0))
+        die("%s: \"scale_attn_by_inverse_layer_idx\" is true, which is not supported", path);
+
+    /* Within these limits a model has less than 2^51 parameters: no size can overflow. */
+    long long T = json_integer(&json, root, "n_ctx", 1, 1 << 20, 0); /* the older name of n_positions */
+    T = json_integer(&json, root, "n_positions", 1, 1 << 20, T ? T : -1);
+    long long L = json_integer(&json, root, "n_layer", 1, 1 << 12, -1);
+    long long C = json_integer(&json, root, "n_embd", 1, 1 << 17, -1);
+    long long H = json_integer(&json, root, "n_head", 1, 1 << 12, -1);
+    long long V = json_integer(&json, root, "vocab_size", 1, 1 << 24, -1);
+    Config c = make_config((size_t)L, (size_t)C, (size_t)H, (size_t)T, (size_t)V);
+    c.F = (size_t)json_integer(&json, root, "n_inner", 1, 1 << 20, 4 * C);
+    if (C % H) die("%s: \"n_embd\" %lld is no multiple of \"n_head\" %lld", path, C, H);
+    if (gelu && gelu->type != JSON_STRING) die("%s: \"activation_function\" is no string", path);
+    if (gelu && !find_gelu(&c.gelu, gelu->string))
+        die("%s: \"activation_function\" is %s, but gelu_new, gelu_fast, gelu_pytorch_tanh or gelu is expected", path,
+            printable(shown, gelu->string));
+    c.eps = (real)json_number(&json, root, "layer_norm_epsilon", 1e-12, 1, 1e-5);
+    c.embd_pdrop = (real)json_number(&json, root, "embd_pdrop", 0, 0.99, 0.1);
+    c.attn_pdrop = (real)json_number(&json, root, "attn_pdrop", 0, 0.99, 0.1);
+    c.resid_pdrop = (real)json_number(&json, root, "resid_pdrop", 0, 0.99, 0.1);
+    *tied = json_flag(&json, root, "tie_word_embeddings", 1);
+    json_free(&json);
+    unmap_file(map);
+    return c;
+}
+
+/* x as the shortest decimal number that reads back as x: 0.1, not 0.100000001. */
+static char *real_text(char text[32], real x)
+{
+    for (int digits = 1; digits <= 17; digits++) {
+        snprintf(text, 32, "%.*g", digits, (double)x);
+        if ((real)strtod(text, NULL) == x) break;
+    }
+    return text;
+}
+
+/* config.json as transformers writes it, in memory; the caller frees it. end_of_text: that token's number, or -1. */
+static char *config_text(size_t *size, const Config *c, int end_of_text)
+{
+    char *text = NULL, token[16] = "null", embd[32], attn[32], resid[32], eps[32];
+    FILE *out = open_memstream(&text, size);
+    if (!out) die("out of memory");
+    if (end_of_text >= 0) snprintf(token, sizeof token, "%d", end_of_text);
+    fprintf(out, "{\n  \"activation_function\": \"%s\",\n", c->gelu == GELU_ERF ? "gelu" : "gelu_new");
+    fprintf(out, "  \"architectures\": [\n    \"GPT2LMHeadModel\"\n  ],\n");
+    fprintf(out, "  \"attn_pdrop\": %s,\n", real_text(attn, c->attn_pdrop));
+    fprintf(out, "  \"bos_token_id\": %s,\n", token);
+    fprintf(out, "  \"embd_pdrop\": %s,\n", real_text(embd, c->embd_pdrop));
+    fprintf(out, "  \"eos_token_id\": %s,\n  \"initializer_range\": 0.02,\n", token);
+    fprintf(out, "  \"layer_norm_epsilon\": %s,\n  \"model_type\": \"gpt2\",\n", real_text(eps, c->eps));
+    fprintf(out, "  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n", c->T, c->C, c->H);
+    fprintf(out, "  \"n_inner\": %zu,\n  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n", c->F, c->L, c->T);
+    fprintf(out, "  \"resid_pdrop\": %s,\n  \"scale_attn_weights\": true,\n", real_text(resid, c->resid_pdrop));
+    fprintf(out, "  \"summary_activation\": null,\n  \"summary_first_dropout\": 0.1,\n");
+    fprintf(out, "  \"summary_proj_to_labels\": true,\n  \"summary_type\": \"cls_index\",\n");
+    fprintf(out, "  \"summary_use_proj\": true,\n  \"torch_dtype\": \"float32\",\n  \"use_cache\": true,\n");
+    fprintf(out, "  \"vocab_size\": %zu\n}\n", c->V);
+    if (fclose(out)) die("out of memory");
+    return text;
+}
+
+/* ---- Slices: between a rank's arenas and whole tensors in files ------------------------------------------------ */
+
+/* What this chapter must know of a rank. */
+typedef struct {
+    const Config *config;
+    Layout layout;
+    int rank;             /* in the world */
+    const Tensor *tensor; /* [tensors] the slices it holds */
+    size_t tensors;
+    act *weights;
+    real *master; /* the weights where act is narrower than real; else NULL */
+    real *m, *v;  /* AdamW's moments; NULL: there are none */
+} Shards;
+
+static Shards shards_of(const Rank *k)
+{
+    Shards s = {&k->config, k->layout, k->world.rank, k->tensor, k->tensors, k->weights, k->master, k->m, k->v};
+    return s;
+}
+
+/* The arrays of a rank that are stored, and how the names of their tensors begin. */
+typedef enum { WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS } Stored;
+static const char *const stored_prefix[] = {"transformer.", "m.", "v."};
+
+static char *stored_name(char name[NAME_SIZE], Stored what, const Tensor *t)
+{
+    char plain[NAME_SIZE];
+    snprintf(name, NAME_SIZE, "%s%.40s", stored_prefix[what], tensor_name(plain, t));
+    return name;
+}
+
+/* The shape in the file; returns the number of dimensions. Conv1D's weights are [in, out] there. */
+static size_t stored_shape(size_t shape[2], const Tensor *t)
+{
+    shape[0] = t->spec->conv1d ? t->cols : t->rows;
+    shape[1] = t->spec->conv1d ? t->rows : t->cols;
+    return t->spec->cols == ONE ? 1 : 2;
+}
+
+enum { TILE = 64 };
+
+/* A block of a slice, TILE x TILE at most, and where it lies in the file: some runs of neighbours there. Element e of
+ * run i is element at + i * stride + e of the stored tensor and first + i * run_step + e * step of the slice. Where
+ * the file has the tensor transposed, a run goes down a column of the slice; a block fits into the cache. */
+typedef struct {
+    size_t rows; /* of the slice */
+    size_t at, stride, runs, length;
+    size_t first, run_step, step;
+} FileBlock;
+
+/* The block of tensor rank r's slice that begins at row, col; it ends before the next multiple of TILE rows. */
+static FileBlock slice_block(const Tensor *t, int r, size_t row, size_t col)
+{
+    size_t width = t->local_cols, first = row * width + col;
+    size_t together = t->spec->split == QKV ? t->local_rows / 3 : real_rows(t, r); /* neighbours in both */
+    size_t rows = min_size(TILE - row % TILE, together - row % together), cols = min_size(TILE, width - col);
+    size_t y = whole_row(t, r, row), x = whole_col(t, r) + col;
+    FileBlock along = {rows, y * t->cols + x, t->cols, rows, cols, first, width, 1};
+    FileBlock down = {rows, x * t->rows + y, t->rows, cols, rows, first, 1, width};
+    return t->spec->conv1d || t->cols == 1 ? down : along; /* a vector is both: down has the longer runs */
+}
+
+/* Fills tensor rank r's slice from a stored tensor or, if `to` is given, stores it there. Padding is left alone.
+ * Returns 0 if a value is NaN, infinite, or too large. */
+static int copy_slice(real *slice, const StoredTensor *from, float *to, const Tensor *t, int r)
+{
+    size_t rows = real_rows(t, r);
+    int finite = 1;
+#pragma omp parallel for reduction(& : finite) if (t->n >= 1 << 16)
+    for (size_t top = 0; top < rows; top += TILE)
+        for (size_t col = 0; col < t->local_cols; col += TILE) {
+            FileBlock b;
+            for (size_t row = top; row < min_size(top + TILE, rows); row += b.rows) {
+                b = slice_block(t, r, row, col);
+                for (size_t i = 0; i < b.runs; i++)
+                    for (size_t e = 0; e < b.length; e++) {
+                        real *x = &slice[b.first + i * b.run_step + e * b.step];
+                        if (to) to[b.at + i * b.stride + e] = (float)*x;
+                        else *x = stored_value(from, b.at + i * b.stride + e);
+                        finite &= isfinite((float)*x) != 0;
+                    }
+            }
+        }
+    return finite;
+}
+
+/* ---- Loading --------------------------------------------------------------------------------------------------- */
+
+/* The tensors of the whole model, in the table's order; the caller frees them. */
+static Tensor *list_model(size_t *n, const Config *c)
+{
+    static const Layout one = {1, 1, 1};
+    Tensor *list = (Tensor *)xcalloc(list_tensors(NULL, NULL, c, one, 0), sizeof *list);
+    *n = list_tensors(list, NULL, c, one, 0);
+    return list;
+}
+
+/* Dies unless the file has this array of the whole model, with the right shapes; marks its tensors as expected. */
+static void expect_tensors(const Safetensors *s, const char *path, const Config *c, Stored what)
+{
+    size_t n;
+    Tensor *list = list_model(&n, c);
+    for (size_t i = 0; i < n; i++) {
+        char name[NAME_SIZE], seen[SHAPE_TEXT], wanted[SHAPE_TEXT];
+        size_t shape[2], dims = stored_shape(shape, &list[i]);
+        StoredTensor *t = find_stored(s, stored_name(name, what, &list[i]));
+        shape_text(wanted, dims, shape);
+        if (!t) die("%s: tensor %s %s of config.json is missing", path, strip_prefix(name), wanted);
+        shape_text(seen, t->dims, t->shape);
+        if (t->dims != dims || memcmp(t->shape, shape, dims * sizeof *shape))
+            die("%s: tensor %s is %s, but config.json asks for %s", t->path, t->name, seen, wanted);
+        if (t->dtype > BF16)
+            die("%s: tensor %s is of type %s: real numbers are expected", t->path, t->name, dtype_name[t->dtype]);
+        t->expected = 1;
+    }
+    free(list);
+}
+
+/* Older files also hold h.N.attn.bias, the causal mask, and h.N.attn.masked_bias, -10000: no weights at all. */
+static int is_mask(const char *name)
+{
+    int n = 0;
+    sscanf(name, "h.%*u.attn.%n", &n);
+    return n && (!strcmp(name + n, "bias") || !strcmp(name + n, "masked_bias"));
+}
+
+/* Opens a model's folder and checks all that can be checked without reading the values. */
+static Safetensors open_model(Config *c, const char *folder)
+{
+    int tied;
+    char name[SHOWN];
+    *c = read_config(folder, &tied);
+    Safetensors s = safetensors_open(folder);
+    expect_tensors(&s, folder, c, WEIGHTS);
+    const StoredTensor *wte = find_stored(&s, "wte.weight"), *head = find_stored(&s, "lm_head.weight");
+    for (size_t i = 0; i < s.tensors; i++) {
+        const StoredTensor *t = &s.tensor[i];
+        if (!t->expected && t != head && !is_mask(t->name))
+            die("%s: tensor %s has no place in the model of config.json", t->path, printable(name, t->name));
+    }
+    if (head && (head->dtype != wte->dtype || head->bytes != wte->bytes || memcmp(head->data, wte->data, wte->bytes)))
+        die("%s: lm_head.weight differs from wte.weight: untied embeddings are not supported", head->path);
+    if (!tied && !head) die("%s: \"tie_word_embeddings\" is false, but lm_head.weight is missing", folder);
+    return s;
+}
+
+/* Fills one array of a rank from a file that expect_tensors() has approved. Every rank calls it. */
+static void load_array(const Shards *s, const Safetensors *file, Stored what)
+{
+    real *to = what == WEIGHTS ? s->master : what == FIRST_MOMENTS ? s->m : s->v;
+    for (size_t i = 0; i < s->tensors; i++) {
+        const Tensor *t = &s->tensor[i];
+        char name[NAME_SIZE];
+        const StoredTensor *stored = find_stored(file, stored_name(name, what, t));
+        real *slice = (real *)xcalloc(t->n, sizeof *slice); /* padding stays zero */
+        if (!copy_slice(slice, stored, NULL, t, tp_rank(s->layout, s->rank)))
+            die("%s: tensor %s has a value that is NaN, infinite or too large", stored->path, stored->name);
+        if (what == WEIGHTS) act_upload(s->weights + t->offset, slice, t->n);
+        if (to) device_upload(to + t->offset, slice, t->n * sizeof *slice);
+        free(slice);
+    }
+}
+
+static void load_weights(const Shards *s, const Safetensors *model) { load_array(s, model, WEIGHTS); }
+
+static void load_moments(const Shards *s, const Safetensors *trainer)
+{
+    load_array(s, trainer, FIRST_MOMENTS);
+    load_array(s, trainer, SECOND_MOMENTS);
+}
+
+/* Opens trainer.safetensors of a checkpoint and checks it against the model. */
+static Safetensors open_trainer(const char *folder, const Config *c)
+{
+    char path[PATH_MAX], name[SHOWN];
+    if (!file_exists(folder, "trainer.safetensors"))
+        die("%s holds no trainer.safetensors: it cannot be resumed, but is a model to --init from", folder);
+    Safetensors s = safetensors_open(join_path(path, folder, "trainer.safetensors"));
+    expect_tensors(&s, path, c, FIRST_MOMENTS);
+    expect_tensors(&s, path, c, SECOND_MOMENTS);
+    for (size_t i = 0; i < s.tensors; i++)
+        if (!s.tensor[i].expected)
+            die("%s: tensor %s is no moment of the model", path, printable(name, s.tensor[i].name));
+    return s;
+}
+
+/* The state of training is text in the file's metadata: "step": "1000". */
+typedef struct {
+    const char *key, *value;
+} Fact;
+
+/* The value of a fact; dies if the file has none. */
+static const char *find_fact(const Safetensors *trainer, const char *key)
+{
+    const Json *header = &trainer->file[0].header;
+    const JsonValue *metadata = json_get(header, header->value, "__metadata__");
+    const JsonValue *v = metadata ? json_get(header, metadata, key) : NULL;
+    if (!v || v->type != JSON_STRING) die("%s: its metadata has no \"%s\"", header->what, key);
+    return v->string;
+}
+
+static double fact_number(const Safetensors *trainer, const char *key, double low, double high)
+{
+    const char *text = find_fact(trainer, key);
+    char *end, shown[SHOWN];
+    double x = strtod(text, &end);
+    if (end == text || *end || !(x >= low && x <= high))
+        die("%s: \"%s\" is \"%s\": a number from %.17g to %.17g is expected", trainer->file[0].path, key,
+            printable(shown, text), low, high);
+    return x;
+}
+
+/* The same for whole numbers up to 2^53. */
+static size_t fact_count(const Safetensors *trainer, const char *key)
+{
+    double x = fact_number(trainer, key, 0, 0x1p53);
+    if (x != floor(x)) die("%s: \"%s\" is %.17g, which is not whole", trainer->file[0].path, key, x);
+    return (size_t)x;
+}
+
+/* ---- Folders: how a checkpoint takes the place of the last ----------------------------------------------------- */
+
+/* A save fills DIR.tmp and swaps it with DIR in one system call: at any moment DIR is one whole checkpoint. Where
+ * there is no such call, DIR steps aside as DIR.old while DIR.tmp takes its place, and recover_checkpoint() brings it
+ * back if the program was killed just then. Only files of these names are ever deleted. */
+static const char *const our_files[] = {"config.json", "model.safetensors", "trainer.safetensors", "vocab.json",
+                                        "merges.txt"};
+enum { N_OUR_FILES = sizeof our_files / sizeof *our_files };
+
+static int is_ours(const char *name)
+{
+    for (int i = 0; i < N_OUR_FILES; i++)
+        if (!strcmp(name, our_files[i])) return 1;
+    return 0;
+}
+
+typedef struct {
+    char dir[PATH_MAX], tmp[PATH_MAX], old[PATH_MAX], parent[PATH_MAX];
+} SavePaths;
+
+static SavePaths save_paths(const char *dir)
+{
+    SavePaths p;
+    char *resolved = realpath(dir, NULL); /* what is swapped must be the folder itself, not a link to it */
+    const char *path = resolved ? resolved : dir;
+    size_t n = strlen(path);
+    while (n > 1 && path[n - 1] == '/') n--;
+    if (!n || n + sizeof ".tmp" > PATH_MAX) die("\"%s\" cannot be the name of a folder", dir);
+    memset(&p, 0, sizeof p);
+    memcpy(p.dir, path, n);
+    memcpy(p.tmp, path, n), memcpy(p.tmp + n, ".tmp", 4);
+    memcpy(p.old, path, n), memcpy(p.old + n, ".old", 4);
+    while (n && path[n - 1] != '/') n--;
+    memcpy(p.parent, n ? path : ".", n ? n : 1);
+    free(resolved);
+    return p;
+}
+
+/* Counts the entries of a folder, 0 if it is not there. name: one of them, which is not ours if *foreign. */
+static size_t look_into(const char *folder, char name[SHOWN], int *foreign)
+{
+    size_t n = 0;
+    DIR *stream = opendir(folder);
+    if (!stream && errno != ENOENT) die("%s cannot be opened as a folder: %s", folder, strerror(errno));
+    *foreign = 0;
+    for (struct dirent *entry; stream && (entry = readdir(stream));) {
+        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
+        n++;
+        if (*foreign) continue;
+        *foreign = !is_ours(entry->d_name);
+        printable(name, entry->d_name);
+    }
+    if (stream) closedir(stream);
+    return n;
+}
+
+/* Deletes a folder that we wrote, if it is there. What the user has put into it moves to `keep`. */
+static void delete_folder(const char *folder, const char *keep)
+{
+    DIR *stream = opendir(folder);
+    if (!stream && errno == ENOENT) return;
+    for (struct dirent *entry; stream && (entry = readdir(stream));) {
+        char from[PATH_MAX], to[PATH_MAX];
+        const char *name = entry->d_name;
+        join_path(from, folder, name);
+        if (is_ours(name)) unlink(from);
+        else if (keep && strcmp(name, ".") && strcmp(name, "..") && !file_exists(keep, name))
+            rename(from, join_path(to, keep, name));
+    }
+    if (stream) closedir(stream);
+    if (rmdir(folder)) die("cannot delete %s, which a save left behind: %s; move it away", folder, strerror(errno));
+}
+
+/* Ends a swap that was interrupted; call it before looking for a checkpoint in dir. */
+static void recover_checkpoint(const char *dir)
+{
+    SavePaths p = save_paths(dir);
+    if (access(p.dir, F_OK) && !access(p.old, F_OK) && !access(p.tmp, F_OK) && rename(p.old, p.dir))
+        die("cannot rename %s to %s: %s", p.old, p.dir, strerror(errno));
+}
+
+static int same_place(const struct stat *a, const struct stat *b)
+{
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
+/* At start-up, so that no run of many hours fails at its first save, and none overwrites what is not its own: dies
+ * unless dir can be created, or is empty, or is the checkpoint that the run resumed from (NULL: from none). */
+static void check_save_folder(const char *dir, const char *resumed)
+{
+    struct stat own, other;
+    char name[SHOWN];
+    int foreign;
+    recover_checkpoint(dir);
+    SavePaths p = save_paths(dir);
+    int exists = !stat(p.dir, &own);
+    if (!exists && !lstat(p.dir, &own)) die("%s is a link to what is not there: remove it, or save elsewhere", dir);
+    int is_resumed = exists && resumed && !stat(resumed, &other) && same_place(&own, &other);
+    if (look_into(p.dir, name, &foreign) && !is_resumed)
+        die("%s holds %s already: save to a new folder%s", dir, name, foreign ? "" : ", or --resume this one");
+    if (exists && !stat(".", &other) && same_place(&own, &other))
+        die("%s is the working folder: save to a folder in it, since saving replaces the whole folder", dir);
+    if ((look_into(p.tmp, name, &foreign) && foreign) || (look_into(p.old, name, &foreign) && foreign))
+        die("saving to %s needs the name %s.tmp or .old, but there is %s in it: move it away", dir, p.dir, name);
+    delete_folder(p.tmp, NULL);
+    if (mkdir(p.tmp, 0777) || stat(p.tmp, &other)) die("cannot create %s: %s", p.tmp, strerror(errno));
+    rmdir(p.tmp);
+    if (exists && own.st_dev != other.st_dev) die("%s is a mount point: save to a folder in it", dir);
+}
+
+/* Lets two folders change places in one step, where the system can. Returns 0 if it did. */
+static int exchange_folders(const char *a, const char *b)
+{
+#if defined __linux__ && defined SYS_renameat2
+    return (int)syscall(SYS_renameat2, AT_FDCWD, a, AT_FDCWD, b, 2u /* RENAME_EXCHANGE */);
+#else
+    return (void)a, (void)b, -1;
+#endif
+}
+
+/* The other way to replace DIR by DIR.tmp. */
+static void step_aside(const SavePaths *p)
+{
+    delete_folder(p->old, p->dir);
+    if (rename(p->dir, p->old) || rename(p->tmp, p->dir)) die("cannot replace %s: %s", p->dir, strerror(errno));
+}
+
+static void sync_path(const char *path)
+{
+    int fd = open(path, O_RDONLY);
+    if (fd < 0 || (fsync(fd) && errno != EINVAL)) die("cannot bring %s to the disk: %s", path, strerror(errno));
+    close(fd);
+}
+
+/* DIR.tmp is complete and becomes DIR. The last checkpoint is deleted when that has reached the disk. */
+static void put_in_place(const SavePaths *p)
+{
+    char path[PATH_MAX];
+    for (int i = 0; i < N_OUR_FILES; i++)
+        if (file_exists(p->tmp, our_files[i])) sync_path(join_path(path, p->tmp, our_files[i]));
+    sync_path(p->tmp);
+    if (rename(p->tmp, p->dir)) { /* which succeeds if DIR is not there or is empty */
+        if (errno != EEXIST && errno != ENOTEMPTY) die("cannot create %s: %s", p->dir, strerror(errno));
+        if (exchange_folders(p->tmp, p->dir)) step_aside(p);
+    }
+    sync_path(p->parent);
+    delete_folder(p->tmp, p->dir);
+    delete_folder(p->old, p->dir);
+}
+
+/* ---- Saving ---------------------------------------------------------------------------------------------------- */
+
+/* Makes a new file n bytes long, with space on the disk. Returns 0 or an error number. */
+static int reserve(int fd, size_t n)
+{
+#if defined _POSIX_ADVISORY_INFO && _POSIX_ADVISORY_INFO > 0
+    int error = posix_fallocate(fd, 0, (off_t)n);
+    if (error != EINVAL && error != EOPNOTSUPP) return error; /* these: n is 0, or the file system cannot reserve */
+#endif
+    return ftruncate(fd, (off_t)n) ? errno : 0;
+}
+
+/* A new file: n bytes of data, and room for `more`. A full disk shows here, before anything is replaced. */
+static void write_file(const char *folder, const char *name, const char *data, size_t n, size_t more)
+{
+    char path[PATH_MAX];
+    int fd = open(join_path(path, folder, name), O_WRONLY | O_CREAT | O_EXCL, 0666);
+    int error = fd < 0 ? errno : reserve(fd, n + more);
+    for (size_t done = 0; !error && done < n;) {
+        ssize_t written = write(fd, data + done, n - done);
+        if (written > 0) done += (size_t)written;
+        else if (errno != EINTR) error = errno;
+    }
+    if (fd >= 0 && close(fd) && !error) error = errno;
+    if (!error) return;
+    delete_folder(folder, NULL);
+    die("cannot save %s of %zu bytes: %s; an earlier checkpoint is as it was", path, n + more, strerror(error));
+}
+
+/* Creates a safetensors file for the arrays first .. last of the whole model, still without their values. */
+static void create_tensors(const char *folder, const char *name, const Config *c, int first, int last,
+                           const Fact *fact, size_t facts)
+{
+    char *text = NULL, shape_shown[SHAPE_TEXT], stored[NAME_SIZE];
+    size_t size = 0, begin = 0, n;
+    FILE *out = open_memstream(&text, &size);
+    if (!out) die("out of memory");
+    Tensor *list = list_model(&n, c);
+    fprintf(out, "%8s{\"__metadata__\":{\"format\":\"pt\"", ""); /* the length comes into the first 8 bytes */
+    for (size_t i = 0; i < facts; i++) {
+        fputc(',', out);
+        json_write_string(out, fact[i].key, strlen(fact[i].key));
+        fputc(':', out);
+        json_write_string(out, fact[i].value, strlen(fact[i].value));
+    }
+    fputc('}', out);
+    for (int what = first; what <= last; what++)
+        for (size_t i = 0; i < n; i++) {
+            size_t shape[2], dims = stored_shape(shape, &list[i]);
+            size_t end = begin + list[i].rows * list[i].cols * sizeof(float);
+            fprintf(out, ",\"%s\":{\"dtype\":\"F32\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
+                    stored_name(stored, (Stored)what, &list[i]), shape_text(shape_shown, dims, shape), begin, end);
+            begin = end;
+        }
+    fputc('}', out);
+    fflush(out);
+    fprintf(out, "%*s", (int)((64 - size % 64) % 64), ""); /* so that the tensors start on a cache line */
+    if (fclose(out)) die("out of memory");
+    uint64_t length = size - 8;
+    memcpy(text, &length, 8);
+    write_file(folder, name, text, size, begin);
+    free(text), free(list);
+}
+
+/* Copies vocab.json and merges.txt, which OpenAI called encoder.json and vocab.bpe. */
+static void copy_tokenizer(const char *to, const char *from)
+{
+    static const char *const names[2][2] = {{"vocab.json", "encoder.json"}, {"merges.txt", "vocab.bpe"}};
+    for (int i = 0; i < 2; i++) {
+        const char *name = names[i][!file_exists(from, names[i][0])];
+        char path[PATH_MAX];
+        if (!file_exists(from, name)) continue;
+        Map map = map_file(join_path(path, from, name));
+        write_file(to, names[i][0], map.data, map.size, 0);
+        unmap_file(map);
+    }
+}
+
+/* Puts this rank's slices of the arrays first .. last into the file. Each element has one rank that writes it. */
+static void save_arrays(const Shards *s, const char *folder, const char *name, int first, int last)
+{
+    char path[PATH_MAX], key[NAME_SIZE];
+    Safetensors file = safetensors_open(join_path(path, folder, name)); /* tells where each tensor lies */
+    Map map = file.file[0].map;
+    int fd = open(path, O_RDWR);
+    char *base = (char *)mmap(NULL, map.size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (base == (char *)MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
+    close(fd);
+    for (int what = first; what <= last; what++)
+        for (size_t i = 0; i < s->tensors; i++) {
+            const Tensor *t = &s->tensor[i];
+            const real *from = what == WEIGHTS ? s->master : what == FIRST_MOMENTS ? s->m : s->v;
+            const StoredTensor *stored = find_stored(&file, stored_name(key, (Stored)what, t));
+            if (!t->counted) continue;
+            real *slice = (real *)xcalloc(t->n, sizeof *slice);
+            if (from) device_download(slice, from + t->offset, t->n * sizeof *slice);
+            else act_download(slice, s->weights + t->offset, t->n);
+            float *to = (float *)(void *)(base + (stored->data - map.data));
+            if (!copy_slice(slice, NULL, to, t, tp_rank(s->layout, s->rank)))
+                die("%s has become NaN or infinite: not saved; an earlier checkpoint is as it was", key);
+            free(slice);
+        }
+    if (msync(base, map.size, MS_SYNC)) die("cannot write %s: %s", path, strerror(errno));
+    munmap(base, map.size);
+    safetensors_close(&file);
+}
+
+/* Saves a checkpoint, or only a model where there are no moments. All ranks call it together; check_save_folder() has
+ * approved dir. tokenizer: the folder of vocab.json and merges.txt, or NULL; end_of_text: that token, or -1. */
+static void save_checkpoint(const Shards *s, Comm *world, const char *dir, const char *tokenizer, int end_of_text,
+                            const Fact *fact, size_t facts)
+{
+    SavePaths p = save_paths(dir);
+    barrier(world); /* rank 0 changes what paths mean only when all have looked */
+    if (world->rank == 0) {
+        size_t size;
+        char *config = config_text(&size, s->config, end_of_text);
+        delete_folder(p.tmp, NULL);
+        if (mkdir(p.tmp, 0777)) die("cannot create %s: %s", p.tmp, strerror(errno));
+        write_file(p.tmp, "config.json", config, size, 0);
+        create_tensors(p.tmp, "model.safetensors", s->config, WEIGHTS, WEIGHTS, NULL, 0);
+        if (s->m) create_tensors(p.tmp, "trainer.safetensors", s->config, FIRST_MOMENTS, SECOND_MOMENTS, fact, facts);
+        if (tokenizer) copy_tokenizer(p.tmp, tokenizer);
+        free(config);
+    }
+    barrier(world);
+    if (dp_rank(s->layout, s->rank) == 0) {
+        save_arrays(s, p.tmp, "model.safetensors", WEIGHTS, WEIGHTS);
+        if (s->m) save_arrays(s, p.tmp, "trainer.safetensors", FIRST_MOMENTS, SECOND_MOMENTS);
+    }
+    barrier(world);
+    if (world->rank == 0) put_in_place(&p);
+    barrier(world);
+}
+
+/* ---- info ------------------------------------------------------------------------------------------------------ */
+
+/* Prints the tensors of a model's folder or of one file, in the file's order; with json, as one JSON object. */
+static void print_info(const char *path, int json)
+{
+    Safetensors s = safetensors_open(path);
+    size_t elements = 0, bytes = 0;
+    char shape[SHAPE_TEXT], name[SHOWN];
+    int tied;
+    if (json) printf("{");
+    if (file_exists(path, "config.json")) {
+        Config c = read_config(path, &tied);
+        const char *text = json ? "\"config\": {\"layers\": %zu, \"hidden\": %zu, \"heads\": %zu, \"mlp\": %zu, "
+                                  "\"positions\": %zu, \"vocab\": %zu, \"parameters\": %zu}, "
+                                : "GPT-2: %zu layers, hidden size %zu, %zu heads, MLP width %zu, %zu positions, "
+                                  "%zu words; %zu parameters\n";
+        printf(text, c.L, c.C, c.H, c.F, c.T, c.V, count_parameters(&c));
+    }
+    if (json) printf("\"tensors\": [");
+    qsort(s.tensor, s.tensors, sizeof *s.tensor, compare_places);
+    for (size_t i = 0; i < s.tensors; i++) {
+        const StoredTensor *t = &s.tensor[i];
+        const char *dtype = dtype_name[t->dtype];
+        shape_text(shape, t->dims, t->shape);
+        elements += t->n, bytes += t->bytes;
+        if (!json) {
+            printf("%-32s %-4s %-14s %12zu bytes\n", printable(name, t->name), dtype, shape, t->bytes);
+            continue;
+        }
+        printf(i ? ", {\"name\": " : "{\"name\": ");
+        json_write_string(stdout, t->name, strlen(t->name));
+        printf(", \"dtype\": \"%s\", \"shape\": %s, \"bytes\": %zu}", dtype, shape, t->bytes);
+    }
+    const char *totals = json ? "], \"totals\": {\"tensors\": %zu, \"elements\": %zu, \"bytes\": %zu}}\n"
+                              : "%zu tensors, %zu elements, %zu bytes\n";
+    printf(totals, s.tensors, elements, bytes);
+    safetensors_close(&s);
+}
+
+/* ================================================================================================================
  * Chapter 12. Planner [§5.1, Fig. 4]: what a training run will cost, without running it
  *
  * All numbers come from shapes alone: memory and parameters from the table of chapter 4, messages from the places
