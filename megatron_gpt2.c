@@ -5712,3 +5712,902 @@ static void print_totals(const Trace *trace, const PlanInput *in, int stage, int
     if (json) printf("]}");
     else printf("  %s\n", agrees ? "equal to what `plan` lists" : "NOT what `plan` lists");
 }
+
+/* ================================================================================================================
+ * Chapter 13. Command line
+ * ============================================================================================================= */
+
+enum { TRAIN = 1, EVAL = 2, GENERATE = 4, TOKENIZE = 8, PLAN = 16, TRACE = 32, INFO = 64, MAX_PATHS = 256 };
+enum { SHAPED = TRAIN | PLAN | TRACE, RUNS = TRAIN | EVAL | GENERATE | TRACE, ALL = 127 };
+
+typedef struct {
+    const char *name, *arguments, *what;
+    int bit;
+} Command;
+
+static const Command commands[] = {
+    {"train", "--data FILE|DIR|PREFIX..", "trains a model on text", TRAIN},
+    {"eval", "--model DIR (--data .. | --wikitext FILE | --lambada FILE)", "measures loss, perplexity, accuracy", EVAL},
+    {"generate", "--model DIR --prompt TEXT", "continues a text", GENERATE},
+    {"tokenize", "[--tokenizer DIR] IN OUT", "text -> Megatron's indexed dataset OUT.bin, OUT.idx", TOKENIZE},
+    {"plan", "[--config NAME] [--paper]", "parameters, memory, FLOPs, messages of a run", PLAN},
+    {"trace", "[--config NAME] [--tp P ..]", "one training step; every collective, in order", TRACE},
+    {"info", "DIR|FILE", "tensors, shapes, types, config", INFO},
+};
+enum { N_COMMANDS = sizeof commands / sizeof *commands };
+
+typedef enum { FLAG, COUNT, NUMBER, TEXT, PATHS } Kind;
+
+typedef struct {
+    const Command *command;
+    int flags_json, recompute, paper;
+    const char *paths[MAX_PATHS]; /* of --data */
+    size_t n_paths;
+    const char *operand[2]; /* IN and OUT, or DIR|FILE */
+    size_t operands;
+    const char *config, *activation, *tokenizer, *init, *resume, *save, *log, *model, *wikitext, *lambada, *prompt, *lr_decay;
+    size_t layers, hidden, heads, seq, vocab, batch, micro_batch, steps, warmup, decay_steps, seed, tp, pp, dp;
+    size_t save_every, eval_every, overlap, limit, tokens, top_k;
+    double lr, min_lr, beta1, beta2, adam_eps, weight_decay, clip, dropout, loss_scale, valid_percent;
+    double temperature, top_p, peak, bandwidth;
+    unsigned char given[64]; /* by number in the table: was it on the command line? */
+} Options;
+
+/* Every option: parsing, help, defaults, and what a checkpoint remembers all come from this table. */
+typedef struct {
+    const char *name, *argument, *help;
+    int commands;
+    Kind kind;
+    size_t field;
+    double low, high;      /* of a COUNT or NUMBER */
+    const char *fallback;  /* as it would stand on the command line; NULL: none */
+    int remembered;        /* saved with a checkpoint, and taken from there by --resume */
+} Option;
+
+/* clang-format off */
+#define AT(field) offsetof(Options, field)
+static const double HUGE_COUNT = 9007199254740992.0; /* 2^53: exact as a double */
+static const Option options[] = {
+    {"--data",        "PATH..", "text files, folders of them, or prefixes of indexed datasets", TRAIN | EVAL, PATHS, AT(paths), 0, 0, NULL, 0},
+    {"--config",      "NAME", "tiny 124M 355M 774M 1558M 1.2B 2.5B 4.2B 8.3B 8.3B-scaling", SHAPED, TEXT, AT(config), 0, 0, "tiny", 0},
+    {"--layers",      "N", "transformer layers", SHAPED, COUNT, AT(layers), 1, 10000, NULL, 0},
+    {"--hidden",      "N", "hidden size", SHAPED, COUNT, AT(hidden), 1, 1 << 20, NULL, 0},
+    {"--heads",       "N", "attention heads", SHAPED, COUNT, AT(heads), 1, 1 << 16, NULL, 0},
+    {"--seq",         "N", "tokens in a sequence; of a new model, its positions", SHAPED | EVAL, COUNT, AT(seq), 1, 1 << 20, NULL, 1},
+    {"--vocab",       "N", "words of a new model, if more than the tokenizer's", SHAPED, COUNT, AT(vocab), 1, 1 << 24, NULL, 0},
+    {"--activation",  "NAME", "gelu_new (tanh, the paper's) or gelu (erf)", TRAIN | TRACE, TEXT, AT(activation), 0, 0, NULL, 0},
+    {"--batch",       "N", "sequences in a step, on all data ranks together", SHAPED, COUNT, AT(batch), 1, 1 << 30, "8", 1},
+    {"--micro-batch", "N", "sequences in one pass; default: batch/dp, or 1 with --pp", SHAPED | EVAL, COUNT, AT(micro_batch), 1, 1 << 20, NULL, 0},
+    {"--steps",       "N", "training steps in all", TRAIN, COUNT, AT(steps), 1, HUGE_COUNT, "1000", 1},
+    {"--lr",          "X", "peak learning rate", TRAIN, NUMBER, AT(lr), 0, 1e3, "1.5e-4", 1},
+    {"--min-lr",      "X", "floor of its decay", TRAIN, NUMBER, AT(min_lr), 0, 1e3, "1e-5", 1},
+    {"--warmup",      "N", "steps of linear warm-up; default: a hundredth of --decay-steps", TRAIN, COUNT, AT(warmup), 0, HUGE_COUNT, NULL, 1},
+    {"--decay-steps", "N", "where the cosine ends; default: --steps", TRAIN, COUNT, AT(decay_steps), 1, HUGE_COUNT, NULL, 1},
+    {"--lr-decay",    "NAME", "paper, megatron or cosine: what its cosine spans", TRAIN, TEXT, AT(lr_decay), 0, 0, "paper", 1},
+    {"--beta1",       "X", "AdamW", TRAIN, NUMBER, AT(beta1), 0, 0.999999, "0.9", 1},
+    {"--beta2",       "X", "AdamW", TRAIN, NUMBER, AT(beta2), 0, 0.999999, "0.999", 1},
+    {"--adam-eps",    "X", "AdamW", TRAIN, NUMBER, AT(adam_eps), 1e-30, 1, "1e-8", 1},
+    {"--weight-decay","X", "decoupled; not for biases and LayerNorm", TRAIN, NUMBER, AT(weight_decay), 0, 1e3, "0.01", 1},
+    {"--clip",        "X", "largest norm of the whole gradient; 0: any", TRAIN, NUMBER, AT(clip), 0, 1e30, "1", 1},
+    {"--dropout",     "X", "at all four sites; default: the model's, 0.1 of a new one", TRAIN | TRACE, NUMBER, AT(dropout), 0, 0.99, NULL, 0},
+    {"--loss-scale",  "X", "fixed; 0: dynamic, from 2^32", TRAIN, NUMBER, AT(loss_scale), 0, 0x1p64, "1", 1},
+    {"--seed",        "N", "of weights, order of samples, dropout, words drawn", TRAIN | GENERATE | TRACE, COUNT, AT(seed), 0, HUGE_COUNT, "1234", 1},
+    {"--tp",          "P", "tensor-parallel ranks [§3]", RUNS | PLAN, COUNT, AT(tp), 1, 64, "1", 0},
+    {"--pp",          "S", "pipeline stages", SHAPED, COUNT, AT(pp), 1, 64, "1", 0},
+    {"--dp",          "D", "data-parallel replicas [§2.3]", SHAPED, COUNT, AT(dp), 1, 65536, "1", 0},
+    {"--recompute",   NULL, "keep only each layer's input; compute the rest again", SHAPED, FLAG, AT(recompute), 0, 0, NULL, 0},
+    {"--tokenizer",   "DIR", "vocab.json, merges.txt; default: the model's, else bytes", TRAIN | EVAL | GENERATE | TOKENIZE, TEXT, AT(tokenizer), 0, 0, NULL, 0},
+    {"--init",        "DIR", "start from this model", TRAIN, TEXT, AT(init), 0, 0, NULL, 0},
+    {"--resume",      "DIR", "go on from this checkpoint, with its options", TRAIN, TEXT, AT(resume), 0, 0, NULL, 0},
+    {"--save",        "DIR", "save here, a folder in Hugging Face layout; default: --resume's", TRAIN, TEXT, AT(save), 0, 0, NULL, 0},
+    {"--save-every",  "N", "steps between saves; 0: at the end only", TRAIN, COUNT, AT(save_every), 0, HUGE_COUNT, "0", 0},
+    {"--eval-every",  "N", "steps between losses on held-out text; 0: never", TRAIN, COUNT, AT(eval_every), 0, HUGE_COUNT, "0", 0},
+    {"--valid-percent","X", "held-out end of the text; default: 5 with --eval-every, else 0", TRAIN, NUMBER, AT(valid_percent), 0, 99, NULL, 1},
+    {"--log",         "FILE", "one JSON line a step, appended", TRAIN, TEXT, AT(log), 0, 0, NULL, 0},
+    {"--model",       "DIR", "a GPT-2 in Hugging Face layout", EVAL | GENERATE, TEXT, AT(model), 0, 0, NULL, 0},
+    {"--wikitext",    "FILE", "WikiText-103's test set, as the paper scores it [App. E]", EVAL, TEXT, AT(wikitext), 0, 0, NULL, 0},
+    {"--lambada",     "FILE", "LAMBADA, .jsonl [§5.2]", EVAL, TEXT, AT(lambada), 0, 0, NULL, 0},
+    {"--overlap",     "N", "new targets in each window; default: 32 for --wikitext, else all", EVAL, COUNT, AT(overlap), 1, 1 << 20, NULL, 0},
+    {"--limit",       "N", "only the first N windows or examples; 0: only count them", EVAL, COUNT, AT(limit), 0, HUGE_COUNT, NULL, 0},
+    {"--prompt",      "TEXT", "what to continue", GENERATE, TEXT, AT(prompt), 0, 0, "", 0},
+    {"--tokens",      "N", "how many to generate at most", GENERATE, COUNT, AT(tokens), 1, HUGE_COUNT, "100", 0},
+    {"--temperature", "X", "0: always the most probable word", GENERATE, NUMBER, AT(temperature), 0, 1e3, "1", 0},
+    {"--top-k",       "K", "draw from the K most probable; 0: from all", GENERATE, COUNT, AT(top_k), 0, 1 << 24, "0", 0},
+    {"--top-p",       "X", "draw from the most probable that make up X", GENERATE, NUMBER, AT(top_p), 0, 1, "1", 0},
+    {"--paper",       NULL, "the paper's tables beside what follows from the shapes", PLAN, FLAG, AT(paper), 0, 0, NULL, 0},
+    {"--peak",        "X", "your machine: TFLOP/s that a rank sustains", PLAN, NUMBER, AT(peak), 1e-6, 1e6, NULL, 0},
+    {"--bandwidth",   "X", "your machine: GB/s between ranks", PLAN, NUMBER, AT(bandwidth), 1e-6, 1e6, NULL, 0},
+    {"--json",        NULL, "JSON on stdout", ALL, FLAG, AT(flags_json), 0, 0, NULL, 0},
+};
+#undef AT
+/* clang-format on */
+enum { N_OPTIONS = sizeof options / sizeof *options };
+
+/* Wrong use of the command line: exit 2, as against 1 for bad input. */
+__attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    fputs("megatron_gpt2: ", stderr);
+    vfprintf(stderr, format, args);
+    fputs("; see megatron_gpt2 --help\n", stderr);
+    va_end(args);
+    exit(2);
+}
+
+static void print_help(const Command *only)
+{
+    printf("Megatron-LM GPT-2 (arXiv 1909.08053) in one C file.\n\n");
+    for (int i = 0; i < N_COMMANDS; i++)
+        if (!only || only == &commands[i])
+            printf("  megatron_gpt2 %-8s %-60s %s\n", commands[i].name, commands[i].arguments, commands[i].what);
+    printf(only ? "\n" : "\n  megatron_gpt2 COMMAND --help lists the options of one command.\n\n");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *o = &options[i];
+        char head[40];
+        if (only && !(o->commands & only->bit)) continue;
+        snprintf(head, sizeof head, "%s %s", o->name, o->argument ? o->argument : "");
+        printf("  %-20s %s", head, o->help);
+        if (o->fallback && *o->fallback) printf(" [%s]", o->fallback);
+        putchar('\n');
+    }
+    exit(0);
+}
+
+/* Stores the text of an option's argument; says what is wrong with it, or NULL. */
+static const char *set_option(Options *o, const Option *option, const char *text)
+{
+    char *field = (char *)o + option->field, *end;
+    if (option->kind == TEXT) {
+        *(const char **)(void *)field = text;
+        return NULL;
+    }
+    errno = 0;
+    double x = strtod(text, &end);
+    if (end == text || *end || errno || !(x >= option->low && x <= option->high))
+        return option->kind == COUNT ? "a whole number" : "a number";
+    if (option->kind == NUMBER) *(double *)(void *)field = x;
+    else if (x != floor(x)) return "a whole number";
+    else *(size_t *)(void *)field = (size_t)x;
+    return NULL;
+}
+
+static int option_index(const char *name)
+{
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (!strcmp(options[i].name, name)) return i;
+    return -1;
+}
+
+static int given(const Options *o, const char *name) { return o->given[option_index(name)]; }
+
+/* Fills o from the command line; exits with help or a message if there is no work to do. */
+static void parse_options(Options *o, int argc, char **argv)
+{
+    memset(o, 0, sizeof *o);
+    for (int i = 0; i < N_COMMANDS && argc > 1; i++)
+        if (!strcmp(argv[1], commands[i].name)) o->command = &commands[i];
+    if (argc < 2 || !strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) print_help(NULL);
+    if (!o->command) usage_error("there is no command %s", argv[1]);
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (options[i].fallback) set_option(o, &options[i], options[i].fallback);
+    for (int i = 2; i < argc; i++) {
+        int n = option_index(argv[i]);
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) print_help(o->command);
+        if (n < 0 && argv[i][0] != '-' && o->command->bit & (TOKENIZE | INFO)) {
+            if (o->operands == (o->command->bit == TOKENIZE ? 2 : 1)) usage_error("%s is one argument too many", argv[i]);
+            o->operand[o->operands++] = argv[i];
+            continue;
+        }
+        if (n < 0) usage_error("%s knows no %s", o->command->name, argv[i]);
+        const Option *option = &options[n];
+        if (!(option->commands & o->command->bit)) usage_error("%s has no option %s", o->command->name, option->name);
+        if (o->given[n]) usage_error("%s is given twice", option->name);
+        o->given[n] = 1;
+        if (option->kind == FLAG) *(int *)(void *)((char *)o + option->field) = 1;
+        else if (i + 1 == argc) usage_error("%s needs %s", option->name, option->argument);
+        else if (option->kind == PATHS)
+            for (; i + 1 < argc && strncmp(argv[i + 1], "--", 2); i++) {
+                if (o->n_paths == MAX_PATHS) usage_error("more than %d paths; name their folder instead", MAX_PATHS);
+                o->paths[o->n_paths++] = argv[i + 1];
+            }
+        else {
+            const char *wrong = set_option(o, option, argv[++i]);
+            if (wrong) usage_error("%s %s: %s from %g to %g is expected", option->name, argv[i], wrong, option->low, option->high);
+        }
+    }
+}
+
+/* A number as JSON, which knows neither NaN nor infinity. */
+static void print_json_value(FILE *f, const char *key, double x)
+{
+    if (isfinite(x)) fprintf(f, ", \"%s\": %.9g", key, x);
+    else fprintf(f, ", \"%s\": null", key);
+}
+
+/* ---- What the commands share ------------------------------------------------------------------------------------ */
+
+static Layout make_layout(const Options *o)
+{
+    Layout s = {(int)o->tp, (int)max_size(o->pp, 1), (int)max_size(o->dp, 1)};
+    return s;
+}
+
+/* The shape of a new model: a preset, changed by --layers and so on. */
+static Config new_config(const Options *o)
+{
+    Config c = find_preset(o->config);
+    size_t L = o->layers ? o->layers : c.L, C = o->hidden ? o->hidden : c.C, H = o->heads ? o->heads : c.H;
+    c = make_config(L, C, H, o->seq ? o->seq : c.T, o->vocab ? o->vocab : c.V);
+    if (C % H) die("--hidden %zu is no multiple of --heads %zu: heads must be of equal size", C, H);
+    if (o->activation && strcmp(o->activation, "gelu_new") && strcmp(o->activation, "gelu"))
+        die("--activation %s is not known: gelu_new or gelu is expected", o->activation);
+    if (o->activation && !strcmp(o->activation, "gelu")) c.gelu = GELU_ERF;
+    return c;
+}
+
+/* Sizes of a step: micro-batch, and how many on each data rank. */
+static size_t micro_batch_size(const Options *o)
+{
+    size_t batch = o->batch, dp = max_size(o->dp, 1), micro = o->micro_batch;
+    if (!micro) micro = o->pp > 1 ? 1 : max_size(batch / dp, 1);
+    if (batch % (dp * micro))
+        die("--batch %zu is no multiple of --dp %zu times --micro-batch %zu: every data rank must do whole passes", batch, dp, micro);
+    return micro;
+}
+
+/* The tokenizer named, or the one in the model's folder, or bytes. */
+static Tokenizer *find_tokenizer(const char *named, const char *model, const Config *c)
+{
+    if (named) return tokenizer_open(named);
+    if (model && (file_exists(model, "vocab.json") || file_exists(model, "encoder.json"))) return tokenizer_open(model);
+    if (model && c->V != 256 && c->V != 257)
+        die("%s has no vocab.json, and its %zu words are not bytes: name the folder of its tokenizer with --tokenizer DIR",
+            model, c->V);
+    return tokenizer_bytes();
+}
+
+static void check_tokenizer(const Tokenizer *t, const Config *c)
+{
+    if (t->vocabulary > c->V)
+        die("the tokenizer has %zu words, but the model only %zu: it needs its own tokenizer", t->vocabulary, c->V);
+}
+
+/* What is padded: with <|endoftext|> where there is one. */
+static int padding(const Tokenizer *t) { return t->end_of_text >= 0 ? t->end_of_text : 0; }
+
+static int max_ranks_warned(Layout s)
+{
+    int n = world_size(s);
+    if (n > cores()) fprintf(stderr, "%d ranks share %d cores: results are the same, but it takes longer\n", n, cores());
+    return n;
+}
+
+/* ---- train ------------------------------------------------------------------------------------------------------ */
+
+/* What all ranks of a training run read; only `result` is written, by rank 0. */
+typedef struct {
+    const Options *o;
+    RankOptions ranks;
+    Optimizer optimizer;
+    Progress progress; /* where to begin */
+    Tokenizer *tokenizer;
+    const char *tokenizer_folder; /* whose files go with the model; NULL: bytes */
+    Dataset *data, *held_out;
+    const Safetensors *model, *trainer; /* to start from; NULL: draw new weights, zero moments */
+    size_t text_tokens;                 /* in all of the text: to notice when a run resumes with other text */
+    FILE *log;
+    float *curve; /* [steps] losses, for the picture at the end */
+} Run;
+
+/* Micro-batch i of a step for this rank: data replica r takes the r-th contiguous part of the global batch.
+ * DEVIATION: every rank reads its samples from the shared memory; Megatron's first tensor rank reads and broadcasts. */
+typedef struct {
+    Dataset *data;
+    const Progress *progress;
+    size_t micro_batches;
+    int *tokens; /* (B, T + 1) */
+} Samples;
+
+static void feed_samples(void *source, Rank *k, MicroBatch *mb, size_t i)
+{
+    const Samples *s = (const Samples *)source;
+    mb->sequence = ((size_t)k->dp.rank * s->micro_batches + i) * k->B;
+    for (size_t b = 0; b < k->B; b++)
+        dataset_sample(s->data, s->progress->samples + mb->sequence + b, s->tokens + b * (k->T + 1));
+    set_words(k, mb, s->tokens, NULL);
+}
+
+/* One JSON line for a step, without a value for validation where there was none. */
+static void print_step(FILE *f, size_t step, const StepResult *r, double rate, double valid)
+{
+    fprintf(f, "{\"step\": %zu", step);
+    print_json_value(f, "loss", r->loss);
+    print_json_value(f, "lr", r->lr);
+    print_json_value(f, "grad_norm", r->grad_norm);
+    print_json_value(f, "loss_scale", r->loss_scale);
+    print_json_value(f, "tokens_per_second", floor(rate));
+    if (!isnan(valid)) print_json_value(f, "val_loss", valid);
+    fputs("}\n", f);
+    fflush(f);
+}
+
+/* The loss curve as a picture in characters, on stdout. */
+static void draw_curve(const float *loss, size_t n)
+{
+    enum { WIDTH = 72, HEIGHT = 14 };
+    double column[WIDTH], low = INFINITY, high = -INFINITY;
+    size_t width = min_size(n, WIDTH);
+    if (width < 2) return;
+    for (size_t x = 0; x < width; x++) {
+        size_t first = x * n / width, last = (x + 1) * n / width;
+        column[x] = 0;
+        for (size_t i = first; i < last; i++) column[x] += loss[i] / (double)(last - first);
+        low = fmin(low, column[x]), high = fmax(high, column[x]);
+    }
+    if (!isfinite(high - low)) return;
+    printf("\nloss\n");
+    for (int y = HEIGHT - 1; y >= 0; y--) {
+        printf("%7.3f |", low + (high - low) * y / (HEIGHT - 1));
+        for (size_t x = 0; x < width; x++)
+            putchar((int)floor((column[x] - low) / fmax(high - low, 1e-9) * (HEIGHT - 1) + 0.5) == y ? '*' : ' ');
+        putchar('\n');
+    }
+    printf("        +");
+    for (size_t x = 0; x < width; x++) putchar('-');
+    printf(" step %zu\n", n);
+}
+
+/* What a checkpoint says beside its tensors: where the run stands, and with which options it runs. */
+typedef struct {
+    Fact fact[64];
+    char text[64][32];
+    size_t n;
+} Facts;
+
+static void add_fact(Facts *f, const char *key, double value)
+{
+    assert(f->n < sizeof f->fact / sizeof *f->fact);
+    snprintf(f->text[f->n], sizeof *f->text, "%.17g", value);
+    f->fact[f->n].key = key;
+    f->fact[f->n].value = f->text[f->n];
+    f->n++;
+}
+
+static void save_run(const Run *run, Rank *k, const Progress *p)
+{
+    const LossScaler *s = &p->scaler;
+    const char *dir = run->o->save ? run->o->save : run->o->resume;
+    Facts f;
+    f.n = 0;
+    if (!dir) return;
+    add_fact(&f, "step", (double)p->step);
+    add_fact(&f, "updates", (double)p->updates);
+    add_fact(&f, "samples", (double)p->samples);
+    add_fact(&f, "loss_scale_now", s->scale);
+    add_fact(&f, "loss_scale_dynamic", s->dynamic);
+    add_fact(&f, "loss_scale_hysteresis", s->hysteresis);
+    add_fact(&f, "loss_scale_iteration", (double)s->iteration);
+    add_fact(&f, "loss_scale_last_overflow", (double)s->last_overflow);
+    add_fact(&f, "text_tokens", (double)run->text_tokens);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const char *field = (const char *)run->o + options[i].field;
+        if (!options[i].remembered) continue;
+        if (options[i].kind == COUNT) add_fact(&f, options[i].name + 2, (double)*(const size_t *)(const void *)field);
+        if (options[i].kind == NUMBER) add_fact(&f, options[i].name + 2, *(const double *)(const void *)field);
+        if (options[i].kind == TEXT) f.fact[f.n].key = options[i].name + 2, f.fact[f.n++].value = *(char *const *)(const void *)field;
+    }
+    Shards shards = shards_of(k);
+    save_checkpoint(&shards, &k->world, dir, run->tokenizer_folder, run->tokenizer->end_of_text, f.fact, f.n);
+}
+
+/* One rank's training run. */
+static void train_rank(Comm *world, void *arg)
+{
+    Run *run = (Run *)arg;
+    const Options *o = run->o;
+    Rank *k = rank_create(world, &run->ranks);
+    Shards shards = shards_of(k);
+    Progress p = run->progress;
+    Samples samples = {run->data, &p, run->ranks.micro_batches, (int *)xcalloc(k->B * (k->T + 1), sizeof(int))};
+    Meter meter = meter_start("step", p.step, o->steps, o->batch * k->T);
+    int speaks = world->rank == 0;
+
+    if (run->model) load_weights(&shards, run->model);
+    else init_params(k->weights, k->tensor, k->tensors, &k->config, o->seed, k->tp.rank);
+    if (run->trainer) load_moments(&shards, run->trainer);
+
+    while (p.step < o->steps) {
+        double valid = NAN;
+        StepResult r = train_step(k, &run->optimizer, &p, run->ranks.micro_batches, feed_samples, &samples);
+        if (run->held_out && o->eval_every && (p.step % o->eval_every == 0 || p.step == o->steps))
+            valid = validation_loss(k, run->held_out);
+        if (speaks) {
+            run->curve[p.step - 1] = (float)r.loss;
+            if (o->flags_json) print_step(stdout, p.step, &r, meter_rate(&meter, p.step), valid);
+            if (run->log) print_step(run->log, p.step, &r, meter_rate(&meter, p.step), valid);
+            if (!isnan(valid) && !o->flags_json) printf("%sstep %zu: loss %.4f, held-out loss %.4f\n", meter.terminal ? "\r\033[K" : "", p.step, r.loss, valid);
+            meter_show(&meter, p.step, "loss", r.loss);
+        }
+        if (p.step == o->steps || (o->save_every && p.step % o->save_every == 0)) save_run(run, k, &p);
+    }
+    if (speaks) run->progress = p;
+    free(samples.tokens);
+    rank_free(k);
+}
+
+/* The checkpoint's options take the place of those that the command line does not give. */
+static void resume_run(Run *run, Options *o, Safetensors *trainer)
+{
+    const double most = 0x1p53;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        if (!options[i].remembered || o->given[i]) continue;
+        const char *text = find_fact(trainer, options[i].name + 2), *wrong = set_option(o, &options[i], text);
+        if (wrong) die("%s: \"%s\" is %s, but %s from %g to %g is expected", o->resume, options[i].name + 2, text, wrong, options[i].low, options[i].high);
+    }
+    LossScaler s = {fact_number(trainer, "loss_scale_now", 0x1p-100, 0x1p120), (int)fact_number(trainer, "loss_scale_dynamic", 0, 1),
+                    (int)fact_number(trainer, "loss_scale_hysteresis", 1, HYSTERESIS),
+                    (long long)fact_number(trainer, "loss_scale_iteration", 0, most),
+                    (long long)fact_number(trainer, "loss_scale_last_overflow", -1, most)};
+    Progress p = {fact_count(trainer, "step"), fact_count(trainer, "updates"), fact_count(trainer, "samples"), s};
+    run->progress = p;
+    run->text_tokens = fact_count(trainer, "text_tokens");
+    run->trainer = trainer;
+}
+
+/* The log of a resumed run: steps that come again, because they were not saved, go out of it. */
+static FILE *open_log(const char *path, size_t step)
+{
+    if (step > 0 && access(path, F_OK) == 0) {
+        Map map = map_file(path);
+        char *kept = (char *)xcalloc(map.size + 1, 1);
+        size_t n = 0;
+        for (const char *line = map.data, *end = line + map.size, *next; line < end; line = next) {
+            const char *newline = (const char *)memchr(line, '\n', (size_t)(end - line));
+            next = newline ? newline + 1 : end;
+            size_t length = (size_t)(next - line), number;
+            char head[64] = "";
+            memcpy(head, line, min_size(length, sizeof head - 1));
+            if (newline && sscanf(head, "{\"step\": %zu", &number) == 1 && number <= step) memcpy(kept + n, line, length), n += length;
+        }
+        unmap_file(map);
+        FILE *f = fopen(path, "w");
+        if (!f || fwrite(kept, 1, n, f) != n) die("cannot write %s: %s", path, strerror(errno));
+        free(kept);
+        return f;
+    }
+    FILE *f = fopen(path, "a");
+    if (!f) die("cannot write %s: %s", path, strerror(errno));
+    return f;
+}
+
+static Optimizer make_optimizer(const Options *o)
+{
+    static const char *const decay[] = {"paper", "megatron", "cosine"}; /* in the order of Decay */
+    int d = 0;
+    while (d < 3 && strcmp(o->lr_decay, decay[d])) d++;
+    if (d == 3) die("--lr-decay %s is not known: paper, megatron or cosine is expected", o->lr_decay);
+    Optimizer a = {o->lr, o->min_lr, o->warmup, o->decay_steps, (Decay)d, o->beta1, o->beta2, o->adam_eps,
+                   o->weight_decay, o->clip, o->loss_scale};
+    return a;
+}
+
+/* Shape, weights to start from, and options: from the command line, a model, or a checkpoint. */
+static void prepare_model(Run *run, Options *o, Safetensors *model, Safetensors *trainer)
+{
+    static const char *const shape[] = {"--config", "--layers", "--hidden", "--heads", "--vocab", "--activation"};
+    const char *from = o->init ? o->init : o->resume;
+    Config *c = &run->ranks.config;
+    if (o->init && o->resume) die("--init and --resume exclude each other: start from a model, or go on from a checkpoint");
+    for (size_t i = 0; from && i < sizeof shape / sizeof *shape; i++)
+        if (given(o, shape[i])) die("%s cannot be combined with %s: the shape is that of %s", shape[i], o->init ? "--init" : "--resume", from);
+    run->progress.scaler = make_loss_scaler(o->loss_scale);
+    if (from) {
+        recover_checkpoint(from);
+        *model = open_model(c, from);
+        run->model = model;
+    }
+    if (o->resume) {
+        *trainer = open_trainer(o->resume, c);
+        resume_run(run, o, trainer);
+    }
+    run->tokenizer = find_tokenizer(o->tokenizer, from, c);
+    if (!from) {
+        if (!o->vocab) o->vocab = run->tokenizer->vocabulary;
+        *c = new_config(o);
+    }
+    check_tokenizer(run->tokenizer, c);
+    run->tokenizer_folder = o->tokenizer ? o->tokenizer : from && file_exists(from, "vocab.json") ? from : NULL;
+    if (given(o, "--dropout")) c->embd_pdrop = c->attn_pdrop = c->resid_pdrop = (real)o->dropout;
+    if (!o->seq) o->seq = c->T;
+    if (o->seq > c->T) die("--seq %zu is more than the model's %zu positions", o->seq, c->T);
+}
+
+static void run_train(Options *o)
+{
+    Run run;
+    Safetensors model, trainer;
+    memset(&run, 0, sizeof run);
+    if (!o->n_paths) usage_error("train needs --data");
+    prepare_model(&run, o, &model, &trainer);
+    if (!o->decay_steps) o->decay_steps = o->steps;
+    if (!given(o, "--warmup") && !o->resume) o->warmup = o->decay_steps / 100; /* the paper's share: 3k of 300k */
+    if (!given(o, "--valid-percent") && !o->resume) o->valid_percent = o->eval_every ? 5 : 0;
+    if (o->eval_every && o->valid_percent == 0) die("--eval-every needs text to be held out: give --valid-percent");
+    Layout s = make_layout(o);
+    check_layout(&run.ranks.config, s);
+    run.o = o;
+    run.optimizer = make_optimizer(o);
+    run.ranks.layout = s;
+    run.ranks.micro_batch = micro_batch_size(o);
+    run.ranks.micro_batches = o->batch / run.ranks.micro_batch / (size_t)s.dp;
+    run.ranks.seq = o->seq, run.ranks.training = 1, run.ranks.recompute = o->recompute, run.ranks.seed = o->seed;
+    if (run.progress.step >= o->steps) { /* not an error: a script may resume until all is done */
+        fprintf(stderr, "%s has done its %zu steps: nothing is left to do; --steps asks for more\n", o->resume, run.progress.step);
+        return;
+    }
+    if (o->save || o->resume) check_save_folder(o->save ? o->save : o->resume, o->resume);
+
+    Corpus *corpus = corpus_open(o->paths, o->n_paths, run.tokenizer, run.ranks.config.V);
+    if (run.text_tokens && run.text_tokens != corpus->tokens)
+        fprintf(stderr, "warning: the checkpoint was trained on %zu tokens, this text has %zu: samples will come in another order\n",
+                run.text_tokens, corpus->tokens);
+    run.text_tokens = corpus->tokens;
+    run.data = dataset_open(corpus, o->valid_percent, 0, o->seq, o->seed);
+    run.held_out = o->eval_every ? dataset_open(corpus, o->valid_percent, 1, o->seq, o->seed) : NULL;
+    run.log = o->log ? open_log(o->log, run.progress.step) : NULL;
+    run.curve = (float *)xcalloc(o->steps, sizeof *run.curve);
+    const Config *c = &run.ranks.config;
+    size_t first = run.progress.step;
+    fprintf(stderr, "%zu layers, hidden %zu, %zu heads, %zu words: %zu parameters; tp %d, pp %d, dp %d on %d cores; "
+            "%zu tokens of text; %zu sequences of %zu tokens a step\n", c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp,
+            s.dp, cores(), run.data->tokens, o->batch, o->seq);
+    double start = now();
+    run_ranks(max_ranks_warned(s), train_rank, &run);
+
+    if (!o->flags_json) {
+        draw_curve(run.curve + first, o->steps - first);
+        printf("%zu steps in %.1f s, %.0f tokens/s; loss %.4f\n", o->steps - first, now() - start,
+               (double)((o->steps - first) * o->batch * o->seq) / (now() - start), run.curve[o->steps - 1]);
+        if (o->save || o->resume) printf("saved: %s\n", o->save ? o->save : o->resume);
+    }
+    if (run.log) fclose(run.log);
+    if (run.held_out) dataset_close(run.held_out);
+    dataset_close(run.data);
+    corpus_close(corpus);
+    tokenizer_close(run.tokenizer);
+    if (run.model) safetensors_close(&model);
+    if (run.trainer) safetensors_close(&trainer);
+    free(run.curve);
+}
+
+/* ---- eval, generate ---------------------------------------------------------------------------------------------- */
+
+/* A model for inference on tensor ranks, and the work they do with it. */
+typedef struct {
+    const Options *o;
+    RankOptions ranks;
+    Safetensors model;
+    Tokenizer *tokenizer;
+    Tokens text;     /* to score, or the prompt */
+    Lambada lambada;
+    size_t overlap, units; /* units: windows or examples to run */
+    Score score;
+    Accuracy accuracy;
+} Inference;
+
+static void open_inference(Inference *in, const Options *o, size_t batch)
+{
+    Layout s = {(int)o->tp, 1, 1};
+    memset(in, 0, sizeof *in);
+    if (!o->model) usage_error("%s needs --model", o->command->name);
+    recover_checkpoint(o->model);
+    in->o = o;
+    in->model = open_model(&in->ranks.config, o->model);
+    check_layout(&in->ranks.config, s);
+    in->tokenizer = find_tokenizer(o->tokenizer, o->model, &in->ranks.config);
+    check_tokenizer(in->tokenizer, &in->ranks.config);
+    in->ranks.layout = s;
+    in->ranks.seq = o->seq ? o->seq : in->ranks.config.T;
+    if (in->ranks.seq > in->ranks.config.T) die("--seq %zu is more than the model's %zu positions", o->seq, in->ranks.config.T);
+    in->ranks.micro_batch = batch ? batch : max_size(2048 / in->ranks.seq, 1); /* enough rows to keep the cores busy */
+    in->ranks.micro_batches = 1;
+    in->ranks.seed = o->seed;
+}
+
+static Rank *inference_rank(Comm *world, const Inference *in)
+{
+    Rank *k = rank_create(world, &in->ranks);
+    Shards shards = shards_of(k);
+    load_weights(&shards, &in->model);
+    return k;
+}
+
+static void close_inference(Inference *in)
+{
+    tokenizer_close(in->tokenizer);
+    safetensors_close(&in->model);
+    free(in->text.id);
+}
+
+static void eval_rank(Comm *world, void *arg)
+{
+    Inference *in = (Inference *)arg;
+    Rank *k = inference_rank(world, in);
+    int pad = padding(in->tokenizer);
+    Meter meter = meter_start(in->lambada.n ? "example" : "window", 0, in->units, k->T);
+    if (in->lambada.n) {
+        Accuracy a = lambada_accuracy(k, &in->lambada, in->units, pad, &meter);
+        if (world->rank == 0) in->accuracy = a;
+    } else {
+        Score s = text_loss(k, &in->text, in->overlap, in->units, pad, &meter);
+        if (world->rank == 0) in->score = s;
+    }
+    rank_free(k);
+}
+
+static void eval_lambada(Inference *in, int json)
+{
+    size_t labels[6] = {0};
+    const Options *o = in->o;
+    in->lambada = lambada_open(o->lambada, in->tokenizer);
+    for (size_t i = 0; i < in->lambada.n; i++) labels[min_size(in->lambada.example[i].label, 6) - 1]++;
+    in->units = given(o, "--limit") ? min_size(o->limit, in->lambada.n) : in->lambada.n;
+    if (in->units) run_ranks(max_ranks_warned(in->ranks.layout), eval_rank, in);
+    double n = (double)in->accuracy.examples;
+    if (json) {
+        printf("{\"examples\": %zu", in->units ? in->accuracy.examples : in->lambada.n);
+        if (in->units) printf(", \"correct\": %zu", in->accuracy.correct);
+        if (in->units) print_json_value(stdout, "accuracy", (double)in->accuracy.correct / n);
+        if (in->units) print_json_value(stdout, "last_token_accuracy", (double)in->accuracy.last_correct / n);
+        printf(", \"label_tokens\": [%zu, %zu, %zu, %zu, %zu, %zu]}\n", labels[0], labels[1], labels[2], labels[3], labels[4], labels[5]);
+    } else {
+        printf("%zu examples; last words of 1, 2, 3, 4, 5, more tokens: %zu %zu %zu %zu %zu %zu\n", in->lambada.n, labels[0], labels[1],
+               labels[2], labels[3], labels[4], labels[5]);
+        if (in->units)
+            printf("%zu run: %zu whole last words right, accuracy %.4f (last token only: %.4f)\n", in->accuracy.examples,
+                   in->accuracy.correct, (double)in->accuracy.correct / n, (double)in->accuracy.last_correct / n);
+    }
+    lambada_close(&in->lambada);
+}
+
+static void eval_text(Inference *in, int json)
+{
+    const Options *o = in->o;
+    size_t original = 0, T = in->ranks.seq;
+    if (o->wikitext) {
+        Map map = map_file(o->wikitext);
+        char *text = (char *)xcalloc(map.size + 1, 1);
+        memcpy(text, map.data, map.size);
+        original = wikitext_original_tokens(text, map.size);
+        encode(&in->text, in->tokenizer, text, wikitext_detokenise(text, map.size));
+        free(text);
+        unmap_file(map);
+    } else {
+        Corpus *corpus = corpus_open(o->paths, o->n_paths, in->tokenizer, in->ranks.config.V);
+        corpus_tokens(&in->text, corpus);
+        corpus_close(corpus);
+    }
+    if (in->text.n < 2) die("%s is too short: one token to predict from and one to predict are needed", o->wikitext ? o->wikitext : o->paths[0]);
+    in->overlap = o->overlap ? o->overlap : o->wikitext ? min_size(32, T) : T;
+    if (in->overlap > T) die("--overlap %zu is more than the %zu tokens of a window", in->overlap, T);
+    size_t windows = window_count(in->text.n - 1, in->overlap), targets = in->text.n - 1;
+    in->units = given(o, "--limit") ? min_size(o->limit, windows) : windows;
+    if (in->units) run_ranks(max_ranks_warned(in->ranks.layout), eval_rank, in);
+    double loss = in->score.loss, adjusted = loss * (double)targets / (double)max_size(original - 1, 1);
+    if (json) {
+        printf("{\"tokens\": %zu, \"targets\": %zu, \"windows\": %zu", in->text.n, targets, windows);
+        if (o->wikitext) printf(", \"original_tokens\": %zu", original);
+        if (in->units) printf(", \"scored_targets\": %zu", in->score.targets);
+        if (in->units) print_json_value(stdout, "loss", loss), print_json_value(stdout, "ppl", perplexity(loss));
+        if (in->units && o->wikitext) print_json_value(stdout, "adjusted_ppl", perplexity(adjusted));
+        printf("}\n");
+        return;
+    }
+    printf("%zu tokens, %zu targets, %zu windows of %zu tokens", in->text.n, targets, windows, T);
+    if (o->wikitext) printf("; %zu original tokens", original);
+    if (in->units) printf("\n%zu windows run, %zu targets: loss %.4f, perplexity %.4f", in->units, in->score.targets, loss, perplexity(loss));
+    if (in->units && o->wikitext) printf(", adjusted to original tokens %.4f [App. E]", perplexity(adjusted));
+    putchar('\n');
+}
+
+static void run_eval(Options *o)
+{
+    Inference in;
+    if ((o->n_paths > 0) + (o->wikitext != NULL) + (o->lambada != NULL) != 1)
+        usage_error("eval needs exactly one of --data, --wikitext and --lambada");
+    if (o->lambada && given(o, "--overlap")) usage_error("--overlap is for running text, not for --lambada");
+    open_inference(&in, o, o->micro_batch);
+    if (o->lambada) eval_lambada(&in, o->flags_json);
+    else eval_text(&in, o->flags_json);
+    close_inference(&in);
+}
+
+static void print_word(void *arg, int id)
+{
+    size_t n;
+    const char *bytes = decode(&n, (const Tokenizer *)arg, id);
+    fwrite(bytes, 1, n, stdout);
+    fflush(stdout);
+}
+
+static void generate_rank(Comm *world, void *arg)
+{
+    Inference *in = (Inference *)arg;
+    const Options *o = in->o;
+    Rank *k = inference_rank(world, in);
+    Generator *g = generator_create(k);
+    Sampler sampler = {o->temperature, o->top_k, o->top_p, o->seed};
+    Tokens text = {NULL, 0, 0};
+    int streams = world->rank == 0 && !o->flags_json;
+    for (size_t i = 0; i < in->text.n; i++) push_token(&text, in->text.id[i]);
+    double start = now();
+    generate(g, &text, o->tokens, &sampler, in->tokenizer->end_of_text, streams ? print_word : NULL, in->tokenizer);
+    if (world->rank == 0) fprintf(stderr, "%s%zu tokens, %.1f tokens/s\n", streams ? "\n" : "", text.n - in->text.n, (double)(text.n - in->text.n) / (now() - start));
+    generator_free(g);
+    rank_free(k);
+    barrier(world);
+    if (world->rank == 0) free(in->text.id), in->text = text;
+    else free(text.id);
+}
+
+static void run_generate(Options *o)
+{
+    Inference in;
+    open_inference(&in, o, 1);
+    encode(&in.text, in.tokenizer, o->prompt, strlen(o->prompt));
+    if (!in.text.n) push_token(&in.text, padding(in.tokenizer)); /* from nothing: as if a document began */
+    size_t prompt = in.text.n;
+    if (!o->flags_json) fputs(o->prompt, stdout);
+    run_ranks(max_ranks_warned(in.ranks.layout), generate_rank, &in);
+    if (o->flags_json) {
+        char *bytes = NULL;
+        size_t size = 0, n;
+        FILE *f = open_memstream(&bytes, &size);
+        for (size_t i = prompt; i < in.text.n; i++) {
+            const char *word = decode(&n, in.tokenizer, in.text.id[i]);
+            fwrite(word, 1, n, f);
+        }
+        fclose(f);
+        printf("{\"prompt\": ");
+        json_write_string(stdout, o->prompt, strlen(o->prompt));
+        printf(", \"text\": ");
+        json_write_string(stdout, bytes, size);
+        printf(", \"tokens\": [");
+        for (size_t i = prompt; i < in.text.n; i++) printf("%s%d", i > prompt ? ", " : "", in.text.id[i]);
+        printf("]}\n");
+        free(bytes);
+    } else putchar('\n');
+    close_inference(&in);
+}
+
+/* ---- tokenize, plan, trace, info --------------------------------------------------------------------------------- */
+
+static void run_tokenize(Options *o)
+{
+    if (o->operands != 2) usage_error("tokenize needs two operands, IN and OUT");
+    Tokenizer *t = find_tokenizer(o->tokenizer, NULL, NULL);
+    Corpus *corpus = corpus_open(o->operand, 1, t, t->vocabulary);
+    corpus_write(corpus, o->operand[1]);
+    if (o->flags_json) printf("{\"documents\": %zu, \"tokens\": %zu}\n", corpus->documents, corpus->tokens);
+    else printf("%s.bin, %s.idx: %zu documents, %zu tokens\n", o->operand[1], o->operand[1], corpus->documents, corpus->tokens);
+    corpus_close(corpus);
+    tokenizer_close(t);
+}
+
+static PlanInput plan_input(const Options *o)
+{
+    PlanInput in = {new_config(o), make_layout(o), o->batch, micro_batch_size(o), 0, o->recompute, o->peak, o->bandwidth};
+    in.seq = in.config.T;
+    check_plan(&in);
+    return in;
+}
+
+static void run_plan(Options *o)
+{
+    if (o->paper) {
+        for (int i = 0; i < N_OPTIONS; i++)
+            if (o->given[i] && strcmp(options[i].name, "--paper") && strcmp(options[i].name, "--json"))
+                usage_error("--paper prints the paper's own runs: it cannot be combined with %s", options[i].name);
+        print_paper(o->flags_json);
+        return;
+    }
+    if (given(o, "--peak") != given(o, "--bandwidth")) usage_error("--peak and --bandwidth go together");
+    PlanInput in = plan_input(o);
+    Plan plan = make_plan(&in);
+    print_plan(&in, &plan, o->flags_json);
+}
+
+typedef struct {
+    const Options *o;
+    RankOptions ranks;
+    Trace trace[MAX_RANKS];
+} Traced;
+
+/* Any words do: a step's messages do not depend on them. */
+static void feed_random(void *source, Rank *k, MicroBatch *mb, size_t i)
+{
+    int *tokens = (int *)source;
+    mb->sequence = i * k->B;
+    for (size_t n = 0; n < k->B * (k->T + 1); n++)
+        tokens[n] = (int)(random_word(k->seed, SITE_SAMPLE, (uint32_t)i, n) % k->config.V);
+    set_words(k, mb, tokens, NULL);
+}
+
+static void trace_rank(Comm *world, void *arg)
+{
+    Traced *t = (Traced *)arg;
+    Optimizer optimizer = {1e-4, 0, 0, 1, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, 1, 1};
+    Progress p = {0, 0, 0, make_loss_scaler(1)};
+    Rank *k = rank_create(world, &t->ranks);
+    int *tokens = (int *)xcalloc(k->B * (k->T + 1), sizeof *tokens);
+    init_params(k->weights, k->tensor, k->tensors, &k->config, k->seed, k->tp.rank);
+    k->world.trace = k->tp.trace = k->pp.trace = k->dp.trace = k->embedding.trace = &t->trace[world->rank];
+    train_step(k, &optimizer, &p, t->ranks.micro_batches, feed_random, tokens);
+    free(tokens);
+    rank_free(k);
+}
+
+static void run_trace(Options *o)
+{
+    PlanInput in = plan_input(o);
+    Traced t;
+    int agrees = 1;
+    memset(&t, 0, sizeof t);
+    if (given(o, "--dropout")) in.config.embd_pdrop = in.config.attn_pdrop = in.config.resid_pdrop = (real)o->dropout;
+    check_layout(&in.config, in.layout);
+    RankOptions ranks = {in.config, in.layout, in.micro_batch, in.batch / in.micro_batch / (size_t)in.layout.dp, in.seq, 1,
+                         in.recompute, o->seed};
+    t.o = o, t.ranks = ranks;
+    run_ranks(max_ranks_warned(in.layout), trace_rank, &t);
+    if (o->flags_json) printf("{\"events\": [");
+    else printf("stage  layer  where             op              group        elements        bytes  paper\n");
+    for (int stage = 0; stage < in.layout.pp; stage++)
+        print_events(&t.trace[stage * in.layout.tp * in.layout.dp], stage, o->flags_json);
+    if (o->flags_json) printf("], \"totals\": [");
+    for (int stage = 0; stage < in.layout.pp; stage++) {
+        print_totals(&t.trace[stage * in.layout.tp * in.layout.dp], &in, stage, o->flags_json);
+        agrees &= trace_agrees(&t.trace[stage * in.layout.tp * in.layout.dp], &in, stage);
+    }
+    if (o->flags_json) printf("]}\n");
+    for (int r = 0; r < world_size(in.layout); r++) free(t.trace[r].event);
+    if (!agrees) die("the trace is not what `plan` lists: one of the two is wrong");
+}
+
+static void run_info(Options *o)
+{
+    if (o->operands != 1) usage_error("info needs one operand, a model's folder or a safetensors file");
+    print_info(o->operand[0], o->flags_json);
+}
+
+/* Idle OpenMP threads spin for a long time by default, which is ruinous as soon as ranks or other programs want their
+ * cores. The runtimes (GCC's, LLVM's) read how long only when a program starts: so say it, and start once more. */
+static void spin_briefly(char **argv)
+{
+#if defined __linux__ && defined _OPENMP
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || getenv("KMP_BLOCKTIME")) return;
+    setenv("GOMP_SPINCOUNT", "10000", 1);
+    setenv("KMP_BLOCKTIME", "0", 1);
+    execv("/proc/self/exe", argv); /* if this fails, spin on */
+#else
+    (void)argv;
+#endif
+}
+
+int main(int argc, char **argv)
+{
+    static Options o;
+    spin_briefly(argv);
+    parse_options(&o, argc, argv);
+    switch (o.command->bit) {
+    case TRAIN: run_train(&o); break;
+    case EVAL: run_eval(&o); break;
+    case GENERATE: run_generate(&o); break;
+    case TOKENIZE: run_tokenize(&o); break;
+    case PLAN: run_plan(&o); break;
+    case TRACE: run_trace(&o); break;
+    case INFO: run_info(&o); break;
+    }
+    if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s", strerror(errno));
+    return 0;
+}

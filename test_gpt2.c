@@ -8,7 +8,9 @@
  * times what is measured; it never is what the code happened to give. NaN fails. Tests run in the project's folder; where
  * ../shared/data and ../shared/fixtures exist they check more. */
 
+#define main gpt2_main
 #include "megatron_gpt2.c"
+#undef main
 
 #include <signal.h>
 #include <sys/resource.h>
@@ -4732,6 +4734,213 @@ static void test_sampler(void)
     check_equal("temperature 0: the first of the most probable", sample_word(z, 3, &greedy, 0, heap), 1);
 }
 
+/* ---- The program itself, run as a user runs it --------------------------------------------------------------------- */
+
+static int file_equal(const char *a, const char *b)
+{
+    Map x = map_file(a), y = map_file(b);
+    int equal = x.size == y.size && !memcmp(x.data, y.data, x.size);
+    unmap_file(x), unmap_file(y);
+    return equal;
+}
+
+static int same_checkpoint(const char *a, const char *b)
+{
+    static const char *const names[] = {"model.safetensors", "trainer.safetensors", "config.json"};
+    char x[PATH_MAX], y[PATH_MAX];
+    int same = 1;
+    for (int i = 0; i < 3; i++) same &= file_exists(a, names[i]) && file_exists(b, names[i]) && file_equal(join_path(x, a, names[i]), join_path(y, b, names[i]));
+    return same;
+}
+
+/* A text to train on, which has something to learn. */
+static void write_sentences(const char *path)
+{
+    static const char *const words[] = {"the ", "cat ", "dog ", "sat ", "on ", "a ", "mat. ", "log; ", "ran\n", "to "};
+    FILE *f = fopen(path, "w");
+    if (!f) die("cannot write %s", path);
+    for (uint64_t i = 0; i < 4000; i++) fputs(words[random_word(1, SITE_SAMPLE, 0, i) % 10], f);
+    fclose(f);
+}
+
+static const char SMALL_RUN[] = "--layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 --lr 1e-2 --steps 30";
+
+/* A run that is killed at random moments while it saves every second step, resumed each time, ends with the same bytes
+ * as one that was left in peace; also when it goes on in other layouts, whose sums round differently but which must be
+ * resumed without loss: those are compared with themselves. */
+static void test_resume(void)
+{
+    char a[PATH_MAX], b[PATH_MAX];
+    snprintf(a, sizeof a, "%s/whole", SCRATCH), snprintf(b, sizeof b, "%s/killed", SCRATCH);
+    check_equal("an undisturbed run", run_command("./megatron_gpt2 train --data %s/text.txt %s --save %s --tp 2 2>/dev/null >/dev/null", SCRATCH, SMALL_RUN, a), 0);
+    /* 13 steps, then the rest */
+    run_command("./megatron_gpt2 train --data %s/text.txt %s --steps 13 --decay-steps 30 --save %s/half --tp 2 >/dev/null 2>&1", SCRATCH, "--layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 --lr 1e-2", SCRATCH);
+    run_command("./megatron_gpt2 train --data %s/text.txt --resume %s/half --steps 30 --tp 2 >/dev/null 2>&1", SCRATCH, SCRATCH);
+    snprintf(b, sizeof b, "%s/half", SCRATCH);
+    /* "steps" of the two differ in the command line only: the checkpoint remembers 30 in both */
+    check_true("13 steps, saved, and 17 more: the same bytes", same_checkpoint(a, b));
+
+    snprintf(b, sizeof b, "%s/killed", SCRATCH);
+    int kills = 0, attempts = 0;
+    for (int finished = 0; !finished && attempts < 200; attempts++) {
+        int begun = file_exists(b, "config.json");
+        fflush(stdout);
+        pid_t child = fork();
+        if (child == 0) {
+            int null = open("/dev/null", O_WRONLY);
+            dup2(null, 1), dup2(null, 2);
+            char data[PATH_MAX];
+            snprintf(data, sizeof data, "%s/text.txt", SCRATCH);
+            if (begun)
+                execl("./megatron_gpt2", "megatron_gpt2", "train", "--data", data, "--resume", b, "--save-every", "1", "--tp", "2", (char *)NULL);
+            execl("./megatron_gpt2", "megatron_gpt2", "train", "--data", data, "--layers", "2", "--hidden", "32", "--heads", "4",
+                  "--seq", "16", "--batch", "4", "--lr", "1e-2", "--steps", "30", "--save", b, "--save-every", "1", "--tp", "2", (char *)NULL);
+            _exit(127);
+        }
+        usleep(3000 + random_word(11, SITE_SAMPLE, 0, (uint64_t)attempts) % (kills < 20 ? 40000 : 4000000));
+        int status = 0;
+        if (waitpid(child, &status, WNOHANG) == 0) {
+            kill(child, SIGKILL);
+            waitpid(child, &status, 0);
+            kills++;
+        }
+        finished = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+        if (WIFEXITED(status) && WEXITSTATUS(status) != 0) { /* it was killed before the first save, or all is lost */
+            check_true("a killed run can be resumed", 0);
+            return;
+        }
+    }
+    printf("    (killed %d times)\n", kills);
+    check_true("killed at random moments and resumed: the same bytes", same_checkpoint(a, b));
+
+    int status = run_command("./megatron_gpt2 train --data %s/text.txt --resume %s/whole --save %s/other --steps 34 --pp 2 --dp 2 >/dev/null 2>&1", SCRATCH, SCRATCH, SCRATCH);
+    check_equal("saved at tp 2, resumed at pp 2 x dp 2", status, 0);
+}
+
+/* It learns, in any layout, and evaluates and generates what it learnt. */
+static void test_learns(void)
+{
+    char line[4096];
+    double loss = NAN, valid = NAN, ppl = NAN, narrow = NAN;
+    int status = run_command("./megatron_gpt2 train --data %s/text.txt --layers 2 --hidden 32 --heads 4 --seq 32 --batch 8 --lr 1e-2 "
+                             "--dropout 0 --steps 500 --eval-every 500 --valid-percent 10 --tp 2 --json --save %s/learnt 2>/dev/null | tail -1 > %s/line",
+                             SCRATCH, SCRATCH, SCRATCH);
+    check_equal("train", status, 0);
+    FILE *f = NULL;
+    char path[PATH_MAX];
+    f = fopen(join_path(path, SCRATCH, "line"), "r");
+    if (f && fgets(line, sizeof line, f)) {
+        Json json = json_parse(line, strlen(line), "the last line");
+        const JsonValue *v = json_get(&json, json.value, "loss"), *w = json_get(&json, json.value, "val_loss");
+        if (v && w) loss = v->number, valid = w->number;
+        json_free(&json);
+    }
+    if (f) fclose(f);
+    /* Ten words of equal probability: ln 10 / 4 = 0.58 nats a byte; ln 257 = 5.5 at the start. */
+    check("training loss, from 5.5", loss, 0.85);
+    check("held-out loss", valid, 0.85);
+    for (int i = 0; i < 2; i++) {
+        run_command("./megatron_gpt2 eval --model %s/learnt --data %s/text.txt --overlap %d --limit 60 --json 2>/dev/null > %s/line", SCRATCH, SCRATCH, i ? 32 : 4, SCRATCH);
+        f = fopen(join_path(path, SCRATCH, "line"), "r");
+        if (f && fgets(line, sizeof line, f)) {
+            Json json = json_parse(line, strlen(line), "the line");
+            const JsonValue *v = json_get(&json, json.value, "ppl");
+            if (v) *(i ? &ppl : &narrow) = v->number;
+            json_free(&json);
+        }
+        if (f) fclose(f);
+    }
+    check("perplexity with long contexts <= without overlap (expected) [P54]", narrow, ppl);
+    status = run_command("./megatron_gpt2 generate --model %s/learnt --prompt 'the cat ' --tokens 40 --temperature 0 2>/dev/null > %s/text1; "
+                         "./megatron_gpt2 generate --model %s/learnt --prompt 'the cat ' --tokens 40 --temperature 0 --tp 4 2>/dev/null > %s/text2; "
+                         "cmp %s/text1 %s/text2", SCRATCH, SCRATCH, SCRATCH, SCRATCH, SCRATCH, SCRATCH);
+    check_equal("generates the same text at tp 1 and 4", status, 0);
+}
+
+/* Wrong use: exit 2 and one line. Bad input: exit 1 and one line. */
+static void test_command_line(void)
+{
+    static const struct {
+        const char *arguments;
+        int status;
+        const char *message;
+    } cases[] = {
+        {"fly", 2, "no command fly"},
+        {"train", 2, "needs --data"},
+        {"train --data x --prompt y", 2, "no option --prompt"},
+        {"train --data x --bogus", 2, "knows no --bogus"},
+        {"train --data x --steps 1.5", 2, "whole number"},
+        {"train --data x --steps -1", 2, "whole number"},
+        {"train --data x --lr nan", 2, "a number"},
+        {"train --data x --lr 1 --lr 2", 2, "given twice"},
+        {"train --data x --steps", 2, "needs N"},
+        {"train --data /nonexistent", 1, "/nonexistent"},
+        {"train --data megatron_gpt2.c --tp 3", 1, "does not divide 4 heads"},
+        {"train --data megatron_gpt2.c --pp 3 --batch 9", 1, "does not divide 4 layers"},
+        {"train --data megatron_gpt2.c --dp 3", 1, "no multiple"},
+        {"train --data megatron_gpt2.c --hidden 130", 1, "no multiple of --heads"},
+        {"train --data megatron_gpt2.c --config 9B", 1, "9B is not known"},
+        {"train --data megatron_gpt2.c --init a --resume b", 1, "exclude each other"},
+        {"train --data megatron_gpt2.c --init a --layers 2", 1, "cannot be combined"},
+        {"train --data megatron_gpt2.c --tokenizer dev/reference/bpe --vocab 300", 1, "words"},
+        {"train --data megatron_gpt2.c --save doc", 1, "save to a new folder"},
+        {"train --data megatron_gpt2.c --lr-decay linear", 1, "megatron or cosine"},
+        {"eval --model dev/reference/golden/tanh", 2, "exactly one"},
+        {"eval --model dev/reference/golden/tanh --data megatron_gpt2.c", 1, "tokenizer"},
+        {"eval --data megatron_gpt2.c", 2, "needs --model"},
+        {"eval --model dev/reference --data megatron_gpt2.c", 1, "config.json"},
+        {"eval --model dev/reference/golden/tanh --lambada x --overlap 3", 2, "running text"},
+        {"generate --model doc", 1, "config.json"},
+        {"tokenize a", 2, "two operands"},
+        {"tokenize a b c", 2, "too many"},
+        {"info", 2, "one operand"},
+        {"info Makefile", 1, "no safetensors file"},
+        {"plan --paper --tp 2", 2, "cannot be combined"},
+        {"plan --peak 3", 2, "go together"},
+        {"plan --tp 65", 2, "1 to 64"},
+        {"plan --batch 7 --dp 2", 1, "no multiple"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char line[4096] = "", path[PATH_MAX];
+        int status = run_command("./megatron_gpt2 %s 2> %s/line > /dev/null", cases[i].arguments, SCRATCH);
+        FILE *f = fopen(join_path(path, SCRATCH, "line"), "r");
+        size_t n = f ? fread(line, 1, sizeof line - 1, f) : 0;
+        if (f) fclose(f);
+        int ok = status == cases[i].status && n && strchr(line, '\n') == line + n - 1 && strstr(line, cases[i].message);
+        check_true(cases[i].arguments, ok);
+        if (!ok) printf("      exit %d, expected %d and \"%s\"; got: %s\n", status, cases[i].status, cases[i].message, line);
+    }
+    check_equal("--help", run_command("./megatron_gpt2 --help > /dev/null"), 0);
+    check_equal("train --help", run_command("./megatron_gpt2 train --help > /dev/null"), 0);
+    check_equal("a full disk is an error", run_command("./megatron_gpt2 plan > /dev/full 2>/dev/null"), 1);
+}
+
+/* Every option stands in the README or in doc/. */
+static void test_help_is_documented(void)
+{
+    int missing = 0;
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (run_command("grep -qFe '%s' README.md doc/*.md", options[i].name)) printf("      %s is in no page\n", options[i].name), missing++;
+    check_equal("options that README and doc/ do not name", missing, 0);
+}
+
+/* The paper's data, where it is: the figures that Appendix E gives. */
+static void test_paper_data(void)
+{
+    if (access("../shared/data/wikitext103_test.txt", F_OK)) {
+        skip("no ../shared/data");
+        return;
+    }
+    run_command("./megatron_gpt2 train --data ../shared/data/tinyshakespeare.txt --tokenizer ../shared/data/gpt2_tokenizer --layers 1 --hidden 32 --heads 2 "
+                "--seq 1024 --batch 1 --steps 1 --save %s/long > /dev/null 2>&1", SCRATCH);
+    int status = run_command("./megatron_gpt2 eval --model %s/long --wikitext ../shared/data/wikitext103_test.txt --limit 0 --json | "
+                             "grep -q '\"tokens\": 270330, \"targets\": 270329, \"windows\": 8448, \"original_tokens\": 245566'", SCRATCH);
+    check_equal("WikiText-103: 245,566 original tokens, 270,329 targets, 8,448 windows [P51]", status, 0);
+    status = run_command("./megatron_gpt2 eval --model %s/long --lambada ../shared/data/lambada_test.jsonl --limit 0 --json | "
+                         "grep -q '\"examples\": 5153, \"label_tokens\": \\[4013, 913, 208, 16, 3, 0\\]'", SCRATCH);
+    check_equal("LAMBADA: 5,153 examples; last words of 1 .. 5 tokens 4013 913 208 16 3 [P55]", status, 0);
+}
+
 /* ---- The table of tests -------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -4806,6 +5015,11 @@ static const Test tests[] = {
     {"fixture_logits",     "PyTorch's logits of ../shared/fixtures", test_fixture_logits, 1, 1},
     {"scores",             "P52: windows, cache, the same words for every tp", test_scores, 1, 1},
     {"sampler",            "temperature, top-k, top-p", test_sampler, 1, 0},
+    {"command_line",       "wrong use and bad input", test_command_line, 1, 0},
+    {"documented",         "every option is in README or doc", test_help_is_documented, 1, 0},
+    {"learns",             "P54: train, eval, generate", test_learns, 1, 0},
+    {"resume",             "saved, killed, resumed: the same bytes", test_resume, 1, 0},
+    {"paper_data",         "P51 P55, with ../shared/data", test_paper_data, 1, 0},
 };
 /* clang-format on */
 enum { N_TESTS = sizeof tests / sizeof *tests };
@@ -4829,6 +5043,7 @@ int main(int argc, char **argv)
 {
     int passed = 0, failed = 0, skipped = 0;
     setvbuf(stdout, NULL, _IOLBF, 0);
+    spin_briefly(argv);
     if (argc > 1 && !strcmp(argv[1], "--list")) {
         for (int i = 0; i < N_TESTS; i++) printf("%-20s %s\n", tests[i].name, tests[i].about);
         return 0;
@@ -4838,6 +5053,8 @@ int main(int argc, char **argv)
         if (!known) die("there is no test %s; --list names them", argv[a]);
     }
     if (run_command("rm -rf %s && mkdir %s", SCRATCH, SCRATCH)) die("cannot make the folder %s", SCRATCH);
+    char path[PATH_MAX];
+    write_sentences(join_path(path, SCRATCH, "text.txt"));
     for (int i = 0; i < N_TESTS; i++) {
         if (!wanted(&tests[i], argc, argv)) continue;
         double start = now();
