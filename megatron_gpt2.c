@@ -63,10 +63,6 @@ typedef REAL real; /* the arithmetic: float; double where test_gpt2.c takes fini
 typedef real act; /* weights, activations and their gradients; the CUDA twin may make it bf16 or fp16 */
 #endif
 
-#ifdef __cplusplus /* the twin compiles all but chapter 2 as C++17 */
-#define restrict __restrict__
-#endif
-
 #ifndef PROGRAM
 #define PROGRAM "megatron_gpt2" /* whose messages these are: convert.c includes this file */
 #endif
@@ -703,15 +699,8 @@ static real largest(const real *x, size_t n, real top)
 /* A word below this drops its element; p < 1. */
 static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1p32); }
 
-/* 0 or 1/(1-p), for element index of a tensor. */
-static inline real dropout_factor(Dropout d, size_t index)
-{
-    uint32_t word = random_word(d.seed, d.site, d.step, d.first + index);
-    return word >= dropout_threshold(d.p) ? 1 / (1 - d.p) : 0;
-}
-
-/* The same for n elements from index on: philox() on many blocks side by side, round by round, so that it
- * vectorises. Ones, and no numbers drawn, where there is no dropout. */
+/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on many blocks side by side, round by
+ * round, so that it vectorises. Ones, and no numbers drawn, where there is no dropout. */
 static void dropout_factors(real *out, Dropout d, size_t index, size_t n)
 {
     enum { SIDE = 32 }; /* blocks, of four words each */
@@ -792,10 +781,12 @@ typedef struct {
     size_t row, col;
 } Mat;
 
+typedef enum { BIAS, BIAS_GELU, GELU_SLOPE } EpilogueKind;
+
 /* What happens to an element of C when its sum is complete. */
 typedef struct {
-    enum { PLAIN, BIAS, BIAS_GELU, GELU_SLOPE } kind;
-    const act *bias; /* BIAS, BIAS_GELU: (N) */
+    EpilogueKind kind;
+    const act *bias; /* BIAS, BIAS_GELU: (N), or NULL */
     act *pre;        /* BIAS_GELU: (M,N) gets C + bias, or NULL. GELU_SLOPE: C is multiplied by gelu'(pre) */
     Gelu gelu;
 } Epilogue;

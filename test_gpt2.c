@@ -118,6 +118,14 @@ static void skip(const char *why)
 
 /* ---- Chapter 2: every operator against a naive double version -------------------------------------------------- */
 
+/* The mask's definition, one element at a time: 0 or 1/(1-p). */
+static inline real dropout_factor(Dropout d, size_t index)
+{
+    uint32_t word = random_word(d.seed, d.site, d.step, d.first + index);
+    return word >= dropout_threshold(d.p) ? 1 / (1 - d.p) : 0;
+}
+
+
 /* Forward and backward are compared with the naive double versions below; in the -DREAL=double build every backward
  * also with central differences of its own forward. U is the unit roundoff: bounds are small multiples of it. */
 static const double U = sizeof(real) == sizeof(float) ? 0x1p-24 : 0x1p-53;
