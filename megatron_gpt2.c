@@ -1608,6 +1608,7 @@ enum { MAX_RANKS = 64 };
 /* Where in the model a rank is at work: for error messages and for `trace`. */
 typedef struct {
     const char *operation; /* "attention", "loss", .. */
+    const char *edge;      /* "g forward" or "f backward", the edges of a model-parallel region [§3 Fig.3]; or "" */
     const char *paper;     /* the paper's place, "[§3 Fig.3b]" */
     int layer;             /* -1 outside the layers */
 } Place;
@@ -1710,7 +1711,7 @@ static void barrier(Comm *c)
 
 static void record(Comm *c, const char *op, size_t n, Type type)
 {
-    static const Place nowhere = {"-", "", -1};
+    static const Place nowhere = {"-", "", "", -1};
     Trace *trace = c->trace;
     if (!trace) return;
     if (trace->n == trace->capacity) {
@@ -2260,7 +2261,7 @@ typedef struct {
 
 static Place *at(Rank *k, const char *operation, const char *paper, int layer)
 {
-    k->place.operation = operation, k->place.paper = paper, k->place.layer = layer;
+    k->place.operation = operation, k->place.edge = "", k->place.paper = paper, k->place.layer = layer;
     return &k->place;
 }
 
@@ -2268,8 +2269,16 @@ static Place *at(Rank *k, const char *operation, const char *paper, int layer)
  * replicated x to all ranks, so its backward pass adds up what each rank's columns contribute to dx; g adds up the
  * ranks' partial sums, so its backward pass hands dx to all. Between them no rank talks [P1, P7]. */
 static void f_forward(Rank *k, act *x, size_t n) { (void)k, (void)x, (void)n; /* identity */ }
-static void f_backward(Rank *k, act *dx, size_t n) { all_reduce(&k->tp, dx, n, ACT, SUM); }
-static void g_forward(Rank *k, act *x, size_t n) { all_reduce(&k->tp, x, n, ACT, SUM); }
+static void f_backward(Rank *k, act *dx, size_t n)
+{
+    k->place.edge = "f backward";
+    all_reduce(&k->tp, dx, n, ACT, SUM);
+}
+static void g_forward(Rank *k, act *x, size_t n)
+{
+    k->place.edge = "g forward";
+    all_reduce(&k->tp, x, n, ACT, SUM);
+}
 static void g_backward(Rank *k, act *dx, size_t n) { (void)k, (void)dx, (void)n; /* identity */ }
 
 /* Dropout's sites: the embedding, and three in each layer. */
@@ -5662,13 +5671,14 @@ static void print_events(const Trace *trace, int stage, int json)
         const Event *e = &trace->event[i];
         if (json)
             printf("%s{\"stage\": %d, \"op\": \"%s\", \"group\": \"%s\", \"elements\": %zu, \"bytes\": %zu, \"layer\": %d, "
-                   "\"where\": \"%s\", \"paper\": \"%s\"}", stage || i ? ", " : "", stage, e->op, e->group, e->elements,
-                   e->bytes, e->place.layer, e->place.operation, e->place.paper);
+                   "\"where\": \"%s\", \"edge\": \"%s\", \"paper\": \"%s\"}",
+                   stage || i ? ", " : "", stage, e->op, e->group, e->elements, e->bytes, e->place.layer,
+                   e->place.operation, e->place.edge, e->place.paper);
         else {
             char layer[16] = "-";
             if (e->place.layer >= 0) snprintf(layer, sizeof layer, "%d", e->place.layer);
-            printf("%5d  %5s  %-16s  %-14s  %-9s  %10zu  %11zu  %s\n", stage, layer, e->place.operation, e->op, e->group,
-                   e->elements, e->bytes, e->place.paper);
+            printf("%5d  %5s  %-14s  %-10s  %-14s  %-9s  %10zu  %11zu  %s\n", stage, layer, e->place.operation, e->place.edge,
+                   e->op, e->group, e->elements, e->bytes, e->place.paper);
         }
     }
 }
@@ -6552,7 +6562,7 @@ static void run_trace(Options *o)
     t.o = o, t.ranks = ranks;
     run_ranks(max_ranks_warned(in.layout), trace_rank, &t);
     if (o->flags_json) printf("{\"events\": [");
-    else printf("stage  layer  where             op              group        elements        bytes  paper\n");
+    else printf("stage  layer  where           edge        op              group        elements        bytes  paper\n");
     for (int stage = 0; stage < in.layout.pp; stage++)
         print_events(&t.trace[stage * in.layout.tp * in.layout.dp], stage, o->flags_json);
     if (o->flags_json) printf("], \"totals\": [");

@@ -13,7 +13,8 @@ echo; echo "The checkpoint knows nothing of ranks. It goes on with pipeline para
 run ./megatron_gpt2 train --data README.md doc megatron_gpt2.c test_gpt2.c --resume demo --pp 2 --micro-batch 4 \
     --steps 2000
 echo; echo "And writes:"
-run ./megatron_gpt2 generate --model demo --prompt "The paper" --tokens 300 --temperature 0.7
+echo; echo "\$ ./megatron_gpt2 generate --model demo --prompt \"The paper\" --tokens 300 --temperature 0.7"
+./megatron_gpt2 generate --model demo --prompt "The paper" --tokens 300 --temperature 0.7
 cat <<END
 
 demo/ is a model in Hugging Face layout. Three things to try next:
