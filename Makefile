@@ -47,6 +47,6 @@ format:
 	clang-format -i megatron_gpt2.c test_gpt2.c
 
 clean:
-	rm -rf megatron_gpt2 test_gpt2 test_gpt2_double demo test_scratch test_scratch_double
+	rm -rf megatron_gpt2 test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double
 
 .PHONY: all demo test debug debug-threads format clean

@@ -10,7 +10,8 @@
  *     9 evaluation     10 generation            11 checkpoints         12 planner, trace     13 command line
  *
  * Letters: B sequences in a micro-batch, T tokens in a sequence, N = B*T rows; C hidden size, H heads, D = C/H,
- * F = 4C width of the MLP, L layers, V words; t x p x d ranks. A p behind a letter means this rank's part: Cp = C/t.
+ * F = 4C width of the MLP, L layers, P positions, V tokens in the vocabulary; t x p x d ranks. A small p behind a
+ * letter means this rank's part: Cp = C/t.
  *
  * The t x p x d grid of ranks [App. B.1, Fig. 8], here t = 2, p = 2, d = 2:
  *
@@ -20,8 +21,8 @@
  *
  * Contracts: outputs come first, then inputs, then dimensions. Backward functions write dx and add to dw. Matrices are
  * row-major, and their shapes stand beside them. No global changes; all state is in a Rank. Bad input ends in die(),
- * broken invariants in assert(). This text is C11 and, chapter 2 apart, C++17: the CUDA twin megatron_gpt2.cu compiles
- * it with operators of its own. */
+ * which is one line on stderr and exit 1. This text is C11 and, chapter 2 apart, C++17: a CUDA program can compile it
+ * with operators of its own in the place of chapter 2 (GPT2_OPERATORS). */
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -33,6 +34,8 @@
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -49,7 +52,6 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-
 
 /* ================================================================================================================
  * Chapter 1. Ground: what every later chapter stands on
@@ -69,23 +71,38 @@ typedef real act; /* weights, activations and their gradients; the CUDA twin may
 
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+static size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
+static size_t round_up(size_t n, size_t d) { return (n + d - 1) / d * d; }
 
-/* Ends the program for the user's sake: one line on stderr that says what was seen, what was expected and what to do.
- * Several ranks often meet the same bad input at once: the first one speaks, the others wait for the end. */
-__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...)
+/* Ends the program with one line on stderr. Several ranks often meet the same bad input at once: the first one speaks,
+ * the others wait for the end. Not exit(): other ranks still run, and must not meet torn-down libraries. */
+__attribute__((noreturn)) static void end_with(int status, const char *format, va_list args)
 {
     static int spoken;
-    while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
     char line[2 * PATH_MAX];
-    va_list args;
-    va_start(args, format);
+    while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
     vsnprintf(line, sizeof line, format, args);
-    va_end(args);
     for (char *c = line; *c; c++) /* names in files and paths may hold anything; the message stays one line */
         if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
     fflush(stdout);
     fprintf(stderr, PROGRAM ": %s\n", line);
-    _exit(1); /* not exit(): other ranks still run, and must not meet torn-down libraries */
+    _exit(status);
+}
+
+/* Bad input: says what was seen, what was expected and what to do. Exit status 1. */
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    end_with(1, format, args);
+}
+
+/* Wrong use of the command line: exit status 2. */
+__attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    end_with(2, format, args);
 }
 
 /* Zeroed host memory for count objects of size bytes; dies instead of returning NULL. */
@@ -93,6 +110,16 @@ static void *xcalloc(size_t count, size_t size)
 {
     void *p = calloc(count ? count : 1, size ? size : 1);
     if (!p) die("out of memory: %zu objects of %zu bytes were asked for; try a smaller model or batch", count, size);
+    return p;
+}
+
+/* Room for one element more in a growing array of n elements: p itself, or p moved into twice the capacity. */
+static void *grow(void *p, size_t n, size_t *capacity, size_t size)
+{
+    if (n < *capacity) return p;
+    *capacity = *capacity ? 2 * *capacity : 64;
+    p = realloc(p, *capacity * size);
+    if (!p) die("out of memory: %zu objects of %zu bytes were asked for; give less text", *capacity, size);
     return p;
 }
 
@@ -107,11 +134,11 @@ typedef struct {
 static void *carve(Arena *arena, size_t count, size_t size)
 {
     void *p = arena->base ? arena->base + arena->used : NULL;
-    arena->used += (count * size + 63) / 64 * 64;
+    arena->used += round_up(count * size, 64);
     return p;
 }
 
-/* ---- Files ----------------------------------------------------------------------------------------------------- */
+/* ---- Files ------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const char *data;
@@ -123,7 +150,7 @@ static Map map_file(const char *path)
 {
     Map map = {"", 0};
     struct stat st;
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK); /* or a pipe would make us wait for a writer */
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) die("%s is not a regular file", path);
     if (st.st_size > 0) {
@@ -153,7 +180,7 @@ static int file_exists(const char *folder, const char *name)
     return access(join_path(path, folder, name), F_OK) == 0;
 }
 
-/* ---- Random numbers -------------------------------------------------------------------------------------------- */
+/* ---- Random numbers ---------------------------------------------------------------------------------------------- */
 
 /* Philox4x32-10 (Salmon et al. 2011; also PyTorch's and cuRAND's on GPUs): four random words as a pure function of a
  * key and a counter. There is no state to save, and any rank, in any layout, in any order, draws the same number for
@@ -216,7 +243,2315 @@ typedef struct {
     size_t heads; /* attention only: heads of the whole layer, so that sequence b starts at first + b*heads*T*T */
 } Dropout;
 
-/* ---- JSON ------------------------------------------------------------------------------------------------------ */
+/* ---- Progress ---------------------------------------------------------------------------------------------------- */
+
+static double now(void) /* seconds */
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Long work on stderr: a bar on a terminal, else a line now and then. */
+typedef struct {
+    const char *unit;    /* "step", "window", .. */
+    size_t first, total; /* units done before the start, and at the end */
+    size_t tokens;       /* in a unit */
+    int terminal;
+    double start, shown; /* seconds */
+} Meter;
+
+static Meter meter_start(const char *unit, size_t first, size_t total, size_t tokens)
+{
+    double t = now();
+    Meter m = {unit, first, total, tokens, isatty(STDERR_FILENO), t, t};
+    return m;
+}
+
+static double meter_rate(const Meter *m, size_t done) /* tokens a second so far */
+{
+    return (double)(done - m->first) * (double)m->tokens / fmax(now() - m->start, 1e-9);
+}
+
+/* Shows how far the work is, and one value of its own, if it is time to. */
+static void meter_show(Meter *m, size_t done, const char *name, double value)
+{
+    double t = now(), rate = meter_rate(m, done),
+           left = (double)(m->total - done) * (double)m->tokens / fmax(rate, 1e-9);
+    char bar[33] = "................................";
+    if (done < m->total && t - m->shown < (m->terminal ? 0.1 : 10)) return;
+    m->shown = t;
+    for (size_t i = 0; m->total && i < 32 * done / m->total; i++) bar[i] = '#';
+    fprintf(stderr, "%s%s%s%s %zu/%zu  %s %.4f  %.0f tokens/s  %.0f:%02.0f left%s", m->terminal ? "\r[" : "",
+            m->terminal ? bar : "", m->terminal ? "] " : "", m->unit, done, m->total, name, value, rate,
+            floor(left / 60), floor(fmod(left, 60)), m->terminal && done < m->total ? "\033[K" : "\n");
+}
+
+/* ---- Types that both machines' operators share ------------------------------------------------------------------- */
+
+typedef enum { GELU_TANH, GELU_ERF } Gelu;
+typedef enum { SUM, MAX } Op;
+typedef enum { ACT, REAL_ARRAY, DOUBLE_ARRAY } Type; /* of an array's elements; only the twin's act is not real */
+
+typedef struct {
+    double lr, beta1, beta2, eps, decay;
+    double grad_scale; /* multiplies every gradient: 1 / loss scale, clipping */
+    size_t step;       /* counts from 1 */
+} AdamW;
+
+#ifdef GPT2_OPERATORS
+#include GPT2_OPERATORS
+#else
+
+/* ================================================================================================================
+ * Chapter 2. Operators [§2.2]: the seam between one text and two machines. This is the CPU's side
+ * ================================================================================================================
+ *
+ * Each operator is a function of pointers and dimensions; it knows no ranks and keeps no state. Outputs come first.
+ * Backward writes dx and adds to dw. Threads share out work that is cut the same way however many there are, and no
+ * two threads add to one number: results do not depend on the number of OpenMP threads, bit for bit.
+ *
+ * Letters: N = B*T rows (batch x time), C channels, I inputs and O outputs of a linear layer, H heads of size D. */
+
+/* ---- Memory ------------------------------------------------------------------------------------------------------ */
+
+/* Zeroed, 64-byte aligned; dies when there is none. */
+static void *device_calloc(size_t bytes)
+{
+    void *p = aligned_alloc(64, round_up(max_size(bytes, 1), 64));
+    if (!p) die("out of memory: %zu bytes were asked for", bytes);
+    return memset(p, 0, bytes);
+}
+
+static void device_free(void *p) { free(p); }
+static void device_select(int rank, int ranks) { (void)rank, (void)ranks; } /* the twin: which GPU is this rank's */
+static void device_synchronize(void) {}                                     /* the twin: wait for this rank's stream */
+static void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
+static void device_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
+static void device_upload(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
+static void device_download(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
+static void act_upload(act *to, const real *from, size_t n) { memcpy(to, from, n * sizeof *to); }
+static void act_download(real *to, const act *from, size_t n) { memcpy(to, from, n * sizeof *to); }
+
+enum { SMALL = 16384 }; /* numbers that one thread has done with before others would wake up */
+
+/* n reals of working space, 64-byte aligned and not zeroed; free() it. */
+static real *scratch(size_t n)
+{
+    void *p = aligned_alloc(64, n * sizeof(real) / 64 * 64 + 64);
+    if (!p) die("out of memory: %zu bytes of scratch were asked for", n * sizeof(real));
+    return (real *)p;
+}
+
+/* ---- Functions of one number ------------------------------------------------------------------------------------- */
+
+static inline real square_root(real x) { return sizeof x == sizeof(float) ? sqrtf((float)x) : (real)sqrt(x); }
+
+/* e^x in a form that compilers vectorise: e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2, and for e^r a
+ * polynomial that is within 0.06 ulp of it. Error: at most 1.02 ulp, for all floats. 0 below -86.5 (e^x < 2^-124);
+ * inf above 88.72283, where floats end; NaN stays NaN. Adding 1.5 * 2^23 leaves n in the sum's low bits. 2^(n-1)
+ * times a doubled polynomial reaches the last binade, where 2^n alone would not exist. */
+static inline real exponential(real x)
+{
+    if (sizeof x != sizeof(float)) return (real)exp(x);
+    float f = (float)x, shifted = f * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, scale;
+    float r = (f - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: n * the first is exact */
+    float q = 0.001381446547f;
+    q = q * r + 0.008368780424f;
+    q = q * r + 0.04166839425f;
+    q = q * r + 0.1666652011f;
+    q = q * r + 0.4999999341f;
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits = (bits + 126) << 23;
+    memcpy(&scale, &bits, 4);
+    float y = (1 + (r + r * r * q)) * 2 * scale;
+    return f < -86.5f ? 0 : f > 89 ? INFINITY : y;
+}
+
+/* Phi(x), through erfc: 1 + erf would cancel on the left. */
+static inline real normal_cdf(real x)
+{
+    return sizeof x == sizeof(float) ? erfcf((float)x * -(float)M_SQRT1_2) / 2 : (real)(erfc(x * -M_SQRT1_2) / 2);
+}
+
+/* GeLU [§2.2]: x * Phi(x). Megatron's tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), equals
+ * x / (1 + e^-2u): one exponential, no tanh. GELU_ERF is the exact form [P41]. */
+static inline real gelu(real x, Gelu kind)
+{
+    if (kind == GELU_ERF) return x * normal_cdf(x);
+    return x / (1 + exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * x * x)));
+}
+
+/* d gelu / dx = s + x s(1-s) 2u' with s = 1 / (1 + e^-2u); s(1-s) is even in u, and t = e^-|2u| cannot overflow. */
+static inline real gelu_slope(real x, Gelu kind)
+{
+    if (kind == GELU_ERF) return normal_cdf(x) + x * (real)0.3989422804014327 * exponential(-x * x / 2); /* + x phi */
+    real xx = x * x, v = (real)1.5957691216057308 * x * (1 + (real)0.044715 * xx);                       /* 2u */
+    real t = exponential(v < 0 ? v : -v), s = 1 / (1 + t), rise = t * s * s;
+    return (v < 0 ? t * s : s) + x * rise * (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * xx);
+}
+
+/* The largest of top and x (n); NaNs are passed over. Lane by lane: not every compiler reorders a maximum. */
+static real largest(const real *x, size_t n, real top)
+{
+    enum { SIDE = 32 };
+    real side[SIDE];
+    for (size_t j = 0; j < SIDE; j++) side[j] = top;
+    for (; n >= SIDE; n -= SIDE, x += SIDE)
+#pragma omp simd
+        for (size_t j = 0; j < SIDE; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
+    for (size_t j = 0; j < n; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
+    for (size_t j = 0; j < SIDE; j++) top = side[j] > top ? side[j] : top;
+    return top;
+}
+
+/* ---- Dropout ----------------------------------------------------------------------------------------------------- */
+
+/* A word below this drops its element; p < 1. */
+static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1p32); }
+
+/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on many blocks side by side, round by
+ * round, so that it vectorises. Ones, and no numbers drawn, where there is no dropout. */
+static void dropout_factors(real *out, Dropout d, size_t index, size_t n)
+{
+    enum { SIDE = 32 }; /* blocks, of four words each */
+    const uint32_t threshold = dropout_threshold(d.p);
+    const real scale = 1 / (1 - d.p);
+    for (size_t i = 0; d.p == 0 && i < n; i++) out[i] = 1;
+    if (d.p == 0) return;
+    size_t skip = (d.first + index) % 4; /* words of the first block that come before ours */
+    for (uint64_t block = (d.first + index) / 4; n > 0; block += SIDE) {
+        uint32_t c0[SIDE], c1[SIDE], c2[SIDE], c3[SIDE], k0 = (uint32_t)d.seed, k1 = (uint32_t)(d.seed >> 32);
+        real factor[4 * SIDE];
+        for (int i = 0; i < SIDE; i++) {
+            c0[i] = (uint32_t)(block + (uint64_t)i), c1[i] = (uint32_t)((block + (uint64_t)i) >> 32);
+            c2[i] = d.site, c3[i] = d.step;
+        }
+        for (int round = 0; round < 10; round++, k0 += 0x9E3779B9, k1 += 0xBB67AE85)
+#pragma omp simd
+            for (int i = 0; i < SIDE; i++) {
+                uint64_t p0 = (uint64_t)0xD2511F53 * c0[i], p1 = (uint64_t)0xCD9E8D57 * c2[i];
+                c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
+                c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
+                c1[i] = (uint32_t)p1;
+                c3[i] = (uint32_t)p0;
+            }
+        for (int i = 0; i < SIDE; i++) {
+            factor[4 * i] = c0[i] >= threshold ? scale : 0;
+            factor[4 * i + 1] = c1[i] >= threshold ? scale : 0;
+            factor[4 * i + 2] = c2[i] >= threshold ? scale : 0;
+            factor[4 * i + 3] = c3[i] >= threshold ? scale : 0;
+        }
+        size_t count = min_size(n, 4 * SIDE - skip);
+        memcpy(out, factor + skip, count * sizeof *out);
+        out += count, n -= count, skip = 0;
+    }
+}
+
+/* ---- Matrix product ---------------------------------------------------------------------------------------------- */
+
+/* C (M,N) = A (M,K) B (K,N), nine tenths of all time. One product serves X W', dY W and dY' X, because A and B are
+ * read through a (row, column) stride. It makes C in tiles of 6 rows x TILE_VECS vectors:
+ *
+ *                   TILE_COLS              in registers  the tile of C, and one row of B's panel at a time
+ *              B   +--+==+--+--+           in L1         a 6 x K_BLOCK strip of A (9 KB)
+ *          K_BLOCK |  |##|  |  |           in L2         a K_BLOCK x TILE_COLS panel of B (96 KB), which all strips
+ *                  +--+==+--+--+                         meet before the next panel comes
+ *     A  K_BLOCK                           in L3         ROW_BLOCK x K_BLOCK of A (2.3 MB), read strip by strip
+ *      +========+  +--+--+--+--+
+ *    6 |########|  |  |##|  |  | C         For each k a tile loads TILE_VECS vectors of B and 6 numbers of A, and
+ *      +========+  +--+--+--+--+           makes 6 * TILE_VECS multiply-adds of vectors: the arithmetic units never
+ *      |        |  |  |  |  |  |           wait for the loads.
+ *
+ * Strips and panels are packed: copied so that the tile's loop reads memory in order, whatever the strides. Threads
+ * take equal runs of tiles, down the columns of C. A tile's sum over k has one order, whoever makes it. */
+
+#if defined __AVX512F__
+enum { VEC_BYTES = 64, TILE_VECS = 4 };
+#elif defined __AVX__
+enum { VEC_BYTES = 32, TILE_VECS = 2 };
+#elif defined __aarch64__
+enum { VEC_BYTES = 16, TILE_VECS = 4 };
+#else
+enum { VEC_BYTES = 16, TILE_VECS = 2 };
+#endif
+typedef real vec __attribute__((vector_size(VEC_BYTES)));
+typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias)); /* any address */
+
+enum {
+    LANES = VEC_BYTES / sizeof(real),
+    TILE_ROWS = 6,
+    TILE_COLS = TILE_VECS * LANES,
+    SQUARE = 16,
+    K_BLOCK = 384,    /* a multiple of SQUARE */
+    ROW_BLOCK = 1536, /* a multiple of TILE_ROWS */
+};
+
+typedef struct {
+    const act *p; /* element (i, j) is p[i * row + j * col] */
+    size_t row, col;
+} Mat;
+
+typedef enum { BIAS, BIAS_GELU, GELU_SLOPE } EpilogueKind;
+
+/* What happens to an element of C when its sum is complete. */
+typedef struct {
+    EpilogueKind kind;
+    const act *bias; /* BIAS, BIAS_GELU: (N), or NULL */
+    act *pre;        /* BIAS_GELU: (M,N) gets C + bias, or NULL. GELU_SLOPE: C is multiplied by gelu'(pre) */
+    Gelu gelu;
+} Epilogue;
+
+/* c (6, vecs vectors) [+]= a (6,K) b (K, vecs vectors). */
+static inline __attribute__((always_inline)) void tile_of(const size_t vecs, real *c, size_t c_row, Mat a,
+                                                          const real *b, size_t b_row, size_t K, int add)
+{
+    vec t[TILE_ROWS][TILE_VECS] = {{{0}}};
+    for (size_t i = 0; i < TILE_ROWS; i++)
+        for (size_t j = 0; j < vecs; j++) __builtin_prefetch(c + i * c_row + j * LANES, 1);
+    for (size_t k = 0; k < K; k++, a.p += a.col, b += b_row)
+        for (size_t i = 0; i < TILE_ROWS; i++)
+            for (size_t j = 0; j < vecs; j++) t[i][j] += a.p[i * a.row] * *(const loose_vec *)(b + j * LANES);
+    for (size_t i = 0; i < TILE_ROWS; i++)
+        for (size_t j = 0; j < vecs; j++) {
+            loose_vec *to = (loose_vec *)(c + i * c_row + j * LANES);
+            if (add) t[i][j] += *to;
+            *to = t[i][j];
+        }
+}
+
+/* c (6,n) [+]= a (6,K) b (K,n), n <= TILE_COLS rounded up to whole vectors. */
+static void tile(real *c, size_t c_row, Mat a, const real *b, size_t b_row, size_t n, size_t K, int add)
+{
+    switch (ceil_div(n, LANES)) {
+    case 1: tile_of(1, c, c_row, a, b, b_row, K, add); break;
+    case 2: tile_of(2, c, c_row, a, b, b_row, K, add); break;
+    case 3: tile_of(TILE_VECS - 1, c, c_row, a, b, b_row, K, add); break;
+    default: tile_of(TILE_VECS, c, c_row, a, b, b_row, K, add);
+    }
+}
+
+/* to (16,16) = the transpose of from (16,16): two perfect shuffles of a deck dealt to four piles, which compilers
+ * make vector permutations of. Each cache line of `from` is touched once: rows a power of two apart share few
+ * places in L1. */
+static inline void transpose_square(real *to, size_t to_row, const real *from, size_t from_row)
+{
+    enum { PILE = SQUARE * SQUARE / 4 };
+    real deck[3][4 * PILE] __attribute__((aligned(64)));
+    for (size_t i = 0; i < SQUARE; i++) memcpy(deck[0] + i * SQUARE, from + i * from_row, SQUARE * sizeof(real));
+    for (int pass = 0; pass < 2; pass++)
+#pragma omp simd
+        for (size_t i = 0; i < PILE; i++) {
+            deck[pass + 1][4 * i] = deck[pass][i];
+            deck[pass + 1][4 * i + 1] = deck[pass][i + PILE];
+            deck[pass + 1][4 * i + 2] = deck[pass][i + 2 * PILE];
+            deck[pass + 1][4 * i + 3] = deck[pass][i + 3 * PILE];
+        }
+    for (size_t k = 0; k < SQUARE; k++) memcpy(to + k * to_row, deck[2] + k * SQUARE, SQUARE * sizeof(real));
+}
+
+/* out (K,width) = the transpose of from (n,K), and zeros from column n on. width is a constant where this is
+ * inlined. */
+static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n, const size_t width, size_t K)
+{
+    size_t k = 0;
+    if (from.col == 1 && n == width && width % SQUARE == 0)
+        for (; k + SQUARE <= K; k += SQUARE)
+            for (size_t i = 0; i < width; i += SQUARE)
+                transpose_square(out + k * width + i, width, from.p + i * from.row + k, from.row);
+    if (from.row == 1 && n == width)
+        for (; k < K; k++) memcpy(out + k * width, from.p + k * from.col, width * sizeof *out);
+    for (; k < K; k++)
+        for (size_t i = 0; i < width; i++) out[k * width + i] = i < n ? from.p[i * from.row + k * from.col] : 0;
+}
+
+/* x (n) = gelu(x). The two kinds are apart because only the first vectorises: the other calls libm. */
+static void gelu_row(act *x, size_t n, Gelu kind)
+{
+    if (kind == GELU_ERF)
+        for (size_t i = 0; i < n; i++) x[i] = gelu(x[i], GELU_ERF);
+    else
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) x[i] = gelu(x[i], GELU_TANH);
+}
+
+/* dx (n) *= gelu'(x). */
+static void gelu_slope_row(act *dx, const act *x, size_t n, Gelu kind)
+{
+    if (kind == GELU_ERF)
+        for (size_t i = 0; i < n; i++) dx[i] *= gelu_slope(x[i], GELU_ERF);
+    else
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) dx[i] *= gelu_slope(x[i], GELU_TANH);
+}
+
+/* The epilogue on rows x cols elements of C, row by row, the first of them element `at` of C and column `col`. */
+static void finish(act *c, size_t at, size_t col, size_t rows, size_t cols, size_t N, const Epilogue *e)
+{
+    for (size_t i = 0; i < rows; i++, at += N) {
+        act *x = c + at, *pre = e->pre ? e->pre + at : NULL;
+        const act *bias = e->bias ? e->bias + col : NULL;
+        if (bias)
+#pragma omp simd
+            for (size_t j = 0; j < cols; j++) x[j] += bias[j];
+        if (e->kind == BIAS_GELU && pre) memcpy(pre, x, cols * sizeof *x);
+        if (e->kind == BIAS_GELU) gelu_row(x, cols, e->gelu);
+        if (e->kind == GELU_SLOPE) gelu_slope_row(x, pre, cols, e->gelu);
+    }
+}
+
+/* c (m,n) [+]= strip (6,K) panel (K,TILE_COLS). A tile on C's edge takes a detour, for it is larger than what is
+ * left. */
+static void tile_of_matrix(act *c, size_t c_row, size_t m, size_t n, const real *strip, const real *panel, size_t K,
+                           int add)
+{
+    const Mat a = {strip, 1, TILE_ROWS};
+    if (m == TILE_ROWS && n % LANES == 0) {
+        tile(c, c_row, a, panel, TILE_COLS, n, K, add);
+        return;
+    }
+    real edge[TILE_ROWS * TILE_COLS];
+    tile(edge, TILE_COLS, a, panel, TILE_COLS, n, K, 0);
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < n; j++) c[i * c_row + j] = edge[i * TILE_COLS + j] + (add ? c[i * c_row + j] : 0);
+}
+
+/* c (M,N) [+]= a (M,K) b (K,N), and e, which may be NULL. */
+static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e)
+{
+    const size_t depth = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), SQUARE);
+    const size_t height = min_size(ROW_BLOCK, round_up(M, TILE_ROWS));
+    real *strips = scratch(height * depth);
+#pragma omp parallel if (M * N * K > 8 * SMALL)
+    for (size_t i0 = 0; i0 < M; i0 += height)
+        for (size_t k0 = 0; k0 < K; k0 += depth) {
+            const size_t rows = min_size(height, M - i0), count = ceil_div(rows, TILE_ROWS);
+            const size_t k = min_size(depth, K - k0);
+            const Mat a_block = {a.p + i0 * a.row + k0 * a.col, a.row, a.col};
+#pragma omp for schedule(static)
+            for (size_t s = 0; s < count; s++)
+                pack(strips + s * TILE_ROWS * k, (Mat){a_block.p + s * TILE_ROWS * a.row, a.row, a.col},
+                     min_size(TILE_ROWS, rows - s * TILE_ROWS), TILE_ROWS, k);
+            real panel[K_BLOCK * TILE_COLS] __attribute__((aligned(64)));
+            size_t packed = N; /* the column at which panel begins */
+#pragma omp for schedule(static)
+            for (size_t t = 0; t < count * ceil_div(N, TILE_COLS); t++) {
+                const size_t i = i0 + t % count * TILE_ROWS, j = t / count * TILE_COLS;
+                const size_t m = min_size(TILE_ROWS, M - i), n = min_size(TILE_COLS, N - j);
+                if (packed != j) pack(panel, (Mat){b.p + k0 * b.row + j * b.col, b.col, b.row}, n, TILE_COLS, k);
+                packed = j;
+                tile_of_matrix(c + i * N + j, N, m, n, strips + t % count * TILE_ROWS * k, panel, k, add || k0 > 0);
+                if (e && k0 + k == K) finish(c, i * N + j, j, m, n, N, e);
+            }
+        }
+    free(strips);
+}
+
+/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] ---------------------------------------- */
+
+static real dot(const real *a, const real *b, size_t n)
+{
+    enum { CHAINS = 4 }; /* independent sums hide the latency of the adder */
+    vec s[CHAINS] = {{0}};
+    real sum = 0;
+    size_t i = 0;
+    for (; i + CHAINS * LANES <= n; i += CHAINS * LANES)
+        for (int j = 0; j < CHAINS; j++)
+            s[j] += *(const loose_vec *)(a + i + j * LANES) * *(const loose_vec *)(b + i + j * LANES);
+    s[0] = (s[0] + s[1]) + (s[2] + s[3]);
+    for (int lane = 0; lane < LANES; lane++) sum += s[0][lane];
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* y (N,O) = x (N,I) w' + b; w (O,I); b (O) or NULL. */
+static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I, size_t O)
+{
+    const Epilogue bias = {BIAS, b, NULL, GELU_TANH};
+    if (N >= 4) {
+        matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &bias);
+        return;
+    }
+    /* Generation: one token's product runs at the speed at which w is read, so w is read once and as it lies. */
+#pragma omp parallel for schedule(static) if (O * I > SMALL)
+    for (size_t o = 0; o < O; o++)
+        for (size_t n = 0; n < N; n++) y[n * O + o] = dot(x + n * I, w + o * I, I) + (b ? b[o] : 0);
+}
+
+enum { COLUMN_BLOCK = 64 }; /* columns a thread takes at a time where sums run down the rows */
+
+/* db (C) += column sums of x (N,C). */
+static void add_column_sums(act *db, const act *x, size_t N, size_t C)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
+        real sum[COLUMN_BLOCK] = {0};
+        const size_t count = min_size(COLUMN_BLOCK, C - c0);
+        for (size_t n = 0; n < N; n++)
+#pragma omp simd
+            for (size_t c = 0; c < count; c++) sum[c] += x[n * C + c0 + c];
+        for (size_t c = 0; c < count; c++) db[c0 + c] += sum[c];
+    }
+}
+
+/* dx (N,I) = dy w; dw (O,I) += dy' x; db (O) += column sums of dy. NULL: not wanted. */
+static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w, size_t N, size_t I,
+                            size_t O)
+{
+    if (dx) matmul(dx, (Mat){dy, O, 1}, (Mat){w, I, 1}, N, I, O, 0, NULL);
+    if (dw) matmul(dw, (Mat){dy, 1, O}, (Mat){x, I, 1}, O, I, N, 1, NULL);
+    if (db) add_column_sums(db, dy, N, O);
+}
+
+/* pre (N,O) = x w' + b; y = gelu(pre) [§3 eq.1; eq.3 where w is one rank's columns]. pre may be NULL (inference). */
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b, size_t N, size_t I,
+                                size_t O, Gelu kind)
+{
+    const Epilogue e = {BIAS_GELU, b, pre, kind};
+    if (N >= 4) {
+        matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &e);
+    } else {
+        linear_forward(y, x, w, b, N, I, O);
+        const Epilogue only_gelu = {BIAS_GELU, NULL, pre, kind};
+        finish(y, 0, 0, N, O, O, &only_gelu);
+    }
+}
+
+/* Backward of y = gelu(pre), z = y w': dpre (N,I) = (dz w) * gelu'(pre); dw (O,I) += dz' y. z has no bias: w is
+ * row-parallel, and its bias comes after g [§3, Z = sum of Y_i B_i]. */
+static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre, const act *w,
+                                 size_t N, size_t I, size_t O, Gelu kind)
+{
+    const Epilogue slope = {GELU_SLOPE, NULL, (act *)pre, kind};
+    matmul(dpre, (Mat){dz, O, 1}, (Mat){w, I, 1}, N, I, O, 0, &slope);
+    matmul(dw, (Mat){dz, 1, O}, (Mat){y, I, 1}, O, I, N, 1, NULL);
+}
+
+/* ---- Embeddings -------------------------------------------------------------------------------------------------- */
+
+/* x (N,C) = row tokens[n] - v0 of wte (Vp,C) where this slice [v0, v0+Vp) of the vocabulary owns the token, else
+ * 0. */
+static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C, size_t v0, size_t Vp)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        const size_t row = (size_t)tokens[n] - v0; /* below v0 it wraps to a huge number */
+        if (row < Vp) memcpy(x + n * C, wte + row * C, C * sizeof *x);
+        else memset(x + n * C, 0, C * sizeof *x);
+    }
+}
+
+/* dwte[tokens[n] - v0] += dx[n]. A token may repeat, so threads take columns, not rows. */
+static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N, size_t C, size_t v0,
+                                     size_t Vp)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK)
+        for (size_t n = 0; n < N; n++) {
+            const size_t row = (size_t)tokens[n] - v0, end = min_size(c0 + COLUMN_BLOCK, C);
+            if (row < Vp)
+#pragma omp simd
+                for (size_t c = c0; c < end; c++) dwte[row * C + c] += dx[n * C + c];
+        }
+}
+
+enum { KEEP_BLOCK = 512 }; /* dropout factors at a time: they stay in L1 */
+
+/* x (C) *= the mask of elements index .. index+C-1. */
+static void drop_row(act *x, size_t C, Dropout d, size_t index)
+{
+    real keep[KEEP_BLOCK];
+    for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
+        const size_t count = min_size(KEEP_BLOCK, C - c0);
+        dropout_factors(keep, d, index + c0, count);
+#pragma omp simd
+        for (size_t c = 0; c < count; c++) x[c0 + c] *= keep[c];
+    }
+}
+
+/* x (B,T,C) = dropout(x + wpe[past + t]), in place. */
+static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C, size_t past, Dropout d)
+{
+#pragma omp parallel for schedule(static) if (B * T * C > SMALL)
+    for (size_t n = 0; n < B * T; n++) {
+        act *row = x + n * C;
+        const act *position = wpe + (past + n % T) * C;
+#pragma omp simd
+        for (size_t c = 0; c < C; c++) row[c] += position[c];
+        if (d.p > 0) drop_row(row, C, d, n * C);
+    }
+}
+
+/* dx = mask * dx in place: the gradient of the token embedding's output. dwpe[t] += its sum over b. */
+static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C, Dropout d)
+{
+#pragma omp parallel for schedule(static) if (B * T * C > SMALL)
+    for (size_t t = 0; t < T; t++)
+        for (size_t b = 0; b < B; b++) {
+            const size_t n = b * T + t;
+            if (d.p > 0) drop_row(dx + n * C, C, d, n * C);
+#pragma omp simd
+            for (size_t c = 0; c < C; c++) dwpe[t * C + c] += dx[n * C + c];
+        }
+}
+
+/* ---- LayerNorm --------------------------------------------------------------------------------------------------- */
+
+/* y (C) = (x - mean) * rstd * g + b. Two passes over x (it is in L1): no cancellation, unlike E[x^2] - E[x]^2. */
+static void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t C, real eps)
+{
+    real sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t c = 0; c < C; c++) sum += x[c];
+    const real m = sum / (real)C;
+#pragma omp simd reduction(+ : squares)
+    for (size_t c = 0; c < C; c++) squares += (x[c] - m) * (x[c] - m);
+    const real r = 1 / square_root(squares / (real)C + eps);
+#pragma omp simd
+    for (size_t c = 0; c < C; c++) y[c] = (x[c] - m) * r * g[c] + b[c];
+    *mean = m, *rstd = r;
+}
+
+/* y (N,C); mean, rstd (N) are kept for backward. */
+static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t N,
+                              size_t C, real eps)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) layernorm_row(y + n * C, mean + n, rstd + n, x + n * C, g, b, C, eps);
+}
+
+/* dx = dres + the gradient through LayerNorm (dres NULL: none; dres may be dx itself); dg, db (C) += . With h = the
+ * normalised x: dh = dy * g, dx = rstd * (dh - mean(dh) - h * mean(dh * h)). */
+static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g, const real *mean,
+                               const real *rstd, const act *dres, size_t N, size_t C)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) { /* dx may overwrite dy's or x's buffer: this comes first */
+        real sum_g[COLUMN_BLOCK] = {0}, sum_b[COLUMN_BLOCK] = {0};
+        const size_t count = min_size(COLUMN_BLOCK, C - c0);
+        for (size_t n = 0; n < N; n++) {
+            const act *dy_n = dy + n * C + c0, *x_n = x + n * C + c0;
+            const real m = mean[n], r = rstd[n];
+#pragma omp simd
+            for (size_t c = 0; c < count; c++) {
+                sum_g[c] += dy_n[c] * ((x_n[c] - m) * r);
+                sum_b[c] += dy_n[c];
+            }
+        }
+        for (size_t c = 0; c < count; c++) dg[c0 + c] += sum_g[c], db[c0 + c] += sum_b[c];
+    }
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        act *dx_n = dx + n * C;
+        const act *dy_n = dy + n * C, *x_n = x + n * C, *dres_n = dres ? dres + n * C : NULL;
+        const real m = mean[n], r = rstd[n];
+        real sum = 0, sum_h = 0;
+#pragma omp simd reduction(+ : sum, sum_h)
+        for (size_t c = 0; c < C; c++) {
+            sum += dy_n[c] * g[c];
+            sum_h += dy_n[c] * g[c] * ((x_n[c] - m) * r);
+        }
+        sum /= (real)C, sum_h /= (real)C;
+#pragma omp simd
+        for (size_t c = 0; c < C; c++)
+            dx_n[c] = (dres_n ? dres_n[c] : 0) + r * (dy_n[c] * g[c] - sum - (x_n[c] - m) * r * sum_h);
+    }
+}
+
+/* ---- Bias + dropout + residual (+ LayerNorm) --------------------------------------------------------------------- */
+
+/* out (C) = residual + mask * (y + bias), for elements index .. index+C-1. */
+static void bias_dropout_add_row(act *out, const act *y, const act *bias, const act *residual, size_t C, Dropout d,
+                                 size_t index)
+{
+    if (d.p == 0) {
+#pragma omp simd
+        for (size_t c = 0; c < C; c++) out[c] = residual[c] + (y[c] + bias[c]);
+        return;
+    }
+    real keep[KEEP_BLOCK];
+    for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
+        const size_t end = min_size(c0 + KEEP_BLOCK, C);
+        dropout_factors(keep, d, index + c0, end - c0);
+#pragma omp simd
+        for (size_t c = c0; c < end; c++) out[c] = residual[c] + (y[c] + bias[c]) * keep[c - c0];
+    }
+}
+
+/* out (N,C) = residual + dropout(y + bias). The bias is added once, after g: inside the partial sums it would come t
+ * times [P4]. out may be y or residual. */
+static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual, size_t N, size_t C,
+                                     Dropout d)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) bias_dropout_add_row(out + n * C, y + n * C, bias, residual + n * C, C, d, n * C);
+}
+
+/* The same, and the LayerNorm that follows it, while the row is in L1: res as above, ln = LN(res). */
+static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd, const act *y, const act *bias,
+                                               const act *residual, const act *g, const act *b, size_t N, size_t C,
+                                               real eps, Dropout d)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        bias_dropout_add_row(res + n * C, y + n * C, bias, residual + n * C, C, d, n * C);
+        layernorm_row(ln + n * C, mean + n, rstd + n, res + n * C, g, b, C, eps);
+    }
+}
+
+/* dy = mask * dout; dbias (C) += column sums of dy. The residual's gradient is dout itself. */
+static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C, Dropout d)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        if (dy != dout) memcpy(dy + n * C, dout + n * C, C * sizeof *dy);
+        if (d.p > 0) drop_row(dy + n * C, C, d, n * C);
+    }
+    add_column_sums(dbias, dy, N, C);
+}
+
+/* ---- Causal self-attention [§3 Fig. 3b] -------------------------------------------------------------------------- */
+
+/* For one head: S = Q K' / sqrt(D), P = softmax of each row i over the keys j <= i, out = dropout(P) V. The T x T
+ * matrices never exist: a block of QUERIES rows meets the keys KEYS at a time, and the softmax is kept as a
+ * running maximum m, a running sum l of e^(s-m) and a running out, the last two shrunk by e^(old m - new m) when m
+ * grows. Blocks above the diagonal are skipped. What remains for backward is lse = m + log l, for P = e^(S - lse)
+ * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles; a thread's extra memory is O(T
+ * D). */
+enum {
+    QUERIES = 48,            /* a multiple of TILE_ROWS */
+    KEYS = 128,              /* a multiple of TILE_COLS */
+    P_ROW = KEYS + TILE_ROWS /* P' is read TILE_ROWS rows at a time: the last ones of P stay 0 */
+};
+
+/* The right-hand side of block_product: panels of TILE_COLS columns, `panel` numbers apart. */
+typedef struct {
+    const real *p;
+    size_t row, panel;
+} Panels;
+
+/* c (M,N) [+]= a (M,K) b (K,N), all in cache. Touches whole tiles: M rounded up to TILE_ROWS, N rounded up to
+ * LANES. */
+static void block_product(real *c, size_t c_row, Mat a, Panels b, size_t M, size_t N, size_t K, int add)
+{
+    for (size_t j = 0; j < N; j += TILE_COLS, b.p += b.panel)
+        for (size_t i = 0; i < M; i += TILE_ROWS)
+            tile(c + i * c_row + j, c_row, (Mat){a.p + i * a.row, a.row, a.col}, b.p, b.row, min_size(TILE_COLS, N - j),
+                 K, add);
+}
+
+/* to (rows up to a multiple of TILE_ROWS, D_pad) = from (rows, D) * scale, and zeros around it. */
+static void copy_rows(real *to, const act *from, size_t from_row, size_t rows, size_t D, size_t D_pad, real scale)
+{
+    memset(to, 0, round_up(rows, TILE_ROWS) * D_pad * sizeof *to);
+    for (size_t i = 0; i < rows; i++)
+#pragma omp simd
+        for (size_t c = 0; c < D; c++) to[i * D_pad + c] = from[i * from_row + c] * scale;
+}
+
+/* to = the transpose of from (rows, D), in panels of TILE_COLS rows: what block_product multiplies by for Q K'. */
+static void transpose_rows(real *to, const act *from, size_t from_row, size_t rows, size_t D)
+{
+    for (size_t j = 0; j < rows; j += TILE_COLS, to += D * TILE_COLS)
+        pack(to, (Mat){from + j * from_row, from_row, 1}, min_size(TILE_COLS, rows - j), TILE_COLS, D);
+}
+
+/* How many of the keys j0 .. j0+keys-1 query i may see. */
+static size_t visible(size_t i, size_t j0, size_t keys) { return i < j0 ? 0 : min_size(i + 1 - j0, keys); }
+
+/* The dropout stream of head h of sequence b. */
+static Dropout head_dropout(Dropout d, size_t b, size_t h, size_t T)
+{
+    d.first += (b * d.heads + h) * T * T;
+    return d;
+}
+
+/* One row of scores s (n) becomes dropped-out probabilities relative to e^m; the row's m, l and o (D_pad) follow. */
+static void online_softmax_row(real *s, size_t n, real *m, real *l, real *o, size_t D_pad, Dropout d, size_t index)
+{
+    real sum = 0, keep[KEYS];
+    const real top = largest(s, n, *m);
+    const real shrink = exponential(*m - top); /* 0 the first time, when m = -inf */
+#pragma omp simd reduction(+ : sum)
+    for (size_t j = 0; j < n; j++) {
+        s[j] = exponential(s[j] - top);
+        sum += s[j];
+    }
+    *l = *l * shrink + sum; /* the softmax is of all scores: dropout comes after it */
+    *m = top;
+    if (d.p > 0) {
+        dropout_factors(keep, d, index, n);
+#pragma omp simd
+        for (size_t j = 0; j < n; j++) s[j] *= keep[j];
+    }
+    if (shrink != 1)
+#pragma omp simd
+        for (size_t c = 0; c < D_pad; c++) o[c] *= shrink;
+}
+
+/* Rows i0 .. i0+rows-1 of one head: o (QUERIES,D_pad), m and l (QUERIES), from qs = Q / sqrt(D) (QUERIES,D_pad), the
+ * transposed kt and v (T,D_pad); p (QUERIES,P_ROW) is working space. */
+static void attend(real *o, real *m, real *l, real *p, const real *qs, const real *kt, const real *v, size_t i0,
+                   size_t rows, size_t T, size_t D, size_t D_pad, Dropout d)
+{
+    memset(o, 0, QUERIES * D_pad * sizeof *o);
+    for (size_t i = 0; i < rows; i++) m[i] = -INFINITY, l[i] = 0;
+    for (size_t j0 = 0; j0 < i0 + rows; j0 += KEYS) {
+        const size_t keys = min_size(KEYS, i0 + rows - j0);
+        const Panels kt_block = {kt + j0 * D, TILE_COLS, D * TILE_COLS}, v_block = {v + j0 * D_pad, D_pad, TILE_COLS};
+        block_product(p, P_ROW, (Mat){qs, D_pad, 1}, kt_block, rows, keys, D, 0);
+        for (size_t i = 0; i < rows; i++) {
+            const size_t n = visible(i0 + i, j0, keys);
+            if (n > 0) online_softmax_row(p + i * P_ROW, n, m + i, l + i, o + i * D_pad, D_pad, d, (i0 + i) * T + j0);
+            for (size_t j = n; j < keys; j++) p[i * P_ROW + j] = 0;
+        }
+        block_product(o, D_pad, (Mat){p, P_ROW, 1}, v_block, rows, D_pad, keys, 1);
+    }
+}
+
+/* out (B,T,H*D), lse (B,H,T) log-sum-exp of scaled scores; qkv (B,T,3*H*D): [Q;K;V], each H heads of D [P11].
+ * Dropout element (b,h,i,j) has index d.first + ((b*d.heads + h)*T + i)*T + j. A task is a few blocks of queries
+ * of one head, the longest first: threads end together. */
+static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
+{
+    enum { TASK = 5 * QUERIES };
+    const size_t C = H * D, D_pad = round_up(D, LANES), T_pad = round_up(T, KEYS), slices = ceil_div(T, TASK);
+    const real scale = 1 / square_root((real)D);
+#pragma omp parallel if (B * H * T * D > SMALL)
+    {
+        real *kt = scratch(T_pad * D + (T_pad + 2 * QUERIES) * D_pad + QUERIES * P_ROW);
+        real *v = kt + T_pad * D, *qs = v + T_pad * D_pad, *o = qs + QUERIES * D_pad, *p = o + QUERIES * D_pad;
+        real m[QUERIES], l[QUERIES];
+#pragma omp for schedule(dynamic)
+        for (size_t task = 0; task < B * H * slices; task++) {
+            const size_t b = task / H % B, h = task % H;
+            const size_t first = (slices - 1 - task / (B * H)) * TASK, end = min_size(first + TASK, T);
+            const act *q_head = qkv + b * T * 3 * C + h * D;
+            transpose_rows(kt, q_head + C, 3 * C, end, D);
+            copy_rows(v, q_head + 2 * C, 3 * C, end, D, D_pad, 1);
+            for (size_t i0 = first; i0 < end; i0 += QUERIES) {
+                const size_t rows = min_size(QUERIES, end - i0);
+                copy_rows(qs, q_head + i0 * 3 * C, 3 * C, rows, D, D_pad, scale);
+                attend(o, m, l, p, qs, kt, v, i0, rows, T, D, D_pad, head_dropout(d, b, h, T));
+                for (size_t i = 0; i < rows; i++) {
+                    for (size_t c = 0; c < D; c++) out[(b * T + i0 + i) * C + h * D + c] = o[i * D_pad + c] / l[i];
+                    lse[(b * H + h) * T + i0 + i] = m[i] + (real)log((double)l[i]);
+                }
+            }
+        }
+        free(kt);
+    }
+}
+
+/* One row: scores s become the dropped-out P, and dp = dO V' becomes dS = P (mask dp - delta). */
+static void softmax_backward_row(real *s, real *dp, size_t n, real lse, real delta, Dropout d, size_t index)
+{
+    real keep[KEYS];
+    dropout_factors(keep, d, index, n);
+#pragma omp simd
+    for (size_t j = 0; j < n; j++) {
+        const real p = exponential(s[j] - lse);
+        s[j] = p * keep[j];
+        dp[j] = s[j] * dp[j] - p * delta;
+    }
+}
+
+/* One head's working space: rows are padded to D_pad columns, and their number to tiles. */
+typedef struct {
+    real *qs, *k, *go, *dq, *dk, *dv; /* (T,D_pad) Q / sqrt(D), K, dO and the three gradients */
+    real *kt, *vt;                    /* K and V transposed */
+    real *p, *ds;                     /* (QUERIES,P_ROW) */
+} HeadBackward;
+
+/* Query block i0 meets key block j0: dV += P' dO, dK += dS' Q, dQ += dS K. */
+static void attend_backward(const HeadBackward *w, const real *lse, const real *delta, size_t i0, size_t j0, size_t T,
+                            size_t D, size_t D_pad, Dropout d)
+{
+    const size_t rows = min_size(QUERIES, T - i0), keys = min_size(KEYS, T - j0);
+    const Panels kt = {w->kt + j0 * D, TILE_COLS, D * TILE_COLS}, vt = {w->vt + j0 * D, TILE_COLS, D * TILE_COLS};
+    const Panels q = {w->qs + i0 * D_pad, D_pad, TILE_COLS}, go = {w->go + i0 * D_pad, D_pad, TILE_COLS};
+    const Panels k = {w->k + j0 * D_pad, D_pad, TILE_COLS};
+    block_product(w->p, P_ROW, (Mat){q.p, D_pad, 1}, kt, rows, keys, D, 0);
+    block_product(w->ds, P_ROW, (Mat){go.p, D_pad, 1}, vt, rows, keys, D, 0);
+    for (size_t i = 0; i < rows; i++) {
+        real *p = w->p + i * P_ROW, *ds = w->ds + i * P_ROW;
+        const size_t n = visible(i0 + i, j0, keys);
+        softmax_backward_row(p, ds, n, lse[i0 + i], delta[i0 + i], d, (i0 + i) * T + j0);
+        for (size_t j = n; j < keys; j++) p[j] = ds[j] = 0;
+    }
+    block_product(w->dv + j0 * D_pad, D_pad, (Mat){w->p, 1, P_ROW}, go, keys, D_pad, rows, 1);
+    block_product(w->dk + j0 * D_pad, D_pad, (Mat){w->ds, 1, P_ROW}, q, keys, D_pad, rows, 1);
+    block_product(w->dq + i0 * D_pad, D_pad, (Mat){w->ds, P_ROW, 1}, k, rows, D_pad, keys, 1);
+}
+
+/* dqkv is written. delta (B,H,T): scratch, sum over c of dout * out = sum over j of P mask dO V'. A head is one task, so
+ * that dK and dV are summed in one order. */
+static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out, const real *lse, const act *qkv,
+                               size_t B, size_t T, size_t H, size_t D, Dropout d)
+{
+    const size_t C = H * D, D_pad = round_up(D, LANES), T_pad = T + 2 * TILE_ROWS, T_keys = round_up(T, KEYS);
+    const real scale = 1 / square_root((real)D);
+#pragma omp parallel if (B * H * T * D > SMALL)
+    {
+        real *space = scratch(6 * T_pad * D_pad + 2 * T_keys * D + 2 * QUERIES * P_ROW), *at = space;
+        HeadBackward w; /* dq, dk and dv are neighbours: one memset clears them */
+        w.qs = at, w.k = at += T_pad * D_pad, w.go = at += T_pad * D_pad;
+        w.dq = at += T_pad * D_pad, w.dk = at += T_pad * D_pad, w.dv = at += T_pad * D_pad;
+        w.kt = at += T_pad * D_pad, w.vt = at += T_keys * D;
+        w.p = at += T_keys * D, w.ds = at += QUERIES * P_ROW;
+        memset(w.p, 0, 2 * QUERIES * P_ROW * sizeof *w.p);
+#pragma omp for schedule(dynamic)
+        for (size_t task = 0; task < B * H; task++) {
+            const size_t b = task / H, h = task % H, q_head = b * T * 3 * C + h * D, o_head = b * T * C + h * D;
+            copy_rows(w.qs, qkv + q_head, 3 * C, T, D, D_pad, scale);
+            copy_rows(w.k, qkv + q_head + C, 3 * C, T, D, D_pad, 1);
+            copy_rows(w.go, dout + o_head, C, T, D, D_pad, 1);
+            transpose_rows(w.kt, qkv + q_head + C, 3 * C, T, D);
+            transpose_rows(w.vt, qkv + q_head + 2 * C, 3 * C, T, D);
+            memset(w.dq, 0, 3 * T_pad * D_pad * sizeof *w.dq);
+            for (size_t i = 0; i < T; i++) delta[task * T + i] = dot(dout + o_head + i * C, out + o_head + i * C, D);
+            for (size_t j0 = 0; j0 < T; j0 += KEYS)
+                for (size_t i0 = j0 / QUERIES * QUERIES; i0 < T; i0 += QUERIES)
+                    attend_backward(&w, lse + task * T, delta + task * T, i0, j0, T, D, D_pad,
+                                    head_dropout(d, b, h, T));
+            for (size_t i = 0; i < T; i++)
+                for (size_t c = 0; c < D; c++) {
+                    act *to = dqkv + q_head + i * 3 * C + c;
+                    to[0] = w.dq[i * D_pad + c] * scale;
+                    to[C] = w.dk[i * D_pad + c]; /* Q was scaled already */
+                    to[2 * C] = w.dv[i * D_pad + c];
+                }
+        }
+        free(space);
+    }
+}
+
+/* Generation, one sequence: n new rows qkv (n,3*H*D) at positions past .. past+n-1. Appends their K and V to the
+ * caches (positions, H*D) and attends to everything so far; out (n,H*D). */
+static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n, size_t past,
+                                     size_t H, size_t D)
+{
+    const size_t C = H * D;
+    const Dropout none = {0, 0, 0, 0, 0, H};
+    for (size_t i = 0; i < n; i++) {
+        memcpy(k_cache + (past + i) * C, qkv + i * 3 * C + C, C * sizeof *k_cache);
+        memcpy(v_cache + (past + i) * C, qkv + i * 3 * C + 2 * C, C * sizeof *v_cache);
+    }
+    if (past == 0 && n > 1) { /* a prompt: nothing but itself to attend to */
+        real *lse = scratch(H * n);
+        attention_forward(out, lse, qkv, 1, n, H, D, none);
+        free(lse);
+        return;
+    }
+#pragma omp parallel for schedule(static) if (n * (past + n) * C > SMALL)
+    for (size_t h = 0; h < H; h++) {
+        real *p = scratch(past + n);
+        for (size_t i = 0; i < n; i++) {
+            const act *q = qkv + i * 3 * C + h * D;
+            act *o = out + i * C + h * D;
+            real l = 0, m = -INFINITY;
+            for (size_t j = 0; j <= past + i; j++) {
+                p[j] = dot(q, k_cache + j * C + h * D, D) / square_root((real)D);
+                m = p[j] > m ? p[j] : m;
+            }
+#pragma omp simd reduction(+ : l)
+            for (size_t j = 0; j <= past + i; j++) {
+                p[j] = exponential(p[j] - m);
+                l += p[j];
+            }
+            for (size_t c = 0; c < D; c++) o[c] = 0;
+            for (size_t j = 0; j <= past + i; j++) {
+                const act *v = v_cache + j * C + h * D;
+                const real weight = p[j] / l;
+#pragma omp simd
+                for (size_t c = 0; c < D; c++) o[c] += weight * v[c];
+            }
+        }
+        free(p);
+    }
+}
+
+/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] ----------------------------------------------- */
+
+/* This rank's columns are the tokens v0 .. v0+Vp-1; the first `valid` are real, the rest padding that takes part in
+ * nothing. Between these steps chapter 5 reduces max, sum and target_logit over the ranks: three numbers a row travel
+ * where the logits would be V. */
+
+/* max (N) of the valid logits (N,Vp); -inf if there are none. */
+static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t valid)
+{
+#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
+    for (size_t n = 0; n < N; n++) max[n] = largest(logits + n * Vp, valid, -INFINITY);
+}
+
+/* sum = sum of e^(z - max) over the valid tokens; target_logit = z[target] - max if this slice owns it, else 0. Summed
+ * in double: the only error left is the exponential's, 1.02 ulp of each term, 1.3e-7 [P16]. */
+static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max, const int *targets,
+                           size_t N, size_t Vp, size_t valid, size_t v0)
+{
+#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        const act *z = logits + n * Vp;
+        const size_t target = (size_t)targets[n] - v0;
+        const real top = max[n];
+        double total = 0;
+#pragma omp simd reduction(+ : total)
+        for (size_t v = 0; v < valid; v++) total += (double)exponential(z[v] - top);
+        sum[n] = (real)total;
+        target_logit[n] = target < valid ? z[target] - top : 0;
+    }
+}
+
+/* loss (N) = log(sum) - target_logit, both summed over the ranks by now: -log softmax(z)[target]. */
+static void cross_entropy_loss(real *loss, const real *sum, const real *target_logit, size_t N)
+{
+    for (size_t n = 0; n < N; n++) loss[n] = (real)(log((double)sum[n]) - (double)target_logit[n]);
+}
+
+/* In place: logits (N,Vp) become (softmax - onehot) * weight[n] * scale; padding becomes 0. */
+static void cross_entropy_backward(act *logits, const real *max, const real *sum, const int *targets,
+                                   const real *weight, real scale, size_t N, size_t Vp, size_t valid, size_t v0)
+{
+#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        act *z = logits + n * Vp;
+        const size_t target = (size_t)targets[n] - v0;
+        const real top = max[n], w = weight[n] * scale, w_over_sum = w / sum[n];
+#pragma omp simd
+        for (size_t v = 0; v < valid; v++) z[v] = exponential(z[v] - top) * w_over_sum;
+        for (size_t v = valid; v < Vp; v++) z[v] = 0;
+        if (target < valid) z[target] -= w;
+    }
+}
+
+/* ---- Optimiser's and collectives' inner loops -------------------------------------------------------------------- */
+
+/* AdamW on n parameters: p -= lr * (m^ / (sqrt(v^) + eps) + decay * p) [P32], m^ and v^ free of the bias of their
+ * zero start. master: float weights behind narrower ones; NULL: w itself. */
+static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h)
+{
+    const real lr = (real)h.lr, decay = (real)h.decay, eps = (real)h.eps, grad_scale = (real)h.grad_scale;
+    const real b1 = (real)h.beta1, b2 = (real)h.beta2, r1 = (real)(1 - h.beta1), r2 = (real)(1 - h.beta2);
+    const real c1 = (real)(1 / (1 - pow(h.beta1, (double)h.step)));
+    const real c2 = (real)(1 / (1 - pow(h.beta2, (double)h.step)));
+    real *p = master ? master : w;
+#pragma omp parallel for simd schedule(static) if (n > SMALL)
+    for (size_t i = 0; i < n; i++) {
+        const real gi = g[i] * grad_scale;
+        m[i] = b1 * m[i] + r1 * gi;
+        v[i] = b2 * v[i] + r2 * gi * gi;
+        p[i] -= lr * (m[i] * c1 / (square_root(v[i] * c2) + eps) + decay * p[i]);
+        w[i] = p[i];
+    }
+}
+
+/* Sum of squares, in double over a fixed number of runs: the order depends on n alone. */
+static double sum_squares(const act *x, size_t n)
+{
+    enum { RUNS = 64 };
+    double part[RUNS], total = 0;
+#pragma omp parallel for schedule(static) if (n > SMALL)
+    for (size_t r = 0; r < RUNS; r++) {
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size_t i = n / RUNS * r + min_size(r, n % RUNS); i < n / RUNS * (r + 1) + min_size(r + 1, n % RUNS); i++)
+            sum += (double)x[i] * (double)x[i];
+        part[r] = sum;
+    }
+    for (size_t r = 0; r < RUNS; r++) total += part[r];
+    return total;
+}
+
+/* The loop of all_reduce: elements [begin, begin+n) of all P arrays become op over the P arrays, in rank order. A NaN
+ * wins every MAX. */
+static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op)
+{
+    enum { RUN = 1024 };      /* elements that stay in L1 while the ranks' arrays pass by */
+    if (type == DOUBLE_ARRAY) /* a few scalars */
+        for (size_t i = begin; i < begin + n; i++) {
+            double total = ((double *)x[0])[i];
+            for (int r = 1; r < P; r++) {
+                const double a = ((double *)x[r])[i];
+                total = op == SUM ? total + a : a > total || a != a ? a : total;
+            }
+            for (int r = 0; r < P; r++) ((double *)x[r])[i] = total;
+        }
+    else
+#pragma omp parallel for schedule(static) if (n > SMALL)
+        for (size_t i0 = begin; i0 < begin + n; i0 += RUN) {
+            const size_t count = min_size(RUN, begin + n - i0);
+            real total[RUN];
+            memcpy(total, (real *)x[0] + i0, count * sizeof *total);
+            for (int r = 1; r < P; r++) {
+                const real *a = (real *)x[r] + i0;
+#pragma omp simd
+                for (size_t i = 0; i < count; i++)
+                    total[i] = op == SUM ? total[i] + a[i] : a[i] > total[i] || a[i] != a[i] ? a[i] : total[i];
+            }
+            for (int r = 0; r < P; r++) memcpy((real *)x[r] + i0, total, count * sizeof *total);
+        }
+}
+
+#endif /* GPT2_OPERATORS */
+
+/* ================================================================================================================
+ * Chapter 3. Ranks and collectives [§2.3, App. B.1]
+ *
+ * Every GPU of the paper is a thread here, called a rank. Rank code is written as if it were alone; ranks meet only in
+ * the collectives below, which bear their MPI and NCCL names. A Comm is one rank's view of a group; the group's Board
+ * is what its ranks share. The protocol of every collective is the same:
+ *
+ *     1. each rank posts its pointer and count on the board;      2. barrier: all posts can be read;
+ *     3. each rank reads the others' buffers and does its part;   4. barrier: the buffers are their owners' again.
+ *
+ * Sums run in rank order, and each element is summed by one rank only and then written to all: every run repeats bit
+ * for bit, and all ranks hold the same bits afterwards.
+ * ============================================================================================================= */
+
+enum { MAX_RANKS = 64 };
+
+/* Where in the model a rank is at work: for error messages and for `trace`. */
+typedef struct {
+    const char *operation; /* "attention", "loss", .. */
+    const char *edge;      /* "g forward" or "f backward", the edges of a model-parallel region [§3 Fig.3]; or "" */
+    const char *paper;     /* the paper's place, "[§3 Fig.3b]" */
+    int layer;             /* -1 outside the layers */
+} Place;
+
+/* One collective as `trace` prints it. */
+typedef struct {
+    const char *op, *group;
+    size_t elements, bytes; /* of the message: what each rank passes in */
+    Place place;
+} Event;
+
+typedef struct {
+    Event *event;
+    size_t n, capacity;
+} Trace;
+
+/* A buffered one-way channel between two ranks: send waits while it is full, recv while it is empty. */
+typedef struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    int full;
+    void *data;
+    size_t capacity, bytes;
+} Mailbox;
+
+/* What one rank posts. */
+typedef struct {
+    const char *op;
+    void *x;
+    size_t n;
+    int type, world_rank;
+} Post;
+
+typedef struct {
+    int size, spin;
+    int arrived;         /* barrier: ranks that wait */
+    unsigned generation; /* barrier: how often it has opened */
+    pthread_mutex_t mutex;
+    pthread_cond_t opened;
+    Post post[MAX_RANKS];
+    Mailbox *mailbox; /* [from * size + to] */
+} Board;
+
+typedef struct {
+    int rank, size;
+    Board *board;
+    const char *name;   /* "tp", .. */
+    int world_rank;     /* this rank's number in the whole run */
+    const Place *place; /* set by the model code; NULL: unknown */
+    Trace *trace;       /* NULL: not recorded */
+} Comm;
+
+static size_t type_size(Type type)
+{
+    return type == ACT ? sizeof(act) : type == REAL_ARRAY ? sizeof(real) : sizeof(double);
+}
+
+/* Cores that this process may use. */
+static int cores(void)
+{
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
+#endif
+    return n > 0 ? (int)n : 1;
+}
+
+/* spin: how often a barrier looks before it sleeps. */
+static Board *board_create(int size, int spin)
+{
+    Board *board = (Board *)xcalloc(1, sizeof *board);
+    board->size = size;
+    board->spin = spin;
+    board->mailbox = (Mailbox *)xcalloc((size_t)size * size, sizeof *board->mailbox);
+    pthread_mutex_init(&board->mutex, NULL);
+    pthread_cond_init(&board->opened, NULL);
+    for (int i = 0; i < size * size; i++) {
+        pthread_mutex_init(&board->mailbox[i].mutex, NULL);
+        pthread_cond_init(&board->mailbox[i].changed, NULL);
+    }
+    return board;
+}
+
+/* Called by one rank, after the last barrier of the group. */
+static void board_destroy(Board *board)
+{
+    for (int i = 0; i < board->size * board->size; i++) device_free(board->mailbox[i].data);
+    free(board->mailbox);
+    free(board);
+}
+
+/* No rank returns before all have come. Spins briefly, since ranks are usually close together, and then sleeps. */
+static void barrier(Comm *c)
+{
+    Board *b = c->board;
+    unsigned generation = __atomic_load_n(&b->generation, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&b->arrived, 1, __ATOMIC_ACQ_REL) == b->size) {
+        __atomic_store_n(&b->arrived, 0, __ATOMIC_RELAXED);
+        pthread_mutex_lock(&b->mutex); /* so that no rank falls asleep between its last look and our call */
+        __atomic_store_n(&b->generation, generation + 1, __ATOMIC_RELEASE);
+        pthread_cond_broadcast(&b->opened);
+        pthread_mutex_unlock(&b->mutex);
+        return;
+    }
+    for (int i = 0; i < b->spin; i++)
+        if (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) != generation) return;
+    pthread_mutex_lock(&b->mutex);
+    while (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) == generation) pthread_cond_wait(&b->opened, &b->mutex);
+    pthread_mutex_unlock(&b->mutex);
+}
+
+static void record(Comm *c, const char *op, size_t n, Type type)
+{
+    static const Place nowhere = {"-", "", "", -1};
+    Trace *trace = c->trace;
+    if (!trace) return;
+    trace->event = (Event *)grow(trace->event, trace->n, &trace->capacity, sizeof *trace->event);
+    Event *event = &trace->event[trace->n++];
+    event->op = op;
+    event->group = c->name;
+    event->elements = n;
+    event->bytes = n * type_size(type);
+    event->place = c->place ? *c->place : nowhere;
+}
+
+/* Steps 1 and 2 of the protocol. A program whose ranks disagree on what comes next is broken beyond repair: say who. */
+static void meet(Comm *c, const char *op, void *x, size_t n, Type type)
+{
+    Post *mine = &c->board->post[c->rank];
+    mine->op = op, mine->x = x, mine->n = n, mine->type = type, mine->world_rank = c->world_rank;
+    device_synchronize();
+    barrier(c);
+    for (int r = 0; r < c->size; r++) {
+        const Post *other = &c->board->post[r];
+        if (other->n != n || other->type != (int)type || strcmp(other->op, op))
+            die("ranks disagree in group %s: rank %d calls %s of %zu elements, rank %d calls %s of %zu", c->name,
+                c->world_rank, op, n, other->world_rank, other->op, other->n);
+    }
+    record(c, op, n, type);
+}
+
+static void leave(Comm *c)
+{
+    device_synchronize();
+    barrier(c);
+}
+
+/* x[i] = x_0[i] op x_1[i] op .. over the ranks of the group, i < n, in place, on all ranks. Rank r reduces slice r for
+ * everyone: as in a ring all-reduce, 2 (t-1)/t n elements of each rank cross over, read from others and written to them
+ * [P8]. */
+static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op)
+{
+    if (c->size == 1) return;
+    meet(c, op == SUM ? "all_reduce" : "all_reduce_max", x, n, type);
+    void *buffer[MAX_RANKS];
+    for (int r = 0; r < c->size; r++) buffer[r] = c->board->post[r].x;
+    size_t begin = n * c->rank / c->size, end = n * (c->rank + 1) / c->size;
+    reduce_slice(buffer, c->size, begin, end - begin, type, op);
+    leave(c);
+}
+
+/* out[r * n + i] = x[i] of rank r. */
+static void all_gather(Comm *c, void *out, void *x, size_t n, Type type)
+{
+    size_t bytes = n * type_size(type);
+    if (c->size > 1) meet(c, "all_gather", x, n, type);
+    for (int r = 0; r < c->size; r++)
+        device_copy((char *)out + r * bytes, c->size > 1 ? c->board->post[r].x : x, bytes);
+    if (c->size > 1) leave(c);
+}
+
+/* x of every rank = x of the root. */
+static void broadcast(Comm *c, void *x, size_t n, Type type, int root)
+{
+    if (c->size == 1) return;
+    meet(c, "broadcast", x, n, type);
+    if (c->rank != root) device_copy(x, c->board->post[root].x, n * type_size(type));
+    leave(c);
+}
+
+/* Point to point: the message is copied into the mailbox, so send returns before the other side has called recv,
+ * unless an earlier message still waits there. */
+static void send(Comm *c, const void *x, size_t n, Type type, int to)
+{
+    Mailbox *box = &c->board->mailbox[c->rank * c->size + to];
+    size_t bytes = n * type_size(type);
+    record(c, "send", n, type);
+    pthread_mutex_lock(&box->mutex);
+    while (box->full) pthread_cond_wait(&box->changed, &box->mutex);
+    if (bytes > box->capacity) { /* the first message only: later steps allocate nothing */
+        device_free(box->data);
+        box->data = device_calloc(bytes);
+        box->capacity = bytes;
+    }
+    device_copy(box->data, x, bytes);
+    device_synchronize();
+    box->bytes = bytes;
+    box->full = 1;
+    pthread_cond_broadcast(&box->changed);
+    pthread_mutex_unlock(&box->mutex);
+}
+
+static void recv(Comm *c, void *x, size_t n, Type type, int from)
+{
+    Mailbox *box = &c->board->mailbox[from * c->size + c->rank];
+    record(c, "recv", n, type);
+    pthread_mutex_lock(&box->mutex);
+    while (!box->full) pthread_cond_wait(&box->changed, &box->mutex);
+    if (box->bytes != n * type_size(type))
+        die("rank %d receives %zu bytes in group %s, but %zu were sent", c->world_rank, n * type_size(type), c->name,
+            box->bytes);
+    device_copy(x, box->data, box->bytes);
+    device_synchronize();
+    box->full = 0;
+    pthread_cond_broadcast(&box->changed);
+    pthread_mutex_unlock(&box->mutex);
+}
+
+/* As MPI_Comm_split: the ranks of parent that pass the same color form a group, ordered by their rank in parent.
+ * Every rank of parent must call it. */
+static Comm comm_split(Comm *parent, int color, const char *name)
+{
+    Post *mine = &parent->board->post[parent->rank];
+    Comm c = {0, 0, NULL, name, parent->world_rank, NULL, NULL};
+    int leader = -1;
+    mine->n = (size_t)color;
+    barrier(parent);
+    for (int r = 0; r < parent->size; r++) {
+        if (parent->board->post[r].n != (size_t)color) continue;
+        if (leader < 0) leader = r;
+        if (r == parent->rank) c.rank = c.size;
+        c.size++;
+    }
+    if (leader == parent->rank) mine->x = board_create(c.size, parent->board->spin);
+    barrier(parent);
+    c.board = (Board *)parent->board->post[leader].x;
+    barrier(parent); /* the posts may be reused only when all have read them */
+    return c;
+}
+
+/* Every rank calls it; the group is then gone. */
+static void comm_free(Comm *c)
+{
+    barrier(c);
+    int last = __atomic_add_fetch(&c->board->arrived, 1, __ATOMIC_ACQ_REL) == c->size;
+    if (last) board_destroy(c->board); /* the others have left the barrier before they counted themselves in */
+}
+
+/* ---- Layout: who is who ------------------------------------------------------------------------------------------ */
+
+/* t x p x d ranks. Tensor ranks are neighbours, since they talk most; then come the data replicas, then the pipeline's
+ * stages, as in Megatron [App. B.1 Fig.8, P22]: rank = (stage * d + replica) * t + tensor rank. */
+typedef struct {
+    int tp, pp, dp;
+} Layout;
+
+static int world_size(Layout s) { return s.tp * s.pp * s.dp; }
+static int tp_rank(Layout s, int rank) { return rank % s.tp; }
+static int dp_rank(Layout s, int rank) { return rank / s.tp % s.dp; }
+static int pp_rank(Layout s, int rank) { return rank / (s.tp * s.dp); }
+
+/* The group of `rank` is named by its two other coordinates; ranks of equal color share a group. */
+static int tp_color(Layout s, int rank) { return rank / s.tp; }
+static int dp_color(Layout s, int rank) { return pp_rank(s, rank) * s.tp + tp_rank(s, rank); }
+static int pp_color(Layout s, int rank) { return rank % (s.tp * s.dp); }
+
+/* The first and the last stage of each pipeline share the tied embedding: they form a pair (Megatron's embedding
+ * group); stages between stay alone. */
+static int embedding_color(Layout s, int rank)
+{
+    int stage = pp_rank(s, rank);
+    return stage == 0 || stage == s.pp - 1 ? pp_color(s, rank) : s.tp * s.dp + rank;
+}
+
+/* ---- Starting the ranks ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    Comm world;
+    void (*body)(Comm *world, void *arg);
+    void *arg;
+} Start;
+
+static void *start_rank(void *arg)
+{
+    Start *start = (Start *)arg;
+    device_select(start->world.rank, start->world.size);
+#ifdef _OPENMP
+    omp_set_num_threads(cores() / start->world.size > 1 ? cores() / start->world.size : 1); /* ranks share the cores */
+#endif
+    start->body(&start->world, start->arg);
+    return NULL;
+}
+
+/* Runs body as n ranks, each a thread with its own world Comm, and returns when all have returned. */
+static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg)
+{
+    pthread_t thread[MAX_RANKS];
+    Start start[MAX_RANKS];
+    if (n < 1 || n > MAX_RANKS) die("%d ranks were asked for: 1 to %d are possible", n, MAX_RANKS);
+    Board *board = board_create(n, n <= cores() ? 4096 : 0); /* never burn a core that another rank needs */
+    for (int r = 0; r < n; r++) {
+        Comm world = {r, n, board, "world", r, NULL, NULL};
+        start[r].world = world, start[r].body = body, start[r].arg = arg;
+        if (pthread_create(&thread[r], NULL, start_rank, &start[r]))
+            die("cannot start a thread for rank %d of %d", r, n);
+    }
+    for (int r = 0; r < n; r++) pthread_join(thread[r], NULL);
+    board_destroy(board);
+}
+
+/* ================================================================================================================
+ * Chapter 4. Shapes, parameters, initialisation [§4.2, §5.1, Tables 1 and 2]
+ * ============================================================================================================= */
+
+/* The shape of a model: Hugging Face's n_layer n_embd n_head n_inner n_positions vocab_size, and so on. */
+typedef struct {
+    size_t L, C, H, F, P, V; /* layers, hidden size, heads, MLP width (4C), positions, tokens of the vocabulary */
+    Gelu gelu;
+    real eps; /* LayerNorm's */
+    real embd_pdrop, attn_pdrop, resid_pdrop;
+} Config;
+
+typedef struct {
+    const char *name, *what;
+    size_t L, C, H, T, V;
+} Preset;
+
+/* The paper pads its vocabulary to 51,200 in all experiments [§5.1]. 124M, 774M and 1558M are OpenAI's GPT-2. */
+/* clang-format off */
+static const Preset presets[] = {
+    {"tiny", "the demo: text as bytes", 4, 128, 4, 64, 257},
+    {"124M", "GPT-2", 12, 768, 12, 1024, 50257},
+    {"355M", "Table 2", 24, 1024, 16, 1024, 51200},
+    {"774M", "GPT-2", 36, 1280, 20, 1024, 50257},
+    {"1558M", "GPT-2", 48, 1600, 25, 1024, 50257},
+    {"1.2B", "Table 1", 40, 1536, 16, 1024, 51200},
+    {"2.5B", "Tables 1 and 2", 54, 1920, 20, 1024, 51200},
+    {"4.2B", "Table 1", 64, 2304, 24, 1024, 51200},
+    {"8.3B", "Table 2", 72, 3072, 24, 1024, 51200},
+    {"8.3B-scaling", "Table 1", 72, 3072, 32, 1024, 51200},
+};
+/* clang-format on */
+enum { N_PRESETS = sizeof presets / sizeof *presets };
+
+/* A model of this shape with the paper's other choices [§4.2, P41]. */
+static Config make_config(size_t L, size_t C, size_t H, size_t T, size_t V)
+{
+    Config c = {L, C, H, 4 * C, T, V, GELU_TANH, (real)1e-5, (real)0.1, (real)0.1, (real)0.1};
+    return c;
+}
+
+static Config find_preset(const char *name)
+{
+    char known[256] = "";
+    for (int i = 0; i < N_PRESETS; i++) {
+        const Preset *p = &presets[i];
+        if (!strcmp(p->name, name)) return make_config(p->L, p->C, p->H, p->T, p->V);
+        snprintf(known + strlen(known), sizeof known - strlen(known), " %s", p->name);
+    }
+    die("--config %s is not known; there are:%s", name, known);
+}
+
+/* The vocabulary is padded to a multiple of 128 t, so that all tensor ranks hold equally many [§5.1, P14]. */
+static size_t padded_vocab(size_t V, int tp) { return round_up(V, 128 * (size_t)tp); }
+
+/* Dies unless the model can be cut this way. */
+static void check_layout(const Config *c, Layout s)
+{
+    if (s.tp < 1 || s.pp < 1 || s.dp < 1) die("--tp %d --pp %d --dp %d: each must be at least 1", s.tp, s.pp, s.dp);
+    if (s.tp > MAX_RANKS || s.pp > MAX_RANKS || s.dp > MAX_RANKS || world_size(s) > MAX_RANKS)
+        die("--tp %d --pp %d --dp %d: at most %d ranks are possible", s.tp, s.pp, s.dp, MAX_RANKS);
+    if (c->H % s.tp)
+        die("--tp %d does not divide %zu heads: choose a divisor, since each rank owns whole heads", s.tp, c->H);
+    if (c->F % s.tp) die("--tp %d does not divide the MLP width %zu: choose a divisor", s.tp, c->F);
+    if (c->L % s.pp)
+        die("--pp %d does not divide %zu layers: choose a divisor, since stages are equally deep", s.pp, c->L);
+}
+
+/* ---- The one table of tensors ------------------------------------------------------------------------------------ */
+
+/* How tensor ranks share a tensor [§3]. Weights are [out, in], as in Megatron. */
+typedef enum {
+    WHOLE, /* replicated: every rank has all of it and computes the same gradient for it */
+    ROWS,  /* column-parallel in the paper's words (its A stands transposed here), or vocabulary rows */
+    QKV,   /* rows too, but of each of Q, K, V: rank r holds [Q_r; K_r; V_r], whole heads [P11] */
+    COLS   /* row-parallel */
+} Split;
+
+typedef enum { ONE, DIM_C, DIM_3C, DIM_F, DIM_P, DIM_V } Dim;
+
+typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_SCALED } Init;
+
+/* One transformer layer [Fig. 2], as one tensor rank sees it. Cp = C/t, Fp = F/t. */
+typedef struct {
+    act *ln1_g, *ln1_b;   /* (C)          */
+    act *qkv_w, *qkv_b;   /* (3Cp, C) (3Cp)  column-parallel: whole heads */
+    act *proj_w, *proj_b; /* (C, Cp) (C)     row-parallel; the bias is replicated */
+    act *ln2_g, *ln2_b;   /* (C)          */
+    act *fc_w, *fc_b;     /* (Fp, C) (Fp)    column-parallel */
+    act *out_w, *out_b;   /* (C, Fp) (C)     row-parallel */
+} Layer;
+
+/* All parameters of a rank, or their gradients. Stages hold only their own part; other fields are NULL. */
+typedef struct {
+    act *wte;           /* (Vp, C) rows of the vocabulary; on the last stage too, where it makes the logits */
+    act *wpe;           /* (T, C) */
+    Layer *layer;       /* [L / stages] */
+    act *lnf_g, *lnf_b; /* (C) */
+} Params;
+
+/* What there is to know about a tensor. Placing, initialisation, sharding, weight decay, clipping, checkpoints and
+ * convert.c walk this table; no second list of tensors exists. */
+typedef struct {
+    const char *name; /* Hugging Face's, without its prefix "transformer."; %zu is the layer */
+    size_t field;     /* of the pointer in Layer, or in Params if not in_layer */
+    int in_layer;
+    Dim rows, cols; /* [out, in] */
+    Split split;
+    Init init;
+    int decay;  /* weight decay: matrices and embeddings; not biases, not LayerNorm [P31] */
+    int conv1d; /* Hugging Face stores it transposed, [in, out], after OpenAI's Conv1D */
+} Spec;
+
+/* clang-format off */
+static const Spec specs[] = {
+    /* name                      field                      layer rows    cols   split  init         decay conv1d */
+    {"wte.weight",               offsetof(Params, wte),     0,    DIM_V,  DIM_C, ROWS,  INIT_NORMAL, 1,    0},
+    {"wpe.weight",               offsetof(Params, wpe),     0,    DIM_P,  DIM_C, WHOLE, INIT_NORMAL, 1,    0},
+    {"h.%zu.ln_1.weight",        offsetof(Layer, ln1_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
+    {"h.%zu.ln_1.bias",          offsetof(Layer, ln1_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"h.%zu.attn.c_attn.weight", offsetof(Layer, qkv_w),    1,    DIM_3C, DIM_C, QKV,   INIT_NORMAL, 1,    1},
+    {"h.%zu.attn.c_attn.bias",   offsetof(Layer, qkv_b),    1,    DIM_3C, ONE,   QKV,   INIT_ZERO,   0,    0},
+    {"h.%zu.attn.c_proj.weight", offsetof(Layer, proj_w),   1,    DIM_C,  DIM_C, COLS,  INIT_SCALED, 1,    1},
+    {"h.%zu.attn.c_proj.bias",   offsetof(Layer, proj_b),   1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"h.%zu.ln_2.weight",        offsetof(Layer, ln2_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
+    {"h.%zu.ln_2.bias",          offsetof(Layer, ln2_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"h.%zu.mlp.c_fc.weight",    offsetof(Layer, fc_w),     1,    DIM_F,  DIM_C, ROWS,  INIT_NORMAL, 1,    1},
+    {"h.%zu.mlp.c_fc.bias",      offsetof(Layer, fc_b),     1,    DIM_F,  ONE,   ROWS,  INIT_ZERO,   0,    0},
+    {"h.%zu.mlp.c_proj.weight",  offsetof(Layer, out_w),    1,    DIM_C,  DIM_F, COLS,  INIT_SCALED, 1,    1},
+    {"h.%zu.mlp.c_proj.bias",    offsetof(Layer, out_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"ln_f.weight",              offsetof(Params, lnf_g),   0,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
+    {"ln_f.bias",                offsetof(Params, lnf_b),   0,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+};
+/* clang-format on */
+enum { N_SPECS = sizeof specs / sizeof *specs, NAME_SIZE = 64 };
+
+static size_t dim_size(const Config *c, Dim dim)
+{
+    switch (dim) {
+    case DIM_C: return c->C;
+    case DIM_3C: return 3 * c->C;
+    case DIM_F: return c->F;
+    case DIM_P: return c->P;
+    case DIM_V: return c->V;
+    default: return 1;
+    }
+}
+
+/* One tensor, as one rank holds it. */
+typedef struct {
+    const Spec *spec;
+    size_t layer;                  /* its number in the whole model */
+    size_t rows, cols;             /* of the whole tensor, [out, in]; wte without padding */
+    size_t local_rows, local_cols; /* of this rank's slice; wte with padding */
+    size_t offset, n;              /* where the slice starts in the arenas, and its size; elements */
+    int counted; /* 1 on exactly one rank for each distinct element: global sums must count replicas once [P27] */
+} Tensor;
+
+/* The name, with the layer filled in. */
+static char *tensor_name(char name[NAME_SIZE], const Tensor *t)
+{
+    if (t->spec->in_layer) snprintf(name, NAME_SIZE, t->spec->name, t->layer);
+    else snprintf(name, NAME_SIZE, "%s", t->spec->name);
+    return name;
+}
+
+/* Does this stage hold the tensor? Embeddings live on the first stage, the final LayerNorm on the last, which also
+ * holds a copy of the word embedding for the logits. */
+static int on_stage(const Spec *spec, int stage, int stages)
+{
+    int first = stage == 0, last = stage == stages - 1;
+    if (spec->in_layer) return 1;
+    if (spec->field == offsetof(Params, wte)) return first || last;
+    return spec->field == offsetof(Params, wpe) ? first : last;
+}
+
+static void add_tensor(Tensor *t, size_t *offset, const Config *c, const Spec *spec, size_t layer, Layout s, int rank)
+{
+    int copied = spec->field == offsetof(Params, wte) && !spec->in_layer && pp_rank(s, rank) > 0;
+    t->spec = spec;
+    t->layer = layer;
+    t->rows = dim_size(c, spec->rows);
+    t->cols = dim_size(c, spec->cols);
+    t->local_rows = spec->rows == DIM_V ? padded_vocab(t->rows, s.tp) : t->rows;
+    if (spec->split == ROWS || spec->split == QKV) t->local_rows /= (size_t)s.tp;
+    t->local_cols = spec->split == COLS ? t->cols / (size_t)s.tp : t->cols;
+    t->n = t->local_rows * t->local_cols;
+    t->offset = *offset;
+    t->counted = !copied && (spec->split != WHOLE || tp_rank(s, rank) == 0);
+    *offset += round_up(t->n, 64); /* every tensor starts on a cache line, whatever its type */
+}
+
+/* Lists the tensors of one rank, in the order of the table, layer by layer. list has room for max_tensors(c), or is
+ * NULL: then they are only counted. Returns their number; *elements (if wanted) the size of an arena for them. */
+static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layout s, int rank)
+{
+    int stage = pp_rank(s, rank);
+    size_t n = 0, offset = 0, depth = c->L / (size_t)s.pp, first = (size_t)stage * depth;
+    for (int i = 0; i < N_SPECS;) {
+        int end = i + 1; /* the layer's specs are neighbours: they repeat together */
+        while (specs[i].in_layer && end < N_SPECS && specs[end].in_layer) end++;
+        size_t repeats = specs[i].in_layer ? depth : 1;
+        for (size_t l = 0; l < repeats; l++)
+            for (int j = i; j < end; j++) {
+                Tensor t;
+                if (!on_stage(&specs[j], stage, s.pp)) continue;
+                add_tensor(list ? &list[n] : &t, &offset, c, &specs[j], specs[j].in_layer ? first + l : 0, s, rank);
+                n++;
+            }
+        i = end;
+    }
+    if (elements) *elements = offset;
+    return n;
+}
+
+/* Row of the whole tensor that local row i of tensor rank r's slice is; columns start at whole_col(). */
+static size_t whole_row(const Tensor *t, int r, size_t i)
+{
+    size_t rows = t->local_rows;
+    if (t->spec->split == ROWS) return (size_t)r * rows + i;
+    if (t->spec->split == QKV) return i / (rows / 3) * (t->rows / 3) + (size_t)r * (rows / 3) + i % (rows / 3);
+    return i;
+}
+
+static size_t whole_col(const Tensor *t, int r) { return t->spec->split == COLS ? (size_t)r * t->local_cols : 0; }
+
+/* Local rows that exist in the whole tensor: all but the padding of the vocabulary, which stays zero for ever. */
+static size_t real_rows(const Tensor *t, int r)
+{
+    if (t->spec->rows != DIM_V) return t->local_rows;
+    size_t first = (size_t)r * t->local_rows;
+    return first >= t->rows ? 0 : min_size(t->local_rows, t->rows - first);
+}
+
+/* Number of parameters of the whole model, without padding: 12 L C^2 (1 + 13/(12C) + (V+T)/(12 L C)) + 2C [P42, P43]. */
+static size_t count_parameters(const Config *c)
+{
+    size_t total = 0;
+    for (int i = 0; i < N_SPECS; i++)
+        total += dim_size(c, specs[i].rows) * dim_size(c, specs[i].cols) * (specs[i].in_layer ? c->L : 1);
+    return total;
+}
+
+/* Points the fields of p into an arena at base. p->layer has room for the stage's layers, of which the first is layer
+ * number first_layer of the model. */
+static void place_params(Params *p, act *base, const Tensor *list, size_t n, size_t first_layer)
+{
+    for (size_t i = 0; i < n; i++) {
+        const Tensor *t = &list[i];
+        char *owner = t->spec->in_layer ? (char *)&p->layer[t->layer - first_layer] : (char *)p;
+        *(act **)(void *)(owner + t->spec->field) = base + t->offset;
+    }
+}
+
+/* Draws the initial weights of a rank: N(0, 0.02), residual outputs scaled by 1/sqrt(2L), biases 0, LayerNorm 1 and 0
+ * [§4.2, P40]. An element's value depends on the tensor and its place in the whole, so every layout draws one and the
+ * same model [P13]; Megatron gets there by drawing the whole matrix on every rank and keeping a slice. */
+static void init_params(act *base, const Tensor *list, size_t n, const Config *c, uint64_t seed, int r)
+{
+    for (size_t i = 0; i < n; i++) {
+        const Tensor *t = &list[i];
+        uint32_t site = SITE_INIT + (uint32_t)(t->layer * N_SPECS + (size_t)(t->spec - specs));
+        double std = t->spec->init == INIT_SCALED ? 0.02 / sqrt(2.0 * (double)c->L) : 0.02;
+        size_t cols = t->local_cols;
+        real *slice = (real *)xcalloc(t->n, sizeof *slice); /* padding stays zero */
+#pragma omp parallel for
+        for (size_t row = 0; row < real_rows(t, r); row++) {
+            real *x = slice + row * cols;
+            if (t->spec->init >= INIT_NORMAL)
+                random_normals(x, seed, site, whole_row(t, r, row) * t->cols + whole_col(t, r), cols);
+            for (size_t col = 0; col < cols; col++)
+                x[col] = t->spec->init == INIT_ZERO ? 0 : t->spec->init == INIT_ONE ? 1 : (real)std * x[col];
+        }
+        act_upload(base + t->offset, slice, t->n);
+        free(slice);
+    }
+}
+
+/* ================================================================================================================
+ * Chapter 5. The model-parallel transformer [§3]
+ * ============================================================================================================= */
+
+/* clang-format off */
+/* What a layer keeps of one micro-batch for its backward pass. N = B*T rows; Cp, Fp, Hp: this rank's share. */
+typedef struct {
+    act *x;                            /* (N, C)    the layer's input: the residual stream */
+    act *ln1, *qkv, *att, *res, *ln2;  /* (N, C) (N, 3Cp) (N, Cp) (N, C) (N, C) */
+    act *pre, *gelu;                   /* (N, Fp)   before and after GeLU */
+    real *mean1, *rstd1, *mean2, *rstd2; /* (N) */
+    real *lse;                         /* (B, Hp, T) log-sum-exp of each row of scores */
+} Saved;
+
+/* One micro-batch on its way through a stage. */
+typedef struct {
+    int *tokens, *targets; /* (N) input; what to predict, which is the same shifted by one */
+    real *weight;          /* (N) 1: the target counts; 0: it does not (padding, or context that is not scored) */
+    size_t sequence;       /* number of its first sequence in the global batch: dropout is drawn by it */
+    Saved *layer;          /* [depth + 1]; of the last one only x exists: the stage's output */
+    real *meanf, *rstdf;   /* (N)     last stage: final LayerNorm */
+    act *lnf, *logits;     /* (N, C) (N, Vp) */
+    real *max, *sum, *target_logit, *loss; /* (N) */
+} MicroBatch;
+
+/* Keys and values of all earlier positions, for generation: [depth] arrays of (T, Cp). */
+typedef struct {
+    act **k, **v;
+    size_t past; /* positions filled */
+} Cache;
+
+/* All that one GPU owns. Rank code reads as if it were alone. */
+typedef struct {
+    Config config;
+    Layout layout;
+    Comm world, tp, pp, dp, embedding; /* the groups this rank belongs to */
+    Place place;                       /* where it is at work */
+
+    size_t B, T;                       /* sequences in a micro-batch, tokens in a sequence, right now */
+    size_t Cp, Hp, Fp, D;              /* this rank's hidden columns, heads, MLP columns; head size */
+    size_t Vp, v0, valid;              /* it owns tokens v0 .. v0+Vp-1, of which the first `valid` are no padding */
+    size_t depth, first_layer;         /* this stage's layers */
+    int first_stage, last_stage;
+
+    Tensor *tensor;                    /* [tensors] its slices */
+    size_t tensors, elements;          /* elements in each arena of parameters */
+    Params w, g;                       /* weights and their gradients, in ... */
+    act *weights, *gradients;          /* ... these arenas */
+    real *m, *v, *master;              /* AdamW's moments; float weights where act is narrower, else NULL */
+
+    MicroBatch *flight;                /* [in_flight] micro-batches whose backward pass is still to come */
+    int in_flight, peak_in_flight;     /* places; how many were ever taken at once [P57] */
+    act *dx, *dy;                      /* (N, C)  gradient of the residual stream; of a branch */
+    act *dpre, *dqkv, *datt;           /* (N, Fp) (N, 3Cp) (N, Cp) */
+    real *delta;                       /* (B, Hp, T) attention's backward */
+    void *activations;                 /* the arena of all these */
+    real *host;                        /* (2, N) losses and weights on the host, on their way to or from the device */
+    int *host_ids;                     /* (2, N) tokens and targets likewise */
+    Cache *cache;                      /* generation only */
+
+    int recompute, training;           /* recompute activations in backward [§4.2]; dropout on */
+    uint64_t seed;
+    uint32_t step;                     /* dropout draws new masks each step */
+} Rank;
+/* clang-format on */
+
+static Place *set_place(Rank *k, const char *operation, const char *paper, int layer)
+{
+    k->place.operation = operation, k->place.edge = "", k->place.paper = paper, k->place.layer = layer;
+    return &k->place;
+}
+
+/* f and g [§3, Code 1, Fig. 3]: the conjugate pair that stands at the edges of every model-parallel region. f hands a
+ * replicated x to all ranks, so its backward pass adds up what each rank's columns contribute to dx; g adds up the
+ * ranks' partial sums, so its backward pass hands dx to all. Between them no rank talks [P1, P7]. */
+static void f_forward(Rank *k, act *x, size_t n) { (void)k, (void)x, (void)n; /* identity */ }
+static void f_backward(Rank *k, act *dx, size_t n)
+{
+    k->place.edge = "f backward";
+    all_reduce(&k->tp, dx, n, ACT, SUM);
+}
+static void g_forward(Rank *k, act *x, size_t n)
+{
+    k->place.edge = "g forward";
+    all_reduce(&k->tp, x, n, ACT, SUM);
+}
+static void g_backward(Rank *k, act *dx, size_t n) { (void)k, (void)dx, (void)n; /* identity */ }
+
+/* Dropout's sites: the embedding, and three in each layer. */
+enum { SITE_EMBEDDING = 0, SITE_ATTENTION = 1, SITE_ATTENTION_OUTPUT = 2, SITE_MLP_OUTPUT = 3 };
+
+/* Dropout of a replicated activation: masks are drawn by global index, so they are equal on all tensor ranks, as the
+ * equal results of duplicated work require [App. B.2, P25]. */
+static Dropout drop(const Rank *k, int site, size_t layer, const MicroBatch *mb)
+{
+    real p = site == SITE_EMBEDDING ? k->config.embd_pdrop : k->config.resid_pdrop;
+    Dropout d = {k->seed,
+                 (uint32_t)(3 * layer) + (uint32_t)site,
+                 k->step,
+                 k->training ? p : 0,
+                 mb->sequence * k->T * k->config.C,
+                 0};
+    return d;
+}
+
+/* Dropout of the attention probabilities of this rank's heads.
+ * DEVIATION: the paper draws attention masks from a generator per rank, seeded with 2718 + seed + rank, so they depend
+ * on t [App. B.2, P24]; here they are drawn by the global head, differ between heads just as well, and a run does not
+ * depend on its layout. */
+static Dropout attention_drop(const Rank *k, size_t layer, const MicroBatch *mb)
+{
+    size_t H = k->config.H, first_head = (size_t)k->tp.rank * k->Hp;
+    Dropout d = {k->seed,
+                 (uint32_t)(3 * layer) + SITE_ATTENTION,
+                 k->step,
+                 k->training ? k->config.attn_pdrop : 0,
+                 (mb->sequence * H + first_head) * k->T * k->T,
+                 H};
+    return d;
+}
+
+/* ---- One layer [Fig. 2, Fig. 3, Fig. 4] -------------------------------------------------------------------------- */
+
+/* Layer l of this stage, from mb->layer[l].x to mb->layer[l + 1].x. Two all-reduces: the g of attention and the g of the
+ * MLP [P5]. */
+static void block_forward(Rank *k, size_t l, MicroBatch *mb)
+{
+    const Layer *w = &k->w.layer[l];
+    Saved *a = &mb->layer[l];
+    act *out = mb->layer[l + 1].x;
+    size_t B = k->B, T = k->T, N = B * T, C = k->config.C, layer = k->first_layer + l;
+    real eps = k->config.eps;
+
+    /* Fig. 3b: each rank owns Hp whole heads */
+    set_place(k, "attention", "[§3 Fig.3b]", (int)layer);
+    layernorm_forward(a->ln1, a->mean1, a->rstd1, a->x, w->ln1_g, w->ln1_b, N, C, eps);
+    f_forward(k, a->ln1, N * C);
+    linear_forward(a->qkv, a->ln1, w->qkv_w, w->qkv_b, N, C, 3 * k->Cp); /* (N,C) -> (N,3Cp) */
+    if (k->cache)
+        attention_cached_forward(a->att, k->cache->k[l], k->cache->v[l], a->qkv, T, k->cache->past, k->Hp, k->D);
+    else attention_forward(a->att, a->lse, a->qkv, B, T, k->Hp, k->D, attention_drop(k, layer, mb));
+    linear_forward(a->res, a->att, w->proj_w, NULL, N, k->Cp, C); /* partial sums */
+    g_forward(k, a->res, N * C);
+    bias_dropout_add_layernorm_forward(a->ln2, a->res, a->mean2, a->rstd2, a->res, w->proj_b, a->x, w->ln2_g, w->ln2_b,
+                                       N, C, eps,
+                                       drop(k, SITE_ATTENTION_OUTPUT, layer, mb)); /* bias once: after g [P4] */
+
+    /* Fig. 3a: GeLU(X A_i) on each rank, since A is split by columns [§3 eq.3] */
+    set_place(k, "mlp", "[§3 Fig.3a]", (int)layer);
+    f_forward(k, a->ln2, N * C);
+    linear_gelu_forward(a->gelu, a->pre, a->ln2, w->fc_w, w->fc_b, N, C, k->Fp, k->config.gelu); /* (N,C) -> (N,Fp) */
+    linear_forward(out, a->gelu, w->out_w, NULL, N, k->Fp, C);                                   /* partial sums */
+    g_forward(k, out, N * C);
+    bias_dropout_add_forward(out, out, w->out_b, a->res, N, C, drop(k, SITE_MLP_OUTPUT, layer, mb));
+}
+
+/* k->dx: gradient of the layer's output on entry, of its input on return. Adds to the gradients of the layer's
+ * weights. block_forward read backwards; two all-reduces: the two f [P5]. */
+static void block_backward(Rank *k, size_t l, const MicroBatch *mb)
+{
+    const Layer *w = &k->w.layer[l], *g = &k->g.layer[l];
+    const Saved *a = &mb->layer[l];
+    size_t B = k->B, T = k->T, N = B * T, C = k->config.C, layer = k->first_layer + l;
+    act *dx = k->dx, *dy = k->dy;
+
+    set_place(k, "mlp", "[§3 Fig.3a]", (int)layer);
+    bias_dropout_add_backward(dy, g->out_b, dx, N, C, drop(k, SITE_MLP_OUTPUT, layer, mb));
+    g_backward(k, dy, N * C);
+    gelu_linear_backward(k->dpre, g->out_w, dy, a->gelu, a->pre, w->out_w, N, k->Fp, C, k->config.gelu);
+    linear_backward(dy, g->fc_w, g->fc_b, k->dpre, a->ln2, w->fc_w, N, C, k->Fp);
+    f_backward(k, dy, N * C);
+    layernorm_backward(dx, g->ln2_g, g->ln2_b, dy, a->res, w->ln2_g, a->mean2, a->rstd2, dx, N, C); /* + residual */
+
+    set_place(k, "attention", "[§3 Fig.3b]", (int)layer);
+    bias_dropout_add_backward(dy, g->proj_b, dx, N, C, drop(k, SITE_ATTENTION_OUTPUT, layer, mb));
+    g_backward(k, dy, N * C);
+    linear_backward(k->datt, g->proj_w, NULL, dy, a->att, w->proj_w, N, k->Cp, C);
+    attention_backward(k->dqkv, k->delta, k->datt, a->att, a->lse, a->qkv, B, T, k->Hp, k->D,
+                       attention_drop(k, layer, mb));
+    linear_backward(dy, g->qkv_w, g->qkv_b, k->dqkv, a->ln1, w->qkv_w, N, C, 3 * k->Cp);
+    f_backward(k, dy, N * C);
+    layernorm_backward(dx, g->ln1_g, g->ln1_b, dy, a->x, w->ln1_g, a->mean1, a->rstd1, dx, N, C); /* + residual */
+}
+
+/* ---- Both ends: the vocabulary-parallel embedding and cross entropy [§3] ----------------------------------------- */
+
+/* x (N,C) = dropout(word embedding + position embedding). Each rank looks up the tokens it owns and leaves zeros for
+ * the others'; g adds the ranks up [P15]. */
+static void embedding_forward(Rank *k, act *x, const MicroBatch *mb)
+{
+    size_t N = k->B * k->T, C = k->config.C, past = k->cache ? k->cache->past : 0;
+    set_place(k, "embedding", "[§3 input embedding]", -1);
+    token_embedding_forward(x, mb->tokens, k->w.wte, N, C, k->v0, k->Vp);
+    g_forward(k, x, N * C);
+    position_embedding_forward(x, k->w.wpe, k->B, k->T, C, past, drop(k, SITE_EMBEDDING, 0, mb));
+}
+
+/* From k->dx. */
+static void embedding_backward(Rank *k, const MicroBatch *mb)
+{
+    size_t N = k->B * k->T, C = k->config.C;
+    position_embedding_backward(k->dx, k->g.wpe, k->B, k->T, C, drop(k, SITE_EMBEDDING, 0, mb));
+    g_backward(k, k->dx, N * C);
+    token_embedding_backward(k->g.wte, k->dx, mb->tokens, N, C, k->v0, k->Vp);
+}
+
+/* Logits of this rank's tokens for `rows` rows of x: the output layer is the word embedding again [§3]. */
+static void logits_forward(Rank *k, MicroBatch *mb, const act *x, size_t rows)
+{
+    size_t C = k->config.C;
+    set_place(k, "logits", "[§3 output embedding]", -1);
+    layernorm_forward(mb->lnf, mb->meanf, mb->rstdf, x, k->w.lnf_g, k->w.lnf_b, rows, C, k->config.eps);
+    f_forward(k, mb->lnf, rows * C);
+    linear_forward(mb->logits, mb->lnf, k->w.wte, NULL, rows, C, k->Vp);
+}
+
+/* loss (N) = log sum_j exp(z_j) - z_target, where each rank has its own tokens' z only. Gathering the logits would move
+ * N*V numbers; this moves 3N, in exactly three all-reduces [§3, P17, P18; doc/cross_entropy.md].
+ * DEVIATION: Megatron lets the padding tokens take part in the softmax; here they do not, so that the loss depends
+ * neither on t nor on the padding, and equals Hugging Face's. */
+static void cross_entropy_forward(Rank *k, MicroBatch *mb)
+{
+    size_t N = k->B * k->T;
+    set_place(k, "cross entropy", "[§3 output embedding]", -1);
+    logits_max(mb->max, mb->logits, N, k->Vp, k->valid);
+    all_reduce(&k->tp, mb->max, N, REAL_ARRAY, MAX);
+    logits_sum_exp(mb->sum, mb->target_logit, mb->logits, mb->max, mb->targets, N, k->Vp, k->valid, k->v0);
+    all_reduce(&k->tp, mb->sum, N, REAL_ARRAY, SUM);
+    all_reduce(&k->tp, mb->target_logit, N, REAL_ARRAY, SUM);
+    cross_entropy_loss(mb->loss, mb->sum, mb->target_logit, N);
+}
+
+/* k->dx = gradient of sum_n weight_n loss_n * scale with respect to the last layer's output x. The softmax needs no
+ * communication [P17]; the f of the logits needs one all-reduce. */
+static void logits_backward(Rank *k, MicroBatch *mb, const act *x, real scale)
+{
+    size_t N = k->B * k->T, C = k->config.C;
+    set_place(k, "logits", "[§3 output embedding]", -1);
+    cross_entropy_backward(mb->logits, mb->max, mb->sum, mb->targets, mb->weight, scale, N, k->Vp, k->valid, k->v0);
+    linear_backward(k->dy, k->g.wte, NULL, mb->logits, mb->lnf, k->w.wte, N, C, k->Vp);
+    f_backward(k, k->dy, N * C);
+    layernorm_backward(k->dx, k->g.lnf_g, k->g.lnf_b, k->dy, x, k->w.lnf_g, mb->meanf, mb->rstdf, NULL, N, C);
+}
+
+/* ================================================================================================================
+ * Chapter 6. Stages, recomputation [§4.2] and the pipeline (beyond the paper: arXiv 2104.04473 §2.2)
+ * ============================================================================================================= */
+
+/* ---- A rank's memory --------------------------------------------------------------------------------------------- */
+
+/* Fills in what follows from the shape of the model, the layout and the rank's number. */
+static void shape_rank(Rank *k, const Config *c, Layout s, int rank, size_t B, size_t T, int recompute)
+{
+    size_t t = (size_t)s.tp, stage = (size_t)pp_rank(s, rank);
+    k->config = *c, k->layout = s, k->B = B, k->T = T, k->recompute = recompute;
+    k->D = c->C / c->H, k->Hp = c->H / t, k->Cp = c->C / t, k->Fp = c->F / t;
+    k->Vp = padded_vocab(c->V, s.tp) / t;
+    k->v0 = (size_t)tp_rank(s, rank) * k->Vp;
+    k->valid = k->v0 >= c->V ? 0 : min_size(k->Vp, c->V - k->v0);
+    k->depth = c->L / (size_t)s.pp, k->first_layer = stage * k->depth;
+    k->first_stage = stage == 0, k->last_stage = stage == (size_t)s.pp - 1;
+}
+
+static void carve_saved(Saved *a, const Rank *k, Arena *arena)
+{
+    size_t N = k->B * k->T, C = k->config.C;
+    a->ln1 = (act *)carve(arena, N * C, sizeof(act));
+    a->qkv = (act *)carve(arena, N * 3 * k->Cp, sizeof(act));
+    a->att = (act *)carve(arena, N * k->Cp, sizeof(act));
+    a->res = (act *)carve(arena, N * C, sizeof(act));
+    a->ln2 = (act *)carve(arena, N * C, sizeof(act));
+    a->pre = (act *)carve(arena, N * k->Fp, sizeof(act));
+    a->gelu = (act *)carve(arena, N * k->Fp, sizeof(act));
+    a->mean1 = (real *)carve(arena, N, sizeof(real));
+    a->rstd1 = (real *)carve(arena, N, sizeof(real));
+    a->mean2 = (real *)carve(arena, N, sizeof(real));
+    a->rstd2 = (real *)carve(arena, N, sizeof(real));
+    a->lse = (real *)carve(arena, N * k->Hp, sizeof(real));
+}
+
+/* The activations of all micro-batches in flight. With recomputation a layer keeps only its input, and all layers
+ * share the rest: "activation checkpointing after every transformer layer" [§4.2]. flight has room for k->in_flight
+ * entries with depth + 1 layers each. Without gradients (inference) there is nothing but the forward pass's part. */
+static void carve_activations(Rank *k, MicroBatch *flight, Arena *arena, int gradients)
+{
+    size_t N = k->B * k->T, C = k->config.C;
+    Saved shared;
+    if (k->recompute) carve_saved(&shared, k, arena);
+    for (int i = 0; i < k->in_flight; i++) {
+        MicroBatch *mb = &flight[i];
+        mb->tokens = (int *)carve(arena, N, sizeof(int));
+        mb->targets = (int *)carve(arena, N, sizeof(int));
+        mb->weight = (real *)carve(arena, N, sizeof(real));
+        for (size_t l = 0; l <= k->depth; l++) {
+            Saved *a = &mb->layer[l];
+            if (l < k->depth && k->recompute) *a = shared;
+            else if (l < k->depth) carve_saved(a, k, arena);
+            a->x = (act *)carve(arena, N * C, sizeof(act));
+        }
+        if (!k->last_stage) continue;
+        mb->lnf = (act *)carve(arena, N * C, sizeof(act));
+        mb->logits = (act *)carve(arena, N * k->Vp, sizeof(act));
+        real **rows[] = {&mb->meanf, &mb->rstdf, &mb->max, &mb->sum, &mb->target_logit, &mb->loss};
+        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) *rows[r] = (real *)carve(arena, N, sizeof(real));
+    }
+    if (!gradients) return;
+    k->dx = (act *)carve(arena, N * C, sizeof(act));
+    k->dy = (act *)carve(arena, N * C, sizeof(act));
+    k->dpre = (act *)carve(arena, N * k->Fp, sizeof(act));
+    k->dqkv = (act *)carve(arena, N * 3 * k->Cp, sizeof(act));
+    k->datt = (act *)carve(arena, N * k->Cp, sizeof(act));
+    k->delta = (real *)carve(arena, N * k->Hp, sizeof(real));
+}
+
+/* 1F1B keeps at most p - i micro-batches in flight on stage i (from 0) [P57]. */
+static int flights(const Rank *k, size_t micro_batches)
+{
+    return (int)min_size((size_t)(k->layout.pp - pp_rank(k->layout, k->world.world_rank)), micro_batches);
+}
+
+static MicroBatch *flight_create(const Rank *k)
+{
+    MicroBatch *flight = (MicroBatch *)xcalloc((size_t)k->in_flight, sizeof *flight);
+    for (int i = 0; i < k->in_flight; i++) flight[i].layer = (Saved *)xcalloc(k->depth + 1, sizeof(Saved));
+    return flight;
+}
+
+static void flight_free(const Rank *k, MicroBatch *flight)
+{
+    for (int i = 0; i < k->in_flight; i++) free(flight[i].layer);
+    free(flight);
+}
+
+/* Bytes of activations of one rank: `plan` prints it, and rank_create allocates exactly so much for them. What else a
+ * rank needs is small and not counted: working space of the operators, mailboxes, one micro-batch on the host. */
+static size_t activation_bytes(const Config *c, Layout s, int rank, size_t B, size_t T, int recompute,
+                               size_t micro_batches)
+{
+    Rank k;
+    Arena measure = {NULL, 0};
+    memset(&k, 0, sizeof k);
+    shape_rank(&k, c, s, rank, B, T, recompute);
+    k.world.world_rank = rank;
+    k.in_flight = flights(&k, micro_batches);
+    MicroBatch *flight = flight_create(&k);
+    carve_activations(&k, flight, &measure, 1);
+    flight_free(&k, flight);
+    return measure.used;
+}
+
+/* What a run asks of its ranks. */
+typedef struct {
+    Config config;
+    Layout layout;
+    size_t micro_batch, micro_batches; /* sequences in each; how many of them make a step on one data rank */
+    size_t seq;                        /* tokens in a sequence */
+    int training;                      /* with gradients and moments, and dropout */
+    int recompute;
+    uint64_t seed;
+} RankOptions;
+
+/* A rank with all its memory: weights are zero (see init_params, load_slices). Every rank of the world calls it. */
+static Rank *rank_create(Comm *world, const RankOptions *o)
+{
+    Rank *k = (Rank *)xcalloc(1, sizeof *k);
+    const Layout s = o->layout;
+    int rank = world->rank;
+    shape_rank(k, &o->config, s, rank, o->micro_batch, o->seq,
+               o->recompute || !o->training); /* inference shares, too */
+    k->seed = o->seed, k->training = o->training;
+    k->world = *world;
+    k->tp = comm_split(world, tp_color(s, rank), "tp");
+    k->pp = comm_split(world, pp_color(s, rank), "pp");
+    k->dp = comm_split(world, dp_color(s, rank), "dp");
+    k->embedding = comm_split(world, embedding_color(s, rank), "embedding");
+    k->world.place = k->tp.place = k->pp.place = k->dp.place = k->embedding.place = set_place(k, "-", "", -1);
+
+    k->tensors = list_tensors(NULL, &k->elements, &k->config, s, rank);
+    k->tensor = (Tensor *)xcalloc(k->tensors, sizeof *k->tensor);
+    list_tensors(k->tensor, &k->elements, &k->config, s, rank);
+    k->w.layer = (Layer *)xcalloc(k->depth, sizeof(Layer));
+    k->weights = (act *)device_calloc(k->elements * sizeof(act));
+    place_params(&k->w, k->weights, k->tensor, k->tensors, k->first_layer);
+    if (o->training) {
+        k->g.layer = (Layer *)xcalloc(k->depth, sizeof(Layer));
+        k->gradients = (act *)device_calloc(k->elements * sizeof(act));
+        place_params(&k->g, k->gradients, k->tensor, k->tensors, k->first_layer);
+        k->m = (real *)device_calloc(k->elements * sizeof(real));
+        k->v = (real *)device_calloc(k->elements * sizeof(real));
+        if (sizeof(act) < sizeof(real)) k->master = (real *)device_calloc(k->elements * sizeof(real));
+    }
+
+    Arena measure = {NULL, 0}, arena = {NULL, 0};
+    k->in_flight = o->training ? flights(k, o->micro_batches) : 1;
+    k->flight = flight_create(k);
+    carve_activations(k, k->flight, &measure, o->training);
+    arena.base = (char *)device_calloc(measure.used);
+    k->activations = arena.base;
+    carve_activations(k, k->flight, &arena, o->training);
+    k->host = (real *)xcalloc(2 * k->B * k->T, sizeof *k->host);
+    k->host_ids = (int *)xcalloc(2 * k->B * k->T, sizeof *k->host_ids);
+    return k;
+}
+
+/* Every rank of the world calls it. */
+static void rank_free(Rank *k)
+{
+    comm_free(&k->tp), comm_free(&k->pp), comm_free(&k->dp), comm_free(&k->embedding);
+    device_free(k->weights), device_free(k->gradients), device_free(k->m), device_free(k->v), device_free(k->master);
+    device_free(k->activations);
+    flight_free(k, k->flight);
+    free(k->w.layer), free(k->g.layer), free(k->tensor), free(k->host), free(k->host_ids), free(k);
+}
+
+/* ---- One micro-batch through one stage --------------------------------------------------------------------------- */
+
+/* From tokens (first stage) or the previous stage's output to the next stage, or to the losses (last stage). */
+static void stage_forward(Rank *k, MicroBatch *mb)
+{
+    size_t n = k->B * k->T * k->config.C;
+    set_place(k, "pipeline", "[beyond the paper]", -1);
+    if (k->first_stage) embedding_forward(k, mb->layer[0].x, mb);
+    else recv(&k->pp, mb->layer[0].x, n, ACT, k->pp.rank - 1);
+
+    for (size_t l = 0; l < k->depth; l++) block_forward(k, l, mb);
+
+    if (k->last_stage) {
+        logits_forward(k, mb, mb->layer[k->depth].x, k->B * k->T);
+        cross_entropy_forward(k, mb);
+    } else {
+        set_place(k, "pipeline", "[beyond the paper]", -1);
+        send(&k->pp, mb->layer[k->depth].x, n, ACT, k->pp.rank + 1);
+    }
+}
+
+/* The same way back. scale: what one unit of a target's loss counts in the step's loss, times the loss scale. */
+static void stage_backward(Rank *k, MicroBatch *mb, real scale)
+{
+    size_t n = k->B * k->T * k->config.C;
+    set_place(k, "pipeline", "[beyond the paper]", -1);
+    if (k->last_stage) logits_backward(k, mb, mb->layer[k->depth].x, scale);
+    else recv(&k->pp, k->dx, n, ACT, k->pp.rank + 1);
+
+    for (size_t l = k->depth; l-- > 0;) {
+        /* Recomputation runs the very same code and draws the same masks: gradients are equal bit for bit [P26]. */
+        if (k->recompute) block_forward(k, l, mb);
+        block_backward(k, l, mb);
+    }
+
+    if (k->first_stage) embedding_backward(k, mb);
+    else {
+        set_place(k, "pipeline", "[beyond the paper]", -1);
+        send(&k->pp, k->dx, n, ACT, k->pp.rank - 1);
+    }
+}
+
+/* ---- 1F1B -------------------------------------------------------------------------------------------------------- */
+
+/* Where a step's micro-batches come from: fills mb's tokens, targets, weight and sequence for micro-batch number i. */
+typedef void (*Feed)(void *source, Rank *k, MicroBatch *mb, size_t i);
+
+/* Sum over this rank's targets of weight * loss, in double; 0 on ranks that have no losses of their own. */
+static double sum_losses(const Rank *k, const MicroBatch *mb)
+{
+    size_t N = k->B * k->T;
+    real *host = k->host;
+    double sum = 0;
+    if (!k->last_stage || k->tp.rank > 0) return 0; /* tensor ranks hold equal copies: count them once */
+    device_download(host, mb->loss, N * sizeof *host);
+    device_download(host + N, mb->weight, N * sizeof *host);
+    for (size_t n = 0; n < N; n++) sum += host[N + n] == 0 ? 0 : (double)host[n] * host[N + n];
+    return sum;
+}
+
+/* All forward and backward passes of a step: m micro-batches, one forward, one backward, in turns, after a warm-up of
+ * p - i - 1 forward passes on stage i. No stage then holds more than p - i micro-batches, and the bubble is that of
+ * all forward then all backward, (p-1)/m of the ideal time [P56, P57; doc/pipeline.md draws it]. Each stage just
+ * receives, works and sends; the blocking of recv makes the schedule. A place in k->flight is free again when its turn
+ * comes: the micro-batch that had it, p - i earlier, has just finished its backward pass.
+ * Returns the sum of this rank's weighted losses. */
+static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real scale)
+{
+    size_t warmup = min_size((size_t)(k->pp.size - k->pp.rank - 1), m);
+    size_t started = 0, finished = 0;
+    double loss = 0;
+    while (finished < m) {
+        if (started < m) {
+            MicroBatch *mb = &k->flight[started % (size_t)k->in_flight];
+            feed(source, k, mb, started++);
+            stage_forward(k, mb);
+            loss += sum_losses(k, mb);
+            if ((int)(started - finished) > k->peak_in_flight) k->peak_in_flight = (int)(started - finished);
+        }
+        if (started > warmup || started == m) stage_backward(k, &k->flight[finished++ % (size_t)k->in_flight], scale);
+    }
+    return loss;
+}
+
+/* ================================================================================================================
+ * Chapter 7. Optimisation [§4.2]
+ * ============================================================================================================= */
+
+typedef enum { DECAY_PAPER, DECAY_MEGATRON, DECAY_COSINE } Decay;
+
+typedef struct {
+    double lr, min_lr;
+    size_t warmup, decay_steps;
+    Decay decay; /* of the learning rate */
+    double beta1, beta2, eps, weight_decay;
+    double clip;       /* global gradient norm; 0: no clipping */
+    double loss_scale; /* fixed; 0: dynamic */
+} Optimizer;
+
+/* Learning rate of update n, counted from 0: linear warm-up, then a cosine down to min_lr [§4.2]. The scheduler stands
+ * at 0 during the first update, which therefore changes nothing [P33]. Three readings of "cosine":
+ *     paper      over the 297k iterations after the warm-up, down to 0, but never below the floor [P35]
+ *     megatron   as its code of 2020 has it: the whole 300k are the period, and the floor comes later [P34]
+ *     cosine     from the peak to the floor itself: Megatron today, and most others */
+static double learning_rate(const Optimizer *o, size_t n)
+{
+    double w = (double)o->warmup, end = (double)o->decay_steps, k = (double)n;
+    if (n <= o->warmup && o->warmup > 0) return o->lr * k / w;
+    if (o->decay == DECAY_MEGATRON) return fmax(o->lr / 2 * (cos(M_PI * (fmin(k, end - w) - w) / end) + 1), o->min_lr);
+    double fall = end > w ? (cos(M_PI * (fmin(k, end) - w) / (end - w)) + 1) / 2 : 1; /* 1 .. 0 */
+    return o->decay == DECAY_PAPER ? fmax(o->lr * fall, o->min_lr) : o->min_lr + (o->lr - o->min_lr) * fall;
+}
+
+/* Dynamic loss scaling: fp16 gradients are kept away from underflow by a factor as large as does not overflow. Two
+ * overflows (hysteresis) halve it once, each further one again; 1000 clean steps double it [P36-P38]. */
+typedef struct {
+    double scale;
+    int dynamic, hysteresis;
+    long long iteration, last_overflow;
+} LossScaler;
+
+enum { SCALE_WINDOW = 1000, HYSTERESIS = 2 };
+
+static LossScaler make_loss_scaler(double fixed)
+{
+    LossScaler s = {fixed > 0 ? fixed : 0x1p32, fixed <= 0, HYSTERESIS, 0, -1};
+    return s;
+}
+
+static void loss_scaler_update(LossScaler *s, int overflow)
+{
+    if (s->dynamic && overflow) {
+        if (s->hysteresis == 1) s->scale = fmax(s->scale / 2, 1);
+        else s->hysteresis--;
+        s->last_overflow = s->iteration;
+    } else if (s->dynamic && (s->iteration - s->last_overflow) % SCALE_WINDOW == 0) {
+        s->scale *= 2;
+        s->hysteresis = HYSTERESIS;
+    }
+    s->iteration++;
+}
+
+/* Where a run stands: all that resuming needs beside weights and moments. */
+typedef struct {
+    size_t step;    /* optimizer steps tried, skipped ones included: what the user counts, and what draws dropout */
+    size_t updates; /* steps that changed the weights: Adam's and the learning rate's clock [P39] */
+    size_t samples; /* sequences consumed */
+    LossScaler scaler;
+} Progress;
+
+/* 2-norm of the whole model's gradient, equal on all ranks. Every distinct element counts once: slices on each tensor
+ * rank, replicas on the first one, the last stage's copy of the embedding not at all [P27]. Data replicas hold equal
+ * gradients: the first one speaks for all. Infinite or NaN if any element is. */
+static double gradient_norm(Rank *k)
+{
+    double sum = 0;
+    set_place(k, "gradient norm", "[§4.2]", -1);
+    for (size_t i = 0; i < k->tensors && k->dp.rank == 0; i++)
+        if (k->tensor[i].counted) sum += sum_squares(k->gradients + k->tensor[i].offset, k->tensor[i].n);
+    all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
+    return sqrt(sum);
+}
+
+/* Sums the gradients of what is held more than once: the tied embedding of first and last stage, then the data
+ * replicas, each of which saw other sequences [§2.3]. Replicas within a tensor group need nothing: equal inputs and
+ * equal incoming gradients made equal gradients [§3]. */
+static void reduce_gradients(Rank *k)
+{
+    if (k->first_stage || k->last_stage) {
+        set_place(k, "tied embedding", "[beyond the paper]", -1);
+        all_reduce(&k->embedding, k->g.wte, k->Vp * k->config.C, ACT, SUM);
+    }
+    set_place(k, "data parallel", "[§2.3]", -1);
+    all_reduce(&k->dp, k->gradients, k->elements, ACT, SUM);
+}
+
+/* AdamW with decoupled decay; none for biases and LayerNorm [§4.2, P31, P32]. */
+static void update_weights(Rank *k, const Optimizer *o, size_t update, double gradient_scale)
+{
+    for (size_t i = 0; i < k->tensors; i++) {
+        const Tensor *t = &k->tensor[i];
+        AdamW h = {learning_rate(o, update), o->beta1,  o->beta2, o->eps, t->spec->decay ? o->weight_decay : 0,
+                   gradient_scale,           update + 1};
+        size_t o0 = t->offset;
+        adamw(k->weights + o0, k->master ? k->master + o0 : NULL, k->m + o0, k->v + o0, k->gradients + o0, t->n, h);
+    }
+}
+
+typedef struct {
+    double loss, lr, grad_norm, loss_scale;
+    int skipped; /* an overflow: the weights did not change */
+} StepResult;
+
+/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py): zero gradients, forward and
+ * backward of all micro-batches with the scaled loss, sum over replicas, unscale, clip, update the scale, AdamW unless
+ * some gradient overflowed anywhere.
+ * DEVIATION: the loss is the mean over all targets of the global batch, and the mean over data replicas is folded into
+ * each target's share of it [P29, P30]; Megatron divides by d before the sum of gradients. An overflow shows in the
+ * gradient norm; Megatron reduces a flag of its own. */
+static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t micro_batches, Feed feed, void *source)
+{
+    StepResult r;
+    size_t sequences = k->B * micro_batches * (size_t)k->dp.size;
+    double targets = (double)(sequences * k->T);
+    k->step = (uint32_t)p->step;
+    r.loss_scale = p->scaler.scale;
+    r.lr = learning_rate(o, p->updates);
+
+    device_zero(k->gradients, k->elements * sizeof(act));
+    r.loss = pipeline_step(k, micro_batches, feed, source, (real)(r.loss_scale / targets)) / targets;
+    reduce_gradients(k);
+    r.grad_norm = gradient_norm(k) / r.loss_scale;
+    r.skipped = !isfinite(r.grad_norm); /* on one rank means on all: every rank reads the same norm [P39] */
+    set_place(k, "logged loss", "[§4.2]", -1);
+    all_reduce(&k->world, &r.loss, 1, DOUBLE_ARRAY, SUM);
+
+    double coefficient = o->clip > 0 ? fmin(o->clip / (r.grad_norm + 1e-6), 1) : 1; /* [P28] */
+    if (!r.skipped) update_weights(k, o, p->updates++, coefficient / r.loss_scale);
+    loss_scaler_update(&p->scaler, r.skipped);
+    p->step++;
+    p->samples += sequences;
+    return r;
+}
+
+/* ================================================================================================================
+ * Chapter 8. Text and data [§4.1]
+ *
+ * Text becomes numbers by GPT-2's byte-level byte-pair encoding. A text is cut into words; a word is a row of bytes,
+ * of which neighbours merge by a list of pairs, the list's first pair first, until no pair of the list is left in it.
+ * As every byte is a token, any bytes can be encoded, and decoding gives them back. Documents, with <|endoftext|>
+ * between them, are joined and cut into samples of T + 1 tokens: T inputs, and the same shifted by one as labels.
+ * ============================================================================================================= */
+
+/* ---- JSON -------------------------------------------------------------------------------------------------------- */
 
 typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } JsonType;
 
@@ -409,8 +2744,7 @@ static void json_refuse_duplicates(const JsonReader *r, size_t object)
     for (size_t i = object + 1; i < r->n; i = value[i].end) key[n++] = value[i].key;
     qsort(key, n, sizeof *key, compare_strings);
     for (size_t i = 1; i < n; i++)
-        if (!strcmp(key[i - 1], key[i]))
-            die("%s: the key \"%s\" occurs twice", r->json.what, printable(shown, key[i]));
+        if (!strcmp(key[i - 1], key[i])) die("%s: the key \"%s\" occurs twice", r->json.what, printable(shown, key[i]));
     free(key);
 }
 
@@ -501,8 +2835,8 @@ static double json_number(const Json *json, const JsonValue *object, const char 
 }
 
 /* The same for integers up to 2^53. */
-static long long json_integer(const Json *json, const JsonValue *object, const char *key, long long low,
-                              long long high, long long fallback)
+static long long json_integer(const Json *json, const JsonValue *object, const char *key, long long low, long long high,
+                              long long fallback)
 {
     double number = json_number(json, object, key, (double)low, (double)high, (double)fallback);
     if (number != floor(number)) die("%s: \"%s\" is %.17g: an integer was expected", json->what, key, number);
@@ -532,2309 +2866,23 @@ static void json_write_string(FILE *out, const char *s, size_t left)
     fputc('"', out);
 }
 
-/* ---- Progress -------------------------------------------------------------------------------------------------- */
-
-static double now(void) /* seconds */
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Long work on stderr: a bar on a terminal, else a line now and then. */
-typedef struct {
-    const char *unit;    /* "step", "window", .. */
-    size_t first, total; /* units done before the start, and at the end */
-    size_t tokens;       /* in a unit */
-    int terminal;
-    double start, shown; /* seconds */
-} Meter;
-
-static Meter meter_start(const char *unit, size_t first, size_t total, size_t tokens)
-{
-    double t = now();
-    Meter m = {unit, first, total, tokens, isatty(STDERR_FILENO), t, t};
-    return m;
-}
-
-static double meter_rate(const Meter *m, size_t done) /* tokens a second so far */
-{
-    return (double)(done - m->first) * (double)m->tokens / fmax(now() - m->start, 1e-9);
-}
-
-/* Shows how far the work is, and one value of its own, if it is time to. */
-static void meter_show(Meter *m, size_t done, const char *name, double value)
-{
-    double t = now(), rate = meter_rate(m, done), left = (double)(m->total - done) * (double)m->tokens / fmax(rate, 1e-9);
-    char bar[33] = "................................";
-    if (done < m->total && t - m->shown < (m->terminal ? 0.1 : 10)) return;
-    m->shown = t;
-    for (size_t i = 0; m->total && i < 32 * done / m->total; i++) bar[i] = '#';
-    fprintf(stderr, "%s%s%s%s %zu/%zu  %s %.4f  %.0f tokens/s  %.0f:%02.0f left%s", m->terminal ? "\r[" : "",
-            m->terminal ? bar : "", m->terminal ? "] " : "", m->unit, done, m->total, name, value, rate,
-            floor(left / 60), floor(fmod(left, 60)), m->terminal && done < m->total ? "\033[K" : "\n");
-}
-
-/* ---- Types that both machines' operators share ----------------------------------------------------------------- */
-
-typedef enum { GELU_TANH, GELU_ERF } Gelu;
-typedef enum { SUM, MAX } Op;
-typedef enum { ACT, REAL_ARRAY, DOUBLE_ARRAY } Type; /* of an array's elements; only the twin's act is not real */
-
-typedef struct {
-    double lr, beta1, beta2, eps, decay;
-    double grad_scale; /* multiplies every gradient: 1 / loss scale, clipping */
-    size_t step;       /* counts from 1 */
-} AdamW;
-
-#ifdef GPT2_OPERATORS
-#include GPT2_OPERATORS
-#else
-
-/* ================================================================================================================
- * Chapter 2. Operators [§2.2]: the seam between one text and two machines. This is the CPU's side
- * ================================================================================================================
- *
- * Each operator is a function of pointers and dimensions; it knows no ranks and keeps no state. Outputs come first.
- * Backward writes dx and adds to dw. Threads share out work that is cut the same way however many there are, and no
- * two threads add to one number: results do not depend on the number of OpenMP threads, bit for bit.
- *
- * Letters: N = B*T rows (batch x time), C channels, I inputs and O outputs of a linear layer, H heads of size D. */
-
-/* ---- Memory ---------------------------------------------------------------------------------------------------- */
-
-/* Zeroed, 64-byte aligned; dies when there is none. */
-static void *device_calloc(size_t bytes)
-{
-    void *p = aligned_alloc(64, (max_size(bytes, 1) + 63) / 64 * 64);
-    if (!p) die("out of memory: %zu bytes were asked for", bytes);
-    return memset(p, 0, bytes);
-}
-
-static void device_free(void *p) { free(p); }
-static void device_select(int rank, int ranks) { (void)rank, (void)ranks; } /* the twin: which GPU is this rank's */
-static void device_synchronize(void) {} /* the twin: wait for this rank's stream */
-static void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
-static void device_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
-static void device_upload(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
-static void device_download(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
-static void act_upload(act *to, const real *from, size_t n) { memcpy(to, from, n * sizeof *to); }
-static void act_download(real *to, const act *from, size_t n) { memcpy(to, from, n * sizeof *to); }
-
-enum { SMALL = 16384 }; /* numbers that one thread has done with before others would wake up */
-
-/* n reals of working space, 64-byte aligned and not zeroed; free() it. */
-static real *scratch(size_t n)
-{
-    void *p = aligned_alloc(64, n * sizeof(real) / 64 * 64 + 64);
-    if (!p) die("out of memory: %zu bytes of scratch were asked for", n * sizeof(real));
-    return (real *)p;
-}
-
-/* ---- Functions of one number ----------------------------------------------------------------------------------- */
-
-static inline real square_root(real x) { return sizeof x == sizeof(float) ? sqrtf((float)x) : (real)sqrt(x); }
-
-/* e^x in a form that compilers vectorise: e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2, and for e^r a
- * polynomial that is within 0.06 ulp of it. Error: at most 1.02 ulp, for all floats. 0 below -86.5 (e^x < 2^-124);
- * inf above 88.72283, where floats end; NaN stays NaN. Adding 1.5 * 2^23 leaves n in the sum's low bits. 2^(n-1)
- * times a doubled polynomial reaches the last binade, where 2^n alone would not exist. */
-static inline real exponential(real x)
-{
-    if (sizeof x != sizeof(float)) return (real)exp(x);
-    float f = (float)x, shifted = f * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, scale;
-    float r = (f - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: n * the first is exact */
-    float q = 0.001381446547f;
-    q = q * r + 0.008368780424f;
-    q = q * r + 0.04166839425f;
-    q = q * r + 0.1666652011f;
-    q = q * r + 0.4999999341f;
-    uint32_t bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits + 126) << 23;
-    memcpy(&scale, &bits, 4);
-    float y = (1 + (r + r * r * q)) * 2 * scale;
-    return f < -86.5f ? 0 : f > 89 ? INFINITY : y;
-}
-
-/* Phi(x), through erfc: 1 + erf would cancel on the left. */
-static inline real normal_cdf(real x)
-{
-    return sizeof x == sizeof(float) ? erfcf((float)x * -(float)M_SQRT1_2) / 2 : (real)(erfc(x * -M_SQRT1_2) / 2);
-}
-
-/* GeLU [§2.2]: x * Phi(x). Megatron's tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), equals
- * x / (1 + e^-2u): one exponential, no tanh. GELU_ERF is the exact form [P41]. */
-static inline real gelu(real x, Gelu kind)
-{
-    if (kind == GELU_ERF) return x * normal_cdf(x);
-    return x / (1 + exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * x * x)));
-}
-
-/* d gelu / dx = s + x s(1-s) 2u' with s = 1 / (1 + e^-2u); s(1-s) is even in u, and t = e^-|2u| cannot overflow. */
-static inline real gelu_slope(real x, Gelu kind)
-{
-    if (kind == GELU_ERF) return normal_cdf(x) + x * (real)0.3989422804014327 * exponential(-x * x / 2); /* + x phi */
-    real xx = x * x, v = (real)1.5957691216057308 * x * (1 + (real)0.044715 * xx);                       /* 2u */
-    real t = exponential(v < 0 ? v : -v), s = 1 / (1 + t), rise = t * s * s;
-    return (v < 0 ? t * s : s) + x * rise * (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * xx);
-}
-
-/* The largest of top and x (n); NaNs are passed over. Lane by lane: not every compiler reorders a maximum. */
-static real largest(const real *x, size_t n, real top)
-{
-    enum { SIDE = 32 };
-    real side[SIDE];
-    for (size_t j = 0; j < SIDE; j++) side[j] = top;
-    for (; n >= SIDE; n -= SIDE, x += SIDE)
-#pragma omp simd
-        for (size_t j = 0; j < SIDE; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
-    for (size_t j = 0; j < n; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
-    for (size_t j = 0; j < SIDE; j++) top = side[j] > top ? side[j] : top;
-    return top;
-}
-
-/* ---- Dropout --------------------------------------------------------------------------------------------------- */
-
-/* A word below this drops its element; p < 1. */
-static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1p32); }
-
-/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on many blocks side by side, round by
- * round, so that it vectorises. Ones, and no numbers drawn, where there is no dropout. */
-static void dropout_factors(real *out, Dropout d, size_t index, size_t n)
-{
-    enum { SIDE = 32 }; /* blocks, of four words each */
-    const uint32_t threshold = dropout_threshold(d.p);
-    const real scale = 1 / (1 - d.p);
-    for (size_t i = 0; d.p == 0 && i < n; i++) out[i] = 1;
-    if (d.p == 0) return;
-    size_t skip = (d.first + index) % 4; /* words of the first block that come before ours */
-    for (uint64_t block = (d.first + index) / 4; n > 0; block += SIDE) {
-        uint32_t c0[SIDE], c1[SIDE], c2[SIDE], c3[SIDE], k0 = (uint32_t)d.seed, k1 = (uint32_t)(d.seed >> 32);
-        real factor[4 * SIDE];
-        for (int i = 0; i < SIDE; i++) {
-            c0[i] = (uint32_t)(block + (uint64_t)i), c1[i] = (uint32_t)((block + (uint64_t)i) >> 32);
-            c2[i] = d.site, c3[i] = d.step;
-        }
-        for (int round = 0; round < 10; round++, k0 += 0x9E3779B9, k1 += 0xBB67AE85)
-#pragma omp simd
-            for (int i = 0; i < SIDE; i++) {
-                uint64_t p0 = (uint64_t)0xD2511F53 * c0[i], p1 = (uint64_t)0xCD9E8D57 * c2[i];
-                c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
-                c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
-                c1[i] = (uint32_t)p1;
-                c3[i] = (uint32_t)p0;
-            }
-        for (int i = 0; i < SIDE; i++) {
-            factor[4 * i] = c0[i] >= threshold ? scale : 0;
-            factor[4 * i + 1] = c1[i] >= threshold ? scale : 0;
-            factor[4 * i + 2] = c2[i] >= threshold ? scale : 0;
-            factor[4 * i + 3] = c3[i] >= threshold ? scale : 0;
-        }
-        size_t count = min_size(n, 4 * SIDE - skip);
-        memcpy(out, factor + skip, count * sizeof *out);
-        out += count, n -= count, skip = 0;
-    }
-}
-
-/* ---- Matrix product -------------------------------------------------------------------------------------------- */
-
-/* C (M,N) = A (M,K) B (K,N), nine tenths of all time. One product serves X W', dY W and dY' X, because A and B are
- * read through a (row, column) stride. It makes C in tiles of 6 rows x TILE_VECS vectors:
- *
- *                   TILE_COLS              in registers  the tile of C, and one row of B's panel at a time
- *              B   +--+==+--+--+           in L1         a 6 x K_BLOCK strip of A (9 KB)
- *          K_BLOCK |  |##|  |  |           in L2         a K_BLOCK x TILE_COLS panel of B (96 KB), which all strips
- *                  +--+==+--+--+                         meet before the next panel comes
- *     A  K_BLOCK                           in L3         ROW_BLOCK x K_BLOCK of A (2.3 MB), read strip by strip
- *      +========+  +--+--+--+--+
- *    6 |########|  |  |##|  |  | C         For each k a tile loads TILE_VECS vectors of B and 6 numbers of A, and
- *      +========+  +--+--+--+--+           makes 6 * TILE_VECS multiply-adds of vectors: the arithmetic units never
- *      |        |  |  |  |  |  |           wait for the loads.
- *
- * Strips and panels are packed: copied so that the tile's loop reads memory in order, whatever the strides. Threads
- * take equal runs of tiles, down the columns of C. A tile's sum over k has one order, whoever makes it. */
-
-#if defined __AVX512F__
-enum { VEC_BYTES = 64, TILE_VECS = 4 };
-#elif defined __AVX__
-enum { VEC_BYTES = 32, TILE_VECS = 2 };
-#elif defined __aarch64__
-enum { VEC_BYTES = 16, TILE_VECS = 4 };
-#else
-enum { VEC_BYTES = 16, TILE_VECS = 2 };
-#endif
-typedef real vec __attribute__((vector_size(VEC_BYTES)));
-typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias)); /* any address */
-
-enum {
-    LANES = VEC_BYTES / sizeof(real),
-    TILE_ROWS = 6,
-    TILE_COLS = TILE_VECS * LANES,
-    SQUARE = 16,
-    K_BLOCK = 384,    /* a multiple of SQUARE */
-    ROW_BLOCK = 1536, /* a multiple of TILE_ROWS */
-};
-
-typedef struct {
-    const act *p; /* element (i, j) is p[i * row + j * col] */
-    size_t row, col;
-} Mat;
-
-typedef enum { BIAS, BIAS_GELU, GELU_SLOPE } EpilogueKind;
-
-/* What happens to an element of C when its sum is complete. */
-typedef struct {
-    EpilogueKind kind;
-    const act *bias; /* BIAS, BIAS_GELU: (N), or NULL */
-    act *pre;        /* BIAS_GELU: (M,N) gets C + bias, or NULL. GELU_SLOPE: C is multiplied by gelu'(pre) */
-    Gelu gelu;
-} Epilogue;
-
-static size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
-static size_t round_up(size_t n, size_t d) { return (n + d - 1) / d * d; }
-
-/* c (6, vecs vectors) [+]= a (6,K) b (K, vecs vectors). */
-static inline __attribute__((always_inline)) void tile_of(const size_t vecs, real *c, size_t c_row, Mat a,
-                                                          const real *b, size_t b_row, size_t K, int add)
-{
-    vec t[TILE_ROWS][TILE_VECS] = {{{0}}};
-    for (size_t i = 0; i < TILE_ROWS; i++)
-        for (size_t j = 0; j < vecs; j++) __builtin_prefetch(c + i * c_row + j * LANES, 1);
-    for (size_t k = 0; k < K; k++, a.p += a.col, b += b_row)
-        for (size_t i = 0; i < TILE_ROWS; i++)
-            for (size_t j = 0; j < vecs; j++) t[i][j] += a.p[i * a.row] * *(const loose_vec *)(b + j * LANES);
-    for (size_t i = 0; i < TILE_ROWS; i++)
-        for (size_t j = 0; j < vecs; j++) {
-            loose_vec *to = (loose_vec *)(c + i * c_row + j * LANES);
-            if (add) t[i][j] += *to;
-            *to = t[i][j];
-        }
-}
-
-/* c (6,n) [+]= a (6,K) b (K,n), n <= TILE_COLS rounded up to whole vectors. */
-static void tile(real *c, size_t c_row, Mat a, const real *b, size_t b_row, size_t n, size_t K, int add)
-{
-    switch (ceil_div(n, LANES)) {
-    case 1: tile_of(1, c, c_row, a, b, b_row, K, add); break;
-    case 2: tile_of(2, c, c_row, a, b, b_row, K, add); break;
-    case 3: tile_of(TILE_VECS - 1, c, c_row, a, b, b_row, K, add); break;
-    default: tile_of(TILE_VECS, c, c_row, a, b, b_row, K, add);
-    }
-}
-
-/* to (16,16) = the transpose of from (16,16): two perfect shuffles of a deck dealt to four piles, which compilers
- * make vector permutations of. Each cache line of `from` is touched once: rows a power of two apart share few
- * places in L1. */
-static inline void transpose_square(real *to, size_t to_row, const real *from, size_t from_row)
-{
-    enum { PILE = SQUARE * SQUARE / 4 };
-    real deck[3][4 * PILE] __attribute__((aligned(64)));
-    for (size_t i = 0; i < SQUARE; i++) memcpy(deck[0] + i * SQUARE, from + i * from_row, SQUARE * sizeof(real));
-    for (int pass = 0; pass < 2; pass++)
-#pragma omp simd
-        for (size_t i = 0; i < PILE; i++) {
-            deck[pass + 1][4 * i] = deck[pass][i];
-            deck[pass + 1][4 * i + 1] = deck[pass][i + PILE];
-            deck[pass + 1][4 * i + 2] = deck[pass][i + 2 * PILE];
-            deck[pass + 1][4 * i + 3] = deck[pass][i + 3 * PILE];
-        }
-    for (size_t k = 0; k < SQUARE; k++) memcpy(to + k * to_row, deck[2] + k * SQUARE, SQUARE * sizeof(real));
-}
-
-/* out (K,width) = the transpose of from (n,K), and zeros from column n on. width is a constant where this is
- * inlined. */
-static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n, const size_t width, size_t K)
-{
-    size_t k = 0;
-    if (from.col == 1 && n == width && width % SQUARE == 0)
-        for (; k + SQUARE <= K; k += SQUARE)
-            for (size_t i = 0; i < width; i += SQUARE)
-                transpose_square(out + k * width + i, width, from.p + i * from.row + k, from.row);
-    if (from.row == 1 && n == width)
-        for (; k < K; k++) memcpy(out + k * width, from.p + k * from.col, width * sizeof *out);
-    for (; k < K; k++)
-        for (size_t i = 0; i < width; i++) out[k * width + i] = i < n ? from.p[i * from.row + k * from.col] : 0;
-}
-
-/* x (n) = gelu(x). The two kinds are apart because only the first vectorises: the other calls libm. */
-static void gelu_row(act *x, size_t n, Gelu kind)
-{
-    if (kind == GELU_ERF)
-        for (size_t i = 0; i < n; i++) x[i] = gelu(x[i], GELU_ERF);
-    else
-#pragma omp simd
-        for (size_t i = 0; i < n; i++) x[i] = gelu(x[i], GELU_TANH);
-}
-
-/* dx (n) *= gelu'(x). */
-static void gelu_slope_row(act *dx, const act *x, size_t n, Gelu kind)
-{
-    if (kind == GELU_ERF)
-        for (size_t i = 0; i < n; i++) dx[i] *= gelu_slope(x[i], GELU_ERF);
-    else
-#pragma omp simd
-        for (size_t i = 0; i < n; i++) dx[i] *= gelu_slope(x[i], GELU_TANH);
-}
-
-/* The epilogue on rows x cols elements of C, row by row, the first of them element `at` of C and column `col`. */
-static void finish(act *c, size_t at, size_t col, size_t rows, size_t cols, size_t N, const Epilogue *e)
-{
-    for (size_t i = 0; i < rows; i++, at += N) {
-        act *x = c + at, *pre = e->pre ? e->pre + at : NULL;
-        const act *bias = e->bias ? e->bias + col : NULL;
-        if (bias)
-#pragma omp simd
-            for (size_t j = 0; j < cols; j++) x[j] += bias[j];
-        if (e->kind == BIAS_GELU && pre) memcpy(pre, x, cols * sizeof *x);
-        if (e->kind == BIAS_GELU) gelu_row(x, cols, e->gelu);
-        if (e->kind == GELU_SLOPE) gelu_slope_row(x, pre, cols, e->gelu);
-    }
-}
-
-/* c (m,n) [+]= strip (6,K) panel (K,TILE_COLS). A tile on C's edge takes a detour, for it is larger than what is
- * left. */
-static void tile_of_matrix(act *c, size_t c_row, size_t m, size_t n, const real *strip, const real *panel, size_t K,
-                           int add)
-{
-    const Mat a = {strip, 1, TILE_ROWS};
-    if (m == TILE_ROWS && n % LANES == 0) {
-        tile(c, c_row, a, panel, TILE_COLS, n, K, add);
-        return;
-    }
-    real edge[TILE_ROWS * TILE_COLS];
-    tile(edge, TILE_COLS, a, panel, TILE_COLS, n, K, 0);
-    for (size_t i = 0; i < m; i++)
-        for (size_t j = 0; j < n; j++) c[i * c_row + j] = edge[i * TILE_COLS + j] + (add ? c[i * c_row + j] : 0);
-}
-
-/* c (M,N) [+]= a (M,K) b (K,N), and e, which may be NULL. */
-static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e)
-{
-    const size_t depth = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), SQUARE);
-    const size_t height = min_size(ROW_BLOCK, round_up(M, TILE_ROWS));
-    real *strips = scratch(height * depth);
-#pragma omp parallel if (M * N * K > 8 * SMALL)
-    for (size_t i0 = 0; i0 < M; i0 += height)
-        for (size_t k0 = 0; k0 < K; k0 += depth) {
-            const size_t rows = min_size(height, M - i0), count = ceil_div(rows, TILE_ROWS);
-            const size_t k = min_size(depth, K - k0);
-            const Mat a_block = {a.p + i0 * a.row + k0 * a.col, a.row, a.col};
-#pragma omp for schedule(static)
-            for (size_t s = 0; s < count; s++)
-                pack(strips + s * TILE_ROWS * k, (Mat){a_block.p + s * TILE_ROWS * a.row, a.row, a.col},
-                     min_size(TILE_ROWS, rows - s * TILE_ROWS), TILE_ROWS, k);
-            real panel[K_BLOCK * TILE_COLS] __attribute__((aligned(64)));
-            size_t packed = N; /* the column at which panel begins */
-#pragma omp for schedule(static)
-            for (size_t t = 0; t < count * ceil_div(N, TILE_COLS); t++) {
-                const size_t i = i0 + t % count * TILE_ROWS, j = t / count * TILE_COLS;
-                const size_t m = min_size(TILE_ROWS, M - i), n = min_size(TILE_COLS, N - j);
-                if (packed != j) pack(panel, (Mat){b.p + k0 * b.row + j * b.col, b.col, b.row}, n, TILE_COLS, k);
-                packed = j;
-                tile_of_matrix(c + i * N + j, N, m, n, strips + t % count * TILE_ROWS * k, panel, k, add || k0 > 0);
-                if (e && k0 + k == K) finish(c, i * N + j, j, m, n, N, e);
-            }
-        }
-    free(strips);
-}
-
-/* ---- Linear layers ([§3 eq.1-3] are made of these) ------------------------------------------------------------- */
-
-static real dot(const real *a, const real *b, size_t n)
-{
-    enum { CHAINS = 4 }; /* independent sums hide the latency of the adder */
-    vec s[CHAINS] = {{0}};
-    real sum = 0;
-    size_t i = 0;
-    for (; i + CHAINS * LANES <= n; i += CHAINS * LANES)
-        for (int j = 0; j < CHAINS; j++)
-            s[j] += *(const loose_vec *)(a + i + j * LANES) * *(const loose_vec *)(b + i + j * LANES);
-    s[0] = (s[0] + s[1]) + (s[2] + s[3]);
-    for (int lane = 0; lane < LANES; lane++) sum += s[0][lane];
-    for (; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-/* y (N,O) = x (N,I) w' + b; w (O,I); b (O) or NULL. */
-static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I, size_t O)
-{
-    const Epilogue bias = {BIAS, b, NULL, GELU_TANH};
-    if (N >= 4) {
-        matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &bias);
-        return;
-    }
-    /* Generation: one token's product runs at the speed at which w is read, so w is read once and as it lies. */
-#pragma omp parallel for schedule(static) if (O * I > SMALL)
-    for (size_t o = 0; o < O; o++)
-        for (size_t n = 0; n < N; n++) y[n * O + o] = dot(x + n * I, w + o * I, I) + (b ? b[o] : 0);
-}
-
-enum { COLUMN_BLOCK = 64 }; /* columns a thread takes at a time where sums run down the rows */
-
-/* db (C) += column sums of x (N,C). */
-static void add_column_sums(act *db, const act *x, size_t N, size_t C)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
-        real sum[COLUMN_BLOCK] = {0};
-        const size_t count = min_size(COLUMN_BLOCK, C - c0);
-        for (size_t n = 0; n < N; n++)
-#pragma omp simd
-            for (size_t c = 0; c < count; c++) sum[c] += x[n * C + c0 + c];
-        for (size_t c = 0; c < count; c++) db[c0 + c] += sum[c];
-    }
-}
-
-/* dx (N,I) = dy w; dw (O,I) += dy' x; db (O) += column sums of dy. NULL: not wanted. */
-static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w, size_t N, size_t I,
-                            size_t O)
-{
-    if (dx) matmul(dx, (Mat){dy, O, 1}, (Mat){w, I, 1}, N, I, O, 0, NULL);
-    if (dw) matmul(dw, (Mat){dy, 1, O}, (Mat){x, I, 1}, O, I, N, 1, NULL);
-    if (db) add_column_sums(db, dy, N, O);
-}
-
-/* pre (N,O) = x w' + b; y = gelu(pre) [§3 eq.1; eq.3 where w is one rank's columns]. pre may be NULL (inference). */
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b, size_t N, size_t I,
-                                size_t O, Gelu kind)
-{
-    const Epilogue e = {BIAS_GELU, b, pre, kind};
-    if (N >= 4) {
-        matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &e);
-    } else {
-        linear_forward(y, x, w, b, N, I, O);
-        const Epilogue only_gelu = {BIAS_GELU, NULL, pre, kind};
-        finish(y, 0, 0, N, O, O, &only_gelu);
-    }
-}
-
-/* Backward of y = gelu(pre), z = y w': dpre (N,I) = (dz w) * gelu'(pre); dw (O,I) += dz' y. z has no bias: w is
- * row-parallel, and its bias comes after g [§3, Z = sum of Y_i B_i]. */
-static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre, const act *w,
-                                 size_t N, size_t I, size_t O, Gelu kind)
-{
-    const Epilogue slope = {GELU_SLOPE, NULL, (act *)pre, kind};
-    matmul(dpre, (Mat){dz, O, 1}, (Mat){w, I, 1}, N, I, O, 0, &slope);
-    matmul(dw, (Mat){dz, 1, O}, (Mat){y, I, 1}, O, I, N, 1, NULL);
-}
-
-/* ---- Embeddings ------------------------------------------------------------------------------------------------ */
-
-/* x (N,C) = row tokens[n] - v0 of wte (Vp,C) where this slice [v0, v0+Vp) of the vocabulary owns the token, else
- * 0. */
-static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C, size_t v0,
-                                    size_t Vp)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        const size_t row = (size_t)tokens[n] - v0; /* below v0 it wraps to a huge number */
-        if (row < Vp)
-            memcpy(x + n * C, wte + row * C, C * sizeof *x);
-        else
-            memset(x + n * C, 0, C * sizeof *x);
-    }
-}
-
-/* dwte[tokens[n] - v0] += dx[n]. A token may repeat, so threads take columns, not rows. */
-static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N, size_t C, size_t v0,
-                                     size_t Vp)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK)
-        for (size_t n = 0; n < N; n++) {
-            const size_t row = (size_t)tokens[n] - v0, end = min_size(c0 + COLUMN_BLOCK, C);
-            if (row < Vp)
-#pragma omp simd
-                for (size_t c = c0; c < end; c++) dwte[row * C + c] += dx[n * C + c];
-        }
-}
-
-enum { KEEP_BLOCK = 512 }; /* dropout factors at a time: they stay in L1 */
-
-/* x (C) *= the mask of elements index .. index+C-1. */
-static void drop_row(act *x, size_t C, Dropout d, size_t index)
-{
-    real keep[KEEP_BLOCK];
-    for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
-        const size_t count = min_size(KEEP_BLOCK, C - c0);
-        dropout_factors(keep, d, index + c0, count);
-#pragma omp simd
-        for (size_t c = 0; c < count; c++) x[c0 + c] *= keep[c];
-    }
-}
-
-/* x (B,T,C) = dropout(x + wpe[past + t]), in place. */
-static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C, size_t past, Dropout d)
-{
-#pragma omp parallel for schedule(static) if (B * T * C > SMALL)
-    for (size_t n = 0; n < B * T; n++) {
-        act *row = x + n * C;
-        const act *position = wpe + (past + n % T) * C;
-#pragma omp simd
-        for (size_t c = 0; c < C; c++) row[c] += position[c];
-        if (d.p > 0) drop_row(row, C, d, n * C);
-    }
-}
-
-/* dx = mask * dx in place: the gradient of the token embedding's output. dwpe[t] += its sum over b. */
-static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C, Dropout d)
-{
-#pragma omp parallel for schedule(static) if (B * T * C > SMALL)
-    for (size_t t = 0; t < T; t++)
-        for (size_t b = 0; b < B; b++) {
-            const size_t n = b * T + t;
-            if (d.p > 0) drop_row(dx + n * C, C, d, n * C);
-#pragma omp simd
-            for (size_t c = 0; c < C; c++) dwpe[t * C + c] += dx[n * C + c];
-        }
-}
-
-/* ---- LayerNorm ------------------------------------------------------------------------------------------------- */
-
-/* y (C) = (x - mean) * rstd * g + b. Two passes over x (it is in L1): no cancellation, unlike E[x^2] - E[x]^2. */
-static void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t C,
-                          real eps)
-{
-    real sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t c = 0; c < C; c++) sum += x[c];
-    const real m = sum / (real)C;
-#pragma omp simd reduction(+ : squares)
-    for (size_t c = 0; c < C; c++) squares += (x[c] - m) * (x[c] - m);
-    const real r = 1 / square_root(squares / (real)C + eps);
-#pragma omp simd
-    for (size_t c = 0; c < C; c++) y[c] = (x[c] - m) * r * g[c] + b[c];
-    *mean = m, *rstd = r;
-}
-
-/* y (N,C); mean, rstd (N) are kept for backward. */
-static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t N,
-                              size_t C, real eps)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) layernorm_row(y + n * C, mean + n, rstd + n, x + n * C, g, b, C, eps);
-}
-
-/* dx = dres + the gradient through LayerNorm (dres NULL: none; dres may be dx itself); dg, db (C) += . With h = the
- * normalised x: dh = dy * g, dx = rstd * (dh - mean(dh) - h * mean(dh * h)). */
-static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g, const real *mean,
-                               const real *rstd, const act *dres, size_t N, size_t C)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) { /* dx may overwrite dy's or x's buffer: this comes first */
-        real sum_g[COLUMN_BLOCK] = {0}, sum_b[COLUMN_BLOCK] = {0};
-        const size_t count = min_size(COLUMN_BLOCK, C - c0);
-        for (size_t n = 0; n < N; n++) {
-            const act *dy_n = dy + n * C + c0, *x_n = x + n * C + c0;
-            const real m = mean[n], r = rstd[n];
-#pragma omp simd
-            for (size_t c = 0; c < count; c++) {
-                sum_g[c] += dy_n[c] * ((x_n[c] - m) * r);
-                sum_b[c] += dy_n[c];
-            }
-        }
-        for (size_t c = 0; c < count; c++) dg[c0 + c] += sum_g[c], db[c0 + c] += sum_b[c];
-    }
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        act *dx_n = dx + n * C;
-        const act *dy_n = dy + n * C, *x_n = x + n * C, *dres_n = dres ? dres + n * C : NULL;
-        const real m = mean[n], r = rstd[n];
-        real sum = 0, sum_h = 0;
-#pragma omp simd reduction(+ : sum, sum_h)
-        for (size_t c = 0; c < C; c++) {
-            sum += dy_n[c] * g[c];
-            sum_h += dy_n[c] * g[c] * ((x_n[c] - m) * r);
-        }
-        sum /= (real)C, sum_h /= (real)C;
-#pragma omp simd
-        for (size_t c = 0; c < C; c++)
-            dx_n[c] = (dres_n ? dres_n[c] : 0) + r * (dy_n[c] * g[c] - sum - (x_n[c] - m) * r * sum_h);
-    }
-}
-
-/* ---- Bias + dropout + residual (+ LayerNorm) ------------------------------------------------------------------- */
-
-/* out (C) = residual + mask * (y + bias), for elements index .. index+C-1. */
-static void bias_dropout_add_row(act *out, const act *y, const act *bias, const act *residual, size_t C, Dropout d,
-                                 size_t index)
-{
-    if (d.p == 0) {
-#pragma omp simd
-        for (size_t c = 0; c < C; c++) out[c] = residual[c] + (y[c] + bias[c]);
-        return;
-    }
-    real keep[KEEP_BLOCK];
-    for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
-        const size_t end = min_size(c0 + KEEP_BLOCK, C);
-        dropout_factors(keep, d, index + c0, end - c0);
-#pragma omp simd
-        for (size_t c = c0; c < end; c++) out[c] = residual[c] + (y[c] + bias[c]) * keep[c - c0];
-    }
-}
-
-/* out (N,C) = residual + dropout(y + bias). The bias is added once, after g: inside the partial sums it would come t
- * times [P4]. out may be y or residual. */
-static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual, size_t N, size_t C,
-                                     Dropout d)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) bias_dropout_add_row(out + n * C, y + n * C, bias, residual + n * C, C, d, n * C);
-}
-
-/* The same, and the LayerNorm that follows it, while the row is in L1: res as above, ln = LN(res). */
-static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd, const act *y,
-                                               const act *bias, const act *residual, const act *g, const act *b,
-                                               size_t N, size_t C, real eps, Dropout d)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        bias_dropout_add_row(res + n * C, y + n * C, bias, residual + n * C, C, d, n * C);
-        layernorm_row(ln + n * C, mean + n, rstd + n, res + n * C, g, b, C, eps);
-    }
-}
-
-/* dy = mask * dout; dbias (C) += column sums of dy. The residual's gradient is dout itself. */
-static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C, Dropout d)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        if (dy != dout) memcpy(dy + n * C, dout + n * C, C * sizeof *dy);
-        if (d.p > 0) drop_row(dy + n * C, C, d, n * C);
-    }
-    add_column_sums(dbias, dy, N, C);
-}
-
-/* ---- Causal self-attention [§3 Fig. 3b] ------------------------------------------------------------------------ */
-
-/* For one head: S = Q K' / sqrt(D), P = softmax of each row i over the keys j <= i, out = dropout(P) V. The T x T
- * matrices never exist: a block of QUERIES rows meets the keys KEYS at a time, and the softmax is kept as a
- * running maximum m, a running sum l of e^(s-m) and a running out, the last two shrunk by e^(old m - new m) when m
- * grows. Blocks above the diagonal are skipped. What remains for backward is lse = m + log l, for P = e^(S - lse)
- * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles; a thread's extra memory is O(T
- * D). */
-enum {
-    QUERIES = 48,            /* a multiple of TILE_ROWS */
-    KEYS = 128,              /* a multiple of TILE_COLS */
-    P_ROW = KEYS + TILE_ROWS /* P' is read TILE_ROWS rows at a time: the last ones of P stay 0 */
-};
-
-/* The right-hand side of block_product: panels of TILE_COLS columns, `panel` numbers apart. */
-typedef struct {
-    const real *p;
-    size_t row, panel;
-} Panels;
-
-/* c (M,N) [+]= a (M,K) b (K,N), all in cache. Touches whole tiles: M rounded up to TILE_ROWS, N rounded up to
- * LANES. */
-static void block_product(real *c, size_t c_row, Mat a, Panels b, size_t M, size_t N, size_t K, int add)
-{
-    for (size_t j = 0; j < N; j += TILE_COLS, b.p += b.panel)
-        for (size_t i = 0; i < M; i += TILE_ROWS)
-            tile(c + i * c_row + j, c_row, (Mat){a.p + i * a.row, a.row, a.col}, b.p, b.row,
-                 min_size(TILE_COLS, N - j), K, add);
-}
-
-/* to (rows up to a multiple of TILE_ROWS, Dp) = from (rows, D) * scale, and zeros around it. */
-static void copy_rows(real *to, const act *from, size_t from_row, size_t rows, size_t D, size_t Dp, real scale)
-{
-    memset(to, 0, round_up(rows, TILE_ROWS) * Dp * sizeof *to);
-    for (size_t i = 0; i < rows; i++)
-#pragma omp simd
-        for (size_t c = 0; c < D; c++) to[i * Dp + c] = from[i * from_row + c] * scale;
-}
-
-/* to = the transpose of from (rows, D), in panels of TILE_COLS rows: what block_product multiplies by for Q K'. */
-static void transpose_rows(real *to, const act *from, size_t from_row, size_t rows, size_t D)
-{
-    for (size_t j = 0; j < rows; j += TILE_COLS, to += D * TILE_COLS)
-        pack(to, (Mat){from + j * from_row, from_row, 1}, min_size(TILE_COLS, rows - j), TILE_COLS, D);
-}
-
-/* How many of the keys j0 .. j0+keys-1 query i may see. */
-static size_t visible(size_t i, size_t j0, size_t keys) { return i < j0 ? 0 : min_size(i + 1 - j0, keys); }
-
-/* The dropout stream of head h of sequence b. */
-static Dropout head_dropout(Dropout d, size_t b, size_t h, size_t T)
-{
-    d.first += (b * d.heads + h) * T * T;
-    return d;
-}
-
-/* One row of scores s (n) becomes dropped-out probabilities relative to e^m; the row's m, l and o (Dp) follow. */
-static void online_softmax_row(real *s, size_t n, real *m, real *l, real *o, size_t Dp, Dropout d, size_t index)
-{
-    real sum = 0, keep[KEYS];
-    const real top = largest(s, n, *m);
-    const real shrink = exponential(*m - top); /* 0 the first time, when m = -inf */
-#pragma omp simd reduction(+ : sum)
-    for (size_t j = 0; j < n; j++) {
-        s[j] = exponential(s[j] - top);
-        sum += s[j];
-    }
-    *l = *l * shrink + sum; /* the softmax is of all scores: dropout comes after it */
-    *m = top;
-    if (d.p > 0) {
-        dropout_factors(keep, d, index, n);
-#pragma omp simd
-        for (size_t j = 0; j < n; j++) s[j] *= keep[j];
-    }
-    if (shrink != 1)
-#pragma omp simd
-        for (size_t c = 0; c < Dp; c++) o[c] *= shrink;
-}
-
-/* Rows i0 .. i0+rows-1 of one head: o (QUERIES,Dp), m and l (QUERIES), from qs = Q / sqrt(D) (QUERIES,Dp), the
- * transposed kt and v (T,Dp); p (QUERIES,P_ROW) is working space. */
-static void attend(real *o, real *m, real *l, real *p, const real *qs, const real *kt, const real *v, size_t i0,
-                   size_t rows, size_t T, size_t D, size_t Dp, Dropout d)
-{
-    memset(o, 0, QUERIES * Dp * sizeof *o);
-    for (size_t i = 0; i < rows; i++) m[i] = -INFINITY, l[i] = 0;
-    for (size_t j0 = 0; j0 < i0 + rows; j0 += KEYS) {
-        const size_t keys = min_size(KEYS, i0 + rows - j0);
-        const Panels kt_block = {kt + j0 * D, TILE_COLS, D * TILE_COLS}, v_block = {v + j0 * Dp, Dp, TILE_COLS};
-        block_product(p, P_ROW, (Mat){qs, Dp, 1}, kt_block, rows, keys, D, 0);
-        for (size_t i = 0; i < rows; i++) {
-            const size_t n = visible(i0 + i, j0, keys);
-            if (n > 0) online_softmax_row(p + i * P_ROW, n, m + i, l + i, o + i * Dp, Dp, d, (i0 + i) * T + j0);
-            for (size_t j = n; j < keys; j++) p[i * P_ROW + j] = 0;
-        }
-        block_product(o, Dp, (Mat){p, P_ROW, 1}, v_block, rows, Dp, keys, 1);
-    }
-}
-
-/* out (B,T,H*D), lse (B,H,T) log-sum-exp of scaled scores; qkv (B,T,3*H*D): [Q;K;V], each H heads of D [P11].
- * Dropout element (b,h,i,j) has index d.first + ((b*d.heads + h)*T + i)*T + j. A task is a few blocks of queries
- * of one head, the longest first: threads end together. */
-static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
-{
-    enum { TASK = 5 * QUERIES };
-    const size_t C = H * D, Dp = round_up(D, LANES), Tp = round_up(T, KEYS), slices = ceil_div(T, TASK);
-    const real scale = 1 / square_root((real)D);
-#pragma omp parallel if (B * H * T * D > SMALL)
-    {
-        real *kt = scratch(Tp * D + (Tp + 2 * QUERIES) * Dp + QUERIES * P_ROW);
-        real *v = kt + Tp * D, *qs = v + Tp * Dp, *o = qs + QUERIES * Dp, *p = o + QUERIES * Dp;
-        real m[QUERIES], l[QUERIES];
-#pragma omp for schedule(dynamic)
-        for (size_t task = 0; task < B * H * slices; task++) {
-            const size_t b = task / H % B, h = task % H;
-            const size_t first = (slices - 1 - task / (B * H)) * TASK, end = min_size(first + TASK, T);
-            const act *q_head = qkv + b * T * 3 * C + h * D;
-            transpose_rows(kt, q_head + C, 3 * C, end, D);
-            copy_rows(v, q_head + 2 * C, 3 * C, end, D, Dp, 1);
-            for (size_t i0 = first; i0 < end; i0 += QUERIES) {
-                const size_t rows = min_size(QUERIES, end - i0);
-                copy_rows(qs, q_head + i0 * 3 * C, 3 * C, rows, D, Dp, scale);
-                attend(o, m, l, p, qs, kt, v, i0, rows, T, D, Dp, head_dropout(d, b, h, T));
-                for (size_t i = 0; i < rows; i++) {
-                    for (size_t c = 0; c < D; c++) out[(b * T + i0 + i) * C + h * D + c] = o[i * Dp + c] / l[i];
-                    lse[(b * H + h) * T + i0 + i] = m[i] + (real)log((double)l[i]);
-                }
-            }
-        }
-        free(kt);
-    }
-}
-
-/* One row: scores s become the dropped-out P, and dp = dO V' becomes dS = P (mask dp - delta). */
-static void softmax_backward_row(real *s, real *dp, size_t n, real lse, real delta, Dropout d, size_t index)
-{
-    real keep[KEYS];
-    dropout_factors(keep, d, index, n);
-#pragma omp simd
-    for (size_t j = 0; j < n; j++) {
-        const real p = exponential(s[j] - lse);
-        s[j] = p * keep[j];
-        dp[j] = s[j] * dp[j] - p * delta;
-    }
-}
-
-/* One head's working space: rows are padded to Dp columns, and their number to tiles. */
-typedef struct {
-    real *qs, *k, *go, *dq, *dk, *dv; /* (T,Dp) Q / sqrt(D), K, dO and the three gradients */
-    real *kt, *vt;                    /* K and V transposed */
-    real *p, *ds;                     /* (QUERIES,P_ROW) */
-} HeadBackward;
-
-/* Query block i0 meets key block j0: dV += P' dO, dK += dS' Q, dQ += dS K. */
-static void attend_backward(const HeadBackward *w, const real *lse, const real *delta, size_t i0, size_t j0, size_t T,
-                            size_t D, size_t Dp, Dropout d)
-{
-    const size_t rows = min_size(QUERIES, T - i0), keys = min_size(KEYS, T - j0);
-    const Panels kt = {w->kt + j0 * D, TILE_COLS, D * TILE_COLS}, vt = {w->vt + j0 * D, TILE_COLS, D * TILE_COLS};
-    const Panels q = {w->qs + i0 * Dp, Dp, TILE_COLS}, go = {w->go + i0 * Dp, Dp, TILE_COLS};
-    const Panels k = {w->k + j0 * Dp, Dp, TILE_COLS};
-    block_product(w->p, P_ROW, (Mat){q.p, Dp, 1}, kt, rows, keys, D, 0);
-    block_product(w->ds, P_ROW, (Mat){go.p, Dp, 1}, vt, rows, keys, D, 0);
-    for (size_t i = 0; i < rows; i++) {
-        real *p = w->p + i * P_ROW, *ds = w->ds + i * P_ROW;
-        const size_t n = visible(i0 + i, j0, keys);
-        softmax_backward_row(p, ds, n, lse[i0 + i], delta[i0 + i], d, (i0 + i) * T + j0);
-        for (size_t j = n; j < keys; j++) p[j] = ds[j] = 0;
-    }
-    block_product(w->dv + j0 * Dp, Dp, (Mat){w->p, 1, P_ROW}, go, keys, Dp, rows, 1);
-    block_product(w->dk + j0 * Dp, Dp, (Mat){w->ds, 1, P_ROW}, q, keys, Dp, rows, 1);
-    block_product(w->dq + i0 * Dp, Dp, (Mat){w->ds, P_ROW, 1}, k, rows, Dp, keys, 1);
-}
-
-/* dqkv is written. delta (B,H,T): scratch, sum over c of dout * out = sum over j of P mask dO V'. A head is one task, so
- * that dK and dV are summed in one order. */
-static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out, const real *lse,
-                               const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
-{
-    const size_t C = H * D, Dp = round_up(D, LANES), Tp = T + 2 * TILE_ROWS, Tt = round_up(T, KEYS);
-    const real scale = 1 / square_root((real)D);
-#pragma omp parallel if (B * H * T * D > SMALL)
-    {
-        real *space = scratch(6 * Tp * Dp + 2 * Tt * D + 2 * QUERIES * P_ROW), *at = space;
-        HeadBackward w; /* dq, dk and dv are neighbours: one memset clears them */
-        w.qs = at, w.k = at += Tp * Dp, w.go = at += Tp * Dp;
-        w.dq = at += Tp * Dp, w.dk = at += Tp * Dp, w.dv = at += Tp * Dp;
-        w.kt = at += Tp * Dp, w.vt = at += Tt * D;
-        w.p = at += Tt * D, w.ds = at += QUERIES * P_ROW;
-        memset(w.p, 0, 2 * QUERIES * P_ROW * sizeof *w.p);
-#pragma omp for schedule(dynamic)
-        for (size_t task = 0; task < B * H; task++) {
-            const size_t b = task / H, h = task % H, q_head = b * T * 3 * C + h * D, o_head = b * T * C + h * D;
-            copy_rows(w.qs, qkv + q_head, 3 * C, T, D, Dp, scale);
-            copy_rows(w.k, qkv + q_head + C, 3 * C, T, D, Dp, 1);
-            copy_rows(w.go, dout + o_head, C, T, D, Dp, 1);
-            transpose_rows(w.kt, qkv + q_head + C, 3 * C, T, D);
-            transpose_rows(w.vt, qkv + q_head + 2 * C, 3 * C, T, D);
-            memset(w.dq, 0, 3 * Tp * Dp * sizeof *w.dq);
-            for (size_t i = 0; i < T; i++) delta[task * T + i] = dot(dout + o_head + i * C, out + o_head + i * C, D);
-            for (size_t j0 = 0; j0 < T; j0 += KEYS)
-                for (size_t i0 = j0 / QUERIES * QUERIES; i0 < T; i0 += QUERIES)
-                    attend_backward(&w, lse + task * T, delta + task * T, i0, j0, T, D, Dp, head_dropout(d, b, h, T));
-            for (size_t i = 0; i < T; i++)
-                for (size_t c = 0; c < D; c++) {
-                    act *to = dqkv + q_head + i * 3 * C + c;
-                    to[0] = w.dq[i * Dp + c] * scale;
-                    to[C] = w.dk[i * Dp + c]; /* Q was scaled already */
-                    to[2 * C] = w.dv[i * Dp + c];
-                }
-        }
-        free(space);
-    }
-}
-
-/* Generation, one sequence: n new rows qkv (n,3*H*D) at positions past .. past+n-1. Appends their K and V to the
- * caches (positions, H*D) and attends to everything so far; out (n,H*D). */
-static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n, size_t past,
-                                     size_t H, size_t D)
-{
-    const size_t C = H * D;
-    const Dropout none = {0, 0, 0, 0, 0, H};
-    for (size_t i = 0; i < n; i++) {
-        memcpy(k_cache + (past + i) * C, qkv + i * 3 * C + C, C * sizeof *k_cache);
-        memcpy(v_cache + (past + i) * C, qkv + i * 3 * C + 2 * C, C * sizeof *v_cache);
-    }
-    if (past == 0 && n > 1) { /* a prompt: nothing but itself to attend to */
-        real *lse = scratch(H * n);
-        attention_forward(out, lse, qkv, 1, n, H, D, none);
-        free(lse);
-        return;
-    }
-#pragma omp parallel for schedule(static) if (n * (past + n) * C > SMALL)
-    for (size_t h = 0; h < H; h++) {
-        real *p = scratch(past + n);
-        for (size_t i = 0; i < n; i++) {
-            const act *q = qkv + i * 3 * C + h * D;
-            act *o = out + i * C + h * D;
-            real l = 0, m = -INFINITY;
-            for (size_t j = 0; j <= past + i; j++) {
-                p[j] = dot(q, k_cache + j * C + h * D, D) / square_root((real)D);
-                m = p[j] > m ? p[j] : m;
-            }
-#pragma omp simd reduction(+ : l)
-            for (size_t j = 0; j <= past + i; j++) {
-                p[j] = exponential(p[j] - m);
-                l += p[j];
-            }
-            for (size_t c = 0; c < D; c++) o[c] = 0;
-            for (size_t j = 0; j <= past + i; j++) {
-                const act *v = v_cache + j * C + h * D;
-                const real weight = p[j] / l;
-#pragma omp simd
-                for (size_t c = 0; c < D; c++) o[c] += weight * v[c];
-            }
-        }
-        free(p);
-    }
-}
-
-/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] --------------------------------------------- */
-
-/* This rank's columns are the words v0 .. v0+Vp-1; the first `valid` are real, the rest padding that takes part in
- * nothing. Between these steps chapter 5 reduces max, sum and target_logit over the ranks: three numbers a row travel
- * where the logits would be V. */
-
-/* max (N) of the valid logits (N,Vp); -inf if there are none. */
-static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t valid)
-{
-#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
-    for (size_t n = 0; n < N; n++) max[n] = largest(logits + n * Vp, valid, -INFINITY);
-}
-
-/* sum = sum of e^(z - max) over the valid words; target_logit = z[target] - max if this slice owns it, else 0. Summed
- * in double: the only error left is the exponential's, 1.02 ulp of each term, 1.3e-7 [P16]. */
-static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max, const int *targets,
-                           size_t N, size_t Vp, size_t valid, size_t v0)
-{
-#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        const act *z = logits + n * Vp;
-        const size_t target = (size_t)targets[n] - v0;
-        const real top = max[n];
-        double total = 0;
-#pragma omp simd reduction(+ : total)
-        for (size_t v = 0; v < valid; v++) total += (double)exponential(z[v] - top);
-        sum[n] = (real)total;
-        target_logit[n] = target < valid ? z[target] - top : 0;
-    }
-}
-
-/* loss (N) = log(sum) - target_logit, both summed over the ranks by now: -log softmax(z)[target]. */
-static void cross_entropy_loss(real *loss, const real *sum, const real *target_logit, size_t N)
-{
-    for (size_t n = 0; n < N; n++) loss[n] = (real)(log((double)sum[n]) - (double)target_logit[n]);
-}
-
-/* In place: logits (N,Vp) become (softmax - onehot) * weight[n] * scale; padding becomes 0. */
-static void cross_entropy_backward(act *logits, const real *max, const real *sum, const int *targets,
-                                   const real *weight, real scale, size_t N, size_t Vp, size_t valid, size_t v0)
-{
-#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        act *z = logits + n * Vp;
-        const size_t target = (size_t)targets[n] - v0;
-        const real top = max[n], w = weight[n] * scale, w_over_sum = w / sum[n];
-#pragma omp simd
-        for (size_t v = 0; v < valid; v++) z[v] = exponential(z[v] - top) * w_over_sum;
-        for (size_t v = valid; v < Vp; v++) z[v] = 0;
-        if (target < valid) z[target] -= w;
-    }
-}
-
-/* ---- Optimiser's and collectives' inner loops ------------------------------------------------------------------ */
-
-/* AdamW on n parameters: p -= lr * (m^ / (sqrt(v^) + eps) + decay * p) [P32], m^ and v^ free of the bias of their
- * zero start. master: float weights behind narrower ones; NULL: w itself. */
-static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h)
-{
-    const real lr = (real)h.lr, decay = (real)h.decay, eps = (real)h.eps, grad_scale = (real)h.grad_scale;
-    const real b1 = (real)h.beta1, b2 = (real)h.beta2, r1 = (real)(1 - h.beta1), r2 = (real)(1 - h.beta2);
-    const real c1 = (real)(1 / (1 - pow(h.beta1, (double)h.step)));
-    const real c2 = (real)(1 / (1 - pow(h.beta2, (double)h.step)));
-    real *p = master ? master : w;
-#pragma omp parallel for simd schedule(static) if (n > SMALL)
-    for (size_t i = 0; i < n; i++) {
-        const real gi = g[i] * grad_scale;
-        m[i] = b1 * m[i] + r1 * gi;
-        v[i] = b2 * v[i] + r2 * gi * gi;
-        p[i] -= lr * (m[i] * c1 / (square_root(v[i] * c2) + eps) + decay * p[i]);
-        w[i] = p[i];
-    }
-}
-
-/* Sum of squares, in double over a fixed number of runs: the order depends on n alone. */
-static double sum_squares(const act *x, size_t n)
-{
-    enum { RUNS = 64 };
-    double part[RUNS], total = 0;
-#pragma omp parallel for schedule(static) if (n > SMALL)
-    for (size_t r = 0; r < RUNS; r++) {
-        double sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (size_t i = n / RUNS * r + min_size(r, n % RUNS); i < n / RUNS * (r + 1) + min_size(r + 1, n % RUNS); i++)
-            sum += (double)x[i] * (double)x[i];
-        part[r] = sum;
-    }
-    for (size_t r = 0; r < RUNS; r++) total += part[r];
-    return total;
-}
-
-/* The loop of all_reduce: elements [begin, begin+n) of all P arrays become op over the P arrays, in rank order. A NaN
- * wins every MAX. */
-static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op)
-{
-    enum { RUN = 1024 };      /* elements that stay in L1 while the ranks' arrays pass by */
-    if (type == DOUBLE_ARRAY) /* a few scalars */
-        for (size_t i = begin; i < begin + n; i++) {
-            double total = ((double *)x[0])[i];
-            for (int r = 1; r < P; r++) {
-                const double a = ((double *)x[r])[i];
-                total = op == SUM ? total + a : a > total || a != a ? a : total;
-            }
-            for (int r = 0; r < P; r++) ((double *)x[r])[i] = total;
-        }
-    else
-#pragma omp parallel for schedule(static) if (n > SMALL)
-        for (size_t i0 = begin; i0 < begin + n; i0 += RUN) {
-            const size_t count = min_size(RUN, begin + n - i0);
-            real total[RUN];
-            memcpy(total, (real *)x[0] + i0, count * sizeof *total);
-            for (int r = 1; r < P; r++) {
-                const real *a = (real *)x[r] + i0;
-#pragma omp simd
-                for (size_t i = 0; i < count; i++)
-                    total[i] = op == SUM ? total[i] + a[i] : a[i] > total[i] || a[i] != a[i] ? a[i] : total[i];
-            }
-            for (int r = 0; r < P; r++) memcpy((real *)x[r] + i0, total, count * sizeof *total);
-        }
-}
-
-#endif /* GPT2_OPERATORS */
-
-/* ================================================================================================================
- * Chapter 3. Ranks and collectives [§2.3, App. B.1]
- *
- * Every GPU of the paper is a thread here, called a rank. Rank code is written as if it were alone; ranks meet only in
- * the collectives below, which bear their MPI and NCCL names. A Comm is one rank's view of a group; the group's Board
- * is what its ranks share. The protocol of every collective is the same:
- *
- *     1. each rank posts its pointer and count on the board;      2. barrier: all posts can be read;
- *     3. each rank reads the others' buffers and does its part;   4. barrier: the buffers are their owners' again.
- *
- * Sums run in rank order, and each element is summed by one rank only and then written to all: every run repeats bit
- * for bit, and all ranks hold the same bits afterwards.
- * ============================================================================================================= */
-
-enum { MAX_RANKS = 64 };
-
-/* Where in the model a rank is at work: for error messages and for `trace`. */
-typedef struct {
-    const char *operation; /* "attention", "loss", .. */
-    const char *edge;      /* "g forward" or "f backward", the edges of a model-parallel region [§3 Fig.3]; or "" */
-    const char *paper;     /* the paper's place, "[§3 Fig.3b]" */
-    int layer;             /* -1 outside the layers */
-} Place;
-
-/* One collective as `trace` prints it. */
-typedef struct {
-    const char *op, *group;
-    size_t elements, bytes; /* of the message: what each rank passes in */
-    Place place;
-} Event;
-
-typedef struct {
-    Event *event;
-    size_t n, capacity;
-} Trace;
-
-/* A buffered one-way channel between two ranks: send waits while it is full, recv while it is empty. */
-typedef struct {
-    pthread_mutex_t mutex;
-    pthread_cond_t changed;
-    int full;
-    void *data;
-    size_t capacity, bytes;
-} Mailbox;
-
-/* What one rank posts. */
-typedef struct {
-    const char *op;
-    void *x;
-    size_t n;
-    int type, world_rank;
-} Post;
-
-typedef struct {
-    int size, spin;
-    int arrived;         /* barrier: ranks that wait */
-    unsigned generation; /* barrier: how often it has opened */
-    pthread_mutex_t mutex;
-    pthread_cond_t opened;
-    Post post[MAX_RANKS];
-    Mailbox *mailbox; /* [from * size + to] */
-} Board;
-
-typedef struct {
-    int rank, size;
-    Board *board;
-    const char *name;   /* "tp", .. */
-    int world_rank;     /* this rank's number in the whole run */
-    const Place *place; /* set by the model code; NULL: unknown */
-    Trace *trace;       /* NULL: not recorded */
-} Comm;
-
-static size_t type_size(Type type)
-{
-    return type == ACT ? sizeof(act) : type == REAL_ARRAY ? sizeof(real) : sizeof(double);
-}
-
-static Board *board_create(int size)
-{
-    Board *board = (Board *)xcalloc(1, sizeof *board);
-    board->size = size;
-    board->spin = size <= sysconf(_SC_NPROCESSORS_ONLN) ? 4096 : 0; /* never burn a core that another rank needs */
-    board->mailbox = (Mailbox *)xcalloc((size_t)size * size, sizeof *board->mailbox);
-    pthread_mutex_init(&board->mutex, NULL);
-    pthread_cond_init(&board->opened, NULL);
-    for (int i = 0; i < size * size; i++) {
-        pthread_mutex_init(&board->mailbox[i].mutex, NULL);
-        pthread_cond_init(&board->mailbox[i].changed, NULL);
-    }
-    return board;
-}
-
-/* Called by one rank, after the last barrier of the group. */
-static void board_destroy(Board *board)
-{
-    for (int i = 0; i < board->size * board->size; i++) device_free(board->mailbox[i].data);
-    free(board->mailbox);
-    free(board);
-}
-
-/* No rank returns before all have come. Spins briefly, since ranks are usually close together, and then sleeps. */
-static void barrier(Comm *c)
-{
-    Board *b = c->board;
-    unsigned generation = __atomic_load_n(&b->generation, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&b->arrived, 1, __ATOMIC_ACQ_REL) == b->size) {
-        __atomic_store_n(&b->arrived, 0, __ATOMIC_RELAXED);
-        pthread_mutex_lock(&b->mutex); /* so that no rank falls asleep between its last look and our call */
-        __atomic_store_n(&b->generation, generation + 1, __ATOMIC_RELEASE);
-        pthread_cond_broadcast(&b->opened);
-        pthread_mutex_unlock(&b->mutex);
-        return;
-    }
-    for (int i = 0; i < b->spin; i++)
-        if (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) != generation) return;
-    pthread_mutex_lock(&b->mutex);
-    while (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) == generation) pthread_cond_wait(&b->opened, &b->mutex);
-    pthread_mutex_unlock(&b->mutex);
-}
-
-static void record(Comm *c, const char *op, size_t n, Type type)
-{
-    static const Place nowhere = {"-", "", "", -1};
-    Trace *trace = c->trace;
-    if (!trace) return;
-    if (trace->n == trace->capacity) {
-        trace->capacity = trace->capacity ? 2 * trace->capacity : 256;
-        trace->event = (Event *)realloc(trace->event, trace->capacity * sizeof *trace->event);
-        if (!trace->event) die("out of memory while tracing %zu events", trace->capacity);
-    }
-    Event *event = &trace->event[trace->n++];
-    event->op = op;
-    event->group = c->name;
-    event->elements = n;
-    event->bytes = n * type_size(type);
-    event->place = c->place ? *c->place : nowhere;
-}
-
-/* Steps 1 and 2 of the protocol. A program whose ranks disagree on what comes next is broken beyond repair: say who. */
-static void meet(Comm *c, const char *op, void *x, size_t n, Type type)
-{
-    Post *mine = &c->board->post[c->rank];
-    mine->op = op, mine->x = x, mine->n = n, mine->type = type, mine->world_rank = c->world_rank;
-    device_synchronize();
-    barrier(c);
-    for (int r = 0; r < c->size; r++) {
-        const Post *other = &c->board->post[r];
-        if (other->n != n || other->type != (int)type || strcmp(other->op, op))
-            die("ranks disagree in group %s: rank %d calls %s of %zu elements, rank %d calls %s of %zu", c->name,
-                c->world_rank, op, n, other->world_rank, other->op, other->n);
-    }
-    record(c, op, n, type);
-}
-
-static void part(Comm *c)
-{
-    device_synchronize();
-    barrier(c);
-}
-
-/* x[i] = x_0[i] op x_1[i] op .. over the ranks of the group, i < n, in place, on all ranks. Rank r reduces slice r for
- * everyone: as in a ring all-reduce, 2 (t-1)/t n elements of each rank cross over, read from others and written to them
- * [P8]. */
-static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op)
-{
-    if (c->size == 1) return;
-    meet(c, op == SUM ? "all_reduce" : "all_reduce_max", x, n, type);
-    void *buffer[MAX_RANKS];
-    for (int r = 0; r < c->size; r++) buffer[r] = c->board->post[r].x;
-    size_t begin = n * c->rank / c->size, end = n * (c->rank + 1) / c->size;
-    reduce_slice(buffer, c->size, begin, end - begin, type, op);
-    part(c);
-}
-
-/* out[r * n + i] = x[i] of rank r. */
-static void all_gather(Comm *c, void *out, void *x, size_t n, Type type)
-{
-    size_t bytes = n * type_size(type);
-    if (c->size > 1) meet(c, "all_gather", x, n, type);
-    for (int r = 0; r < c->size; r++)
-        device_copy((char *)out + r * bytes, c->size > 1 ? c->board->post[r].x : x, bytes);
-    if (c->size > 1) part(c);
-}
-
-/* x of every rank = x of the root. */
-static void broadcast(Comm *c, void *x, size_t n, Type type, int root)
-{
-    if (c->size == 1) return;
-    meet(c, "broadcast", x, n, type);
-    if (c->rank != root) device_copy(x, c->board->post[root].x, n * type_size(type));
-    part(c);
-}
-
-/* Point to point: the message is copied into the mailbox, so send returns before the other side has called recv,
- * unless an earlier message still waits there. */
-static void send(Comm *c, const void *x, size_t n, Type type, int to)
-{
-    Mailbox *box = &c->board->mailbox[c->rank * c->size + to];
-    size_t bytes = n * type_size(type);
-    record(c, "send", n, type);
-    pthread_mutex_lock(&box->mutex);
-    while (box->full) pthread_cond_wait(&box->changed, &box->mutex);
-    if (bytes > box->capacity) { /* the first message only: later steps allocate nothing */
-        device_free(box->data);
-        box->data = device_calloc(bytes);
-        box->capacity = bytes;
-    }
-    device_copy(box->data, x, bytes);
-    device_synchronize();
-    box->bytes = bytes;
-    box->full = 1;
-    pthread_cond_broadcast(&box->changed);
-    pthread_mutex_unlock(&box->mutex);
-}
-
-static void recv(Comm *c, void *x, size_t n, Type type, int from)
-{
-    Mailbox *box = &c->board->mailbox[from * c->size + c->rank];
-    record(c, "recv", n, type);
-    pthread_mutex_lock(&box->mutex);
-    while (!box->full) pthread_cond_wait(&box->changed, &box->mutex);
-    if (box->bytes != n * type_size(type))
-        die("rank %d receives %zu bytes in group %s, but %zu were sent", c->world_rank, n * type_size(type), c->name,
-            box->bytes);
-    device_copy(x, box->data, box->bytes);
-    device_synchronize();
-    box->full = 0;
-    pthread_cond_broadcast(&box->changed);
-    pthread_mutex_unlock(&box->mutex);
-}
-
-/* As MPI_Comm_split: the ranks of parent that pass the same color form a group, ordered by their rank in parent.
- * Every rank of parent must call it. */
-static Comm comm_split(Comm *parent, int color, const char *name)
-{
-    Post *mine = &parent->board->post[parent->rank];
-    Comm c = {0, 0, NULL, name, parent->world_rank, NULL, NULL};
-    int leader = -1;
-    mine->n = (size_t)color;
-    barrier(parent);
-    for (int r = 0; r < parent->size; r++) {
-        if (parent->board->post[r].n != (size_t)color) continue;
-        if (leader < 0) leader = r;
-        if (r == parent->rank) c.rank = c.size;
-        c.size++;
-    }
-    if (leader == parent->rank) mine->x = board_create(c.size);
-    barrier(parent);
-    c.board = (Board *)parent->board->post[leader].x;
-    barrier(parent); /* the posts may be reused only when all have read them */
-    return c;
-}
-
-/* Every rank calls it; the group is then gone. */
-static void comm_free(Comm *c)
-{
-    barrier(c);
-    int last = __atomic_add_fetch(&c->board->arrived, 1, __ATOMIC_ACQ_REL) == c->size;
-    if (last) board_destroy(c->board); /* the others have left the barrier before they counted themselves in */
-}
-
-/* ---- Layout: who is who ---------------------------------------------------------------------------------------- */
-
-/* t x p x d ranks. Tensor ranks are neighbours, since they talk most; then come the data replicas, then the pipeline's
- * stages, as in Megatron [App. B.1 Fig.8, P22]: rank = (stage * d + replica) * t + tensor rank. */
-typedef struct {
-    int tp, pp, dp;
-} Layout;
-
-static int world_size(Layout s) { return s.tp * s.pp * s.dp; }
-static int tp_rank(Layout s, int rank) { return rank % s.tp; }
-static int dp_rank(Layout s, int rank) { return rank / s.tp % s.dp; }
-static int pp_rank(Layout s, int rank) { return rank / (s.tp * s.dp); }
-
-/* The group of `rank` is named by its two other coordinates; ranks of equal color share a group. */
-static int tp_color(Layout s, int rank) { return rank / s.tp; }
-static int dp_color(Layout s, int rank) { return pp_rank(s, rank) * s.tp + tp_rank(s, rank); }
-static int pp_color(Layout s, int rank) { return rank % (s.tp * s.dp); }
-
-/* The first and the last stage of each pipeline share the tied embedding: they form a pair (Megatron's embedding
- * group); stages between stay alone. */
-static int embedding_color(Layout s, int rank)
-{
-    int stage = pp_rank(s, rank);
-    return stage == 0 || stage == s.pp - 1 ? pp_color(s, rank) : s.tp * s.dp + rank;
-}
-
-/* ---- Starting the ranks ---------------------------------------------------------------------------------------- */
-
-typedef struct {
-    Comm world;
-    void (*body)(Comm *world, void *arg);
-    void *arg;
-} Start;
-
-static int cores(void)
-{
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n > 0 ? (int)n : 1;
-}
-
-static void *start_rank(void *arg)
-{
-    Start *start = (Start *)arg;
-    device_select(start->world.rank, start->world.size);
-#ifdef _OPENMP
-    omp_set_num_threads(cores() / start->world.size > 1 ? cores() / start->world.size : 1); /* ranks share the cores */
-#endif
-    start->body(&start->world, start->arg);
-    return NULL;
-}
-
-/* Runs body as n ranks, each a thread with its own world Comm, and returns when all have returned. */
-static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg)
-{
-    pthread_t thread[MAX_RANKS];
-    Start start[MAX_RANKS];
-    if (n < 1 || n > MAX_RANKS) die("%d ranks were asked for: 1 to %d are possible", n, MAX_RANKS);
-    Board *board = board_create(n);
-    for (int r = 0; r < n; r++) {
-        Comm world = {r, n, board, "world", r, NULL, NULL};
-        start[r].world = world, start[r].body = body, start[r].arg = arg;
-        if (pthread_create(&thread[r], NULL, start_rank, &start[r])) die("cannot start a thread for rank %d of %d", r, n);
-    }
-    for (int r = 0; r < n; r++) pthread_join(thread[r], NULL);
-    board_destroy(board);
-}
-
-/* ================================================================================================================
- * Chapter 4. Shapes, parameters, initialisation [§4.2, §5.1, Tables 1 and 2]
- * ============================================================================================================= */
-
-/* The shape of a model: Hugging Face's n_layer n_embd n_head n_inner n_positions vocab_size, and so on. */
-typedef struct {
-    size_t L, C, H, F, T, V; /* layers, hidden size, heads, MLP width (4C), positions, words of the vocabulary */
-    Gelu gelu;
-    real eps; /* LayerNorm's */
-    real embd_pdrop, attn_pdrop, resid_pdrop;
-} Config;
-
-typedef struct {
-    const char *name, *what;
-    size_t L, C, H, T, V;
-} Preset;
-
-/* The paper pads its vocabulary to 51,200 in all experiments [§5.1]; the four plain sizes are OpenAI's GPT-2. */
-static const Preset presets[] = {
-    {"tiny", "the demo: text as bytes", 4, 128, 4, 64, 257},
-    {"124M", "GPT-2", 12, 768, 12, 1024, 50257},
-    {"355M", "Table 2", 24, 1024, 16, 1024, 51200},
-    {"774M", "GPT-2", 36, 1280, 20, 1024, 50257},
-    {"1558M", "GPT-2", 48, 1600, 25, 1024, 50257},
-    {"1.2B", "Table 1", 40, 1536, 16, 1024, 51200},
-    {"2.5B", "Tables 1 and 2", 54, 1920, 20, 1024, 51200},
-    {"4.2B", "Table 1", 64, 2304, 24, 1024, 51200},
-    {"8.3B", "Table 2", 72, 3072, 24, 1024, 51200},
-    {"8.3B-scaling", "Table 1", 72, 3072, 32, 1024, 51200},
-};
-enum { N_PRESETS = sizeof presets / sizeof *presets };
-
-/* A model of this shape with the paper's other choices [§4.2, P41]. */
-static Config make_config(size_t L, size_t C, size_t H, size_t T, size_t V)
-{
-    Config c = {L, C, H, 4 * C, T, V, GELU_TANH, (real)1e-5, (real)0.1, (real)0.1, (real)0.1};
-    return c;
-}
-
-static Config find_preset(const char *name)
-{
-    char known[256] = "";
-    for (int i = 0; i < N_PRESETS; i++) {
-        const Preset *p = &presets[i];
-        if (!strcmp(p->name, name)) return make_config(p->L, p->C, p->H, p->T, p->V);
-        snprintf(known + strlen(known), sizeof known - strlen(known), " %s", p->name);
-    }
-    die("--config %s is not known; there are:%s", name, known);
-}
-
-/* Words are padded to a multiple of 128 t, so that every tensor rank holds as many [§5.1, P14]. */
-static size_t padded_vocab(size_t V, int tp)
-{
-    size_t multiple = 128 * (size_t)tp;
-    return (V + multiple - 1) / multiple * multiple;
-}
-
-/* Dies unless the model can be cut this way. */
-static void check_layout(const Config *c, Layout s)
-{
-    if (s.tp < 1 || s.pp < 1 || s.dp < 1) die("--tp %d --pp %d --dp %d: each must be at least 1", s.tp, s.pp, s.dp);
-    if (s.tp > MAX_RANKS || s.pp > MAX_RANKS || s.dp > MAX_RANKS || world_size(s) > MAX_RANKS)
-        die("--tp %d --pp %d --dp %d: at most %d ranks are possible", s.tp, s.pp, s.dp, MAX_RANKS);
-    if (c->H % s.tp) die("--tp %d does not divide %zu heads: choose a divisor, since each rank owns whole heads", s.tp, c->H);
-    if (c->F % s.tp) die("--tp %d does not divide the MLP width %zu: choose a divisor", s.tp, c->F);
-    if (c->L % s.pp) die("--pp %d does not divide %zu layers: choose a divisor, since stages are equally deep", s.pp, c->L);
-}
-
-/* ---- The one table of tensors ---------------------------------------------------------------------------------- */
-
-/* How tensor ranks share a tensor [§3]. Weights are [out, in], as in Megatron. */
-typedef enum {
-    WHOLE, /* replicated: every rank has all of it and computes the same gradient for it */
-    ROWS,  /* column-parallel in the paper's words (its A stands transposed here), or vocabulary rows */
-    QKV,   /* rows too, but of each of Q, K, V: rank r holds [Q_r; K_r; V_r], whole heads [P11] */
-    COLS   /* row-parallel */
-} Split;
-
-typedef enum { ONE, DIM_C, DIM_3C, DIM_F, DIM_T, DIM_V } Dim;
-
-typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_SCALED } Init;
-
-/* One transformer layer [Fig. 2], as one tensor rank sees it. Cp = C/t, Fp = F/t. */
-typedef struct {
-    act *ln1_g, *ln1_b;   /* (C)          */
-    act *qkv_w, *qkv_b;   /* (3Cp, C) (3Cp)  column-parallel: whole heads */
-    act *proj_w, *proj_b; /* (C, Cp) (C)     row-parallel; the bias is replicated */
-    act *ln2_g, *ln2_b;   /* (C)          */
-    act *fc_w, *fc_b;     /* (Fp, C) (Fp)    column-parallel */
-    act *out_w, *out_b;   /* (C, Fp) (C)     row-parallel */
-} Layer;
-
-/* All parameters of a rank, or their gradients. Stages hold only their own part; other fields are NULL. */
-typedef struct {
-    act *wte;           /* (Vp, C) rows of the vocabulary; on the last stage too, where it makes the logits */
-    act *wpe;           /* (T, C) */
-    Layer *layer;       /* [L / stages] */
-    act *lnf_g, *lnf_b; /* (C) */
-} Params;
-
-/* What there is to know about a tensor. Placing, initialisation, sharding, weight decay, clipping, checkpoints and
- * convert.c walk this table; no second list of tensors exists. */
-typedef struct {
-    const char *name; /* Hugging Face's, without its prefix "transformer."; %zu is the layer */
-    size_t field;     /* of the pointer in Layer, or in Params if not in_layer */
-    int in_layer;
-    Dim rows, cols; /* [out, in] */
-    Split split;
-    Init init;
-    int decay;  /* weight decay: matrices and embeddings; not biases, not LayerNorm [P31] */
-    int conv1d; /* Hugging Face stores it transposed, [in, out], after OpenAI's Conv1D */
-} Spec;
-
-/* clang-format off */
-static const Spec specs[] = {
-    /* name                      field                      layer rows    cols   split  init         decay conv1d */
-    {"wte.weight",               offsetof(Params, wte),     0,    DIM_V,  DIM_C, ROWS,  INIT_NORMAL, 1,    0},
-    {"wpe.weight",               offsetof(Params, wpe),     0,    DIM_T,  DIM_C, WHOLE, INIT_NORMAL, 1,    0},
-    {"h.%zu.ln_1.weight",        offsetof(Layer, ln1_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
-    {"h.%zu.ln_1.bias",          offsetof(Layer, ln1_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"h.%zu.attn.c_attn.weight", offsetof(Layer, qkv_w),    1,    DIM_3C, DIM_C, QKV,   INIT_NORMAL, 1,    1},
-    {"h.%zu.attn.c_attn.bias",   offsetof(Layer, qkv_b),    1,    DIM_3C, ONE,   QKV,   INIT_ZERO,   0,    0},
-    {"h.%zu.attn.c_proj.weight", offsetof(Layer, proj_w),   1,    DIM_C,  DIM_C, COLS,  INIT_SCALED, 1,    1},
-    {"h.%zu.attn.c_proj.bias",   offsetof(Layer, proj_b),   1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"h.%zu.ln_2.weight",        offsetof(Layer, ln2_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
-    {"h.%zu.ln_2.bias",          offsetof(Layer, ln2_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"h.%zu.mlp.c_fc.weight",    offsetof(Layer, fc_w),     1,    DIM_F,  DIM_C, ROWS,  INIT_NORMAL, 1,    1},
-    {"h.%zu.mlp.c_fc.bias",      offsetof(Layer, fc_b),     1,    DIM_F,  ONE,   ROWS,  INIT_ZERO,   0,    0},
-    {"h.%zu.mlp.c_proj.weight",  offsetof(Layer, out_w),    1,    DIM_C,  DIM_F, COLS,  INIT_SCALED, 1,    1},
-    {"h.%zu.mlp.c_proj.bias",    offsetof(Layer, out_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"ln_f.weight",              offsetof(Params, lnf_g),   0,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
-    {"ln_f.bias",                offsetof(Params, lnf_b),   0,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-};
-/* clang-format on */
-enum { N_SPECS = sizeof specs / sizeof *specs, NAME_SIZE = 64 };
-
-static size_t dim_size(const Config *c, Dim dim)
-{
-    switch (dim) {
-    case DIM_C: return c->C;
-    case DIM_3C: return 3 * c->C;
-    case DIM_F: return c->F;
-    case DIM_T: return c->T;
-    case DIM_V: return c->V;
-    default: return 1;
-    }
-}
-
-/* One tensor, as one rank holds it. */
-typedef struct {
-    const Spec *spec;
-    size_t layer;                  /* its number in the whole model */
-    size_t rows, cols;             /* of the whole tensor, [out, in]; wte without padding */
-    size_t local_rows, local_cols; /* of this rank's slice; wte with padding */
-    size_t offset, n;              /* where the slice starts in the arenas, and its size; elements */
-    int counted; /* 1 on exactly one rank for each distinct element: global sums must count replicas once [P27] */
-} Tensor;
-
-/* The name, with the layer filled in. */
-static char *tensor_name(char name[NAME_SIZE], const Tensor *t)
-{
-    if (t->spec->in_layer) snprintf(name, NAME_SIZE, t->spec->name, t->layer);
-    else snprintf(name, NAME_SIZE, "%s", t->spec->name);
-    return name;
-}
-
-/* Does this stage hold the tensor? Embeddings live on the first stage, the final LayerNorm on the last, which also
- * holds a copy of the word embedding for the logits. */
-static int on_stage(const Spec *spec, int stage, int stages)
-{
-    int first = stage == 0, last = stage == stages - 1;
-    if (spec->in_layer) return 1;
-    if (spec->field == offsetof(Params, wte)) return first || last;
-    return spec->field == offsetof(Params, wpe) ? first : last;
-}
-
-static void add_tensor(Tensor *t, size_t *offset, const Config *c, const Spec *spec, size_t layer, Layout s, int rank)
-{
-    int copied = spec->field == offsetof(Params, wte) && !spec->in_layer && pp_rank(s, rank) > 0;
-    t->spec = spec;
-    t->layer = layer;
-    t->rows = dim_size(c, spec->rows);
-    t->cols = dim_size(c, spec->cols);
-    t->local_rows = spec->rows == DIM_V ? padded_vocab(t->rows, s.tp) : t->rows;
-    if (spec->split == ROWS || spec->split == QKV) t->local_rows /= (size_t)s.tp;
-    t->local_cols = spec->split == COLS ? t->cols / (size_t)s.tp : t->cols;
-    t->n = t->local_rows * t->local_cols;
-    t->offset = *offset;
-    t->counted = !copied && (spec->split != WHOLE || tp_rank(s, rank) == 0);
-    *offset += (t->n + 63) / 64 * 64; /* every tensor starts on a cache line, whatever its type */
-}
-
-/* Lists the tensors of one rank, in the order of the table, layer by layer. list has room for max_tensors(c), or is
- * NULL: then they are only counted. Returns their number; *elements (if wanted) the size of an arena for them. */
-static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layout s, int rank)
-{
-    int stage = pp_rank(s, rank);
-    size_t n = 0, offset = 0, depth = c->L / (size_t)s.pp, first = (size_t)stage * depth;
-    for (int i = 0; i < N_SPECS;) {
-        int end = i + 1; /* the layer's specs are neighbours: they repeat together */
-        while (specs[i].in_layer && end < N_SPECS && specs[end].in_layer) end++;
-        size_t repeats = specs[i].in_layer ? depth : 1;
-        for (size_t l = 0; l < repeats; l++)
-            for (int j = i; j < end; j++) {
-                Tensor t;
-                if (!on_stage(&specs[j], stage, s.pp)) continue;
-                add_tensor(list ? &list[n] : &t, &offset, c, &specs[j], specs[j].in_layer ? first + l : 0, s, rank);
-                n++;
-            }
-        i = end;
-    }
-    if (elements) *elements = offset;
-    return n;
-}
-
-/* Row of the whole tensor that local row i of tensor rank r's slice is; columns start at whole_col(). */
-static size_t whole_row(const Tensor *t, int r, size_t i)
-{
-    size_t rows = t->local_rows;
-    if (t->spec->split == ROWS) return (size_t)r * rows + i;
-    if (t->spec->split == QKV) return i / (rows / 3) * (t->rows / 3) + (size_t)r * (rows / 3) + i % (rows / 3);
-    return i;
-}
-
-static size_t whole_col(const Tensor *t, int r) { return t->spec->split == COLS ? (size_t)r * t->local_cols : 0; }
-
-/* Local rows that exist in the whole tensor: all but the padding of the vocabulary, which stays zero for ever. */
-static size_t real_rows(const Tensor *t, int r)
-{
-    if (t->spec->rows != DIM_V) return t->local_rows;
-    size_t first = (size_t)r * t->local_rows;
-    return first >= t->rows ? 0 : min_size(t->local_rows, t->rows - first);
-}
-
-/* Number of parameters of the whole model, without padding: 12 L C^2 (1 + 13/(12C) + (V+T)/(12 L C)) + 2C [P42, P43]. */
-static size_t count_parameters(const Config *c)
-{
-    size_t total = 0;
-    for (int i = 0; i < N_SPECS; i++)
-        total += dim_size(c, specs[i].rows) * dim_size(c, specs[i].cols) * (specs[i].in_layer ? c->L : 1);
-    return total;
-}
-
-/* Points the fields of p into an arena at base. p->layer has room for the stage's layers, of which the first is layer
- * number first_layer of the model. */
-static void place_params(Params *p, act *base, const Tensor *list, size_t n, size_t first_layer)
-{
-    for (size_t i = 0; i < n; i++) {
-        const Tensor *t = &list[i];
-        char *owner = t->spec->in_layer ? (char *)&p->layer[t->layer - first_layer] : (char *)p;
-        *(act **)(void *)(owner + t->spec->field) = base + t->offset;
-    }
-}
-
-/* Draws the initial weights of a rank: N(0, 0.02), residual outputs scaled by 1/sqrt(2L), biases 0, LayerNorm 1 and 0
- * [§4.2, P40]. An element's value depends on the tensor and its place in the whole, so every layout draws one and the
- * same model [P13]; Megatron gets there by drawing the whole matrix on every rank and keeping a slice. */
-static void init_params(act *base, const Tensor *list, size_t n, const Config *c, uint64_t seed, int r)
-{
-    for (size_t i = 0; i < n; i++) {
-        const Tensor *t = &list[i];
-        uint32_t site = SITE_INIT + (uint32_t)(t->layer * N_SPECS + (size_t)(t->spec - specs));
-        double std = t->spec->init == INIT_SCALED ? 0.02 / sqrt(2.0 * (double)c->L) : 0.02;
-        size_t cols = t->local_cols;
-        real *slice = (real *)xcalloc(t->n, sizeof *slice); /* padding stays zero */
-#pragma omp parallel for
-        for (size_t row = 0; row < real_rows(t, r); row++) {
-            real *x = slice + row * cols;
-            if (t->spec->init >= INIT_NORMAL)
-                random_normals(x, seed, site, whole_row(t, r, row) * t->cols + whole_col(t, r), cols);
-            for (size_t col = 0; col < cols; col++)
-                x[col] = t->spec->init == INIT_ZERO ? 0 : t->spec->init == INIT_ONE ? 1 : (real)std * x[col];
-        }
-        act_upload(base + t->offset, slice, t->n);
-        free(slice);
-    }
-}
-
-/* ================================================================================================================
- * Chapter 5. The model-parallel transformer [§3]
- * ============================================================================================================= */
-
-/* What a layer keeps of one micro-batch for its backward pass. N = B*T rows; Cp, Fp, Hp: this rank's share. */
-typedef struct {
-    act *x;                            /* (N, C)    the layer's input: the residual stream */
-    act *ln1, *qkv, *att, *res, *ln2;  /* (N, C) (N, 3Cp) (N, Cp) (N, C) (N, C) */
-    act *pre, *gelu;                   /* (N, Fp)   before and after GeLU */
-    real *mean1, *rstd1, *mean2, *rstd2; /* (N) */
-    real *lse;                         /* (B, Hp, T) log-sum-exp of each row of scores */
-} Saved;
-
-/* One micro-batch on its way through a stage. */
-typedef struct {
-    int *tokens, *targets; /* (N) input words; the words to predict, which are the same shifted by one */
-    real *weight;          /* (N) 1: the target counts; 0: it does not (padding, or context that is not scored) */
-    size_t sequence;       /* number of its first sequence in the global batch: dropout is drawn by it */
-    Saved *layer;          /* [depth + 1]; of the last one only x exists: the stage's output */
-    real *meanf, *rstdf;   /* (N)     last stage: final LayerNorm */
-    act *lnf, *logits;     /* (N, C) (N, Vp) */
-    real *max, *sum, *target_logit, *loss; /* (N) */
-} MicroBatch;
-
-/* Keys and values of all earlier positions, for generation: [depth] arrays of (T, Cp). */
-typedef struct {
-    act **k, **v;
-    size_t past; /* positions filled */
-} Cache;
-
-/* All that one GPU owns. Rank code reads as if it were alone. */
-typedef struct {
-    Config config;
-    Layout layout;
-    Comm world, tp, pp, dp, embedding; /* the groups this rank belongs to */
-    Place place;                       /* where it is at work */
-
-    size_t B, T;                       /* sequences in a micro-batch, tokens in a sequence, right now */
-    size_t Cp, Hp, Fp, D;              /* this rank's hidden columns, heads, MLP columns; head size */
-    size_t Vp, v0, valid;              /* it owns words v0 .. v0+Vp-1, of which the first `valid` are no padding */
-    size_t depth, first_layer;         /* this stage's layers */
-    int first_stage, last_stage;
-
-    Tensor *tensor;                    /* [tensors] its slices */
-    size_t tensors, elements;          /* elements in each arena of parameters */
-    Params w, g;                       /* weights and their gradients, in ... */
-    act *weights, *gradients;          /* ... these arenas */
-    real *m, *v, *master;              /* AdamW's moments; float weights where act is narrower, else NULL */
-
-    MicroBatch *flight;                /* [in_flight] micro-batches whose backward pass is still to come */
-    int in_flight, peak_in_flight;     /* places; how many were ever taken at once [P57] */
-    act *dx, *dy;                      /* (N, C)  gradient of the residual stream; of a branch */
-    act *dpre, *dqkv, *datt;           /* (N, Fp) (N, 3Cp) (N, Cp) */
-    real *delta;                       /* (B, Hp, T) attention's backward */
-    void *activations;                 /* the arena of all these */
-    real *host;                        /* (2, N) losses and weights on the host, on their way to or from the device */
-    int *host_ids;                     /* (2, N) words and targets likewise */
-    Cache *cache;                      /* generation only */
-
-    int recompute, training;           /* recompute activations in backward [§4.2]; dropout on */
-    uint64_t seed;
-    uint32_t step;                     /* dropout draws new masks each step */
-} Rank;
-
-static Place *at(Rank *k, const char *operation, const char *paper, int layer)
-{
-    k->place.operation = operation, k->place.edge = "", k->place.paper = paper, k->place.layer = layer;
-    return &k->place;
-}
-
-/* f and g [§3, Code 1, Fig. 3]: the conjugate pair that stands at the edges of every model-parallel region. f hands a
- * replicated x to all ranks, so its backward pass adds up what each rank's columns contribute to dx; g adds up the
- * ranks' partial sums, so its backward pass hands dx to all. Between them no rank talks [P1, P7]. */
-static void f_forward(Rank *k, act *x, size_t n) { (void)k, (void)x, (void)n; /* identity */ }
-static void f_backward(Rank *k, act *dx, size_t n)
+/* "key": x, or null for what JSON has no number for. */
+static void json_write_number(FILE *out, const char *key, double x)
 {
-    k->place.edge = "f backward";
-    all_reduce(&k->tp, dx, n, ACT, SUM);
+    if (isfinite(x)) fprintf(out, "\"%s\": %.15g", key, x);
+    else fprintf(out, "\"%s\": null", key);
 }
-static void g_forward(Rank *k, act *x, size_t n)
-{
-    k->place.edge = "g forward";
-    all_reduce(&k->tp, x, n, ACT, SUM);
-}
-static void g_backward(Rank *k, act *dx, size_t n) { (void)k, (void)dx, (void)n; /* identity */ }
-
-/* Dropout's sites: the embedding, and three in each layer. */
-enum { SITE_EMBEDDING = 0, SITE_ATTENTION = 1, SITE_ATTENTION_OUTPUT = 2, SITE_MLP_OUTPUT = 3 };
-
-/* Dropout of a replicated activation: masks are drawn by global index, so they are equal on all tensor ranks, as the
- * equal results of duplicated work require [App. B.2, P25].
- * DEVIATION: the paper draws attention masks from a generator per rank, so they depend on t; here they are drawn by
- * the global head, differ between heads just as well, and a run does not depend on its layout. */
-static Dropout drop(const Rank *k, int site, size_t layer, const MicroBatch *mb)
-{
-    real p = site == SITE_EMBEDDING ? k->config.embd_pdrop : k->config.resid_pdrop;
-    Dropout d = {k->seed, (uint32_t)(3 * layer) + (uint32_t)site, k->step, k->training ? p : 0,
-                 mb->sequence * k->T * k->config.C, 0};
-    return d;
-}
-
-static Dropout attention_drop(const Rank *k, size_t layer, const MicroBatch *mb)
-{
-    Dropout d = drop(k, SITE_ATTENTION, layer, mb);
-    d.p = k->training ? k->config.attn_pdrop : 0;
-    d.heads = k->config.H;
-    d.first = (mb->sequence * d.heads + (size_t)k->tp.rank * k->Hp) * k->T * k->T;
-    return d;
-}
-
-/* ---- One layer [Fig. 2, Fig. 3, Fig. 4] ------------------------------------------------------------------------ */
-
-/* out = layer l of this stage applied to a->x. Two all-reduces: the g of attention and the g of the MLP [P5]. */
-static void block_forward(Rank *k, size_t l, Saved *a, act *out, const MicroBatch *mb)
-{
-    const Layer *w = &k->w.layer[l];
-    size_t B = k->B, T = k->T, N = B * T, C = k->config.C, layer = k->first_layer + l;
-    real eps = k->config.eps;
-
-    /* Fig. 3b: each rank owns Hp whole heads */
-    at(k, "attention", "[§3 Fig.3b]", (int)layer);
-    layernorm_forward(a->ln1, a->mean1, a->rstd1, a->x, w->ln1_g, w->ln1_b, N, C, eps);
-    f_forward(k, a->ln1, N * C);
-    linear_forward(a->qkv, a->ln1, w->qkv_w, w->qkv_b, N, C, 3 * k->Cp); /* (N,C) -> (N,3Cp) */
-    if (k->cache) attention_cached_forward(a->att, k->cache->k[l], k->cache->v[l], a->qkv, T, k->cache->past, k->Hp, k->D);
-    else attention_forward(a->att, a->lse, a->qkv, B, T, k->Hp, k->D, attention_drop(k, layer, mb));
-    linear_forward(a->res, a->att, w->proj_w, NULL, N, k->Cp, C); /* partial sums */
-    g_forward(k, a->res, N * C);
-    bias_dropout_add_layernorm_forward(a->ln2, a->res, a->mean2, a->rstd2, a->res, w->proj_b, a->x, w->ln2_g, w->ln2_b,
-                                       N, C, eps, drop(k, SITE_ATTENTION_OUTPUT, layer, mb)); /* bias once: after g [P4] */
-
-    /* Fig. 3a: GeLU(X A_i) on each rank, since A is split by columns [§3 eq.3] */
-    at(k, "mlp", "[§3 Fig.3a]", (int)layer);
-    f_forward(k, a->ln2, N * C);
-    linear_gelu_forward(a->gelu, a->pre, a->ln2, w->fc_w, w->fc_b, N, C, k->Fp, k->config.gelu); /* (N,C) -> (N,Fp) */
-    linear_forward(out, a->gelu, w->out_w, NULL, N, k->Fp, C);                                   /* partial sums */
-    g_forward(k, out, N * C);
-    bias_dropout_add_forward(out, out, w->out_b, a->res, N, C, drop(k, SITE_MLP_OUTPUT, layer, mb));
-}
-
-/* k->dx: gradient of the layer's output on entry, of its input on return. Adds to the gradients of the layer's
- * weights. block_forward read backwards; two all-reduces: the two f [P5]. */
-static void block_backward(Rank *k, size_t l, Saved *a, const MicroBatch *mb)
-{
-    const Layer *w = &k->w.layer[l], *g = &k->g.layer[l];
-    size_t B = k->B, T = k->T, N = B * T, C = k->config.C, layer = k->first_layer + l;
-    act *dx = k->dx, *dy = k->dy;
-
-    at(k, "mlp", "[§3 Fig.3a]", (int)layer);
-    bias_dropout_add_backward(dy, g->out_b, dx, N, C, drop(k, SITE_MLP_OUTPUT, layer, mb));
-    g_backward(k, dy, N * C);
-    gelu_linear_backward(k->dpre, g->out_w, dy, a->gelu, a->pre, w->out_w, N, k->Fp, C, k->config.gelu);
-    linear_backward(dy, g->fc_w, g->fc_b, k->dpre, a->ln2, w->fc_w, N, C, k->Fp);
-    f_backward(k, dy, N * C);
-    layernorm_backward(dx, g->ln2_g, g->ln2_b, dy, a->res, w->ln2_g, a->mean2, a->rstd2, dx, N, C); /* + residual */
-
-    at(k, "attention", "[§3 Fig.3b]", (int)layer);
-    bias_dropout_add_backward(dy, g->proj_b, dx, N, C, drop(k, SITE_ATTENTION_OUTPUT, layer, mb));
-    g_backward(k, dy, N * C);
-    linear_backward(k->datt, g->proj_w, NULL, dy, a->att, w->proj_w, N, k->Cp, C);
-    attention_backward(k->dqkv, k->delta, k->datt, a->att, a->lse, a->qkv, B, T, k->Hp, k->D,
-                       attention_drop(k, layer, mb));
-    linear_backward(dy, g->qkv_w, g->qkv_b, k->dqkv, a->ln1, w->qkv_w, N, C, 3 * k->Cp);
-    f_backward(k, dy, N * C);
-    layernorm_backward(dx, g->ln1_g, g->ln1_b, dy, a->x, w->ln1_g, a->mean1, a->rstd1, dx, N, C); /* + residual */
-}
-
-/* ---- Both ends: the vocabulary-parallel embedding and cross entropy [§3] ---------------------------------------- */
-
-/* x (N,C) = dropout(word embedding + position embedding). Each rank looks up the words it owns and leaves zeros for
- * the others'; g adds the ranks up [P15]. */
-static void embedding_forward(Rank *k, act *x, const MicroBatch *mb)
-{
-    size_t N = k->B * k->T, C = k->config.C, past = k->cache ? k->cache->past : 0;
-    at(k, "embedding", "[§3 input embedding]", -1);
-    token_embedding_forward(x, mb->tokens, k->w.wte, N, C, k->v0, k->Vp);
-    g_forward(k, x, N * C);
-    position_embedding_forward(x, k->w.wpe, k->B, k->T, C, past, drop(k, SITE_EMBEDDING, 0, mb));
-}
-
-/* From k->dx. */
-static void embedding_backward(Rank *k, const MicroBatch *mb)
-{
-    size_t N = k->B * k->T, C = k->config.C;
-    position_embedding_backward(k->dx, k->g.wpe, k->B, k->T, C, drop(k, SITE_EMBEDDING, 0, mb));
-    g_backward(k, k->dx, N * C);
-    token_embedding_backward(k->g.wte, k->dx, mb->tokens, N, C, k->v0, k->Vp);
-}
-
-/* Logits of this rank's words for `rows` rows of x: the output layer is the word embedding again [§3]. */
-static void logits_forward(Rank *k, MicroBatch *mb, const act *x, size_t rows)
-{
-    size_t C = k->config.C;
-    at(k, "logits", "[§3 output embedding]", -1);
-    layernorm_forward(mb->lnf, mb->meanf, mb->rstdf, x, k->w.lnf_g, k->w.lnf_b, rows, C, k->config.eps);
-    f_forward(k, mb->lnf, rows * C);
-    linear_forward(mb->logits, mb->lnf, k->w.wte, NULL, rows, C, k->Vp);
-}
-
-/* loss (N) = log sum_j exp(z_j) - z_target, where each rank has its own words' z only. Gathering the logits would move
- * N*V numbers; this moves 3N, in exactly three all-reduces [§3, P17, P18; doc/cross_entropy.md].
- * DEVIATION: Megatron lets the padding words take part in the softmax; here they do not, so that the loss depends
- * neither on t nor on the padding, and equals Hugging Face's. */
-static void cross_entropy_forward(Rank *k, MicroBatch *mb)
-{
-    size_t N = k->B * k->T;
-    at(k, "cross entropy", "[§3 output embedding]", -1);
-    logits_max(mb->max, mb->logits, N, k->Vp, k->valid);
-    all_reduce(&k->tp, mb->max, N, REAL_ARRAY, MAX);
-    logits_sum_exp(mb->sum, mb->target_logit, mb->logits, mb->max, mb->targets, N, k->Vp, k->valid, k->v0);
-    all_reduce(&k->tp, mb->sum, N, REAL_ARRAY, SUM);
-    all_reduce(&k->tp, mb->target_logit, N, REAL_ARRAY, SUM);
-    cross_entropy_loss(mb->loss, mb->sum, mb->target_logit, N);
-}
-
-/* k->dx = gradient of sum_n weight_n loss_n * scale with respect to the last layer's output x. The softmax needs no
- * communication [P17]; the f of the logits needs one all-reduce. */
-static void logits_backward(Rank *k, MicroBatch *mb, const act *x, real scale)
-{
-    size_t N = k->B * k->T, C = k->config.C;
-    at(k, "logits", "[§3 output embedding]", -1);
-    cross_entropy_backward(mb->logits, mb->max, mb->sum, mb->targets, mb->weight, scale, N, k->Vp, k->valid, k->v0);
-    linear_backward(k->dy, k->g.wte, NULL, mb->logits, mb->lnf, k->w.wte, N, C, k->Vp);
-    f_backward(k, k->dy, N * C);
-    layernorm_backward(k->dx, k->g.lnf_g, k->g.lnf_b, k->dy, x, k->w.lnf_g, mb->meanf, mb->rstdf, NULL, N, C);
-}
-
-/* ================================================================================================================
- * Chapter 6. Stages, recomputation [§4.2] and the pipeline (beyond the paper: arXiv 2104.04473 §2.2)
- * ============================================================================================================= */
-
-/* ---- A rank's memory ------------------------------------------------------------------------------------------- */
-
-/* Fills in what follows from the shape of the model, the layout and the rank's number. */
-static void shape_rank(Rank *k, const Config *c, Layout s, int rank, size_t B, size_t T, int recompute)
-{
-    size_t t = (size_t)s.tp, stage = (size_t)pp_rank(s, rank);
-    k->config = *c, k->layout = s, k->B = B, k->T = T, k->recompute = recompute;
-    k->D = c->C / c->H, k->Hp = c->H / t, k->Cp = c->C / t, k->Fp = c->F / t;
-    k->Vp = padded_vocab(c->V, s.tp) / t;
-    k->v0 = (size_t)tp_rank(s, rank) * k->Vp;
-    k->valid = k->v0 >= c->V ? 0 : min_size(k->Vp, c->V - k->v0);
-    k->depth = c->L / (size_t)s.pp, k->first_layer = stage * k->depth;
-    k->first_stage = stage == 0, k->last_stage = stage == (size_t)s.pp - 1;
-}
-
-static void carve_saved(Saved *a, const Rank *k, Arena *arena)
-{
-    size_t N = k->B * k->T, C = k->config.C;
-    a->ln1 = (act *)carve(arena, N * C, sizeof(act));
-    a->qkv = (act *)carve(arena, N * 3 * k->Cp, sizeof(act));
-    a->att = (act *)carve(arena, N * k->Cp, sizeof(act));
-    a->res = (act *)carve(arena, N * C, sizeof(act));
-    a->ln2 = (act *)carve(arena, N * C, sizeof(act));
-    a->pre = (act *)carve(arena, N * k->Fp, sizeof(act));
-    a->gelu = (act *)carve(arena, N * k->Fp, sizeof(act));
-    a->mean1 = (real *)carve(arena, N, sizeof(real));
-    a->rstd1 = (real *)carve(arena, N, sizeof(real));
-    a->mean2 = (real *)carve(arena, N, sizeof(real));
-    a->rstd2 = (real *)carve(arena, N, sizeof(real));
-    a->lse = (real *)carve(arena, N * k->Hp, sizeof(real));
-}
-
-/* The activations of all micro-batches in flight. With recomputation a layer keeps only its input, and all layers
- * share the rest: "activation checkpointing after every transformer layer" [§4.2]. flight has room for k->in_flight
- * entries with depth + 1 layers each. Without gradients (inference) there is nothing but the forward pass's part. */
-static void carve_activations(Rank *k, MicroBatch *flight, Arena *arena, int gradients)
-{
-    size_t N = k->B * k->T, C = k->config.C;
-    Saved shared;
-    if (k->recompute) carve_saved(&shared, k, arena);
-    for (int i = 0; i < k->in_flight; i++) {
-        MicroBatch *mb = &flight[i];
-        mb->tokens = (int *)carve(arena, N, sizeof(int));
-        mb->targets = (int *)carve(arena, N, sizeof(int));
-        mb->weight = (real *)carve(arena, N, sizeof(real));
-        for (size_t l = 0; l <= k->depth; l++) {
-            Saved *a = &mb->layer[l];
-            if (l < k->depth && k->recompute) *a = shared;
-            else if (l < k->depth) carve_saved(a, k, arena);
-            a->x = (act *)carve(arena, N * C, sizeof(act));
-        }
-        if (!k->last_stage) continue;
-        mb->lnf = (act *)carve(arena, N * C, sizeof(act));
-        mb->logits = (act *)carve(arena, N * k->Vp, sizeof(act));
-        real **rows[] = {&mb->meanf, &mb->rstdf, &mb->max, &mb->sum, &mb->target_logit, &mb->loss};
-        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) *rows[r] = (real *)carve(arena, N, sizeof(real));
-    }
-    if (!gradients) return;
-    k->dx = (act *)carve(arena, N * C, sizeof(act));
-    k->dy = (act *)carve(arena, N * C, sizeof(act));
-    k->dpre = (act *)carve(arena, N * k->Fp, sizeof(act));
-    k->dqkv = (act *)carve(arena, N * 3 * k->Cp, sizeof(act));
-    k->datt = (act *)carve(arena, N * k->Cp, sizeof(act));
-    k->delta = (real *)carve(arena, N * k->Hp, sizeof(real));
-}
-
-/* 1F1B keeps at most p - i micro-batches in flight on stage i (from 0) [P57]. */
-static int flights(const Rank *k, size_t micro_batches)
-{
-    return (int)min_size((size_t)(k->layout.pp - pp_rank(k->layout, k->world.world_rank)), micro_batches);
-}
-
-static MicroBatch *flight_create(const Rank *k)
-{
-    MicroBatch *flight = (MicroBatch *)xcalloc((size_t)k->in_flight, sizeof *flight);
-    for (int i = 0; i < k->in_flight; i++) flight[i].layer = (Saved *)xcalloc(k->depth + 1, sizeof(Saved));
-    return flight;
-}
-
-static void flight_free(const Rank *k, MicroBatch *flight)
-{
-    for (int i = 0; i < k->in_flight; i++) free(flight[i].layer);
-    free(flight);
-}
-
-/* Bytes of activations of one rank: `plan` prints it, and rank_create allocates exactly so much. */
-static size_t activation_bytes(const Config *c, Layout s, int rank, size_t B, size_t T, int recompute, size_t micro_batches)
-{
-    Rank k;
-    Arena measure = {NULL, 0};
-    memset(&k, 0, sizeof k);
-    shape_rank(&k, c, s, rank, B, T, recompute);
-    k.world.world_rank = rank;
-    k.in_flight = flights(&k, micro_batches);
-    MicroBatch *flight = flight_create(&k);
-    carve_activations(&k, flight, &measure, 1);
-    flight_free(&k, flight);
-    return measure.used;
-}
-
-/* What a run asks of its ranks. */
-typedef struct {
-    Config config;
-    Layout layout;
-    size_t micro_batch, micro_batches; /* sequences in each; how many of them make a step on one data rank */
-    size_t seq;                        /* tokens in a sequence */
-    int training;                      /* with gradients and moments, and dropout */
-    int recompute;
-    uint64_t seed;
-} RankOptions;
-
-/* A rank with all its memory: weights are zero (see init_params, load_slices). Every rank of the world calls it. */
-static Rank *rank_create(Comm *world, const RankOptions *o)
-{
-    Rank *k = (Rank *)xcalloc(1, sizeof *k);
-    const Layout s = o->layout;
-    int rank = world->rank;
-    shape_rank(k, &o->config, s, rank, o->micro_batch, o->seq, o->recompute || !o->training);
-    k->seed = o->seed, k->training = o->training;
-    k->world = *world;
-    k->tp = comm_split(world, tp_color(s, rank), "tp");
-    k->pp = comm_split(world, pp_color(s, rank), "pp");
-    k->dp = comm_split(world, dp_color(s, rank), "dp");
-    k->embedding = comm_split(world, embedding_color(s, rank), "embedding");
-    k->world.place = k->tp.place = k->pp.place = k->dp.place = k->embedding.place = at(k, "-", "", -1);
-
-    k->tensors = list_tensors(NULL, &k->elements, &k->config, s, rank);
-    k->tensor = (Tensor *)xcalloc(k->tensors, sizeof *k->tensor);
-    list_tensors(k->tensor, &k->elements, &k->config, s, rank);
-    k->w.layer = (Layer *)xcalloc(k->depth, sizeof(Layer));
-    k->weights = (act *)device_calloc(k->elements * sizeof(act));
-    place_params(&k->w, k->weights, k->tensor, k->tensors, k->first_layer);
-    if (o->training) {
-        k->g.layer = (Layer *)xcalloc(k->depth, sizeof(Layer));
-        k->gradients = (act *)device_calloc(k->elements * sizeof(act));
-        place_params(&k->g, k->gradients, k->tensor, k->tensors, k->first_layer);
-        k->m = (real *)device_calloc(k->elements * sizeof(real));
-        k->v = (real *)device_calloc(k->elements * sizeof(real));
-        if (sizeof(act) < sizeof(real)) k->master = (real *)device_calloc(k->elements * sizeof(real));
-    }
-
-    Arena measure = {NULL, 0}, arena = {NULL, 0};
-    k->in_flight = o->training ? flights(k, o->micro_batches) : 1;
-    k->flight = flight_create(k);
-    carve_activations(k, k->flight, &measure, o->training);
-    arena.base = (char *)device_calloc(measure.used);
-    k->activations = arena.base;
-    carve_activations(k, k->flight, &arena, o->training);
-    k->host = (real *)xcalloc(2 * k->B * k->T, sizeof *k->host);
-    k->host_ids = (int *)xcalloc(2 * k->B * k->T, sizeof *k->host_ids);
-    return k;
-}
-
-/* Every rank of the world calls it. */
-static void rank_free(Rank *k)
-{
-    comm_free(&k->tp), comm_free(&k->pp), comm_free(&k->dp), comm_free(&k->embedding);
-    device_free(k->weights), device_free(k->gradients), device_free(k->m), device_free(k->v), device_free(k->master);
-    device_free(k->activations);
-    flight_free(k, k->flight);
-    free(k->w.layer), free(k->g.layer), free(k->tensor), free(k->host), free(k->host_ids), free(k);
-}
-
-/* ---- One micro-batch through one stage -------------------------------------------------------------------------- */
-
-/* From tokens (first stage) or the previous stage's output to the next stage, or to the losses (last stage). */
-static void stage_forward(Rank *k, MicroBatch *mb)
-{
-    size_t n = k->B * k->T * k->config.C;
-    at(k, "pipeline", "[beyond the paper]", -1);
-    if (k->first_stage) embedding_forward(k, mb->layer[0].x, mb);
-    else recv(&k->pp, mb->layer[0].x, n, ACT, k->pp.rank - 1);
-
-    for (size_t l = 0; l < k->depth; l++) block_forward(k, l, &mb->layer[l], mb->layer[l + 1].x, mb);
-
-    if (k->last_stage) {
-        logits_forward(k, mb, mb->layer[k->depth].x, k->B * k->T);
-        cross_entropy_forward(k, mb);
-    } else {
-        at(k, "pipeline", "[beyond the paper]", -1);
-        send(&k->pp, mb->layer[k->depth].x, n, ACT, k->pp.rank + 1);
-    }
-}
-
-/* The same way back. scale: what one unit of a target's loss counts in the step's loss, times the loss scale. */
-static void stage_backward(Rank *k, MicroBatch *mb, real scale)
-{
-    size_t n = k->B * k->T * k->config.C;
-    at(k, "pipeline", "[beyond the paper]", -1);
-    if (k->last_stage) logits_backward(k, mb, mb->layer[k->depth].x, scale);
-    else recv(&k->pp, k->dx, n, ACT, k->pp.rank + 1);
-
-    for (size_t l = k->depth; l-- > 0;) {
-        /* Recomputation runs the very same code and draws the same masks: gradients are equal bit for bit [P26]. */
-        if (k->recompute) block_forward(k, l, &mb->layer[l], mb->layer[l + 1].x, mb);
-        block_backward(k, l, &mb->layer[l], mb);
-    }
-
-    if (k->first_stage) embedding_backward(k, mb);
-    else {
-        at(k, "pipeline", "[beyond the paper]", -1);
-        send(&k->pp, k->dx, n, ACT, k->pp.rank - 1);
-    }
-}
-
-/* ---- 1F1B ------------------------------------------------------------------------------------------------------- */
-
-/* Where a step's micro-batches come from: fills mb's tokens, targets, weight and sequence for micro-batch number i. */
-typedef void (*Feed)(void *source, Rank *k, MicroBatch *mb, size_t i);
-
-/* Sum over this rank's targets of weight * loss, in double; 0 on ranks that have no losses of their own. */
-static double sum_losses(const Rank *k, const MicroBatch *mb)
-{
-    size_t N = k->B * k->T;
-    real *host = k->host;
-    double sum = 0;
-    if (!k->last_stage || k->tp.rank > 0) return 0; /* tensor ranks hold equal copies: count them once */
-    device_download(host, mb->loss, N * sizeof *host);
-    device_download(host + N, mb->weight, N * sizeof *host);
-    for (size_t n = 0; n < N; n++) sum += host[N + n] == 0 ? 0 : (double)host[n] * host[N + n];
-    return sum;
-}
-
-/* All forward and backward passes of a step: m micro-batches, one forward, one backward, in turns, after a warm-up of
- * p - i - 1 forward passes on stage i. No stage then holds more than p - i micro-batches, and the bubble is that of
- * all forward then all backward, (p-1)/m of the ideal time [P56, P57; doc/pipeline.md draws it]. Each stage just
- * receives, works and sends; the blocking of recv makes the schedule. A place in k->flight is free again when its turn
- * comes: the micro-batch that had it, p - i earlier, has just finished its backward pass.
- * Returns the sum of this rank's weighted losses. */
-static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real scale)
-{
-    size_t warmup = min_size((size_t)(k->pp.size - k->pp.rank - 1), m);
-    size_t started = 0, finished = 0;
-    double loss = 0;
-    while (finished < m) {
-        if (started < m) {
-            MicroBatch *mb = &k->flight[started % (size_t)k->in_flight];
-            feed(source, k, mb, started++);
-            stage_forward(k, mb);
-            loss += sum_losses(k, mb);
-            if ((int)(started - finished) > k->peak_in_flight) k->peak_in_flight = (int)(started - finished);
-        }
-        if (started > warmup || started == m) stage_backward(k, &k->flight[finished++ % (size_t)k->in_flight], scale);
-    }
-    return loss;
-}
-
-/* ================================================================================================================
- * Chapter 7. Optimisation [§4.2]
- * ============================================================================================================= */
-
-typedef enum { DECAY_PAPER, DECAY_MEGATRON, DECAY_COSINE } Decay;
-
-typedef struct {
-    double lr, min_lr;
-    size_t warmup, decay_steps;
-    Decay decay; /* of the learning rate */
-    double beta1, beta2, eps, weight_decay;
-    double clip;       /* global gradient norm; 0: no clipping */
-    double loss_scale; /* fixed; 0: dynamic */
-} Optimizer;
-
-/* Learning rate of update n, counted from 0: linear warm-up, then a cosine down to min_lr [§4.2]. The scheduler stands
- * at 0 during the first update, which therefore changes nothing [P33]. Three readings of "cosine":
- *     paper      over the 297k iterations after the warm-up, down to 0, but never below the floor [P35]
- *     megatron   as its code of 2020 has it: the whole 300k are the period, and the floor comes later [P34]
- *     cosine     from the peak to the floor itself: Megatron today, and most others */
-static double learning_rate(const Optimizer *o, size_t n)
-{
-    double w = (double)o->warmup, end = (double)o->decay_steps, k = (double)n;
-    if (n <= o->warmup && o->warmup > 0) return o->lr * k / w;
-    if (o->decay == DECAY_MEGATRON) return fmax(o->lr / 2 * (cos(M_PI * (fmin(k, end - w) - w) / end) + 1), o->min_lr);
-    double fall = end > w ? (cos(M_PI * (fmin(k, end) - w) / (end - w)) + 1) / 2 : 1; /* 1 .. 0 */
-    return o->decay == DECAY_PAPER ? fmax(o->lr * fall, o->min_lr) : o->min_lr + (o->lr - o->min_lr) * fall;
-}
-
-/* Dynamic loss scaling: fp16 gradients are kept away from underflow by a factor as large as does not overflow. Two
- * overflows (hysteresis) halve it once, each further one again; 1000 clean steps double it [P36-P38]. */
-typedef struct {
-    double scale;
-    int dynamic, hysteresis;
-    long long iteration, last_overflow;
-} LossScaler;
-
-enum { SCALE_WINDOW = 1000, HYSTERESIS = 2 };
-
-static LossScaler make_loss_scaler(double fixed)
-{
-    LossScaler s = {fixed > 0 ? fixed : 0x1p32, fixed <= 0, HYSTERESIS, 0, -1};
-    return s;
-}
-
-static void loss_scaler_update(LossScaler *s, int overflow)
-{
-    if (s->dynamic && overflow) {
-        if (s->hysteresis == 1) s->scale = fmax(s->scale / 2, 1);
-        else s->hysteresis--;
-        s->last_overflow = s->iteration;
-    } else if (s->dynamic && (s->iteration - s->last_overflow) % SCALE_WINDOW == 0) {
-        s->scale *= 2;
-        s->hysteresis = HYSTERESIS;
-    }
-    s->iteration++;
-}
-
-/* Where a run stands: all that resuming needs beside weights and moments. */
-typedef struct {
-    size_t step;    /* optimizer steps tried, skipped ones included: what the user counts, and what draws dropout */
-    size_t updates; /* steps that changed the weights: Adam's and the learning rate's clock [P39] */
-    size_t samples; /* sequences consumed */
-    LossScaler scaler;
-} Progress;
-
-/* 2-norm of the whole model's gradient, equal on all ranks. Every distinct element counts once: slices on each tensor
- * rank, replicas on the first one, the last stage's copy of the embedding not at all [P27]. Data replicas hold equal
- * gradients: the first one speaks for all. Infinite or NaN if any element is. */
-static double gradient_norm(Rank *k)
-{
-    double sum = 0;
-    at(k, "gradient norm", "[§4.2]", -1);
-    for (size_t i = 0; i < k->tensors && k->dp.rank == 0; i++)
-        if (k->tensor[i].counted) sum += sum_squares(k->gradients + k->tensor[i].offset, k->tensor[i].n);
-    all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
-    return sqrt(sum);
-}
-
-/* Sums the gradients of what is held more than once: the tied embedding of first and last stage, then the data
- * replicas, each of which saw other sequences [§2.3]. Replicas within a tensor group need nothing: equal inputs and
- * equal incoming gradients made equal gradients [§3]. */
-static void reduce_gradients(Rank *k)
-{
-    if (k->first_stage || k->last_stage) {
-        at(k, "tied embedding", "[beyond the paper]", -1);
-        all_reduce(&k->embedding, k->g.wte, k->Vp * k->config.C, ACT, SUM);
-    }
-    at(k, "data parallel", "[§2.3]", -1);
-    all_reduce(&k->dp, k->gradients, k->elements, ACT, SUM);
-}
-
-/* AdamW with decoupled decay; none for biases and LayerNorm [§4.2, P31, P32]. */
-static void update_weights(Rank *k, const Optimizer *o, size_t update, double gradient_scale)
-{
-    for (size_t i = 0; i < k->tensors; i++) {
-        const Tensor *t = &k->tensor[i];
-        AdamW h = {learning_rate(o, update), o->beta1, o->beta2, o->eps, t->spec->decay ? o->weight_decay : 0,
-                   gradient_scale, update + 1};
-        size_t o0 = t->offset;
-        adamw(k->weights + o0, k->master ? k->master + o0 : NULL, k->m + o0, k->v + o0, k->gradients + o0, t->n, h);
-    }
-}
 
-typedef struct {
-    double loss, lr, grad_norm, loss_scale;
-    int skipped; /* an overflow: the weights did not change */
-} StepResult;
-
-/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py): zero gradients, forward and
- * backward of all micro-batches with the scaled loss, sum over replicas, unscale, clip, update the scale, AdamW unless
- * some gradient overflowed anywhere.
- * DEVIATION: the loss is the mean over all targets of the global batch, and the mean over data replicas is folded into
- * each target's share of it [P29, P30]; Megatron divides by d before the sum of gradients. An overflow shows in the
- * gradient norm; Megatron reduces a flag of its own. */
-static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t micro_batches, Feed feed, void *source)
+/* The same for a member that is not the object's first. */
+static void json_write_next(FILE *out, const char *key, double x)
 {
-    StepResult r;
-    size_t sequences = k->B * micro_batches * (size_t)k->dp.size;
-    double targets = (double)(sequences * k->T);
-    k->step = (uint32_t)p->step;
-    r.loss_scale = p->scaler.scale;
-    r.lr = learning_rate(o, p->updates);
-
-    device_zero(k->gradients, k->elements * sizeof(act));
-    r.loss = pipeline_step(k, micro_batches, feed, source, (real)(r.loss_scale / targets)) / targets;
-    reduce_gradients(k);
-    r.grad_norm = gradient_norm(k) / r.loss_scale;
-    r.skipped = !isfinite(r.grad_norm); /* on one rank means on all: every rank reads the same norm [P39] */
-    at(k, "logged loss", "[§4.2]", -1);
-    all_reduce(&k->world, &r.loss, 1, DOUBLE_ARRAY, SUM);
-
-    double coefficient = o->clip > 0 ? fmin(o->clip / (r.grad_norm + 1e-6), 1) : 1; /* [P28] */
-    if (!r.skipped) update_weights(k, o, p->updates++, coefficient / r.loss_scale);
-    loss_scaler_update(&p->scaler, r.skipped);
-    p->step++;
-    p->samples += sequences;
-    return r;
+    fputs(", ", out);
+    json_write_number(out, key, x);
 }
-
-/* ================================================================================================================
- * Chapter 8. Text and data [§4.1]
- *
- * Text becomes numbers by GPT-2's byte-level byte-pair encoding. A text is cut into words; a word is a row of bytes,
- * of which neighbours merge by a list of pairs, the list's first pair first, until no pair of the list is left in it.
- * As every byte is a token, any bytes can be encoded, and decoding gives them back. Documents, with <|endoftext|>
- * between them, are joined and cut into samples of T + 1 tokens: T inputs, and the same shifted by one as labels.
- * ============================================================================================================= */
 
 #include "dev/unicode/classes.h" /* class_starts[]: which code points are letters, numbers, white space */
 
 static const char END_OF_TEXT[] = "<|endoftext|>";
-
-/* Room for one element more in a growing array of n elements: p itself, or p moved into twice the capacity. */
-static void *grow(void *p, size_t n, size_t *capacity, size_t size)
-{
-    if (n < *capacity) return p;
-    *capacity = *capacity ? 2 * *capacity : 64;
-    p = realloc(p, *capacity * size);
-    if (!p) die("out of memory: %zu objects of %zu bytes were asked for; give less text", *capacity, size);
-    return p;
-}
 
 typedef struct {
     int *id;
@@ -2847,7 +2895,7 @@ static void push_token(Tokens *tokens, int id)
     tokens->id[tokens->n++] = id;
 }
 
-/* ---- Words: the pre-tokeniser ---------------------------------------------------------------------------------- */
+/* ---- Words: the pre-tokeniser ------------------------------------------------------------------------------------ */
 
 enum { NOT_A_CHARACTER = 0x110000 }; /* one past the last code point: stands for a byte that is not UTF-8 */
 
@@ -2909,7 +2957,7 @@ static size_t word_end(const char *text, size_t n, size_t start)
     return kind == CLASS_SPACE && end < n && last > start ? last : end;
 }
 
-/* ---- Byte-pair encoding ---------------------------------------------------------------------------------------- */
+/* ---- Byte-pair encoding ------------------------------------------------------------------------------------------ */
 
 typedef struct {
     const char *bytes;
@@ -3064,7 +3112,7 @@ static const char *decode(size_t *n, const Tokenizer *t, int id)
     return known ? t->token[id].bytes : "";
 }
 
-/* ---- vocab.json and merges.txt --------------------------------------------------------------------------------- */
+/* ---- vocab.json and merges.txt ----------------------------------------------------------------------------------- */
 
 /* These files write a byte as one printable character: itself where it is one in Latin-1, else U+0100 and up. */
 enum { BYTE_CHARACTERS = 324 };
@@ -3167,7 +3215,9 @@ static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_C
         int ab = token_id(sorted, t->vocabulary, pair, left + right);
         if (a < 0 || b < 0 || ab < 0)
             die("%s line %zu: %s is not in the vocabulary: do both files belong to one tokenizer?", path, number,
-                a < 0 ? "the left token" : b < 0 ? "the right token" : "what the two tokens merge into");
+                a < 0   ? "the left token"
+                : b < 0 ? "the right token"
+                        : "what the two tokens merge into");
         Merge merge = {(uint32_t)a, (uint32_t)b, (uint32_t)n, (uint32_t)ab};
         t->merge = (Merge *)grow(t->merge, n, &capacity, sizeof(Merge));
         t->merge[n++] = merge;
@@ -3224,12 +3274,9 @@ static Tokenizer *tokenizer_bytes(void)
     return t;
 }
 
-static void tokenizer_close(Tokenizer *t)
-{
-    free(t->token), free(t->bytes), free(t->merge), free(t->row), free(t);
-}
+static void tokenizer_close(Tokenizer *t) { free(t->token), free(t->bytes), free(t->merge), free(t->row), free(t); }
 
-/* ---- Documents ------------------------------------------------------------------------------------------------- */
+/* ---- Documents --------------------------------------------------------------------------------------------------- */
 
 /* A run of tokens in memory. Where a document does not end with <|endoftext|>, one is read behind its last token. */
 typedef struct {
@@ -3361,7 +3408,7 @@ static void add_indexed(Corpus *c, const char *prefix)
     unmap_file(index);
 }
 
-/* ---- Where documents are found --------------------------------------------------------------------------------- */
+/* ---- Where documents are found ----------------------------------------------------------------------------------- */
 
 /* Why a folder's entry is not read as text; NULL if it is, or is a folder. */
 static const char *why_skipped(const char *path, const char *name)
@@ -3444,7 +3491,7 @@ static void corpus_tokens(Tokens *out, const Corpus *c)
             push_token(out, document_token(&c->document[i], j, c->end_of_text));
 }
 
-/* ---- Writing an indexed dataset -------------------------------------------------------------------------------- */
+/* ---- Writing an indexed dataset ---------------------------------------------------------------------------------- */
 
 static void put(FILE *f, uint64_t x, size_t bytes) { fwrite(&x, bytes, 1, f); } /* finish_file() sees errors */
 
@@ -3489,10 +3536,10 @@ static void corpus_write(const Corpus *c, const char *prefix)
     finish_file(bin, bin_new), finish_file(idx, idx_new);
     unlink(extend_path(idx_path, prefix, ".idx")); /* an older one does not fit the new tokens */
     if (rename(bin_new, extend_path(bin_path, prefix, ".bin")) || rename(idx_new, idx_path))
-        die("cannot rename %s to %s: %s", bin_new, bin_path, strerror(errno));
+        die("cannot rename %s and %s to %s and %s: %s", bin_new, idx_new, bin_path, idx_path, strerror(errno));
 }
 
-/* ---- Samples --------------------------------------------------------------------------------------------------- */
+/* ---- Samples ----------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     Document *document; /* (documents) of the training part, or of the held-out part */
@@ -3516,8 +3563,9 @@ static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out
 
     d->tokens = last - first, d->T = T, d->seed = seed, d->end_of_text = c->end_of_text;
     if (d->tokens < T + 1)
-        die("the %s text has %zu tokens, but a sample of %zu needs %zu: give more text, or a smaller --seq",
-            held_out ? "held-out" : "training", d->tokens, T, T + 1);
+        die("the %s text has %zu tokens, but a sample of %zu needs %zu: give more text, a smaller --seq, or a %s "
+            "--valid-percent",
+            held_out ? "held-out" : "training", d->tokens, T, T + 1, held_out ? "larger" : "smaller");
     d->samples = (d->tokens - 1) / T;
     d->document = (Document *)xcalloc(c->documents, sizeof(Document));
     for (size_t i = 0; i < c->documents; at += c->document[i++].length) {
@@ -3589,7 +3637,7 @@ static void dataset_sample(Dataset *d, size_t n, int *tokens)
  * Chapter 9. Evaluation [§5.2, App. E]
  * ============================================================================================================= */
 
-/* ---- WikiText-103 [§5.2, App. E; code V tasks/zeroshot_gpt2] --------------------------------------------------- */
+/* ---- WikiText-103 [§5.2, App. E; code V tasks/zeroshot_gpt2] ----------------------------------------------------- */
 
 /* Bytes of the white-space character at text, 0 if none begins there. Python's str.isspace(), which its strip(),
  * split() and \s follow, has four control characters more than White_Space. */
@@ -3661,13 +3709,12 @@ static size_t strip_inside(char *text, size_t n, char opening, char closing)
 static size_t wikitext_detokenise(char *text, size_t n)
 {
     static const char *const rules[][2] = {
-        {"s '", "s'"},
-        {" @-@ ", "-"}, {" @,@ ", ","}, {" @.@ ", "."},
-        {" : ", ": "}, {" ; ", "; "}, {" . ", ". "}, {" ! ", "! "}, {" ? ", "? "}, {" , ", ", "},
-        {"(", ")"}, {"[", "]"}, {"{", "}"}, {"\"", "\""}, {"'", "'"}, /* strip inside these */
-        {"= = = =", "===="}, {"= = =", "==="}, {"= =", "=="},
-        {" \xC2\xB0 ", "\xC2\xB0"}, /* degrees */
-        {" \n", "\n"}, {"\n ", "\n"}, {" N ", " 1 "}, {" 's", "'s"},
+        {"s '", "s'"},       {" @-@ ", "-"},   {" @,@ ", ","}, {" @.@ ", "."},
+        {" : ", ": "},       {" ; ", "; "},    {" . ", ". "},  {" ! ", "! "},
+        {" ? ", "? "},       {" , ", ", "},    {"(", ")"},     {"[", "]"},
+        {"{", "}"},          {"\"", "\""},     {"'", "'"},                                 /* strip inside these */
+        {"= = = =", "===="}, {"= = =", "==="}, {"= =", "=="},  {" \xC2\xB0 ", "\xC2\xB0"}, /* degrees */
+        {" \n", "\n"},       {"\n ", "\n"},    {" N ", " 1 "}, {" 's", "'s"},
     };
     for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++)
         if (!rules[i][0][1]) n = strip_inside(text, n, rules[i][0][0], rules[i][1][0]);
@@ -3678,10 +3725,7 @@ static size_t wikitext_detokenise(char *text, size_t n)
 /* Window i of T tokens begins at token overlap * i. Window 0 scores all its targets; a later one only the last
  * `overlap`, each of which has at least T - overlap tokens before it. The count is Megatron's: it takes the first
  * window to score `overlap` targets, not T, so that the last windows have none to score [P52]. 0 < overlap <= T. */
-static size_t window_count(size_t targets, size_t overlap)
-{
-    return targets ? (targets - 1) / overlap + 1 : 1;
-}
+static size_t window_count(size_t targets, size_t overlap) { return targets ? (targets - 1) / overlap + 1 : 1; }
 
 /* tokens (T + 1), weight (T) of window i over a text of n tokens: target t is tokens[t + 1], and counts weight[t].
  * Behind the text stands pad. */
@@ -3693,7 +3737,7 @@ static void window_fill(int *tokens, real *weight, const int *text, size_t n, si
     for (size_t t = 0; t < T; t++) weight[t] = t + 1 < left && (i == 0 || t >= T - overlap) ? 1 : 0;
 }
 
-/* ---- LAMBADA [§5.2; code V, --strict-lambada] ------------------------------------------------------------------ */
+/* ---- LAMBADA [§5.2; code V, --strict-lambada] -------------------------------------------------------------------- */
 
 /* The last word is to be predicted from the text before it: right if all of its tokens are the most probable ones. */
 typedef struct {
@@ -3753,10 +3797,7 @@ static Lambada lambada_open(const char *path, const Tokenizer *t)
     return l;
 }
 
-static void lambada_close(Lambada *l)
-{
-    free(l->tokens.id), free(l->example);
-}
+static void lambada_close(Lambada *l) { free(l->tokens.id), free(l->example); }
 
 /* tokens (T + 1), weight (T) of example i, as window_fill(). Of one that is longer than T + 1 the end counts. */
 static void lambada_fill(int *tokens, real *weight, const Lambada *l, size_t i, size_t T, int pad)
@@ -3767,11 +3808,11 @@ static void lambada_fill(int *tokens, real *weight, const Lambada *l, size_t i, 
     for (size_t t = 0; t < T; t++) weight[t] = cut + t + 1 >= e.context && cut + t + 1 < n ? 1 : 0;
 }
 
-/* ---- Scores [§5.2, App. E] ------------------------------------------------------------------------------------- */
+/* ---- Scores [§5.2, App. E] --------------------------------------------------------------------------------------- */
 
-/* Gives a rank words: row b of the micro-batch predicts tokens[1..T] from tokens[0..T-1]; tokens (B, T+1), weight
+/* Gives a rank its tokens: row b of the micro-batch predicts tokens[1..T] from tokens[0..T-1]; tokens (B, T+1), weight
  * (B, T) or NULL for all ones. */
-static void set_words(Rank *k, MicroBatch *mb, const int *tokens, const real *weight)
+static void set_tokens(Rank *k, MicroBatch *mb, const int *tokens, const real *weight)
 {
     size_t N = k->B * k->T;
     int *ids = k->host_ids;
@@ -3790,33 +3831,35 @@ typedef struct {
     size_t targets;
 } Score;
 
-/* exp(loss), with Megatron's cap on the exponent. */
+/* exp(loss) [App. E eq.4], with Megatron's cap on the exponent. */
 static double perplexity(double loss) { return exp(fmin(loss, 20)); }
 
-/* Mean loss over the held-out samples, every one once; data ranks share them. Called by all ranks, during training. */
-static double validation_loss(Rank *k, Dataset *held_out)
+/* Mean loss over the held-out samples, every one once, or over the first `batches` micro-batches of each data rank if
+ * that is not 0. Called by all ranks, during training. */
+static double validation_loss(Rank *k, Dataset *held_out, size_t batches)
 {
     MicroBatch *mb = &k->flight[0];
-    size_t B = k->B, T = k->T, together = B * (size_t)k->dp.size;
+    size_t B = k->B, T = k->T, together = B * (size_t)k->dp.size, samples = held_out->samples;
+    if (batches) samples = min_size(samples, batches * together);
     int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens), training = k->training;
     real *weight = (real *)xcalloc(B * T, sizeof *weight);
     double sum = 0;
     k->training = 0;
-    for (size_t first = 0; first < held_out->samples; first += together) {
+    for (size_t first = 0; first < samples; first += together) {
         for (size_t b = 0; b < B; b++) {
             size_t i = first + (size_t)k->dp.rank * B + b;
-            dataset_sample(held_out, min_size(i, held_out->samples - 1), tokens + b * (T + 1));
-            for (size_t t = 0; t < T; t++) weight[b * T + t] = i < held_out->samples;
+            dataset_sample(held_out, min_size(i, samples - 1), tokens + b * (T + 1));
+            for (size_t t = 0; t < T; t++) weight[b * T + t] = i < samples;
         }
-        set_words(k, mb, tokens, weight);
+        set_tokens(k, mb, tokens, weight);
         stage_forward(k, mb);
         sum += sum_losses(k, mb);
     }
     k->training = training;
-    at(k, "validation loss", "[§5.2]", -1);
+    set_place(k, "validation loss", "[§5.2]", -1);
     all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
     free(tokens), free(weight);
-    return sum / (double)(held_out->samples * T);
+    return sum / (double)(samples * T);
 }
 
 /* Loss of a text in overlapping windows: each target is scored once, with as much context as there is, but at least
@@ -3838,12 +3881,13 @@ static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit
             for (size_t t = 0; t < T; t++) scored += w[t] = first + b < windows ? w[t] : 0;
         }
         if (scored) { /* Megatron's last windows have nothing left to score */
-            set_words(k, mb, tokens, weight);
+            set_tokens(k, mb, tokens, weight);
             stage_forward(k, mb);
             sum += sum_losses(k, mb);
         }
         score.targets += scored;
-        if (meter && k->world.rank == 0) meter_show(meter, min_size(first + B, windows), "loss", sum / (double)max_size(score.targets, 1));
+        if (meter && k->world.rank == 0)
+            meter_show(meter, min_size(first + B, windows), "loss", sum / (double)max_size(score.targets, 1));
     }
     free(tokens), free(weight);
     all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM);
@@ -3851,8 +3895,8 @@ static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit
     return score;
 }
 
-/* id[i] = the most probable word after row row[i] of the micro-batch: each tensor rank finds the best of its own
- * words, and all compare. Of equal ones the first counts, as with argmax. Tensor ranks only; all call it. */
+/* id[i] = the most probable token after row row[i] of the micro-batch: each tensor rank finds the best of its own
+ * tokens, and all compare. Of equal ones the first counts, as with argmax. Tensor ranks only; all call it. */
 static void most_probable(Rank *k, const MicroBatch *mb, const size_t *row, size_t n, int *id)
 {
     size_t Vp = k->Vp, t = (size_t)k->tp.size;
@@ -3896,7 +3940,7 @@ static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pa
         memset(weight, 0, B * T * sizeof *weight);
         for (size_t b = 0; b < B; b++)
             lambada_fill(tokens + b * (k->T + 1), weight + b * k->T, l, min_size(first + b, examples - 1), k->T, pad);
-        set_words(k, mb, tokens, weight);
+        set_tokens(k, mb, tokens, weight);
         stage_forward(k, mb);
         for (size_t i = 0; i < B * k->T; i++)
             if (weight[i] != 0) row[n++] = i;
@@ -3912,7 +3956,8 @@ static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pa
             right = 1;
         }
         k->T = T;
-        if (meter && k->world.rank == 0) meter_show(meter, min_size(first + B, examples), "accuracy", (double)a.correct / (double)a.examples);
+        if (meter && k->world.rank == 0)
+            meter_show(meter, min_size(first + B, examples), "accuracy", (double)a.correct / (double)a.examples);
     }
     free(tokens), free(best), free(weight), free(row);
     return a;
@@ -3923,9 +3968,9 @@ static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pa
  * ============================================================================================================= */
 
 typedef struct {
-    double temperature; /* 0: always the most probable word */
-    size_t top_k;       /* draw from the k most probable words only; 0: from all */
-    double top_p;       /* draw from the most probable words that make up this probability; 1: from all */
+    double temperature; /* 0: always the most probable token */
+    size_t top_k;       /* draw from the k most probable tokens only; 0: from all */
+    double top_p;       /* draw from the most probable tokens that make up this probability; 1: from all */
     uint64_t seed;
 } Sampler;
 
@@ -3934,7 +3979,7 @@ typedef struct {
     int id;
 } Candidate;
 
-/* More probable; of equals, the earlier word. */
+/* More probable; of equals, the earlier token. */
 static int better(Candidate a, Candidate b) { return a.p > b.p || (a.p == b.p && a.id < b.id); }
 
 /* Restores the heap (no child better than its parent) below place i. */
@@ -3948,10 +3993,10 @@ static void sift_down(Candidate *heap, size_t n, size_t i)
     }
 }
 
-/* The next word from its logits (V): softmax(z / temperature), cut by top-k and then top-p. A heap yields the words in
- * order of probability, so that only those that are kept get sorted. Word number `index` of a text draws its own
+/* The next token from its logits (V): softmax(z / temperature), cut by top-k and then top-p. A heap yields the tokens in
+ * order of probability, so that only those that are kept get sorted. Token number `index` of a text draws its own
  * random number, whatever came before. heap: (V) scratch. */
-static int sample_word(const real *z, size_t V, const Sampler *s, size_t index, Candidate *heap)
+static int sample_token(const real *z, size_t V, const Sampler *s, size_t index, Candidate *heap)
 {
     size_t best = 0, kept = 0, left = V;
     double total = 0, mass = 0, u = uniform(random_word(s->seed, SITE_SAMPLE, 0, index));
@@ -3981,7 +4026,7 @@ typedef struct {
     Rank *k;
     Cache cache;
     act *slices;     /* (t, Vp) every tensor rank's logits of one row */
-    real *logits;    /* (t * Vp) the same on the host; the first V are real words */
+    real *logits;    /* (t * Vp) the same on the host; the first V are no padding */
     Candidate *heap; /* (V) */
 } Generator;
 
@@ -4011,7 +4056,7 @@ static void generator_free(Generator *g)
     free(g->cache.k), free(g->cache.v), free(g->logits), free(g->heap), free(g);
 }
 
-/* Reads n more tokens at positions past .. past+n-1 and leaves the logits of the word that follows in g->logits, on
+/* Reads n more tokens at positions past .. past+n-1 and leaves the logits of the token that follows in g->logits, on
  * all tensor ranks. A prompt comes as one batch; then one token at a time: its keys and values join the cache, so
  * nothing is computed twice. */
 static void generator_read(Generator *g, const int *tokens, size_t n)
@@ -4022,7 +4067,7 @@ static void generator_read(Generator *g, const int *tokens, size_t n)
     k->T = n;
     device_upload(mb->tokens, tokens, n * sizeof *tokens);
     embedding_forward(k, mb->layer[0].x, mb);
-    for (size_t l = 0; l < k->depth; l++) block_forward(k, l, &mb->layer[l], mb->layer[l + 1].x, mb);
+    for (size_t l = 0; l < k->depth; l++) block_forward(k, l, mb);
     logits_forward(k, mb, mb->layer[k->depth].x + (n - 1) * C, 1);
     all_gather(&k->tp, g->slices, mb->logits, k->Vp, ACT);
     act_download(g->logits, g->slices, (size_t)k->tp.size * k->Vp);
@@ -4030,9 +4075,9 @@ static void generator_read(Generator *g, const int *tokens, size_t n)
     k->T = T;
 }
 
-/* Appends up to `count` words to text, and calls emit after each; stops early after end_of_text. Every tensor rank
- * calls it, and draws the same words. When all T positions are full, the last half of the text is read again from
- * position 0: learned positions allow no sliding. */
+/* Appends up to `count` tokens to text, and calls emit for each; ends early at end_of_text, which is appended but not
+ * emitted. Every tensor rank calls it, and draws the same tokens. Of a longer prompt the last P tokens count. When all P
+ * positions are full, the last P/2 tokens are read again from position 0: learned positions allow no sliding. */
 static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s, int end_of_text,
                      void (*emit)(void *arg, int id), void *arg)
 {
@@ -4041,12 +4086,12 @@ static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s,
     while (text->n < stop) {
         if (g->cache.past + unread > T) g->cache.past = 0, unread = (T + 1) / 2;
         generator_read(g, text->id + text->n - unread, unread);
-        double word = sample_word(g->logits, g->k->config.V, s, text->n, g->heap);
-        broadcast(&g->k->tp, &word, 1, DOUBLE_ARRAY, 0); /* all would draw the same; one decides */
-        int id = (int)word;
+        double next = sample_token(g->logits, g->k->config.V, s, text->n, g->heap);
+        broadcast(&g->k->tp, &next, 1, DOUBLE_ARRAY, 0); /* all would draw the same; one decides */
+        int id = (int)next;
         push_token(text, id);
-        if (emit) emit(arg, id);
         if (id == end_of_text) return;
+        if (emit) emit(arg, id);
         unread = 1;
     }
 }
@@ -4092,7 +4137,7 @@ typedef struct {
     size_t tensors;
 } Safetensors;
 
-/* ---- Reading safetensors --------------------------------------------------------------------------------------- */
+/* ---- Reading safetensors ----------------------------------------------------------------------------------------- */
 
 static const char *strip_prefix(const char *name)
 {
@@ -4327,7 +4372,7 @@ static real stored_value(const StoredTensor *t, size_t i)
     }
 }
 
-/* ---- config.json ----------------------------------------------------------------------------------------------- */
+/* ---- config.json ------------------------------------------------------------------------------------------------- */
 
 /* Do we know the activation function? Three names for the tanh formula, and the erf. */
 static int find_gelu(Gelu *gelu, const char *name)
@@ -4337,7 +4382,7 @@ static int find_gelu(Gelu *gelu, const char *name)
            !strcmp(name, "gelu_pytorch_tanh");
 }
 
-/* Reads config.json. *tied: whether the word embedding makes the logits, as in the paper [§3 Fig. 4]. */
+/* Reads config.json. *tied: whether the word embedding makes the logits, as in the paper [§3 output embedding]. */
 static Config read_config(const char *folder, int *tied)
 {
     char path[PATH_MAX], shown[SHOWN];
@@ -4399,8 +4444,8 @@ static char *config_text(size_t *size, const Config *c, int end_of_text)
     fprintf(out, "  \"embd_pdrop\": %s,\n", real_text(embd, c->embd_pdrop));
     fprintf(out, "  \"eos_token_id\": %s,\n  \"initializer_range\": 0.02,\n", token);
     fprintf(out, "  \"layer_norm_epsilon\": %s,\n  \"model_type\": \"gpt2\",\n", real_text(eps, c->eps));
-    fprintf(out, "  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n", c->T, c->C, c->H);
-    fprintf(out, "  \"n_inner\": %zu,\n  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n", c->F, c->L, c->T);
+    fprintf(out, "  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n", c->P, c->C, c->H);
+    fprintf(out, "  \"n_inner\": %zu,\n  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n", c->F, c->L, c->P);
     fprintf(out, "  \"resid_pdrop\": %s,\n  \"scale_attn_weights\": true,\n", real_text(resid, c->resid_pdrop));
     fprintf(out, "  \"summary_activation\": null,\n  \"summary_first_dropout\": 0.1,\n");
     fprintf(out, "  \"summary_proj_to_labels\": true,\n  \"summary_type\": \"cls_index\",\n");
@@ -4410,7 +4455,7 @@ static char *config_text(size_t *size, const Config *c, int end_of_text)
     return text;
 }
 
-/* ---- Slices: between a rank's arenas and whole tensors in files ------------------------------------------------ */
+/* ---- Slices: between a rank's arenas and whole tensors in files -------------------------------------------------- */
 
 /* What this chapter must know of a rank. */
 typedef struct {
@@ -4431,10 +4476,10 @@ static Shards shards_of(const Rank *k)
 }
 
 /* The arrays of a rank that are stored, and how the names of their tensors begin. */
-typedef enum { WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS } Stored;
+typedef enum { WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS } ArrayKind;
 static const char *const stored_prefix[] = {"transformer.", "m.", "v."};
 
-static char *stored_name(char name[NAME_SIZE], Stored what, const Tensor *t)
+static char *stored_name(char name[NAME_SIZE], ArrayKind what, const Tensor *t)
 {
     char plain[NAME_SIZE];
     snprintf(name, NAME_SIZE, "%s%.40s", stored_prefix[what], tensor_name(plain, t));
@@ -4449,23 +4494,25 @@ static size_t stored_shape(size_t shape[2], const Tensor *t)
     return t->spec->cols == ONE ? 1 : 2;
 }
 
-enum { TILE = 64 };
+enum { FILE_TILE = 64 };
 
-/* A block of a slice, TILE x TILE at most, and where it lies in the file: some runs of neighbours there. Element e of
- * run i is element at + i * stride + e of the stored tensor and first + i * run_step + e * step of the slice. Where
- * the file has the tensor transposed, a run goes down a column of the slice; a block fits into the cache. */
+/* A block of a slice, FILE_TILE x FILE_TILE at most, and where it lies in the file: some runs of neighbours there.
+ * Element e of run i is element at + i * stride + e of the stored tensor, and first + i * run_step + e * step of the
+ * slice. Where the file has the tensor transposed, a run goes down a column of the slice: a block fits into the cache,
+ * so that neither side is read or written in long leaps. */
 typedef struct {
     size_t rows; /* of the slice */
     size_t at, stride, runs, length;
     size_t first, run_step, step;
 } FileBlock;
 
-/* The block of tensor rank r's slice that begins at row, col; it ends before the next multiple of TILE rows. */
+/* The block of tensor rank r's slice that begins at row, col; it ends before the next multiple of FILE_TILE rows. */
 static FileBlock slice_block(const Tensor *t, int r, size_t row, size_t col)
 {
     size_t width = t->local_cols, first = row * width + col;
     size_t together = t->spec->split == QKV ? t->local_rows / 3 : real_rows(t, r); /* neighbours in both */
-    size_t rows = min_size(TILE - row % TILE, together - row % together), cols = min_size(TILE, width - col);
+    size_t rows = min_size(FILE_TILE - row % FILE_TILE, together - row % together),
+           cols = min_size(FILE_TILE, width - col);
     size_t y = whole_row(t, r, row), x = whole_col(t, r) + col;
     FileBlock along = {rows, y * t->cols + x, t->cols, rows, cols, first, width, 1};
     FileBlock down = {rows, x * t->rows + y, t->rows, cols, rows, first, 1, width};
@@ -4479,10 +4526,10 @@ static int copy_slice(real *slice, const StoredTensor *from, float *to, const Te
     size_t rows = real_rows(t, r);
     int finite = 1;
 #pragma omp parallel for reduction(& : finite) if (t->n >= 1 << 16)
-    for (size_t top = 0; top < rows; top += TILE)
-        for (size_t col = 0; col < t->local_cols; col += TILE) {
+    for (size_t top = 0; top < rows; top += FILE_TILE)
+        for (size_t col = 0; col < t->local_cols; col += FILE_TILE) {
             FileBlock b;
-            for (size_t row = top; row < min_size(top + TILE, rows); row += b.rows) {
+            for (size_t row = top; row < min_size(top + FILE_TILE, rows); row += b.rows) {
                 b = slice_block(t, r, row, col);
                 for (size_t i = 0; i < b.runs; i++)
                     for (size_t e = 0; e < b.length; e++) {
@@ -4496,7 +4543,7 @@ static int copy_slice(real *slice, const StoredTensor *from, float *to, const Te
     return finite;
 }
 
-/* ---- Loading --------------------------------------------------------------------------------------------------- */
+/* ---- Loading ----------------------------------------------------------------------------------------------------- */
 
 /* The tensors of the whole model, in the table's order; the caller frees them. */
 static Tensor *list_model(size_t *n, const Config *c)
@@ -4508,7 +4555,7 @@ static Tensor *list_model(size_t *n, const Config *c)
 }
 
 /* Dies unless the file has this array of the whole model, with the right shapes; marks its tensors as expected. */
-static void expect_tensors(const Safetensors *s, const char *path, const Config *c, Stored what)
+static void expect_tensors(const Safetensors *s, const char *path, const Config *c, ArrayKind what)
 {
     size_t n;
     Tensor *list = list_model(&n, c);
@@ -4557,7 +4604,7 @@ static Safetensors open_model(Config *c, const char *folder)
 }
 
 /* Fills one array of a rank from a file that expect_tensors() has approved. Every rank calls it. */
-static void load_array(const Shards *s, const Safetensors *file, Stored what)
+static void load_array(const Shards *s, const Safetensors *file, ArrayKind what)
 {
     real *to = what == WEIGHTS ? s->master : what == FIRST_MOMENTS ? s->m : s->v;
     for (size_t i = 0; i < s->tensors; i++) {
@@ -4599,10 +4646,10 @@ static Safetensors open_trainer(const char *folder, const Config *c)
 /* The state of training is text in the file's metadata: "step": "1000". */
 typedef struct {
     const char *key, *value;
-} Fact;
+} Metadata;
 
 /* The value of a fact; dies if the file has none. */
-static const char *find_fact(const Safetensors *trainer, const char *key)
+static const char *find_metadata(const Safetensors *trainer, const char *key)
 {
     const Json *header = &trainer->file[0].header;
     const JsonValue *metadata = json_get(header, header->value, "__metadata__");
@@ -4611,9 +4658,9 @@ static const char *find_fact(const Safetensors *trainer, const char *key)
     return v->string;
 }
 
-static double fact_number(const Safetensors *trainer, const char *key, double low, double high)
+static double metadata_number(const Safetensors *trainer, const char *key, double low, double high)
 {
-    const char *text = find_fact(trainer, key);
+    const char *text = find_metadata(trainer, key);
     char *end, shown[SHOWN];
     double x = strtod(text, &end);
     if (end == text || *end || !(x >= low && x <= high))
@@ -4623,14 +4670,14 @@ static double fact_number(const Safetensors *trainer, const char *key, double lo
 }
 
 /* The same for whole numbers up to 2^53. */
-static size_t fact_count(const Safetensors *trainer, const char *key)
+static size_t metadata_count(const Safetensors *trainer, const char *key)
 {
-    double x = fact_number(trainer, key, 0, 0x1p53);
+    double x = metadata_number(trainer, key, 0, 0x1p53);
     if (x != floor(x)) die("%s: \"%s\" is %.17g, which is not whole", trainer->file[0].path, key, x);
     return (size_t)x;
 }
 
-/* ---- Folders: how a checkpoint takes the place of the last ----------------------------------------------------- */
+/* ---- Folders: how a checkpoint takes the place of the last ------------------------------------------------------- */
 
 /* A save fills DIR.tmp and swaps it with DIR in one system call: at any moment DIR is one whole checkpoint. Where
  * there is no such call, DIR steps aside as DIR.old while DIR.tmp takes its place, and recover_checkpoint() brings it
@@ -4700,7 +4747,8 @@ static void delete_folder(const char *folder, const char *keep)
             rename(from, join_path(to, keep, name));
     }
     if (stream) closedir(stream);
-    if (rmdir(folder)) die("cannot delete %s, which a save left behind: %s; move it away", folder, strerror(errno));
+    if (rmdir(folder) && errno != ENOENT)
+        die("cannot delete %s, which a save left behind: %s; move it away", folder, strerror(errno));
 }
 
 /* Ends a swap that was interrupted; call it before looking for a checkpoint in dir. */
@@ -4714,6 +4762,19 @@ static void recover_checkpoint(const char *dir)
 static int same_place(const struct stat *a, const struct stat *b)
 {
     return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
+/* No two runs may save to one folder: DIR.lock is locked as long as this one lives. The empty file stays behind. */
+static void lock_save_folder(const SavePaths *p)
+{
+    char path[PATH_MAX];
+    struct flock lock;
+    memset(&lock, 0, sizeof lock); /* from the beginning to the end */
+    lock.l_type = F_WRLCK, lock.l_whence = SEEK_SET;
+    snprintf(path, sizeof path, "%.*s.lock", PATH_MAX - 6, p->dir);
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666); /* stays open */
+    if (fd < 0) die("cannot create %s: %s", path, strerror(errno));
+    if (fcntl(fd, F_SETLK, &lock)) die("another run is saving to %s: wait for its end, or choose another folder", p->dir);
 }
 
 /* At start-up, so that no run of many hours fails at its first save, and none overwrites what is not its own: dies
@@ -4734,6 +4795,7 @@ static void check_save_folder(const char *dir, const char *resumed)
         die("%s is the working folder: save to a folder in it, since saving replaces the whole folder", dir);
     if ((look_into(p.tmp, name, &foreign) && foreign) || (look_into(p.old, name, &foreign) && foreign))
         die("saving to %s needs the name %s.tmp or .old, but there is %s in it: move it away", dir, p.dir, name);
+    lock_save_folder(&p);
     delete_folder(p.tmp, NULL);
     if (mkdir(p.tmp, 0777) || stat(p.tmp, &other)) die("cannot create %s: %s", p.tmp, strerror(errno));
     rmdir(p.tmp);
@@ -4780,7 +4842,7 @@ static void put_in_place(const SavePaths *p)
     delete_folder(p->old, p->dir);
 }
 
-/* ---- Saving ---------------------------------------------------------------------------------------------------- */
+/* ---- Saving ------------------------------------------------------------------------------------------------------ */
 
 /* Makes a new file n bytes long, with space on the disk. Returns 0 or an error number. */
 static int reserve(int fd, size_t n)
@@ -4811,7 +4873,7 @@ static void write_file(const char *folder, const char *name, const char *data, s
 
 /* Creates a safetensors file for the arrays first .. last of the whole model, still without their values. */
 static void create_tensors(const char *folder, const char *name, const Config *c, int first, int last,
-                           const Fact *fact, size_t facts)
+                           const Metadata *fact, size_t facts)
 {
     char *text = NULL, shape_shown[SHAPE_TEXT], stored[NAME_SIZE];
     size_t size = 0, begin = 0, n;
@@ -4831,7 +4893,7 @@ static void create_tensors(const char *folder, const char *name, const Config *c
             size_t shape[2], dims = stored_shape(shape, &list[i]);
             size_t end = begin + list[i].rows * list[i].cols * sizeof(float);
             fprintf(out, ",\"%s\":{\"dtype\":\"F32\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
-                    stored_name(stored, (Stored)what, &list[i]), shape_text(shape_shown, dims, shape), begin, end);
+                    stored_name(stored, (ArrayKind)what, &list[i]), shape_text(shape_shown, dims, shape), begin, end);
             begin = end;
         }
     fputc('}', out);
@@ -4865,6 +4927,7 @@ static void save_arrays(const Shards *s, const char *folder, const char *name, i
     Safetensors file = safetensors_open(join_path(path, folder, name)); /* tells where each tensor lies */
     Map map = file.file[0].map;
     int fd = open(path, O_RDWR);
+    if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
     char *base = (char *)mmap(NULL, map.size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (base == (char *)MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
     close(fd);
@@ -4872,7 +4935,7 @@ static void save_arrays(const Shards *s, const char *folder, const char *name, i
         for (size_t i = 0; i < s->tensors; i++) {
             const Tensor *t = &s->tensor[i];
             const real *from = what == WEIGHTS ? s->master : what == FIRST_MOMENTS ? s->m : s->v;
-            const StoredTensor *stored = find_stored(&file, stored_name(key, (Stored)what, t));
+            const StoredTensor *stored = find_stored(&file, stored_name(key, (ArrayKind)what, t));
             if (!t->counted) continue;
             real *slice = (real *)xcalloc(t->n, sizeof *slice);
             if (from) device_download(slice, from + t->offset, t->n * sizeof *slice);
@@ -4890,7 +4953,7 @@ static void save_arrays(const Shards *s, const char *folder, const char *name, i
 /* Saves a checkpoint, or only a model where there are no moments. All ranks call it together; check_save_folder() has
  * approved dir. tokenizer: the folder of vocab.json and merges.txt, or NULL; end_of_text: that token, or -1. */
 static void save_checkpoint(const Shards *s, Comm *world, const char *dir, const char *tokenizer, int end_of_text,
-                            const Fact *fact, size_t facts)
+                            const Metadata *fact, size_t facts)
 {
     SavePaths p = save_paths(dir);
     barrier(world); /* rank 0 changes what paths mean only when all have looked */
@@ -4915,7 +4978,7 @@ static void save_checkpoint(const Shards *s, Comm *world, const char *dir, const
     barrier(world);
 }
 
-/* ---- info ------------------------------------------------------------------------------------------------------ */
+/* ---- info -------------------------------------------------------------------------------------------------------- */
 
 /* Prints the tensors of a model's folder or of one file, in the file's order; with json, as one JSON object. */
 static void print_info(const char *path, int json)
@@ -4923,15 +4986,16 @@ static void print_info(const char *path, int json)
     Safetensors s = safetensors_open(path);
     size_t elements = 0, bytes = 0;
     char shape[SHAPE_TEXT], name[SHOWN];
-    int tied;
+    int tied, is_model = file_exists(path, "config.json");
+    Config c = make_config(0, 0, 0, 0, 0);
+    if (is_model) c = read_config(path, &tied);
     if (json) printf("{");
-    if (file_exists(path, "config.json")) {
-        Config c = read_config(path, &tied);
+    if (is_model) {
         const char *text = json ? "\"config\": {\"layers\": %zu, \"hidden\": %zu, \"heads\": %zu, \"mlp\": %zu, "
                                   "\"positions\": %zu, \"vocab\": %zu, \"parameters\": %zu}, "
                                 : "GPT-2: %zu layers, hidden size %zu, %zu heads, MLP width %zu, %zu positions, "
-                                  "%zu words; %zu parameters\n";
-        printf(text, c.L, c.C, c.H, c.F, c.T, c.V, count_parameters(&c));
+                                  "%zu tokens; %zu parameters\n";
+        printf(text, c.L, c.C, c.H, c.F, c.P, c.V, count_parameters(&c));
     }
     if (json) printf("\"tensors\": [");
     qsort(s.tensor, s.tensors, sizeof *s.tensor, compare_places);
@@ -4967,7 +5031,7 @@ typedef struct {
     size_t batch, micro_batch; /* sequences: in an iteration, on all data ranks; in one pass */
     size_t seq;                /* tokens of a sequence */
     int recompute;
-    double peak, bandwidth;    /* of the user's machine: sustained TFLOP/s of a rank, GB/s of a ring; 0: not given */
+    double peak, bandwidth; /* of the user's machine: sustained TFLOP/s of a rank, GB/s of a ring; 0: not given */
 } PlanInput;
 
 /* All doubles, so that one table can print them; counts are exact up to 2^53. "rank" is the one that has most. */
@@ -4995,15 +5059,15 @@ static void check_plan(const PlanInput *in)
         die("--batch %zu is no multiple of --micro-batch %zu times --dp %d", in->batch, in->micro_batch, s.dp);
     if (in->batch / rows > 65536)
         die("--batch %zu makes %zu micro-batches: at most 65536 can be planned", in->batch, in->batch / rows);
-    if (in->seq < 1 || in->seq > in->config.T) die("--seq %zu: the model has %zu positions", in->seq, in->config.T);
+    if (in->seq < 1 || in->seq > in->config.P) die("--seq %zu: the model has %zu positions", in->seq, in->config.P);
     const Config *c = &in->config; /* bounds all products below, so that none overflows */
     double width = (double)c->V + 16.0 * (double)c->C + 2.0 * (double)c->F + (double)c->H;
-    double height = (double)in->micro_batch * (double)in->seq + (double)c->C + (double)c->T;
+    double height = (double)in->micro_batch * (double)in->seq + (double)c->C + (double)c->P;
     if (c->L > 100000 || width * height * (double)(c->L + 1) * s.pp > 1e15)
         die("a model of %zu layers of %zu is too large to plan at this batch", c->L, c->C);
 }
 
-/* ---- Arithmetic ------------------------------------------------------------------------------------------------ */
+/* ---- Arithmetic -------------------------------------------------------------------------------------------------- */
 
 /* F = 96 B s l h^2 (1 + s/(6h) + V/(16 l h)) with recomputation, 72 and V/(12 l h) without
  * [arXiv 2104.04473 (3), P46]. */
@@ -5014,8 +5078,8 @@ static double flops_formula(const Config *c, size_t batch, size_t seq, int recom
     return 24 * passes * B * s * l * h * h * (1 + s / (6 * h) + V / (4 * passes * l * h));
 }
 
-/* The same, counted product by product: 2 n k m for (n,k) times (k,m), scores not halved for being causal, the words
- * of the vocabulary with padding. A backward pass counts as two forward ones, as everywhere in the literature; chapter 2
+/* The same, counted product by product: 2 n k m for (n,k) times (k,m), scores not halved for being causal, the
+ * vocabulary with its padding. A backward pass counts as two forward ones, as everywhere in the literature; chapter 2
  * really makes five products for attention's two, since it computes the scores again instead of keeping them. */
 static double flops_exact(const Config *c, int tp, size_t batch, size_t seq, int recompute)
 {
@@ -5047,7 +5111,7 @@ static double training_days(double tokens, double parameters, double gpus, doubl
     return 8 * tokens * parameters / (gpus * flops) / 86400;
 }
 
-/* ---- Messages -------------------------------------------------------------------------------------------------- */
+/* ---- Messages ---------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const char *group, *op, *what, *paper;
@@ -5104,7 +5168,7 @@ static size_t list_messages(Message *list, const PlanInput *in, int stage)
     return n;
 }
 
-/* ---- The pipeline's schedules, pass by pass (beyond the paper: arXiv 2104.04473 §2.2) ------------------------- */
+/* ---- The pipeline's schedules, pass by pass (beyond the paper: arXiv 2104.04473 §2.2) ---------------------------- */
 
 /* GPipe: all forward passes, then all backward passes. 1F1B: chapter 6. Interleaved 1F1B cuts the model into v p
  * parts and deals them out to the stages: each has v "chunks", and every micro-batch goes round v times. */
@@ -5172,7 +5236,7 @@ static Pipeline simulate_pipeline(Schedule kind, size_t p, size_t m, size_t v, d
     return result;
 }
 
-/* ---- Projection ------------------------------------------------------------------------------------------------ */
+/* ---- Projection -------------------------------------------------------------------------------------------------- */
 
 /* FLOP/s of one V100 [§5.1], iterations of an epoch [Table 2], tokens of an iteration [§4.2] */
 static const double PAPER_RATE = 39e12, EPOCH = 68507, PAPER_BATCH = 512 * 1024;
@@ -5219,7 +5283,7 @@ static double project(const PlanInput *in, const Machine *machine, double flops,
     return worst;
 }
 
-/* ---- The plan -------------------------------------------------------------------------------------------------- */
+/* ---- The plan ---------------------------------------------------------------------------------------------------- */
 
 /* Parameters and memory: of each stage, keeps the most. */
 static void plan_memory(Plan *plan, const PlanInput *in)
@@ -5316,7 +5380,7 @@ static Plan make_plan(const PlanInput *in)
     return plan;
 }
 
-/* ---- Printing -------------------------------------------------------------------------------------------------- */
+/* ---- Printing ---------------------------------------------------------------------------------------------------- */
 
 /* One number of a plan: its JSON key, and how to tell it to people: in units of `unit`, with `decimals`. */
 typedef struct {
@@ -5353,7 +5417,7 @@ static const Figure figures[] = {
     {FIGURE(bubble_gpipe), "    GPipe simulated", 1, 4},
     {FIGURE(bubble_interleaved), "    interleaved, 2 chunks a stage, simulated", 1, 4},
     {FIGURE(flops_per_iteration), "TFLOP of an iteration, all ranks, products counted", 1e12, 3},
-    {FIGURE(flops_formula), "    by formula, without padded words", 1e12, 3},
+    {FIGURE(flops_formula), "    by formula, without the padding", 1e12, 3},
     {FIGURE(all_reduces_per_iteration), "all-reduces of b*s*h a micro-batch", 1, 0},
     {FIGURE(all_reduce_bytes), "    bytes of each", 1, 0},
     {FIGURE(bytes_sent_per_rank), "bytes sent by a rank, iteration, GB", 1e9, 3},
@@ -5365,12 +5429,6 @@ static const Figure figures[] = {
     {FIGURE(efficiency), "    efficiency: the share of it that is not messages or bubble", 1, 3},
 };
 /* clang-format on */
-
-static void print_json_number(const char *key, double x)
-{
-    if (isnan(x)) printf("\"%s\": null", key);
-    else printf("\"%s\": %.15g", key, x);
-}
 
 static void print_messages(const PlanInput *in, int stage, int json)
 {
@@ -5386,8 +5444,8 @@ static void print_messages(const PlanInput *in, int stage, int json)
         if (json)
             printf("%s{\"group\": \"%s\", \"op\": \"%s\", \"what\": \"%s\", \"paper\": \"%s\", \"ranks\": %zu, "
                    "\"count\": %zu, \"elements\": %zu, \"bytes\": %zu, \"bytes_sent\": %.15g}",
-                   i ? ", " : "", m->group, m->op, m->what, m->paper, m->ranks, m->count, m->elements,
-                   message_bytes(m), sent);
+                   i ? ", " : "", m->group, m->op, m->what, m->paper, m->ranks, m->count, m->elements, message_bytes(m),
+                   sent);
         else
             printf("%-10s %-14s %-30s %-*s %6zu %11zu %12.0f\n", m->group, m->op, m->what, width, m->paper, m->count,
                    message_bytes(m), sent);
@@ -5401,20 +5459,21 @@ static void print_plan(const PlanInput *in, const Plan *plan, int json)
     Layout s = in->layout;
     if (json) putchar('{');
     else
-        printf("%zu layers, hidden %zu, %zu heads, %zu words; tp %d pp %d dp %d; batch %zu of %zu tokens, "
-               "%zu a pass%s\n\n", c->L, c->C, c->H, c->V, s.tp, s.pp, s.dp, in->batch, in->seq, in->micro_batch,
+        printf("%zu layers, hidden %zu, %zu heads, vocabulary %zu; tp %d pp %d dp %d; batch %zu of %zu tokens, "
+               "%zu a pass%s\n\n",
+               c->L, c->C, c->H, c->V, s.tp, s.pp, s.dp, in->batch, in->seq, in->micro_batch,
                in->recompute ? ", recomputed" : "");
     for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {
         const Figure *f = &figures[i];
         double x = *(const double *)(const void *)((const char *)plan + f->field);
-        if (json) print_json_number(f->key, x), printf(", ");
+        if (json) json_write_number(stdout, f->key, x), printf(", ");
         else if (!isnan(x)) printf("%-60s %20.*f\n", f->what, f->decimals, x / f->unit);
     }
     print_messages(in, (int)plan->busiest_stage, json);
     if (json) puts("}");
 }
 
-/* ---- `plan --paper`: the paper's tables beside what this chapter derives -------------------------------------- */
+/* ---- `plan --paper`: the paper's tables beside what this chapter derives ----------------------------------------- */
 
 enum { MAX_COLUMNS = 12, MAX_ROWS = 4 };
 
@@ -5442,7 +5501,7 @@ static void print_table(const Table *t, int json)
             const Column *column = &t->column[c];
             int width = (int)max_size(6, strlen(column->heading));
             double x = t->value[r][c];
-            if (json) printf(", "), print_json_number(column->key, x);
+            if (json) printf(", "), json_write_number(stdout, column->key, x);
             else if (column->decimals < 0) printf("  %*.2e", width, x);
             else printf("  %*.*f", width, column->decimals, x);
         }
@@ -5467,18 +5526,34 @@ static const char *const scaling_preset[4] = {"1.2B", "2.5B", "4.2B", "8.3B-scal
 
 static Table table_1(void)
 {
-    Table t = {"table1", "Table 1. Models of the scaling study; batch 8, with data parallelism 512 [P42, P44-P46]",
+    Table t = {"table1",
+               "Table 1. Models of the scaling study; batch 8, with data parallelism 512 [P42, P44-P46]",
                "per rank: parameters of a tensor rank; sum/P: those of all ranks, replicas too, to the model's.",
-               {{"hidden", "hidden", 0}, {"heads", "heads", 0}, {"head_size", "h/heads", 0}, {"layers", "layers", 0},
-                {"parameters", "parameters", 0}, {"gpus", "GPUs", 0}, {"parameters_per_rank", "  per rank", 0},
-                {"replication", "  sum/P", 5}, {"flops_8", " FLOP(8)", -1},
-                {"flops_512", "FLOP(512)", -1}}, {0}, {{0}}};
+               {{"hidden", "hidden", 0},
+                {"heads", "heads", 0},
+                {"head_size", "h/heads", 0},
+                {"layers", "layers", 0},
+                {"parameters", "parameters", 0},
+                {"gpus", "GPUs", 0},
+                {"parameters_per_rank", "  per rank", 0},
+                {"replication", "  sum/P", 5},
+                {"flops_8", " FLOP(8)", -1},
+                {"flops_512", "FLOP(512)", -1}},
+               {0},
+               {{0}}};
     for (int r = 0; r < 4; r++) {
         PlanInput in = paper_input(scaling_preset[r], 1 << r, 1), all = paper_input(scaling_preset[r], 1 << r, 64);
         Plan plan = make_plan(&in);
         double h = (double)in.config.C, heads = (double)in.config.H, gpus = 1 << r;
-        const double row[] = {h, heads, h / heads, (double)in.config.L, plan.parameters, gpus,
-                              plan.parameters_per_rank, plan.replication, plan.flops_per_iteration,
+        const double row[] = {h,
+                              heads,
+                              h / heads,
+                              (double)in.config.L,
+                              plan.parameters,
+                              gpus,
+                              plan.parameters_per_rank,
+                              plan.replication,
+                              plan.flops_per_iteration,
                               make_plan(&all).flops_per_iteration};
         t.label[r] = scaling_preset[r];
         memcpy(t.value[r], row, sizeof row);
@@ -5488,13 +5563,21 @@ static Table table_1(void)
 
 static Table figure_4(void)
 {
-    Table t = {"figure4", "Figure 4. All-reduces of an iteration, batch 8, fp16 [P5, P6, P9, P10, P18]",
+    Table t = {"figure4",
+               "Figure 4. All-reduces of an iteration, batch 8, fp16 [P5, P6, P9, P10, P18]",
                "The paper counts 4 a layer; embedding and logits add 2, recomputation 2 a layer. For the cross\n"
                "entropy it counts b*s numbers; its code, and this one, move 3*b*s. Gathered logits would be b*s*V.",
-               {{"layers", "layers", 0}, {"gpus", "GPUs", 0}, {"paper", "4l", 0}, {"plain", "4l+2", 0},
-                {"recomputed", "6l+2", 0}, {"message_bytes", "message, B", 0},
-                {"layer_bytes_sent", "sent/layer, B", 0}, {"cross_entropy", "cross entropy", 0},
-                {"logits", "   logits", 0}}, {0}, {{0}}};
+               {{"layers", "layers", 0},
+                {"gpus", "GPUs", 0},
+                {"paper", "4l", 0},
+                {"plain", "4l+2", 0},
+                {"recomputed", "6l+2", 0},
+                {"message_bytes", "message, B", 0},
+                {"layer_bytes_sent", "sent/layer, B", 0},
+                {"cross_entropy", "cross entropy", 0},
+                {"logits", "   logits", 0}},
+               {0},
+               {{0}}};
     for (int r = 0; r < 4; r++) {
         PlanInput in = paper_input(scaling_preset[r], 1 << r, 1), plain = in;
         Message list[MAX_MESSAGES];
@@ -5506,8 +5589,14 @@ static Table figure_4(void)
             message = 2 * (double)list[i].elements;
             sent = 4 * 2 * elements_sent(&list[i]);
         }
-        const double row[] = {l, gpus, 4 * l * (r > 0), make_plan(&plain).all_reduces_per_iteration,
-                              make_plan(&in).all_reduces_per_iteration, message, sent, cross_entropy,
+        const double row[] = {l,
+                              gpus,
+                              4 * l * (r > 0),
+                              make_plan(&plain).all_reduces_per_iteration,
+                              make_plan(&in).all_reduces_per_iteration,
+                              message,
+                              sent,
+                              cross_entropy,
                               8 * 1024 * (double)in.config.V};
         t.label[r] = scaling_preset[r];
         memcpy(t.value[r], row, sizeof row);
@@ -5519,19 +5608,29 @@ static Table table_2(void)
 {
     static const char *const preset[3] = {"355M", "2.5B", "8.3B"};
     static const double gpus[3] = {64, 128, 512}, days[3] = {0.86, 2.27, 2.10};
-    Table t = {"table2", "Table 2. GPT-2 models trained; batch 512; an epoch is 68,507 iterations [P45, P47]",
+    Table t = {"table2",
+               "Table 2. GPT-2 models trained; batch 512; an epoch is 68,507 iterations [P45, P47]",
                "Days give seconds, and with the FLOPs of [P46] a rate: 13.8 PFLOP/s for 8.3B in training, 15.1 in\n"
                "the abstract; the paper does not say how it counts. 8.3B has 24 heads of 128, in Table 1 32 of 96.",
-               {{"layers", "layers", 0}, {"hidden", "hidden", 0}, {"heads", "heads", 0}, {"head_size", "h/heads", 0},
-                {"parameters", "parameters", 0}, {"gpus", "GPUs", 0}, {"days_per_epoch", "days", 2},
-                {"seconds", "s/iter", 3}, {"flops", "    FLOP", -1}, {"pflops", "PFLOP/s", 2},
-                {"tflops_gpu", "TF/GPU", 1}}, {0}, {{0}}};
+               {{"layers", "layers", 0},
+                {"hidden", "hidden", 0},
+                {"heads", "heads", 0},
+                {"head_size", "h/heads", 0},
+                {"parameters", "parameters", 0},
+                {"gpus", "GPUs", 0},
+                {"days_per_epoch", "days", 2},
+                {"seconds", "s/iter", 3},
+                {"flops", "    FLOP", -1},
+                {"pflops", "PFLOP/s", 2},
+                {"tflops_gpu", "TF/GPU", 1}},
+               {0},
+               {{0}}};
     for (int r = 0; r < 3; r++) {
         Config c = find_preset(preset[r]);
         double h = (double)c.C, heads = (double)c.H, s = days[r] * 86400 / EPOCH;
         double flops = flops_formula(&c, 512, 1024, 1);
-        const double row[] = {(double)c.L, h, heads, h / heads, (double)count_parameters(&c), gpus[r], days[r], s,
-                              flops, flops / s / 1e15, flops / s / gpus[r] / 1e12};
+        const double row[] = {(double)c.L, h, heads, h / heads,        (double)count_parameters(&c), gpus[r],
+                              days[r],     s, flops, flops / s / 1e15, flops / s / gpus[r] / 1e12};
         t.label[r] = preset[r];
         memcpy(t.value[r], row, sizeof row);
     }
@@ -5543,10 +5642,16 @@ static Table table_7(void)
     static const char *const name[3] = {"16 heads", "24 heads", "32 heads"};
     static const size_t heads[3] = {16, 24, 32};
     static const double percent[3] = {82, 80, 77};
-    Table t = {"table7", "Table 7. 8.3B on 8 GPUs with heads of different size, batch 8 [P45]",
+    Table t = {"table7",
+               "Table 7. 8.3B on 8 GPUs with heads of different size, batch 8 [P45]",
                "Neither products nor messages change; the scores do, a*b*s*s a layer, so softmax and dropout do too.",
-               {{"head_size", "h/heads", 0}, {"paper_percent", "paper %", 0}, {"tflops_gpu", "TF/GPU", 1},
-                {"flops", "    FLOP", -1}, {"scores", "scores/GPU", 0}}, {0}, {{0}}};
+               {{"head_size", "h/heads", 0},
+                {"paper_percent", "paper %", 0},
+                {"tflops_gpu", "TF/GPU", 1},
+                {"flops", "    FLOP", -1},
+                {"scores", "scores/GPU", 0}},
+               {0},
+               {{0}}};
     for (int r = 0; r < 3; r++) {
         PlanInput in = paper_input("8.3B", 8, 1);
         in.config.H = heads[r];
@@ -5562,10 +5667,16 @@ static Table table_8(void)
 {
     static const char *const name[4] = {"1 GPU", "2 GPUs", "4 GPUs", "8 GPUs"};
     static const double speedup[4] = {1, 1.64, 2.34, 2.98};
-    Table t = {"table8", "Table 8. Strong scaling of 1.2B, batch 8; \"we\": the projection of `plan` [P49]",
+    Table t = {"table8",
+               "Table 8. Strong scaling of 1.2B, batch 8; \"we\": the projection of `plan` [P49]",
                "The projection knows messages only, not that narrow products are slow and LayerNorms are duplicated.",
-               {{"paper_speedup", "paper", 2}, {"paper_percent", "paper %", 2}, {"speedup", "we", 2},
-                {"percent", "we %", 2}, {"tflops_gpu", "TF/GPU", 1}}, {0}, {{0}}};
+               {{"paper_speedup", "paper", 2},
+                {"paper_percent", "paper %", 2},
+                {"speedup", "we", 2},
+                {"percent", "we %", 2},
+                {"tflops_gpu", "TF/GPU", 1}},
+               {0},
+               {{0}}};
     for (int r = 0; r < 4; r++) {
         PlanInput in = paper_input("1.2B", 1 << r, 1);
         double gpus = 1 << r, ours = make_plan(&in).v100_efficiency;
@@ -5580,12 +5691,21 @@ static Table table_8(void)
 static Table figure_5(void)
 {
     static const double percent[2][4] = {{100, 95, 82, 77}, {96, 83, 79, 74}};
-    Table t = {"figure5", "Figure 5. Weak scaling, % of 39 TFLOP/s; \"we\": the projection of `plan` [P48, P50]",
+    Table t = {"figure5",
+               "Figure 5. Weak scaling, % of 39 TFLOP/s; \"we\": the projection of `plan` [P48, P50]",
                "The abstract's 15.1 PFLOP/s on 512 GPUs are 75.6%, it says 76%; the figure's 74% are 14.8 PFLOP/s.",
-               {{"gpus", "GPUs", 0}, {"paper_percent", "paper %", 0}, {"percent", "we %", 1},
-                {"tflops_gpu", "TF/GPU", 1}, {"pflops", "PFLOP/s", 4}, {"gpus_dp", "GPUs", 0},
+               {{"gpus", "GPUs", 0},
+                {"paper_percent", "paper %", 0},
+                {"percent", "we %", 1},
+                {"tflops_gpu", "TF/GPU", 1},
+                {"pflops", "PFLOP/s", 4},
+                {"gpus_dp", "GPUs", 0},
                 {"paper_percent_dp", "paper %", 0},
-                {"percent_dp", "we %", 1}, {"tflops_gpu_dp", "TF/GPU", 1}, {"pflops_dp", "PFLOP/s", 2}}, {0}, {{0}}};
+                {"percent_dp", "we %", 1},
+                {"tflops_gpu_dp", "TF/GPU", 1},
+                {"pflops_dp", "PFLOP/s", 2}},
+               {0},
+               {{0}}};
     for (int r = 0; r < 4; r++) {
         t.label[r] = scaling_preset[r];
         for (int dp = 0; dp < 2; dp++) {
@@ -5601,10 +5721,16 @@ static Table figure_5(void)
 
 static Table paper_totals(void)
 {
-    Table t = {"totals", "Totals [P47, P48]",
+    Table t = {"totals",
+               "Totals [P47, P48]",
                "The abstract's 15.1 PFLOP/s and Figure 5's 74%, both of 512 GPUs, disagree.",
-               {{"tokens_per_epoch", "tokens/epoch", 0}, {"tokens", "300k iterations", 0}, {"epochs", "epochs", 3},
-                {"abstract_share", "15.1 PFLOP/s", 3}, {"figure5_pflops", "74%, PFLOP/s", 2}}, {0}, {{0}}};
+               {{"tokens_per_epoch", "tokens/epoch", 0},
+                {"tokens", "300k iterations", 0},
+                {"epochs", "epochs", 3},
+                {"abstract_share", "15.1 PFLOP/s", 3},
+                {"figure5_pflops", "74%, PFLOP/s", 2}},
+               {0},
+               {{0}}};
     const double row[] = {EPOCH * PAPER_BATCH, 300000 * PAPER_BATCH, 300000 / EPOCH, 15.1e15 / (512 * PAPER_RATE),
                           0.74 * 512 * PAPER_RATE / 1e15};
     t.label[0] = "8.3B";
@@ -5623,7 +5749,7 @@ static void print_paper(int json)
     if (json) puts("}");
 }
 
-/* ---- Trace: what the ranks really said -------------------------------------------------------------------------- */
+/* ---- Trace: what the ranks really said --------------------------------------------------------------------------- */
 
 /* Totals of one kind of message over a trace. */
 static Message sum_events(const Trace *trace, const Message *kind)
@@ -5670,48 +5796,54 @@ static void print_events(const Trace *trace, int stage, int json)
     for (size_t i = 0; i < trace->n; i++) {
         const Event *e = &trace->event[i];
         if (json)
-            printf("%s{\"stage\": %d, \"op\": \"%s\", \"group\": \"%s\", \"elements\": %zu, \"bytes\": %zu, \"layer\": %d, "
+            printf("%s{\"stage\": %d, \"op\": \"%s\", \"group\": \"%s\", \"elements\": %zu, \"bytes\": %zu, "
+                   "\"layer\": %d, "
                    "\"where\": \"%s\", \"edge\": \"%s\", \"paper\": \"%s\"}",
                    stage || i ? ", " : "", stage, e->op, e->group, e->elements, e->bytes, e->place.layer,
                    e->place.operation, e->place.edge, e->place.paper);
         else {
             char layer[16] = "-";
             if (e->place.layer >= 0) snprintf(layer, sizeof layer, "%d", e->place.layer);
-            printf("%5d  %5s  %-14s  %-10s  %-14s  %-9s  %10zu  %11zu  %s\n", stage, layer, e->place.operation, e->place.edge,
-                   e->op, e->group, e->elements, e->bytes, e->place.paper);
+            printf("%5d  %5s  %-14s  %-10s  %-14s  %-9s  %10zu  %11zu  %s\n", stage, layer, e->place.operation,
+                   e->place.edge, e->op, e->group, e->elements, e->bytes, e->place.paper);
         }
     }
 }
 
-/* Totals of a stage by group and operation, and of the tensor group by layer. */
-static void print_totals(const Trace *trace, const PlanInput *in, int stage, int json)
+/* Totals of a stage by group and operation, and of the tensor group by layer. Returns whether they are the plan's. */
+static int print_totals(const Trace *trace, const PlanInput *in, int stage, int json)
 {
     size_t depth = in->config.L / (size_t)in->layout.pp, printed = 0;
     int agrees = trace_agrees(trace, in, stage);
     Message planned[MAX_MESSAGES];
     size_t n = list_messages(planned, in, stage);
-    if (json) printf("%s{\"stage\": %d, \"agrees_with_plan\": %s", stage ? ", " : "", stage,
-                     agrees ? "true" : "false");
+    if (json) printf("%s{\"stage\": %d, \"agrees_with_plan\": %s", stage ? ", " : "", stage, agrees ? "true" : "false");
     else printf("\nstage %d\n", stage);
     for (size_t i = 0; i < n; i++) {
         int seen = 0;
-        for (size_t j = 0; j < i; j++) seen |= !strcmp(planned[j].group, planned[i].group) && !strcmp(planned[j].op, planned[i].op);
+        for (size_t j = 0; j < i; j++)
+            seen |= !strcmp(planned[j].group, planned[i].group) && !strcmp(planned[j].op, planned[i].op);
         if (seen) continue;
         Message sum = sum_events(trace, &planned[i]);
         size_t bytes = sum.elements * type_size(sum.type);
-        if (json) printf(", \"%s_%s\": {\"calls\": %zu, \"elements\": %zu}", sum.group, sum.op, sum.count, sum.elements);
-        else printf("  %-9s  %-14s  %5zu calls  %12zu elements  %13zu bytes\n", sum.group, sum.op, sum.count, sum.elements, bytes);
+        if (json)
+            printf(", \"%s_%s\": {\"calls\": %zu, \"elements\": %zu}", sum.group, sum.op, sum.count, sum.elements);
+        else
+            printf("  %-9s  %-14s  %5zu calls  %12zu elements  %13zu bytes\n", sum.group, sum.op, sum.count,
+                   sum.elements, bytes);
     }
     if (json) printf(", \"layers\": [");
     for (size_t l = (size_t)stage * depth; in->layout.tp > 1 && l < (size_t)(stage + 1) * depth; l++) {
         size_t calls = 0, elements = 0;
         for (size_t i = 0; i < trace->n; i++)
             if (trace->event[i].place.layer == (int)l) calls++, elements += trace->event[i].elements;
-        if (json) printf("%s{\"layer\": %zu, \"calls\": %zu, \"elements\": %zu}", printed++ ? ", " : "", l, calls, elements);
+        if (json)
+            printf("%s{\"layer\": %zu, \"calls\": %zu, \"elements\": %zu}", printed++ ? ", " : "", l, calls, elements);
         else printf("  layer %-3zu                 %5zu calls  %12zu elements\n", l, calls, elements);
     }
     if (json) printf("]}");
     else printf("  %s\n", agrees ? "equal to what `plan` lists" : "NOT what `plan` lists");
+    return agrees;
 }
 
 /* ================================================================================================================
@@ -5741,14 +5873,15 @@ typedef enum { FLAG, COUNT, NUMBER, TEXT, PATHS } Kind;
 
 typedef struct {
     const Command *command;
-    int flags_json, recompute, paper;
+    int json, recompute, paper;
     const char *paths[MAX_PATHS]; /* of --data */
     size_t n_paths;
     const char *operand[2]; /* IN and OUT, or DIR|FILE */
     size_t operands;
-    const char *config, *activation, *tokenizer, *init, *resume, *save, *log, *model, *wikitext, *lambada, *prompt, *lr_decay;
+    const char *config, *activation, *tokenizer, *init, *resume, *save, *log, *model, *wikitext, *lambada, *prompt,
+        *lr_decay;
     size_t layers, hidden, heads, seq, vocab, batch, micro_batch, steps, warmup, decay_steps, seed, tp, pp, dp;
-    size_t save_every, eval_every, overlap, limit, tokens, top_k;
+    size_t save_every, eval_every, eval_iters, overlap, limit, tokens, top_k;
     double lr, min_lr, beta1, beta2, adam_eps, weight_decay, clip, dropout, loss_scale, valid_percent;
     double temperature, top_p, peak, bandwidth;
     unsigned char given[64]; /* by number in the table: was it on the command line? */
@@ -5760,9 +5893,9 @@ typedef struct {
     int commands;
     Kind kind;
     size_t field;
-    double low, high;      /* of a COUNT or NUMBER */
-    const char *fallback;  /* as it would stand on the command line; NULL: none */
-    int remembered;        /* saved with a checkpoint, and taken from there by --resume */
+    double low, high;     /* of a COUNT or NUMBER */
+    const char *fallback; /* as it would stand on the command line; NULL: none */
+    int remembered;       /* saved with a checkpoint, and taken from there by --resume */
 } Option;
 
 /* clang-format off */
@@ -5775,13 +5908,13 @@ static const Option options[] = {
     {"--hidden",      "N", "hidden size", SHAPED, COUNT, AT(hidden), 1, 1 << 20, NULL, 0},
     {"--heads",       "N", "attention heads", SHAPED, COUNT, AT(heads), 1, 1 << 16, NULL, 0},
     {"--seq",         "N", "tokens in a sequence; of a new model, its positions", SHAPED | EVAL, COUNT, AT(seq), 1, 1 << 20, NULL, 1},
-    {"--vocab",       "N", "words of a new model, if more than the tokenizer's", SHAPED, COUNT, AT(vocab), 1, 1 << 24, NULL, 0},
+    {"--vocab",       "N", "vocabulary of a new model, if larger than the tokenizer's", SHAPED, COUNT, AT(vocab), 1, 1 << 24, NULL, 0},
     {"--activation",  "NAME", "gelu_new (tanh, the paper's) or gelu (erf)", TRAIN | TRACE, TEXT, AT(activation), 0, 0, NULL, 0},
     {"--batch",       "N", "sequences in a step, on all data ranks together", SHAPED, COUNT, AT(batch), 1, 1 << 30, "8", 1},
     {"--micro-batch", "N", "sequences in one pass; default: batch/dp, or 1 with --pp", SHAPED | EVAL, COUNT, AT(micro_batch), 1, 1 << 20, NULL, 0},
     {"--steps",       "N", "training steps in all", TRAIN, COUNT, AT(steps), 1, HUGE_COUNT, "1000", 1},
     {"--lr",          "X", "peak learning rate", TRAIN, NUMBER, AT(lr), 0, 1e3, "1.5e-4", 1},
-    {"--min-lr",      "X", "floor of its decay", TRAIN, NUMBER, AT(min_lr), 0, 1e3, "1e-5", 1},
+    {"--min-lr",      "X", "floor of its decay; default: --lr / 15, the paper's ratio", TRAIN, NUMBER, AT(min_lr), 0, 1e3, NULL, 1},
     {"--warmup",      "N", "steps of linear warm-up; default: a hundredth of --decay-steps", TRAIN, COUNT, AT(warmup), 0, HUGE_COUNT, NULL, 1},
     {"--decay-steps", "N", "where the cosine ends; default: --steps", TRAIN, COUNT, AT(decay_steps), 1, HUGE_COUNT, NULL, 1},
     {"--lr-decay",    "NAME", "paper, megatron or cosine: what its cosine spans", TRAIN, TEXT, AT(lr_decay), 0, 0, "paper", 1},
@@ -5792,7 +5925,7 @@ static const Option options[] = {
     {"--clip",        "X", "largest norm of the whole gradient; 0: any", TRAIN, NUMBER, AT(clip), 0, 1e30, "1", 1},
     {"--dropout",     "X", "at all four sites; default: the model's, 0.1 of a new one", TRAIN | TRACE, NUMBER, AT(dropout), 0, 0.99, NULL, 0},
     {"--loss-scale",  "X", "fixed; 0: dynamic, from 2^32", TRAIN, NUMBER, AT(loss_scale), 0, 0x1p64, "1", 1},
-    {"--seed",        "N", "of weights, order of samples, dropout, words drawn", TRAIN | GENERATE | TRACE, COUNT, AT(seed), 0, HUGE_COUNT, "1234", 1},
+    {"--seed",        "N", "of weights, order of samples, dropout, tokens drawn", TRAIN | GENERATE | TRACE, COUNT, AT(seed), 0, HUGE_COUNT, "1234", 1},
     {"--tp",          "P", "tensor-parallel ranks [§3]", RUNS | PLAN, COUNT, AT(tp), 1, 64, "1", 0},
     {"--pp",          "S", "pipeline stages", SHAPED, COUNT, AT(pp), 1, 64, "1", 0},
     {"--dp",          "D", "data-parallel replicas [§2.3]", SHAPED, COUNT, AT(dp), 1, 65536, "1", 0},
@@ -5803,6 +5936,7 @@ static const Option options[] = {
     {"--save",        "DIR", "save here, a folder in Hugging Face layout; default: --resume's", TRAIN, TEXT, AT(save), 0, 0, NULL, 0},
     {"--save-every",  "N", "steps between saves; 0: at the end only", TRAIN, COUNT, AT(save_every), 0, HUGE_COUNT, "0", 0},
     {"--eval-every",  "N", "steps between losses on held-out text; 0: never", TRAIN, COUNT, AT(eval_every), 0, HUGE_COUNT, "0", 0},
+    {"--eval-iters",  "N", "held-out batches each time; 0: all of the held-out text", TRAIN, COUNT, AT(eval_iters), 0, HUGE_COUNT, "0", 0},
     {"--valid-percent","X", "held-out end of the text; default: 5 with --eval-every, else 0", TRAIN, NUMBER, AT(valid_percent), 0, 99, NULL, 1},
     {"--log",         "FILE", "one JSON line a step, appended", TRAIN, TEXT, AT(log), 0, 0, NULL, 0},
     {"--model",       "DIR", "a GPT-2 in Hugging Face layout", EVAL | GENERATE, TEXT, AT(model), 0, 0, NULL, 0},
@@ -5812,31 +5946,19 @@ static const Option options[] = {
     {"--limit",       "N", "only the first N windows or examples; 0: only count them", EVAL, COUNT, AT(limit), 0, HUGE_COUNT, NULL, 0},
     {"--prompt",      "TEXT", "what to continue", GENERATE, TEXT, AT(prompt), 0, 0, "", 0},
     {"--tokens",      "N", "how many to generate at most", GENERATE, COUNT, AT(tokens), 1, HUGE_COUNT, "100", 0},
-    {"--temperature", "X", "0: always the most probable word", GENERATE, NUMBER, AT(temperature), 0, 1e3, "1", 0},
+    {"--temperature", "X", "0: always the most probable token", GENERATE, NUMBER, AT(temperature), 0, 1e3, "1", 0},
     {"--top-k",       "K", "draw from the K most probable; 0: from all", GENERATE, COUNT, AT(top_k), 0, 1 << 24, "0", 0},
     {"--top-p",       "X", "draw from the most probable that make up X", GENERATE, NUMBER, AT(top_p), 0, 1, "1", 0},
     {"--paper",       NULL, "the paper's tables beside what follows from the shapes", PLAN, FLAG, AT(paper), 0, 0, NULL, 0},
     {"--peak",        "X", "your machine: TFLOP/s that a rank sustains", PLAN, NUMBER, AT(peak), 1e-6, 1e6, NULL, 0},
     {"--bandwidth",   "X", "your machine: GB/s between ranks", PLAN, NUMBER, AT(bandwidth), 1e-6, 1e6, NULL, 0},
-    {"--json",        NULL, "JSON on stdout", ALL, FLAG, AT(flags_json), 0, 0, NULL, 0},
+    {"--json",        NULL, "JSON on stdout", ALL, FLAG, AT(json), 0, 0, NULL, 0},
 };
 #undef AT
 /* clang-format on */
 enum { N_OPTIONS = sizeof options / sizeof *options };
 
-/* Wrong use of the command line: exit 2, as against 1 for bad input. */
-__attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    fputs("megatron_gpt2: ", stderr);
-    vfprintf(stderr, format, args);
-    fputs("; see megatron_gpt2 --help\n", stderr);
-    va_end(args);
-    exit(2);
-}
-
-static void print_help(const Command *only)
+static void print_help(const Command *only) /* NULL: of all commands */
 {
     printf("Megatron-LM GPT-2 (arXiv 1909.08053) in one C file.\n\n");
     for (int i = 0; i < N_COMMANDS; i++)
@@ -5852,7 +5974,6 @@ static void print_help(const Command *only)
         if (o->fallback && *o->fallback) printf(" [%s]", o->fallback);
         putchar('\n');
     }
-    exit(0);
 }
 
 /* Stores the text of an option's argument; says what is wrong with it, or NULL. */
@@ -5882,21 +6003,23 @@ static int option_index(const char *name)
 
 static int given(const Options *o, const char *name) { return o->given[option_index(name)]; }
 
-/* Fills o from the command line; exits with help or a message if there is no work to do. */
-static void parse_options(Options *o, int argc, char **argv)
+/* Fills o from the command line. Returns 0 if there is no work to do because help was asked for, and printed. */
+static int parse_options(Options *o, int argc, char **argv)
 {
     memset(o, 0, sizeof *o);
     for (int i = 0; i < N_COMMANDS && argc > 1; i++)
         if (!strcmp(argv[1], commands[i].name)) o->command = &commands[i];
-    if (argc < 2 || !strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) print_help(NULL);
-    if (!o->command) usage_error("there is no command %s", argv[1]);
+    if (argc < 2) usage_error("a command is expected: try megatron_gpt2 --help");
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) return print_help(NULL), 0;
+    if (!o->command) usage_error("there is no command %s: try megatron_gpt2 --help", argv[1]);
     for (int i = 0; i < N_OPTIONS; i++)
         if (options[i].fallback) set_option(o, &options[i], options[i].fallback);
     for (int i = 2; i < argc; i++) {
         int n = option_index(argv[i]);
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) print_help(o->command);
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return print_help(o->command), 0;
         if (n < 0 && argv[i][0] != '-' && o->command->bit & (TOKENIZE | INFO)) {
-            if (o->operands == (o->command->bit == TOKENIZE ? 2 : 1)) usage_error("%s is one argument too many", argv[i]);
+            if (o->operands == (o->command->bit == TOKENIZE ? 2 : 1))
+                usage_error("%s is one argument too many", argv[i]);
             o->operand[o->operands++] = argv[i];
             continue;
         }
@@ -5914,19 +6037,15 @@ static void parse_options(Options *o, int argc, char **argv)
             }
         else {
             const char *wrong = set_option(o, option, argv[++i]);
-            if (wrong) usage_error("%s %s: %s from %g to %g is expected", option->name, argv[i], wrong, option->low, option->high);
+            if (wrong)
+                usage_error("%s %s: %s from %.16g to %.16g is expected", option->name, argv[i], wrong, option->low,
+                            option->high);
         }
     }
+    return 1;
 }
 
-/* A number as JSON, which knows neither NaN nor infinity. */
-static void print_json_value(FILE *f, const char *key, double x)
-{
-    if (isfinite(x)) fprintf(f, ", \"%s\": %.9g", key, x);
-    else fprintf(f, ", \"%s\": null", key);
-}
-
-/* ---- What the commands share ------------------------------------------------------------------------------------ */
+/* ---- What the commands share ------------------------------------------------------------------------------------- */
 
 static Layout make_layout(const Options *o)
 {
@@ -5939,7 +6058,7 @@ static Config new_config(const Options *o)
 {
     Config c = find_preset(o->config);
     size_t L = o->layers ? o->layers : c.L, C = o->hidden ? o->hidden : c.C, H = o->heads ? o->heads : c.H;
-    c = make_config(L, C, H, o->seq ? o->seq : c.T, o->vocab ? o->vocab : c.V);
+    c = make_config(L, C, H, o->seq ? o->seq : c.P, o->vocab ? o->vocab : c.V);
     if (C % H) die("--hidden %zu is no multiple of --heads %zu: heads must be of equal size", C, H);
     if (o->activation && strcmp(o->activation, "gelu_new") && strcmp(o->activation, "gelu"))
         die("--activation %s is not known: gelu_new or gelu is expected", o->activation);
@@ -5953,17 +6072,25 @@ static size_t micro_batch_size(const Options *o)
     size_t batch = o->batch, dp = max_size(o->dp, 1), micro = o->micro_batch;
     if (!micro) micro = o->pp > 1 ? 1 : max_size(batch / dp, 1);
     if (batch % (dp * micro))
-        die("--batch %zu is no multiple of --dp %zu times --micro-batch %zu: every data rank must do whole passes", batch, dp, micro);
+        die("--batch %zu is no multiple of --dp %zu times --micro-batch %zu: every data rank must do whole passes",
+            batch, dp, micro);
     return micro;
+}
+
+/* Under today's names or OpenAI's. */
+static int has_tokenizer(const char *folder)
+{
+    return file_exists(folder, "vocab.json") || file_exists(folder, "encoder.json");
 }
 
 /* The tokenizer named, or the one in the model's folder, or bytes. */
 static Tokenizer *find_tokenizer(const char *named, const char *model, const Config *c)
 {
     if (named) return tokenizer_open(named);
-    if (model && (file_exists(model, "vocab.json") || file_exists(model, "encoder.json"))) return tokenizer_open(model);
+    if (model && has_tokenizer(model)) return tokenizer_open(model);
     if (model && c->V != 256 && c->V != 257)
-        die("%s has no vocab.json, and its %zu words are not bytes: name the folder of its tokenizer with --tokenizer DIR",
+        die("%s has no vocab.json, and its %zu tokens are not bytes: name the folder of its tokenizer with "
+            "--tokenizer DIR",
             model, c->V);
     return tokenizer_bytes();
 }
@@ -5971,22 +6098,51 @@ static Tokenizer *find_tokenizer(const char *named, const char *model, const Con
 static void check_tokenizer(const Tokenizer *t, const Config *c)
 {
     if (t->vocabulary > c->V)
-        die("the tokenizer has %zu words, but the model only %zu: it needs its own tokenizer", t->vocabulary, c->V);
+        die("the tokenizer has %zu tokens, but the model's vocabulary only %zu: name the model's own tokenizer, or, "
+            "for a new "
+            "model, a larger --vocab",
+            t->vocabulary, c->V);
 }
 
 /* What is padded: with <|endoftext|> where there is one. */
 static int padding(const Tokenizer *t) { return t->end_of_text >= 0 ? t->end_of_text : 0; }
 
-static int max_ranks_warned(Layout s)
+/* Dies if the ranks of a training run, which are all on this machine, cannot fit into its memory. */
+static void check_memory(const RankOptions *o)
 {
-    int n = world_size(s);
-    if (n > cores()) fprintf(stderr, "%d ranks share %d cores: results are the same, but it takes longer\n", n, cores());
-    return n;
+    double total = 0, have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    for (int r = 0; r < world_size(o->layout); r++) {
+        size_t elements;
+        list_tensors(NULL, &elements, &o->config, o->layout, r);
+        total += (double)elements * (2 * sizeof(act) + 2 * sizeof(real));
+        total +=
+            (double)activation_bytes(&o->config, o->layout, r, o->micro_batch, o->seq, o->recompute, o->micro_batches);
+    }
+    if (have > 0 && total > have)
+        die("the run takes %.1f GB in all, and this machine has %.1f: a smaller model, --micro-batch or --seq, or "
+            "--recompute, "
+            "takes less",
+            total / 1e9, have / 1e9);
 }
 
-/* ---- train ------------------------------------------------------------------------------------------------------ */
+static void warn_if_crowded(Layout s)
+{
+    int n = world_size(s);
+    if (n > cores())
+        fprintf(stderr, "%d ranks share %d cores: results are the same, but it takes longer\n", n, cores());
+}
 
-/* What all ranks of a training run read; only `result` is written, by rank 0. */
+/* ---- train ------------------------------------------------------------------------------------------------------- */
+
+enum { CURVE_WIDTH = 72, CURVE_HEIGHT = 14 };
+
+/* Mean losses of equal parts of a run. */
+typedef struct {
+    double sum[CURVE_WIDTH];
+    size_t n[CURVE_WIDTH];
+} Curve;
+
+/* What all ranks of a training run read; rank 0 writes the results. */
 typedef struct {
     const Options *o;
     RankOptions ranks;
@@ -5998,7 +6154,9 @@ typedef struct {
     const Safetensors *model, *trainer; /* to start from; NULL: draw new weights, zero moments */
     size_t text_tokens;                 /* in all of the text: to notice when a run resumes with other text */
     FILE *log;
-    float *curve; /* [steps] losses, for the picture at the end */
+    Curve *curve; /* of losses, for the picture at the end */
+    double last_loss;
+    size_t skipped;
 } Run;
 
 /* Micro-batch i of a step for this rank: data replica r takes the r-th contiguous part of the global batch.
@@ -6016,57 +6174,55 @@ static void feed_samples(void *source, Rank *k, MicroBatch *mb, size_t i)
     mb->sequence = ((size_t)k->dp.rank * s->micro_batches + i) * k->B;
     for (size_t b = 0; b < k->B; b++)
         dataset_sample(s->data, s->progress->samples + mb->sequence + b, s->tokens + b * (k->T + 1));
-    set_words(k, mb, s->tokens, NULL);
+    set_tokens(k, mb, s->tokens, NULL);
 }
 
 /* One JSON line for a step, without a value for validation where there was none. */
 static void print_step(FILE *f, size_t step, const StepResult *r, double rate, double valid)
 {
     fprintf(f, "{\"step\": %zu", step);
-    print_json_value(f, "loss", r->loss);
-    print_json_value(f, "lr", r->lr);
-    print_json_value(f, "grad_norm", r->grad_norm);
-    print_json_value(f, "loss_scale", r->loss_scale);
-    print_json_value(f, "tokens_per_second", floor(rate));
-    if (!isnan(valid)) print_json_value(f, "val_loss", valid);
+    json_write_next(f, "loss", r->loss);
+    json_write_next(f, "lr", r->lr);
+    json_write_next(f, "grad_norm", r->grad_norm);
+    json_write_next(f, "loss_scale", r->loss_scale);
+    json_write_next(f, "tokens_per_second", floor(rate));
+    if (!isnan(valid)) json_write_next(f, "val_loss", valid);
     fputs("}\n", f);
-    fflush(f);
+    if (fflush(f) || ferror(f)) die("cannot write a step to %s: %s", f == stdout ? "stdout" : "--log", strerror(errno));
 }
 
 /* The loss curve as a picture in characters, on stdout. */
-static void draw_curve(const float *loss, size_t n)
+static void draw_curve(const Curve *c, size_t first, size_t last)
 {
-    enum { WIDTH = 72, HEIGHT = 14 };
-    double column[WIDTH], low = INFINITY, high = -INFINITY;
-    size_t width = min_size(n, WIDTH);
-    if (width < 2) return;
-    for (size_t x = 0; x < width; x++) {
-        size_t first = x * n / width, last = (x + 1) * n / width;
-        column[x] = 0;
-        for (size_t i = first; i < last; i++) column[x] += loss[i] / (double)(last - first);
-        low = fmin(low, column[x]), high = fmax(high, column[x]);
+    double low = INFINITY, high = -INFINITY;
+    for (int x = 0; x < CURVE_WIDTH; x++) {
+        if (!c->n[x]) continue;
+        low = fmin(low, c->sum[x] / (double)c->n[x]);
+        high = fmax(high, c->sum[x] / (double)c->n[x]);
     }
-    if (!isfinite(high - low)) return;
+    if (!(low < high)) return; /* too short */
     printf("\nloss\n");
-    for (int y = HEIGHT - 1; y >= 0; y--) {
-        printf("%7.3f |", low + (high - low) * y / (HEIGHT - 1));
-        for (size_t x = 0; x < width; x++)
-            putchar((int)floor((column[x] - low) / fmax(high - low, 1e-9) * (HEIGHT - 1) + 0.5) == y ? '*' : ' ');
+    for (int y = CURVE_HEIGHT - 1; y >= 0; y--) {
+        printf("%7.3f |", low + (high - low) * y / (CURVE_HEIGHT - 1));
+        for (int x = 0; x < CURVE_WIDTH; x++) {
+            double height = (c->sum[x] / (double)c->n[x] - low) / (high - low) * (CURVE_HEIGHT - 1); /* NaN if empty */
+            putchar(floor(height + 0.5) == y ? '*' : ' ');
+        }
         putchar('\n');
     }
     printf("        +");
-    for (size_t x = 0; x < width; x++) putchar('-');
-    printf(" step %zu\n", n);
+    for (int x = 0; x < CURVE_WIDTH; x++) putchar('-');
+    printf(" steps %zu..%zu\n", first + 1, last);
 }
 
 /* What a checkpoint says beside its tensors: where the run stands, and with which options it runs. */
 typedef struct {
-    Fact fact[64];
+    Metadata fact[64];
     char text[64][32];
     size_t n;
-} Facts;
+} MetadataList;
 
-static void add_fact(Facts *f, const char *key, double value)
+static void add_metadata(MetadataList *f, const char *key, double value)
 {
     assert(f->n < sizeof f->fact / sizeof *f->fact);
     snprintf(f->text[f->n], sizeof *f->text, "%.17g", value);
@@ -6079,28 +6235,64 @@ static void save_run(const Run *run, Rank *k, const Progress *p)
 {
     const LossScaler *s = &p->scaler;
     const char *dir = run->o->save ? run->o->save : run->o->resume;
-    Facts f;
+    MetadataList f;
     f.n = 0;
     if (!dir) return;
-    add_fact(&f, "step", (double)p->step);
-    add_fact(&f, "updates", (double)p->updates);
-    add_fact(&f, "samples", (double)p->samples);
-    add_fact(&f, "loss_scale_now", s->scale);
-    add_fact(&f, "loss_scale_dynamic", s->dynamic);
-    add_fact(&f, "loss_scale_hysteresis", s->hysteresis);
-    add_fact(&f, "loss_scale_iteration", (double)s->iteration);
-    add_fact(&f, "loss_scale_last_overflow", (double)s->last_overflow);
-    add_fact(&f, "text_tokens", (double)run->text_tokens);
+    add_metadata(&f, "step", (double)p->step);
+    add_metadata(&f, "updates", (double)p->updates);
+    add_metadata(&f, "samples", (double)p->samples);
+    add_metadata(&f, "loss_scale_now", s->scale);
+    add_metadata(&f, "loss_scale_dynamic", s->dynamic);
+    add_metadata(&f, "loss_scale_hysteresis", s->hysteresis);
+    add_metadata(&f, "loss_scale_iteration", (double)s->iteration);
+    add_metadata(&f, "loss_scale_last_overflow", (double)s->last_overflow);
+    add_metadata(&f, "text_tokens", (double)run->text_tokens);
     for (int i = 0; i < N_OPTIONS; i++) {
         const char *field = (const char *)run->o + options[i].field;
         if (!options[i].remembered) continue;
-        if (options[i].kind == COUNT) add_fact(&f, options[i].name + 2, (double)*(const size_t *)(const void *)field);
-        if (options[i].kind == NUMBER) add_fact(&f, options[i].name + 2, *(const double *)(const void *)field);
-        if (options[i].kind == TEXT) f.fact[f.n].key = options[i].name + 2, f.fact[f.n++].value = *(char *const *)(const void *)field;
+        if (options[i].kind == COUNT)
+            add_metadata(&f, options[i].name + 2, (double)*(const size_t *)(const void *)field);
+        if (options[i].kind == NUMBER) add_metadata(&f, options[i].name + 2, *(const double *)(const void *)field);
+        if (options[i].kind == TEXT)
+            f.fact[f.n].key = options[i].name + 2, f.fact[f.n++].value = *(char *const *)(const void *)field;
     }
     Shards shards = shards_of(k);
     save_checkpoint(&shards, &k->world, dir, run->tokenizer_folder, run->tokenizer->end_of_text, f.fact, f.n);
 }
+
+/* Ctrl-C: the step under way is finished, and saved, before the program ends; a second Ctrl-C ends it at once. */
+static volatile sig_atomic_t interrupted;
+static void interrupt(int signal_number)
+{
+    interrupted = 1;
+    signal(signal_number, SIG_DFL);
+}
+
+/* Does any rank know of an interruption? All must stop after the same step. */
+static int is_interrupted(Rank *k)
+{
+    double flag = interrupted;
+    set_place(k, "interruption", "", -1);
+    all_reduce(&k->world, &flag, 1, DOUBLE_ARRAY, MAX);
+    return flag > 0;
+}
+
+/* What rank 0 says of a step. valid is NaN where there was no evaluation. */
+static void report_step(Run *run, const Progress *p, const StepResult *r, double valid, Meter *meter)
+{
+    const Options *o = run->o;
+    size_t column = (p->step - 1 - meter->first) * CURVE_WIDTH / (meter->total - meter->first);
+    run->last_loss = r->loss, run->skipped += (size_t)r->skipped;
+    if (isfinite(r->loss)) run->curve->sum[column] += r->loss, run->curve->n[column]++;
+    if (o->json) print_step(stdout, p->step, r, meter_rate(meter, p->step), valid);
+    if (run->log) print_step(run->log, p->step, r, meter_rate(meter, p->step), valid);
+    if (!isnan(valid) && !o->json)
+        printf("%sstep %zu: loss %.4f, held-out loss %.4f\n", meter->terminal ? "\r\033[K" : "", p->step, r->loss,
+               valid);
+    meter_show(meter, p->step, "loss", r->loss);
+}
+
+enum { HOPELESS = 10 }; /* skipped steps in a row, when no smaller loss scale is left to try */
 
 /* One rank's training run. */
 static void train_rank(Comm *world, void *arg)
@@ -6112,27 +6304,27 @@ static void train_rank(Comm *world, void *arg)
     Progress p = run->progress;
     Samples samples = {run->data, &p, run->ranks.micro_batches, (int *)xcalloc(k->B * (k->T + 1), sizeof(int))};
     Meter meter = meter_start("step", p.step, o->steps, o->batch * k->T);
-    int speaks = world->rank == 0;
+    int skipped_in_a_row = 0, stop = 0;
 
     if (run->model) load_weights(&shards, run->model);
     else init_params(k->weights, k->tensor, k->tensors, &k->config, o->seed, k->tp.rank);
     if (run->trainer) load_moments(&shards, run->trainer);
 
-    while (p.step < o->steps) {
+    while (p.step < o->steps && !stop) {
         double valid = NAN;
         StepResult r = train_step(k, &run->optimizer, &p, run->ranks.micro_batches, feed_samples, &samples);
+        skipped_in_a_row = r.skipped && (!p.scaler.dynamic || p.scaler.scale <= 1) ? skipped_in_a_row + 1 : 0;
+        if (skipped_in_a_row == HOPELESS)
+            die("step %zu: loss or gradient has not been finite for %d steps: the run has diverged; try a smaller "
+                "--lr",
+                p.step, HOPELESS);
+        stop = is_interrupted(k);
         if (run->held_out && o->eval_every && (p.step % o->eval_every == 0 || p.step == o->steps))
-            valid = validation_loss(k, run->held_out);
-        if (speaks) {
-            run->curve[p.step - 1] = (float)r.loss;
-            if (o->flags_json) print_step(stdout, p.step, &r, meter_rate(&meter, p.step), valid);
-            if (run->log) print_step(run->log, p.step, &r, meter_rate(&meter, p.step), valid);
-            if (!isnan(valid) && !o->flags_json) printf("%sstep %zu: loss %.4f, held-out loss %.4f\n", meter.terminal ? "\r\033[K" : "", p.step, r.loss, valid);
-            meter_show(&meter, p.step, "loss", r.loss);
-        }
-        if (p.step == o->steps || (o->save_every && p.step % o->save_every == 0)) save_run(run, k, &p);
+            valid = validation_loss(k, run->held_out, o->eval_iters);
+        if (world->rank == 0) report_step(run, &p, &r, valid, &meter);
+        if (stop || p.step == o->steps || (o->save_every && p.step % o->save_every == 0)) save_run(run, k, &p);
     }
-    if (speaks) run->progress = p;
+    if (world->rank == 0) run->progress = p;
     free(samples.tokens);
     rank_free(k);
 }
@@ -6142,17 +6334,23 @@ static void resume_run(Run *run, Options *o, Safetensors *trainer)
 {
     const double most = 0x1p53;
     for (int i = 0; i < N_OPTIONS; i++) {
-        if (!options[i].remembered || o->given[i]) continue;
-        const char *text = find_fact(trainer, options[i].name + 2), *wrong = set_option(o, &options[i], text);
-        if (wrong) die("%s: \"%s\" is %s, but %s from %g to %g is expected", o->resume, options[i].name + 2, text, wrong, options[i].low, options[i].high);
+        if (!options[i].remembered) continue;
+        const char *text = find_metadata(trainer, options[i].name + 2), *wrong = NULL;
+        if (!o->given[i]) wrong = set_option(o, &options[i], text);
+        else fprintf(stderr, "%s as given; the checkpoint was trained with %s\n", options[i].name, text);
+        if (wrong)
+            die("%s: \"%s\" is %s, but %s from %g to %g is expected", o->resume, options[i].name + 2, text, wrong,
+                options[i].low, options[i].high);
     }
-    LossScaler s = {fact_number(trainer, "loss_scale_now", 0x1p-100, 0x1p120), (int)fact_number(trainer, "loss_scale_dynamic", 0, 1),
-                    (int)fact_number(trainer, "loss_scale_hysteresis", 1, HYSTERESIS),
-                    (long long)fact_number(trainer, "loss_scale_iteration", 0, most),
-                    (long long)fact_number(trainer, "loss_scale_last_overflow", -1, most)};
-    Progress p = {fact_count(trainer, "step"), fact_count(trainer, "updates"), fact_count(trainer, "samples"), s};
+    LossScaler s = {metadata_number(trainer, "loss_scale_now", 0x1p-100, 0x1p120),
+                    (int)metadata_number(trainer, "loss_scale_dynamic", 0, 1),
+                    (int)metadata_number(trainer, "loss_scale_hysteresis", 1, HYSTERESIS),
+                    (long long)metadata_number(trainer, "loss_scale_iteration", 0, most),
+                    (long long)metadata_number(trainer, "loss_scale_last_overflow", -1, most)};
+    Progress p = {metadata_count(trainer, "step"), metadata_count(trainer, "updates"),
+                  metadata_count(trainer, "samples"), s};
     run->progress = p;
-    run->text_tokens = fact_count(trainer, "text_tokens");
+    run->text_tokens = metadata_count(trainer, "text_tokens");
     run->trainer = trainer;
 }
 
@@ -6169,13 +6367,15 @@ static FILE *open_log(const char *path, size_t step)
             size_t length = (size_t)(next - line), number;
             char head[64] = "";
             memcpy(head, line, min_size(length, sizeof head - 1));
-            if (newline && sscanf(head, "{\"step\": %zu", &number) == 1 && number <= step) memcpy(kept + n, line, length), n += length;
+            if (newline && sscanf(head, "{\"step\": %zu", &number) == 1 && number <= step)
+                memcpy(kept + n, line, length), n += length;
         }
         unmap_file(map);
-        FILE *f = fopen(path, "w");
-        if (!f || fwrite(kept, 1, n, f) != n) die("cannot write %s: %s", path, strerror(errno));
+        char path_new[PATH_MAX];
+        FILE *f = fopen(extend_path(path_new, path, ".tmp"), "w");
+        if (!f || fwrite(kept, 1, n, f) != n || fclose(f) || rename(path_new, path))
+            die("cannot rewrite %s: %s", path, strerror(errno));
         free(kept);
-        return f;
     }
     FILE *f = fopen(path, "a");
     if (!f) die("cannot write %s: %s", path, strerror(errno));
@@ -6188,8 +6388,8 @@ static Optimizer make_optimizer(const Options *o)
     int d = 0;
     while (d < 3 && strcmp(o->lr_decay, decay[d])) d++;
     if (d == 3) die("--lr-decay %s is not known: paper, megatron or cosine is expected", o->lr_decay);
-    Optimizer a = {o->lr, o->min_lr, o->warmup, o->decay_steps, (Decay)d, o->beta1, o->beta2, o->adam_eps,
-                   o->weight_decay, o->clip, o->loss_scale};
+    Optimizer a = {o->lr,    o->min_lr,   o->warmup,       o->decay_steps, (Decay)d,     o->beta1,
+                   o->beta2, o->adam_eps, o->weight_decay, o->clip,        o->loss_scale};
     return a;
 }
 
@@ -6199,9 +6399,12 @@ static void prepare_model(Run *run, Options *o, Safetensors *model, Safetensors 
     static const char *const shape[] = {"--config", "--layers", "--hidden", "--heads", "--vocab", "--activation"};
     const char *from = o->init ? o->init : o->resume;
     Config *c = &run->ranks.config;
-    if (o->init && o->resume) die("--init and --resume exclude each other: start from a model, or go on from a checkpoint");
+    if (o->init && o->resume)
+        die("--init and --resume exclude each other: start from a model, or go on from a checkpoint");
     for (size_t i = 0; from && i < sizeof shape / sizeof *shape; i++)
-        if (given(o, shape[i])) die("%s cannot be combined with %s: the shape is that of %s", shape[i], o->init ? "--init" : "--resume", from);
+        if (given(o, shape[i]))
+            die("%s cannot be combined with %s: the shape is that of %s", shape[i], o->init ? "--init" : "--resume",
+                from);
     run->progress.scaler = make_loss_scaler(o->loss_scale);
     if (from) {
         recover_checkpoint(from);
@@ -6218,10 +6421,94 @@ static void prepare_model(Run *run, Options *o, Safetensors *model, Safetensors 
         *c = new_config(o);
     }
     check_tokenizer(run->tokenizer, c);
-    run->tokenizer_folder = o->tokenizer ? o->tokenizer : from && file_exists(from, "vocab.json") ? from : NULL;
+    run->tokenizer_folder = o->tokenizer ? o->tokenizer : from && has_tokenizer(from) ? from : NULL;
     if (given(o, "--dropout")) c->embd_pdrop = c->attn_pdrop = c->resid_pdrop = (real)o->dropout;
-    if (!o->seq) o->seq = c->T;
-    if (o->seq > c->T) die("--seq %zu is more than the model's %zu positions", o->seq, c->T);
+    if (!o->seq) o->seq = c->P;
+    if (o->seq > c->P) die("--seq %zu is more than the model's %zu positions", o->seq, c->P);
+}
+
+/* Defaults that depend on other options, and what the ranks need. */
+static void prepare_training(Run *run, Options *o)
+{
+    Layout s = make_layout(o);
+    if (!o->decay_steps) o->decay_steps = o->steps;
+    if (!o->resume && !given(o, "--min-lr")) o->min_lr = o->lr / 15;
+    if (!o->resume && !given(o, "--warmup")) o->warmup = o->decay_steps / 100; /* the paper's share: 3k of 300k */
+    if (!o->resume && !given(o, "--valid-percent")) o->valid_percent = o->eval_every ? 5 : 0;
+    if (o->min_lr > o->lr) die("--min-lr %g is above --lr %g: the floor must be below the peak", o->min_lr, o->lr);
+    if (o->eval_every && o->valid_percent == 0) die("--eval-every needs text to be held out: give --valid-percent");
+    check_layout(&run->ranks.config, s);
+    run->o = o;
+    run->optimizer = make_optimizer(o);
+    run->ranks.layout = s;
+    run->ranks.micro_batch = micro_batch_size(o);
+    run->ranks.micro_batches = o->batch / run->ranks.micro_batch / (size_t)s.dp;
+    run->ranks.seq = o->seq, run->ranks.seed = o->seed;
+    run->ranks.training = 1, run->ranks.recompute = o->recompute;
+    check_memory(&run->ranks);
+}
+
+static Corpus *prepare_text(Run *run, const Options *o)
+{
+    Corpus *c = corpus_open(o->paths, o->n_paths, run->tokenizer, run->ranks.config.V);
+    if (run->text_tokens && run->text_tokens != c->tokens)
+        fprintf(stderr, "the checkpoint was trained on %zu tokens, this text has %zu: samples come in another order\n",
+                run->text_tokens, c->tokens);
+    run->text_tokens = c->tokens;
+    run->data = dataset_open(c, o->valid_percent, 0, o->seq, o->seed);
+    run->held_out = o->eval_every ? dataset_open(c, o->valid_percent, 1, o->seq, o->seed) : NULL;
+    return c;
+}
+
+static void print_beginning(const Run *run)
+{
+    const Config *c = &run->ranks.config;
+    Layout s = run->ranks.layout;
+    fprintf(stderr,
+            "%zu layers, hidden %zu, %zu heads, vocabulary %zu: %zu parameters; tp %d, pp %d, dp %d on %d cores; ",
+            c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp, s.dp, cores());
+    fprintf(stderr, "%zu tokens of text; %zu sequences of %zu tokens a step\n", run->data->tokens, run->o->batch,
+            run->o->seq);
+}
+
+static void print_summary(const Run *run, size_t first, double seconds)
+{
+    const Options *o = run->o;
+    const char *dir = o->save ? o->save : o->resume;
+    size_t last = run->progress.step, steps = last - first;
+    if (!o->json) {
+        draw_curve(run->curve, first, last);
+        printf("%zu steps in %.1f s, %.0f tokens/s; loss %.4f\n", steps, seconds,
+               (double)(steps * o->batch * o->seq) / seconds, run->last_loss);
+        if (dir) printf("saved: %s\n", dir);
+    }
+    if (run->skipped) fprintf(stderr, "%zu of %zu steps overflowed and were skipped\n", run->skipped, steps);
+    if (last < o->steps) fprintf(stderr, "interrupted after step %zu of %zu\n", last, o->steps);
+}
+
+/* All that is left to do of a run. */
+static void train(Run *run, Options *o)
+{
+    const char *dir = o->save ? o->save : o->resume;
+    size_t first = run->progress.step;
+    Curve curve;
+    memset(&curve, 0, sizeof curve);
+    prepare_training(run, o);
+    if (dir) check_save_folder(dir, o->resume);
+    Corpus *corpus = prepare_text(run, o);
+    run->log = o->log ? open_log(o->log, first) : NULL;
+    run->curve = &curve;
+    print_beginning(run);
+    warn_if_crowded(run->ranks.layout);
+    signal(SIGINT, interrupt);
+
+    double start = now();
+    run_ranks(world_size(run->ranks.layout), train_rank, run);
+    print_summary(run, first, now() - start);
+    if (run->log && fclose(run->log)) die("cannot write %s: %s", o->log, strerror(errno));
+    if (run->held_out) dataset_close(run->held_out);
+    dataset_close(run->data);
+    corpus_close(corpus);
 }
 
 static void run_train(Options *o)
@@ -6231,55 +6518,12 @@ static void run_train(Options *o)
     memset(&run, 0, sizeof run);
     if (!o->n_paths) usage_error("train needs --data");
     prepare_model(&run, o, &model, &trainer);
-    if (!o->decay_steps) o->decay_steps = o->steps;
-    if (!given(o, "--warmup") && !o->resume) o->warmup = o->decay_steps / 100; /* the paper's share: 3k of 300k */
-    if (!given(o, "--valid-percent") && !o->resume) o->valid_percent = o->eval_every ? 5 : 0;
-    if (o->eval_every && o->valid_percent == 0) die("--eval-every needs text to be held out: give --valid-percent");
-    Layout s = make_layout(o);
-    check_layout(&run.ranks.config, s);
-    run.o = o;
-    run.optimizer = make_optimizer(o);
-    run.ranks.layout = s;
-    run.ranks.micro_batch = micro_batch_size(o);
-    run.ranks.micro_batches = o->batch / run.ranks.micro_batch / (size_t)s.dp;
-    run.ranks.seq = o->seq, run.ranks.training = 1, run.ranks.recompute = o->recompute, run.ranks.seed = o->seed;
-    if (run.progress.step >= o->steps) { /* not an error: a script may resume until all is done */
-        fprintf(stderr, "%s has done its %zu steps: nothing is left to do; --steps asks for more\n", o->resume, run.progress.step);
-        return;
-    }
-    if (o->save || o->resume) check_save_folder(o->save ? o->save : o->resume, o->resume);
-
-    Corpus *corpus = corpus_open(o->paths, o->n_paths, run.tokenizer, run.ranks.config.V);
-    if (run.text_tokens && run.text_tokens != corpus->tokens)
-        fprintf(stderr, "warning: the checkpoint was trained on %zu tokens, this text has %zu: samples will come in another order\n",
-                run.text_tokens, corpus->tokens);
-    run.text_tokens = corpus->tokens;
-    run.data = dataset_open(corpus, o->valid_percent, 0, o->seq, o->seed);
-    run.held_out = o->eval_every ? dataset_open(corpus, o->valid_percent, 1, o->seq, o->seed) : NULL;
-    run.log = o->log ? open_log(o->log, run.progress.step) : NULL;
-    run.curve = (float *)xcalloc(o->steps, sizeof *run.curve);
-    const Config *c = &run.ranks.config;
-    size_t first = run.progress.step;
-    fprintf(stderr, "%zu layers, hidden %zu, %zu heads, %zu words: %zu parameters; tp %d, pp %d, dp %d on %d cores; "
-            "%zu tokens of text; %zu sequences of %zu tokens a step\n", c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp,
-            s.dp, cores(), run.data->tokens, o->batch, o->seq);
-    double start = now();
-    run_ranks(max_ranks_warned(s), train_rank, &run);
-
-    if (!o->flags_json) {
-        draw_curve(run.curve + first, o->steps - first);
-        printf("%zu steps in %.1f s, %.0f tokens/s; loss %.4f\n", o->steps - first, now() - start,
-               (double)((o->steps - first) * o->batch * o->seq) / (now() - start), run.curve[o->steps - 1]);
-        if (o->save || o->resume) printf("saved: %s\n", o->save ? o->save : o->resume);
-    }
-    if (run.log) fclose(run.log);
-    if (run.held_out) dataset_close(run.held_out);
-    dataset_close(run.data);
-    corpus_close(corpus);
+    if (run.progress.step < o->steps) train(&run, o);
+    else /* not an error: a script may resume until all is done */
+        fprintf(stderr, "%s has done its %zu steps; --steps asks for more\n", o->resume, run.progress.step);
     tokenizer_close(run.tokenizer);
     if (run.model) safetensors_close(&model);
     if (run.trainer) safetensors_close(&trainer);
-    free(run.curve);
 }
 
 /* ---- eval, generate ---------------------------------------------------------------------------------------------- */
@@ -6290,7 +6534,7 @@ typedef struct {
     RankOptions ranks;
     Safetensors model;
     Tokenizer *tokenizer;
-    Tokens text;     /* to score, or the prompt */
+    Tokens text; /* to score, or the prompt */
     Lambada lambada;
     size_t overlap, units; /* units: windows or examples to run */
     Score score;
@@ -6308,9 +6552,11 @@ static void open_inference(Inference *in, const Options *o, size_t batch)
     check_layout(&in->ranks.config, s);
     in->tokenizer = find_tokenizer(o->tokenizer, o->model, &in->ranks.config);
     check_tokenizer(in->tokenizer, &in->ranks.config);
+    warn_if_crowded(s);
     in->ranks.layout = s;
-    in->ranks.seq = o->seq ? o->seq : in->ranks.config.T;
-    if (in->ranks.seq > in->ranks.config.T) die("--seq %zu is more than the model's %zu positions", o->seq, in->ranks.config.T);
+    in->ranks.seq = o->seq ? o->seq : in->ranks.config.P;
+    if (in->ranks.seq > in->ranks.config.P)
+        die("--seq %zu is more than the model's %zu positions", o->seq, in->ranks.config.P);
     in->ranks.micro_batch = batch ? batch : max_size(2048 / in->ranks.seq, 1); /* enough rows to keep the cores busy */
     in->ranks.micro_batches = 1;
     in->ranks.seed = o->seed;
@@ -6352,22 +6598,30 @@ static void eval_lambada(Inference *in, int json)
     size_t labels[6] = {0};
     const Options *o = in->o;
     in->lambada = lambada_open(o->lambada, in->tokenizer);
-    for (size_t i = 0; i < in->lambada.n; i++) labels[min_size(in->lambada.example[i].label, 6) - 1]++;
+    for (size_t i = 0; i < in->lambada.n; i++) {
+        size_t label = in->lambada.example[i].label;
+        labels[min_size(label, 6) - 1]++;
+        if (label > in->ranks.seq)
+            die("%s: the last word of example %zu has %zu tokens, which do not fit into --seq %zu", o->lambada, i + 1,
+                label, in->ranks.seq);
+    }
     in->units = given(o, "--limit") ? min_size(o->limit, in->lambada.n) : in->lambada.n;
-    if (in->units) run_ranks(max_ranks_warned(in->ranks.layout), eval_rank, in);
+    if (in->units) run_ranks(world_size(in->ranks.layout), eval_rank, in);
     double n = (double)in->accuracy.examples;
     if (json) {
         printf("{\"examples\": %zu", in->units ? in->accuracy.examples : in->lambada.n);
         if (in->units) printf(", \"correct\": %zu", in->accuracy.correct);
-        if (in->units) print_json_value(stdout, "accuracy", (double)in->accuracy.correct / n);
-        if (in->units) print_json_value(stdout, "last_token_accuracy", (double)in->accuracy.last_correct / n);
-        printf(", \"label_tokens\": [%zu, %zu, %zu, %zu, %zu, %zu]}\n", labels[0], labels[1], labels[2], labels[3], labels[4], labels[5]);
+        if (in->units) json_write_next(stdout, "accuracy", (double)in->accuracy.correct / n);
+        if (in->units) json_write_next(stdout, "last_token_accuracy", (double)in->accuracy.last_correct / n);
+        printf(", \"label_tokens\": [%zu, %zu, %zu, %zu, %zu, %zu]}\n", labels[0], labels[1], labels[2], labels[3],
+               labels[4], labels[5]);
     } else {
-        printf("%zu examples; last words of 1, 2, 3, 4, 5, more tokens: %zu %zu %zu %zu %zu %zu\n", in->lambada.n, labels[0], labels[1],
-               labels[2], labels[3], labels[4], labels[5]);
+        printf("%zu examples; last words of 1, 2, 3, 4, 5, more tokens: %zu %zu %zu %zu %zu %zu\n", in->lambada.n,
+               labels[0], labels[1], labels[2], labels[3], labels[4], labels[5]);
         if (in->units)
-            printf("%zu run: %zu whole last words right, accuracy %.4f (last token only: %.4f)\n", in->accuracy.examples,
-                   in->accuracy.correct, (double)in->accuracy.correct / n, (double)in->accuracy.last_correct / n);
+            printf("%zu run: %zu whole last words right, accuracy %.4f (last token only: %.4f)\n",
+                   in->accuracy.examples, in->accuracy.correct, (double)in->accuracy.correct / n,
+                   (double)in->accuracy.last_correct / n);
     }
     lambada_close(&in->lambada);
 }
@@ -6389,25 +6643,31 @@ static void eval_text(Inference *in, int json)
         corpus_tokens(&in->text, corpus);
         corpus_close(corpus);
     }
-    if (in->text.n < 2) die("%s is too short: one token to predict from and one to predict are needed", o->wikitext ? o->wikitext : o->paths[0]);
+    if (in->text.n < 2)
+        die("%s is too short: one token to predict from and one to predict are needed",
+            o->wikitext ? o->wikitext : o->paths[0]);
     in->overlap = o->overlap ? o->overlap : o->wikitext ? min_size(32, T) : T;
     if (in->overlap > T) die("--overlap %zu is more than the %zu tokens of a window", in->overlap, T);
     size_t windows = window_count(in->text.n - 1, in->overlap), targets = in->text.n - 1;
     in->units = given(o, "--limit") ? min_size(o->limit, windows) : windows;
-    if (in->units) run_ranks(max_ranks_warned(in->ranks.layout), eval_rank, in);
+    in->ranks.micro_batch = min_size(in->ranks.micro_batch, max_size(in->units, 1));
+    if (in->units) run_ranks(world_size(in->ranks.layout), eval_rank, in);
+    /* [App. E eq.4] divides the sum of the losses by the number of original tokens, T_o - 1 in the code [P53]. */
     double loss = in->score.loss, adjusted = loss * (double)targets / (double)max_size(original - 1, 1);
     if (json) {
         printf("{\"tokens\": %zu, \"targets\": %zu, \"windows\": %zu", in->text.n, targets, windows);
         if (o->wikitext) printf(", \"original_tokens\": %zu", original);
         if (in->units) printf(", \"scored_targets\": %zu", in->score.targets);
-        if (in->units) print_json_value(stdout, "loss", loss), print_json_value(stdout, "ppl", perplexity(loss));
-        if (in->units && o->wikitext) print_json_value(stdout, "adjusted_ppl", perplexity(adjusted));
+        if (in->units) json_write_next(stdout, "loss", loss), json_write_next(stdout, "ppl", perplexity(loss));
+        if (in->units && o->wikitext) json_write_next(stdout, "adjusted_ppl", perplexity(adjusted));
         printf("}\n");
         return;
     }
     printf("%zu tokens, %zu targets, %zu windows of %zu tokens", in->text.n, targets, windows, T);
     if (o->wikitext) printf("; %zu original tokens", original);
-    if (in->units) printf("\n%zu windows run, %zu targets: loss %.4f, perplexity %.4f", in->units, in->score.targets, loss, perplexity(loss));
+    if (in->units)
+        printf("\n%zu windows run, %zu targets: loss %.4f, perplexity %.4f", in->units, in->score.targets, loss,
+               perplexity(loss));
     if (in->units && o->wikitext) printf(", adjusted to original tokens %.4f [App. E]", perplexity(adjusted));
     putchar('\n');
 }
@@ -6419,12 +6679,12 @@ static void run_eval(Options *o)
         usage_error("eval needs exactly one of --data, --wikitext and --lambada");
     if (o->lambada && given(o, "--overlap")) usage_error("--overlap is for running text, not for --lambada");
     open_inference(&in, o, o->micro_batch);
-    if (o->lambada) eval_lambada(&in, o->flags_json);
-    else eval_text(&in, o->flags_json);
+    if (o->lambada) eval_lambada(&in, o->json);
+    else eval_text(&in, o->json);
     close_inference(&in);
 }
 
-static void print_word(void *arg, int id)
+static void print_token(void *arg, int id)
 {
     size_t n;
     const char *bytes = decode(&n, (const Tokenizer *)arg, id);
@@ -6440,11 +6700,13 @@ static void generate_rank(Comm *world, void *arg)
     Generator *g = generator_create(k);
     Sampler sampler = {o->temperature, o->top_k, o->top_p, o->seed};
     Tokens text = {NULL, 0, 0};
-    int streams = world->rank == 0 && !o->flags_json;
+    int streams = world->rank == 0 && !o->json;
     for (size_t i = 0; i < in->text.n; i++) push_token(&text, in->text.id[i]);
     double start = now();
-    generate(g, &text, o->tokens, &sampler, in->tokenizer->end_of_text, streams ? print_word : NULL, in->tokenizer);
-    if (world->rank == 0) fprintf(stderr, "%s%zu tokens, %.1f tokens/s\n", streams ? "\n" : "", text.n - in->text.n, (double)(text.n - in->text.n) / (now() - start));
+    generate(g, &text, o->tokens, &sampler, in->tokenizer->end_of_text, streams ? print_token : NULL, in->tokenizer);
+    if (world->rank == 0)
+        fprintf(stderr, "%s%zu tokens, %.1f tokens/s\n", streams ? "\n" : "", text.n - in->text.n,
+                (double)(text.n - in->text.n) / (now() - start));
     generator_free(g);
     rank_free(k);
     barrier(world);
@@ -6459,15 +6721,17 @@ static void run_generate(Options *o)
     encode(&in.text, in.tokenizer, o->prompt, strlen(o->prompt));
     if (!in.text.n) push_token(&in.text, padding(in.tokenizer)); /* from nothing: as if a document began */
     size_t prompt = in.text.n;
-    if (!o->flags_json) fputs(o->prompt, stdout);
-    run_ranks(max_ranks_warned(in.ranks.layout), generate_rank, &in);
-    if (o->flags_json) {
+    if (prompt > in.ranks.seq)
+        fprintf(stderr, "the prompt has %zu tokens: the model sees the last %zu\n", prompt, in.ranks.seq);
+    if (!o->json) fputs(o->prompt, stdout);
+    run_ranks(world_size(in.ranks.layout), generate_rank, &in);
+    if (o->json) {
         char *bytes = NULL;
         size_t size = 0, n;
         FILE *f = open_memstream(&bytes, &size);
         for (size_t i = prompt; i < in.text.n; i++) {
-            const char *word = decode(&n, in.tokenizer, in.text.id[i]);
-            fwrite(word, 1, n, f);
+            const char *piece = decode(&n, in.tokenizer, in.text.id[i]);
+            fwrite(piece, 1, n, f);
         }
         fclose(f);
         printf("{\"prompt\": ");
@@ -6490,16 +6754,19 @@ static void run_tokenize(Options *o)
     Tokenizer *t = find_tokenizer(o->tokenizer, NULL, NULL);
     Corpus *corpus = corpus_open(o->operand, 1, t, t->vocabulary);
     corpus_write(corpus, o->operand[1]);
-    if (o->flags_json) printf("{\"documents\": %zu, \"tokens\": %zu}\n", corpus->documents, corpus->tokens);
-    else printf("%s.bin, %s.idx: %zu documents, %zu tokens\n", o->operand[1], o->operand[1], corpus->documents, corpus->tokens);
+    if (o->json) printf("{\"documents\": %zu, \"tokens\": %zu}\n", corpus->documents, corpus->tokens);
+    else
+        printf("%s.bin, %s.idx: %zu documents, %zu tokens\n", o->operand[1], o->operand[1], corpus->documents,
+               corpus->tokens);
     corpus_close(corpus);
     tokenizer_close(t);
 }
 
 static PlanInput plan_input(const Options *o)
 {
-    PlanInput in = {new_config(o), make_layout(o), o->batch, micro_batch_size(o), 0, o->recompute, o->peak, o->bandwidth};
-    in.seq = in.config.T;
+    PlanInput in = {new_config(o), make_layout(o), o->batch,    micro_batch_size(o), 0,
+                    o->recompute,  o->peak,        o->bandwidth};
+    in.seq = in.config.P;
     check_plan(&in);
     return in;
 }
@@ -6510,29 +6777,28 @@ static void run_plan(Options *o)
         for (int i = 0; i < N_OPTIONS; i++)
             if (o->given[i] && strcmp(options[i].name, "--paper") && strcmp(options[i].name, "--json"))
                 usage_error("--paper prints the paper's own runs: it cannot be combined with %s", options[i].name);
-        print_paper(o->flags_json);
+        print_paper(o->json);
         return;
     }
     if (given(o, "--peak") != given(o, "--bandwidth")) usage_error("--peak and --bandwidth go together");
     PlanInput in = plan_input(o);
     Plan plan = make_plan(&in);
-    print_plan(&in, &plan, o->flags_json);
+    print_plan(&in, &plan, o->json);
 }
 
 typedef struct {
-    const Options *o;
     RankOptions ranks;
     Trace trace[MAX_RANKS];
 } Traced;
 
-/* Any words do: a step's messages do not depend on them. */
+/* Any tokens do: a step's messages do not depend on them. */
 static void feed_random(void *source, Rank *k, MicroBatch *mb, size_t i)
 {
     int *tokens = (int *)source;
     mb->sequence = i * k->B;
     for (size_t n = 0; n < k->B * (k->T + 1); n++)
         tokens[n] = (int)(random_word(k->seed, SITE_SAMPLE, (uint32_t)i, n) % k->config.V);
-    set_words(k, mb, tokens, NULL);
+    set_tokens(k, mb, tokens, NULL);
 }
 
 static void trace_rank(Comm *world, void *arg)
@@ -6557,20 +6823,22 @@ static void run_trace(Options *o)
     memset(&t, 0, sizeof t);
     if (given(o, "--dropout")) in.config.embd_pdrop = in.config.attn_pdrop = in.config.resid_pdrop = (real)o->dropout;
     check_layout(&in.config, in.layout);
-    RankOptions ranks = {in.config, in.layout, in.micro_batch, in.batch / in.micro_batch / (size_t)in.layout.dp, in.seq, 1,
-                         in.recompute, o->seed};
-    t.o = o, t.ranks = ranks;
-    run_ranks(max_ranks_warned(in.layout), trace_rank, &t);
-    if (o->flags_json) printf("{\"events\": [");
-    else printf("stage  layer  where           edge        op              group        elements        bytes  paper\n");
+    RankOptions ranks = {in.config, in.layout, in.micro_batch, in.batch / in.micro_batch / (size_t)in.layout.dp,
+                         in.seq,    1,         in.recompute,   o->seed};
+    t.ranks = ranks;
+    check_memory(&ranks);
+    warn_if_crowded(in.layout);
+    run_ranks(world_size(in.layout), trace_rank, &t);
+    if (o->json) printf("{\"events\": [");
+    else
+        printf("stage  layer  where           edge        op              group        elements        bytes  paper\n");
     for (int stage = 0; stage < in.layout.pp; stage++)
-        print_events(&t.trace[stage * in.layout.tp * in.layout.dp], stage, o->flags_json);
-    if (o->flags_json) printf("], \"totals\": [");
+        print_events(&t.trace[stage * in.layout.tp * in.layout.dp], stage, o->json);
+    if (o->json) printf("], \"totals\": [");
     for (int stage = 0; stage < in.layout.pp; stage++) {
-        print_totals(&t.trace[stage * in.layout.tp * in.layout.dp], &in, stage, o->flags_json);
-        agrees &= trace_agrees(&t.trace[stage * in.layout.tp * in.layout.dp], &in, stage);
+        agrees &= print_totals(&t.trace[stage * in.layout.tp * in.layout.dp], &in, stage, o->json);
     }
-    if (o->flags_json) printf("]}\n");
+    if (o->json) printf("]}\n");
     for (int r = 0; r < world_size(in.layout); r++) free(t.trace[r].event);
     if (!agrees) die("the trace is not what `plan` lists: one of the two is wrong");
 }
@@ -6578,7 +6846,7 @@ static void run_trace(Options *o)
 static void run_info(Options *o)
 {
     if (o->operands != 1) usage_error("info needs one operand, a model's folder or a safetensors file");
-    print_info(o->operand[0], o->flags_json);
+    print_info(o->operand[0], o->json);
 }
 
 /* Idle OpenMP threads spin for a long time by default, which is ruinous as soon as ranks or other programs want their
@@ -6599,8 +6867,7 @@ int main(int argc, char **argv)
 {
     static Options o;
     spin_briefly(argv);
-    parse_options(&o, argc, argv);
-    switch (o.command->bit) {
+    switch (parse_options(&o, argc, argv) ? o.command->bit : 0) {
     case TRAIN: run_train(&o); break;
     case EVAL: run_eval(&o); break;
     case GENERATE: run_generate(&o); break;

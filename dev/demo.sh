@@ -4,7 +4,7 @@ set -e
 cd "$(dirname "$0")/.."
 run() { echo; echo "\$ $*"; "$@"; }
 
-rm -rf demo demo.tmp
+rm -rf demo demo.tmp demo.lock
 echo "Training the configuration \"tiny\" (4 layers, hidden 128, 4 heads) on this project's own text, as bytes,"
 echo "with the paper's tensor parallelism: 2 ranks, each a thread that stands for a GPU."
 run ./megatron_gpt2 train --data README.md doc megatron_gpt2.c test_gpt2.c --config tiny --tp 2 \
