@@ -3779,7 +3779,7 @@ static void free_training(Training *t)
 }
 
 /* The largest relative error over the tensors; names it. */
-static double worst_tensor(const char **name, const real *a, const real *b, const Config *c)
+static double worst_tensor(char name[NAME_SIZE], const real *a, const real *b, const Config *c)
 {
     size_t n = list_tensors(NULL, NULL, c, ONE_RANK, 0);
     double worst = 0;
@@ -3787,7 +3787,7 @@ static double worst_tensor(const char **name, const real *a, const real *b, cons
     list_tensors(whole, NULL, c, ONE_RANK, 0);
     for (size_t i = 0; i < n; i++) {
         double e = relative_error(a + whole[i].offset, b + whole[i].offset, whole[i].rows * whole[i].cols);
-        if (!(e <= worst)) worst = e, *name = whole[i].spec->name; /* NaN counts as worst */
+        if (!(e <= worst)) worst = e, tensor_name(name, &whole[i]); /* NaN counts as worst */
     }
     free(whole);
     return worst;
@@ -3997,8 +3997,7 @@ static const double LAYOUT_BOUND = sizeof(real) == 4 ? 3e-6 : 1e-13;
 static void compare_layout(const Training *one, Layout s, size_t micro_batch, int recompute)
 {
     Training t = make_training(s);
-    const char *name = "";
-    char what[96], label[64];
+    char what[160], label[64], name[NAME_SIZE] = "-";
     t.micro_batch = micro_batch, t.recompute = recompute;
     run_training(&t);
     snprintf(label, sizeof label, "tp %d pp %d dp %d, %zu a pass%s", s.tp, s.pp, s.dp, micro_batch,
@@ -4011,7 +4010,7 @@ static void compare_layout(const Training *one, Layout s, size_t micro_batch, in
     }
     snprintf(what, sizeof what, "%s: losses, norms", label);
     check(what, worst_loss, LAYOUT_BOUND / 10); /* rounding of many rows averages out */
-    double grad = worst_tensor(&name, t.grad, one->grad, &t.config);
+    double grad = worst_tensor(name, t.grad, one->grad, &t.config);
     snprintf(what, sizeof what, "  gradients; worst %s", name);
     check(what, grad, LAYOUT_BOUND);
     /* Adam divides by sqrt(v): where a gradient is nearly 0, as the key biases' is, it makes steps of size lr out of

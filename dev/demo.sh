@@ -7,10 +7,10 @@ run() { echo; echo "\$ $*"; "$@"; }
 rm -rf demo demo.tmp demo.lock
 echo "Training the configuration \"tiny\" (4 layers, hidden 128, 4 heads) on this project's own text, as bytes,"
 echo "with the paper's tensor parallelism: 2 ranks, each a thread that stands for a GPU."
-run ./megatron_gpt2 train --data README.md doc megatron_gpt2.c test_gpt2.c --config tiny --tp 2 \
+run ./megatron_gpt2 train --data doc megatron_gpt2.c test_gpt2.c --config tiny --tp 2 \
     --batch 16 --steps 1600 --lr 2e-3 --min-lr 2e-4 --warmup 50 --dropout 0 --decay-steps 2000 --save demo
 echo; echo "The checkpoint knows nothing of ranks. It goes on with pipeline parallelism, 2 stages:"
-run ./megatron_gpt2 train --data README.md doc megatron_gpt2.c test_gpt2.c --resume demo --pp 2 --micro-batch 4 \
+run ./megatron_gpt2 train --data doc megatron_gpt2.c test_gpt2.c --resume demo --pp 2 --micro-batch 4 \
     --steps 2000
 echo; echo "And writes:"
 echo; echo "\$ ./megatron_gpt2 generate --model demo --prompt \"The paper\" --tokens 300 --temperature 0.7"
