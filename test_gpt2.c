@@ -3997,7 +3997,7 @@ static const double LAYOUT_BOUND = sizeof(real) == 4 ? 3e-6 : 1e-13;
 static void compare_layout(const Training *one, Layout s, size_t micro_batch, int recompute)
 {
     Training t = make_training(s);
-    char what[160], label[64], name[NAME_SIZE] = "-";
+    char what[192], label[96], name[NAME_SIZE] = "-";
     t.micro_batch = micro_batch, t.recompute = recompute;
     run_training(&t);
     snprintf(label, sizeof label, "tp %d pp %d dp %d, %zu a pass%s", s.tp, s.pp, s.dp, micro_batch,
