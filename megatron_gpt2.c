@@ -6261,17 +6261,17 @@ static void save_run(const Run *run, Rank *k, const Progress *p)
 }
 
 /* Ctrl-C: the step under way is finished, and saved, before the program ends; a second Ctrl-C ends it at once. */
-static volatile sig_atomic_t interrupted;
+static int interrupted; /* any thread may take the signal, and all read it */
 static void interrupt(int signal_number)
 {
-    interrupted = 1;
+    __atomic_store_n(&interrupted, 1, __ATOMIC_RELAXED);
     signal(signal_number, SIG_DFL);
 }
 
 /* Does any rank know of an interruption? All must stop after the same step. */
 static int is_interrupted(Rank *k)
 {
-    double flag = interrupted;
+    double flag = __atomic_load_n(&interrupted, __ATOMIC_RELAXED);
     set_place(k, "interruption", "", -1);
     all_reduce(&k->world, &flag, 1, DOUBLE_ARRAY, MAX);
     return flag > 0;
