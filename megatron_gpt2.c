@@ -20,9 +20,9 @@
  *     replica 1   | 2 3 |   ----->    | 6 7 |           data group:     0-2, 1-3, 4-6, 5-7   share the batch
  *
  * Contracts: outputs come first, then inputs, then dimensions. Backward functions write dx and add to dw. Matrices are
- * row-major, and their shapes stand beside them. No global changes; all state is in a Rank. Bad input ends in die(),
- * which is one line on stderr and exit 1. This text is C11 and, chapter 2 apart, C++17: a CUDA program can compile it
- * with operators of its own in the place of chapter 2 (GPT2_OPERATORS). */
+ * row-major, and their shapes stand beside them. All state is in a Rank; nothing global changes but Ctrl-C's flag. Bad
+ * input ends in die(): one line on stderr, exit 1. This text is C11 and, chapter 2 apart, C++17: a CUDA program can
+ * compile it with operators of its own in the place of chapter 2 (GPT2_OPERATORS). */
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -4262,11 +4262,12 @@ static int is_file_name(const char *name)
     return *name && *name != '.';
 }
 
-/* Opens the shards that the index's "weight_map" names. */
-static void open_shards(Safetensors *s, const char *folder, const Json *index, const JsonValue *map)
+/* The files that an index's "weight_map" names, sorted, each once; the caller frees the list. */
+static const char **indexed_files(size_t *files, const Json *index, const JsonValue *map)
 {
-    char path[PATH_MAX], shown[SHOWN];
+    char shown[SHOWN];
     size_t n = 0;
+    *files = 0;
     if (!map || map->type != JSON_OBJECT || !map->length) die("%s has no \"weight_map\"", index->what);
     const char **name = (const char **)xcalloc(map->length, sizeof *name);
     for (const JsonValue *v = map + 1; v < index->value + map->end; v = index->value + v->end) {
@@ -4275,9 +4276,19 @@ static void open_shards(Safetensors *s, const char *folder, const Json *index, c
         name[n++] = v->string;
     }
     qsort(name, n, sizeof *name, compare_strings);
-    s->file = (StoredFile *)xcalloc(n, sizeof *s->file);
     for (size_t i = 0; i < n; i++)
-        if (!i || strcmp(name[i - 1], name[i])) open_file(&s->file[s->files++], join_path(path, folder, name[i]));
+        if (!i || strcmp(name[*files - 1], name[i])) name[(*files)++] = name[i];
+    return name;
+}
+
+/* Opens the shards that the index's "weight_map" names. */
+static void open_shards(Safetensors *s, const char *folder, const Json *index, const JsonValue *map)
+{
+    char path[PATH_MAX];
+    size_t n;
+    const char **name = indexed_files(&n, index, map);
+    s->file = (StoredFile *)xcalloc(n, sizeof *s->file);
+    for (; s->files < n; s->files++) open_file(&s->file[s->files], join_path(path, folder, name[s->files]));
     free(name);
 }
 
@@ -4382,11 +4393,11 @@ static int find_gelu(Gelu *gelu, const char *name)
            !strcmp(name, "gelu_pytorch_tanh");
 }
 
-/* Reads config.json. *tied: whether the word embedding makes the logits, as in the paper [§3 output embedding]. */
-static Config read_config(const char *folder, int *tied)
+/* Reads a config.json. *tied: whether the word embedding makes the logits, as in the paper [§3 output embedding]. */
+static Config read_config_file(const char *path, int *tied)
 {
-    char path[PATH_MAX], shown[SHOWN];
-    Map map = map_file(join_path(path, folder, "config.json"));
+    char shown[SHOWN];
+    Map map = map_file(path);
     Json json = json_parse(map.data, map.size, path);
     const JsonValue *root = json.value, *type = json_get(&json, root, "model_type");
     const JsonValue *gelu = json_get(&json, root, "activation_function");
@@ -4420,6 +4431,12 @@ static Config read_config(const char *folder, int *tied)
     return c;
 }
 
+static Config read_config(const char *folder, int *tied)
+{
+    char path[PATH_MAX];
+    return read_config_file(join_path(path, folder, "config.json"), tied);
+}
+
 /* x as the shortest decimal number that reads back as x: 0.1, not 0.100000001. */
 static char *real_text(char text[32], real x)
 {
@@ -4430,14 +4447,15 @@ static char *real_text(char text[32], real x)
     return text;
 }
 
-/* config.json as transformers writes it, in memory; the caller frees it. end_of_text: that token's number, or -1. */
-static char *config_text(size_t *size, const Config *c, int end_of_text)
+/* config.json as transformers writes it, in memory; the caller frees it. gelu, dtype: what it calls the activation
+ * function and the type of the weights; end_of_text: that token's number, or -1. */
+static char *config_text_as(size_t *size, const Config *c, const char *gelu, const char *dtype, int end_of_text)
 {
     char *text = NULL, token[16] = "null", embd[32], attn[32], resid[32], eps[32];
     FILE *out = open_memstream(&text, size);
     if (!out) die("out of memory");
     if (end_of_text >= 0) snprintf(token, sizeof token, "%d", end_of_text);
-    fprintf(out, "{\n  \"activation_function\": \"%s\",\n", c->gelu == GELU_ERF ? "gelu" : "gelu_new");
+    fprintf(out, "{\n  \"activation_function\": \"%s\",\n", gelu);
     fprintf(out, "  \"architectures\": [\n    \"GPT2LMHeadModel\"\n  ],\n");
     fprintf(out, "  \"attn_pdrop\": %s,\n", real_text(attn, c->attn_pdrop));
     fprintf(out, "  \"bos_token_id\": %s,\n", token);
@@ -4449,10 +4467,15 @@ static char *config_text(size_t *size, const Config *c, int end_of_text)
     fprintf(out, "  \"resid_pdrop\": %s,\n  \"scale_attn_weights\": true,\n", real_text(resid, c->resid_pdrop));
     fprintf(out, "  \"summary_activation\": null,\n  \"summary_first_dropout\": 0.1,\n");
     fprintf(out, "  \"summary_proj_to_labels\": true,\n  \"summary_type\": \"cls_index\",\n");
-    fprintf(out, "  \"summary_use_proj\": true,\n  \"torch_dtype\": \"float32\",\n  \"use_cache\": true,\n");
+    fprintf(out, "  \"summary_use_proj\": true,\n  \"torch_dtype\": \"%s\",\n  \"use_cache\": true,\n", dtype);
     fprintf(out, "  \"vocab_size\": %zu\n}\n", c->V);
     if (fclose(out)) die("out of memory");
     return text;
+}
+
+static char *config_text(size_t *size, const Config *c, int end_of_text)
+{
+    return config_text_as(size, c, c->gelu == GELU_ERF ? "gelu" : "gelu_new", "float32", end_of_text);
 }
 
 /* ---- Slices: between a rank's arenas and whole tensors in files -------------------------------------------------- */
@@ -4774,7 +4797,8 @@ static void lock_save_folder(const SavePaths *p)
     snprintf(path, sizeof path, "%.*s.lock", PATH_MAX - 6, p->dir);
     int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666); /* stays open */
     if (fd < 0) die("cannot create %s: %s", path, strerror(errno));
-    if (fcntl(fd, F_SETLK, &lock)) die("another run is saving to %s: wait for its end, or choose another folder", p->dir);
+    if (fcntl(fd, F_SETLK, &lock))
+        die("another run is saving to %s: wait for its end, or choose another folder", p->dir);
 }
 
 /* At start-up, so that no run of many hours fails at its first save, and none overwrites what is not its own: dies
@@ -5977,7 +6001,7 @@ static void print_help(const Command *only) /* NULL: of all commands */
 }
 
 /* Stores the text of an option's argument; says what is wrong with it, or NULL. */
-static const char *set_option(Options *o, const Option *option, const char *text)
+static const char *set_option(void *o, const Option *option, const char *text)
 {
     char *field = (char *)o + option->field, *end;
     if (option->kind == TEXT) {
