@@ -16,10 +16,16 @@ WARN    += $(if $(OPENMP),,-Wno-unknown-pragmas) # without OpenMP each rank is o
 
 SOURCE   = megatron_gpt2.c dev/unicode/classes.h
 
-all: megatron_gpt2
+# convert needs zlib (Debian: zlib1g-dev) to inflate and check zip files; without it the rest is built all the same.
+ZLIB    := $(shell f=$$(mktemp) && printf '\043include <zlib.h>\nint main(void){return !zlibVersion();}' | $(CC) -x c - -o $$f -lz 2>/dev/null && echo convert; rm -f $$f)
+
+all: megatron_gpt2 $(ZLIB)
 
 megatron_gpt2: $(SOURCE)
 	$(CC) $(CFLAGS) $(EXTRA) -o $@ megatron_gpt2.c $(LDLIBS)
+
+convert: convert.c $(SOURCE)
+	$(CC) $(CFLAGS) $(EXTRA) -o $@ convert.c $(LDLIBS) -lz
 
 test_gpt2: test_gpt2.c $(SOURCE)
 	$(CC) $(CFLAGS) $(EXTRA) -o $@ test_gpt2.c $(LDLIBS)
@@ -32,7 +38,7 @@ test_gpt2_double: test_gpt2.c $(SOURCE)
 demo: megatron_gpt2
 	sh dev/demo.sh
 
-test: megatron_gpt2 test_gpt2 test_gpt2_double
+test: megatron_gpt2 $(ZLIB) test_gpt2 test_gpt2_double
 	./test_gpt2
 	./test_gpt2_double
 
@@ -44,9 +50,9 @@ debug-threads:
 	$(MAKE) -B test OPT="$(SANITIZE)" OPENMP= EXTRA="-fsanitize=thread $(EXTRA)"
 
 format:
-	clang-format -i megatron_gpt2.c test_gpt2.c
+	clang-format -i megatron_gpt2.c convert.c test_gpt2.c
 
 clean:
-	rm -rf megatron_gpt2 test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double
+	rm -rf megatron_gpt2 convert test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double
 
 .PHONY: all demo test debug debug-threads format clean

@@ -6174,6 +6174,740 @@ static void test_eval_output(void)
                 0);
 }
 
+/* ---- convert: the program is run, and its outputs are read with chapter 11 and with its own inspect ------------- */
+
+/* ./convert with these arguments. Returns its exit status; *output is what it says on stdout, *error on stderr: both in
+ * memory that the next call uses again. */
+static const char *convert_output, *convert_error;
+
+__attribute__((format(printf, 1, 2))) static int run_convert(const char *format, ...)
+{
+    static char output[1 << 20], error[1 << 14];
+    char words[2048], path[PATH_MAX];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(words, sizeof words, format, args);
+    va_end(args);
+    int status = run_command("./convert %s >%s/convert.out 2>%s/convert.err", words, SCRATCH, SCRATCH);
+    for (int i = 0; i < 2; i++) {
+        Map map = map_file(join_path(path, SCRATCH, i ? "convert.err" : "convert.out"));
+        size_t n = min_size(map.size, i ? sizeof error - 1 : sizeof output - 1);
+        memcpy(i ? error : output, map.data, n);
+        (i ? error : output)[n] = 0;
+        unmap_file(map);
+    }
+    convert_output = output, convert_error = error;
+    return status;
+}
+
+static int have_convert(void)
+{
+    if (!access("./convert", X_OK)) return 1;
+    skip("./convert is not built");
+    return 0;
+}
+
+/* Exactly one line on stderr, with this in it. */
+static int says(const char *words)
+{
+    const char *end = strchr(convert_error, '\n');
+    return end && !end[1] && strstr(convert_error, words) != NULL;
+}
+
+/* Names in a folder that begin like this. */
+static size_t count_names(const char *folder, const char *prefix)
+{
+    size_t n = 0;
+    DIR *stream = opendir(folder);
+    for (struct dirent *entry; stream && (entry = readdir(stream));)
+        n += !strncmp(entry->d_name, prefix, strlen(prefix)) && strcmp(entry->d_name, ".") &&
+             strcmp(entry->d_name, "..");
+    if (stream) closedir(stream);
+    return n;
+}
+
+/* CRC-32, bit by bit. */
+static uint32_t plain_crc(const unsigned char *data, size_t n)
+{
+    uint32_t crc = 0xFFFFFFFF;
+    for (size_t i = 0; i < n; i++) {
+        crc ^= data[i];
+        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320 : 0);
+    }
+    return ~crc;
+}
+
+/* x rounded to a type with so many bits behind the point and this smallest exponent: to nearest, ties to even. */
+static double round_to_bits(double x, int bits, int smallest)
+{
+    int exponent;
+    frexp(x, &exponent); /* |x| in [0.5, 1) * 2^exponent */
+    double step = ldexp(1, (exponent - 1 > smallest ? exponent - 1 : smallest) - bits);
+    return rint(x / step) * step;
+}
+
+/* A float in the bytes of a type; from the definition of the formats. */
+static size_t put_rounded(unsigned char *to, float x, const char *dtype)
+{
+    uint32_t bits;
+    if (!strcmp(dtype, "F16")) {
+        double y = round_to_bits((double)x, 10, -14), magnitude = fabs(y);
+        int exponent;
+        frexp(magnitude, &exponent);
+        exponent = exponent - 1 < -14 || magnitude == 0 ? -15 : exponent - 1;
+        double fraction = exponent < -14 ? magnitude * 0x1p24 : ldexp(magnitude, 10 - exponent) - 1024;
+        bits = (uint32_t)(exponent + 15) << 10 | (uint32_t)fraction | (signbit(x) ? 0x8000u : 0);
+        to[0] = (unsigned char)bits, to[1] = (unsigned char)(bits >> 8);
+        return 2;
+    }
+    float y = !strcmp(dtype, "BF16") ? (float)round_to_bits((double)x, 7, -126) : x;
+    if (y == 0) y = copysignf(0, x);
+    memcpy(&bits, &y, 4);
+    if (!strcmp(dtype, "BF16")) {
+        to[0] = (unsigned char)(bits >> 16), to[1] = (unsigned char)(bits >> 24);
+        return 2;
+    }
+    memcpy(to, &bits, 4);
+    return 4;
+}
+
+/* How Megatron holds a model: the oracle, an element at a time, from the description of the formats. */
+typedef struct {
+    const PlainModel *m;
+    size_t tp, pp;
+    int version;
+    const char *dtype;
+} Cut;
+
+/* Row of [Q; K; V] of the whole model, and so on, for row i of what tensor rank r stores. */
+static size_t cut_qkv_row(const Cut *c, size_t r, size_t i)
+{
+    const Config *m = &c->m->config;
+    size_t D = m->C / m->H, heads = m->H / c->tp, n = 0;
+    for (size_t a = 0; a < 3; a++)
+        for (size_t b = 0; b < heads; b++)
+            for (size_t d = 0; d < D; d++, n++)
+                if (c->version == 0 && n == i) return a * m->C + (r * heads + b) * D + d;
+    n = 0;
+    for (size_t b = 0; b < heads; b++)
+        for (size_t x = 0; x < 3 * D; x++, n++) {
+            size_t part = c->version == 1 ? x % 3 : x / D, d = c->version == 1 ? x / 3 : x % D;
+            if (n == i) return part * m->C + (r * heads + b) * D + d;
+        }
+    return 0;
+}
+
+static const struct {
+    const char *megatron, *hf;
+    char split; /* Whole, Rows, Columns, Qkv */
+} cut_names[] = {
+    {"input_layernorm", "ln_1", 'W'},
+    {"self_attention.query_key_value", "attn.c_attn", 'Q'},
+    {"self_attention.dense", "attn.c_proj", 'C'},
+    {"post_attention_layernorm", "ln_2", 'W'},
+    {"mlp.dense_h_to_4h", "mlp.c_fc", 'R'},
+    {"mlp.dense_4h_to_h", "mlp.c_proj", 'C'},
+};
+
+/* CRC-32 and shape of one tensor of a rank, by Megatron's name; 0 if the rank should not have it. */
+static int cut_tensor(uint32_t *crc, size_t shape[2], size_t *dims, const Cut *c, size_t r, size_t stage,
+                      const char *name)
+{
+    const Config *m = &c->m->config;
+    const Plain *p = NULL;
+    char hf[64], kind[16], split = 'W';
+    size_t layer, depth = m->L / c->pp, padded = (m->V + 128 * c->tp - 1) / (128 * c->tp) * (128 * c->tp);
+    int used = 0;
+    if (!strcmp(name, stage ? "word_embeddings_for_head.weight" : "language_model.embedding.word_embeddings.weight"))
+        p = stage && stage + 1 < c->pp ? NULL : find_plain(c->m, "wte.weight"), split = 'V';
+    else if (!strcmp(name, "language_model.embedding.position_embeddings.weight") && stage == 0)
+        p = find_plain(c->m, "wpe.weight");
+    else if (sscanf(name, "language_model.encoder.final_layernorm.%15s", kind) == 1 && stage + 1 == c->pp) {
+        snprintf(hf, sizeof hf, "ln_f.%s", kind);
+        p = find_plain(c->m, hf);
+    } else if (sscanf(name, "language_model.encoder.layers.%zu.%n", &layer, &used) == 1 && used && layer < depth)
+        for (size_t i = 0; i < 6; i++) {
+            size_t n = strlen(cut_names[i].megatron);
+            if (strncmp(name + used, cut_names[i].megatron, n) || name[used + (int)n] != '.') continue;
+            snprintf(hf, sizeof hf, "h.%zu.%s.%s", stage * depth + layer, cut_names[i].hf, name + used + n + 1);
+            p = find_plain(c->m, hf);
+            split = cut_names[i].split;
+        }
+    if (!p) return 0;
+    int turned = p->dims == 2 && p->name[0] == 'h';
+    size_t rows = turned ? p->shape[1] : p->shape[0], cols = p->dims == 2 ? turned ? p->shape[0] : p->shape[1] : 1;
+    if (p->dims == 1 && split == 'C') split = 'W'; /* the bias is added once, after the sum over ranks */
+    size_t mine = split == 'V' ? padded / c->tp : split == 'R' || split == 'Q' ? rows / c->tp : rows;
+    size_t width = split == 'C' ? cols / c->tp : cols, n = 0;
+    unsigned char *bytes = (unsigned char *)xcalloc(mine * width, 4);
+    for (size_t i = 0; i < mine; i++)
+        for (size_t j = 0; j < width; j++) {
+            size_t y = split == 'V'   ? min_size(r * mine + i, m->V - 1)
+                       : split == 'R' ? r * mine + i
+                       : split == 'Q' ? cut_qkv_row(c, r, i)
+                                      : i;
+            size_t x = split == 'C' ? r * width + j : j;
+            n += put_rounded(bytes + n, p->x[turned ? x * rows + y : y * cols + x], c->dtype);
+        }
+    *crc = plain_crc(bytes, n);
+    *dims = p->dims, shape[0] = mine, shape[1] = width;
+    free(bytes);
+    return 1;
+}
+
+/* Compares every tensor of a Megatron checkpoint, as `convert inspect` sees it, with the oracle. Returns 1 if all agree. */
+static int is_cut_like(const Cut *c, const char *folder)
+{
+    if (run_convert("inspect %s --json", folder)) return 0;
+    Json json = json_parse(convert_output, strlen(convert_output), "inspect");
+    const JsonValue *files = json_get(&json, json.value, "files"),
+                    *version = json_get(&json, json.value, "checkpoint_version");
+    size_t rank = 0, seen = 0, wanted = 12 * c->m->config.L + 4 + (c->pp > 1);
+    int good = c->version ? version->number == c->version : version->type == JSON_NULL;
+    for (const JsonValue *f = files + 1; f < json.value + files->end; f = json.value + f->end, rank++) {
+        const JsonValue *tensors = json_get(&json, f, "tensors");
+        for (const JsonValue *t = tensors + 1; t < json.value + tensors->end; t = json.value + t->end, seen++) {
+            uint32_t crc;
+            size_t shape[2], dims;
+            const JsonValue *seen_shape = json_get(&json, t, "shape");
+            char text[16];
+            if (!cut_tensor(&crc, shape, &dims, c, rank % c->tp, rank / c->tp, json_get(&json, t, "name")->string))
+                good = 0;
+            else {
+                snprintf(text, sizeof text, "%08x", (unsigned)crc);
+                good &= seen_shape->length == dims && seen_shape[1].number == (double)shape[0] &&
+                        (dims == 1 || seen_shape[2].number == (double)shape[1]);
+                good &= !strcmp(json_get(&json, t, "crc32")->string, text) &&
+                        !strcmp(json_get(&json, t, "dtype")->string, c->dtype);
+            }
+        }
+    }
+    good &= rank == c->tp * c->pp && seen == wanted * c->tp;
+    json_free(&json);
+    return good;
+}
+
+/* Is a folder of Hugging Face's this model, rounded to a type, bit for bit? */
+static int is_model_like(const PlainModel *m, const char *dtype, const char *folder)
+{
+    Config c;
+    Safetensors s = open_model(&c, folder);
+    int good = c.L == m->config.L && c.C == m->config.C && c.H == m->config.H && c.F == m->config.F &&
+               c.P == m->config.P && c.V == m->config.V && c.gelu == m->config.gelu && c.eps == m->config.eps &&
+               s.tensors == m->n;
+    for (size_t i = 0; i < m->n; i++) {
+        const Plain *p = &m->tensor[i];
+        const StoredTensor *t = find_stored(&s, p->name);
+        unsigned char *bytes = (unsigned char *)xcalloc(p->n, 4);
+        size_t n = 0;
+        for (size_t e = 0; e < p->n; e++) n += put_rounded(bytes + n, p->x[e], dtype);
+        good &= !strcmp(dtype_name[t->dtype], dtype) && t->bytes == n && !memcmp(t->data, bytes, n);
+        free(bytes);
+    }
+    safetensors_close(&s);
+    return good;
+}
+
+static uint32_t next_random(uint64_t *state, uint32_t below)
+{
+    return random_word(77, SITE_SAMPLE, 5, (*state)++) % below;
+}
+
+/* Random models, cut in random ways, in every order and type: what is written is what the oracle says, and what comes
+ * back, over another cut, is the model, bit for bit. */
+static void test_convert_round_trip(void)
+{
+    static const char *const dtypes[] = {"keep", "fp32", "fp16", "bf16"}, *const types[] = {"F32", "F32", "F16",
+                                                                                            "BF16"};
+    uint64_t draw = 0;
+    char hf[PATH_MAX], name[128];
+    if (!have_convert()) return;
+    for (int round = 0; round < 24; round++) {
+        size_t tp = 1u << next_random(&draw, 3), pp = 1u << next_random(&draw, 3), D = 1 + next_random(&draw, 7);
+        size_t H = tp * (1 + next_random(&draw, 3)), L = pp * (1 + next_random(&draw, 2));
+        Config c = make_config(L, H * D, H, 2 + next_random(&draw, 9), 3 + next_random(&draw, 300));
+        c.F = tp * (1 + next_random(&draw, 90));
+        c.gelu = next_random(&draw, 2) ? GELU_ERF : GELU_TANH;
+        c.eps = next_random(&draw, 2) ? (real)1e-5 : (real)1e-6;
+        int type = (int)next_random(&draw, 4), version = (int)next_random(&draw, 4), other = (int)next_random(&draw, 4);
+        PlainModel m = plain_model(c);
+        for (size_t i = 0; i < m.n; i++) /* also numbers that are subnormal in fp16, and those that vanish */
+            for (size_t e = 0; e < m.tensor[i].n; e++) m.tensor[i].x[e] *= ldexpf(1, -(int)(e % 29));
+        make_checkpoint_folder(hf);
+        put_model(hf, "model.safetensors", &m, "transformer.", NULL, NULL, NULL, 0);
+        put_config(hf, &c);
+        snprintf(name, sizeof name, "L%zu H%zu D%zu V%zu tp %zu pp %zu version %d %s: written", L, H, D, c.V, tp, pp,
+                 version, types[type]);
+        int status =
+            run_convert("%s %s/a --tp %zu --pp %zu --qkv-version %d --dtype %s", hf, hf, tp, pp, version, dtypes[type]);
+        char path[PATH_MAX];
+        Cut cut = {&m, tp, pp, version, types[type]}, again = {&m, 1, L, other, types[type]};
+        check_true(name, status == 0 && !*convert_error && is_cut_like(&cut, join_path(path, hf, "a")));
+        status = run_convert("%s/a %s/b --to megatron --pp %zu --qkv-version %d", hf, hf, L, other);
+        check_true("  cut once more", status == 0 && is_cut_like(&again, join_path(path, hf, "b")));
+        status = run_convert("%s/b/release %s/c", hf, hf);
+        check_true("  and back", status == 0 && is_model_like(&m, types[type], join_path(path, hf, "c")));
+        free_plain(&m);
+        remove_checkpoint_folder(hf);
+    }
+}
+
+/* ---- ../shared/fixtures ------------------------------------------------------------------------------------------ */
+
+static const char fixtures[] = "../shared/fixtures";
+
+/* Every tensor that the list names, with the values of its file, and no others. lm_head is the word embedding. */
+static int is_expected(const char *folder, const char *tsv)
+{
+    char path[PATH_MAX], line[512], name[128], shape[64], digest[80], seen[64];
+    Config c;
+    Safetensors s = open_model(&c, folder);
+    size_t n = 0;
+    int good = 1;
+    snprintf(path, sizeof path, "%s/%s", fixtures, tsv);
+    FILE *f = fopen(path, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        if (sscanf(line, "%127s %63s %79s", name, shape, digest) != 3) continue;
+        int head = !strcmp(name, "lm_head.weight");
+        const StoredTensor *t = find_stored(&s, head ? "wte.weight" : name);
+        snprintf(path, sizeof path, "%s/expected/blobs/%s.bin", fixtures, digest);
+        Map blob = map_file(path);
+        if (!t) good = 0;
+        else {
+            snprintf(seen, sizeof seen, t->dims == 2 ? "%zux%zu" : "%zu", t->shape[0], t->shape[1]);
+            good &= !strcmp(seen, shape) && blob.size == 4 * t->n;
+            for (size_t i = 0; good && i < t->n; i++) {
+                float x = (float)stored_value(t, i);
+                good &= !memcmp(&x, blob.data + 4 * i, 4);
+            }
+        }
+        unmap_file(blob);
+        n += !head;
+    }
+    good &= f != NULL && n == s.tensors;
+    if (f) fclose(f);
+    safetensors_close(&s);
+    return good;
+}
+
+static void test_convert_fixtures(void)
+{
+    char path[PATH_MAX], out[PATH_MAX];
+    static const char *const groups[] = {"fixtures", "odd", "hf_to_megatron"};
+    if (!have_convert()) return;
+    if (access(fixtures, F_OK)) {
+        skip("no ../shared/fixtures");
+        return;
+    }
+    Map text = map_file(join_path(path, fixtures, "manifest.json"));
+    Json json = json_parse(text.data, text.size, "manifest.json");
+    make_checkpoint_folder(path);
+    for (int g = 0; g < 3; g++) {
+        const JsonValue *list = json_get(&json, json.value, groups[g]);
+        for (const JsonValue *f = list + 1; f < json.value + list->end; f = json.value + f->end) {
+            const JsonValue *kind = json_get(&json, f, "kind"), *name = json_get(&json, f, g == 1 ? "id" : "name");
+            const JsonValue *place = json_get(&json, f, "path"), *config = json_get(&json, f, "needs_config");
+            const JsonValue *vocab = json_get(&json, f, "vocab_size");
+            char words[512] = "", in[PATH_MAX * 2];
+            snprintf(out, sizeof out, "%.4000s/%.60s", path, name->string);
+            if (kind && !strcmp(kind->string, "hf")) snprintf(words, sizeof words, "--to hf");
+            else if (config && config->type == JSON_STRING)
+                snprintf(words, sizeof words, "--config %s/%s", fixtures, config->string);
+            else if (g < 2) snprintf(words, sizeof words, "--vocab-size %d", vocab ? (int)vocab->number : 12);
+            snprintf(in, sizeof in, "%s/%s%s", fixtures, g == 2 ? "hf_to_megatron_real/" : "",
+                     g == 2 ? name->string : place->string);
+            if (g == 2 && access(in, F_OK)) continue; /* too large to be kept */
+            int status = run_convert("%s %s %s", in, out, words);
+            if (g < 2)
+                check_true(name->string, status == 0 && is_expected(out, json_get(&json, f, "expected")->string));
+            else { /* h04 as fp16, so the same bytes as if we had rounded it */ char other[PATH_MAX];
+                snprintf(other, sizeof other, "%.4000s/reference", path);
+                run_convert("%s/hf/h04_pytorch_bin_fp32 %s --to hf --dtype fp16 --force", fixtures, other);
+                check_true(name->string,
+                           status == 0 && !run_command("cmp -s %s/model.safetensors %s/model.safetensors", out, other));
+            }
+        }
+    }
+    int status = run_convert("%s/megatron/m10_zip_fp16_v3 %s/untold", fixtures, path);
+    check_true("nobody tells how many tokens are real", status == 1 && says("--vocab-size"));
+    status = run_convert("%s/megatron/m10_zip_fp16_v3 %s/other --tokenizer dev/reference/bpe", fixtures, path);
+    check_true("a tokenizer of another model", status == 1 && says("384 rows"));
+    json_free(&json);
+    unmap_file(text);
+    remove_checkpoint_folder(path);
+}
+
+/* What must be wrong with each of the malformed files: a word of the reason that is given. */
+static const char *const refusals[][2] = {
+    {"b02", "more bytes are announced"},
+    {"b03", "cut short"},
+    {"b05", "1001"},
+    {"b06", "little-endian"},
+    {"b08", "git-lfs"},
+    {"b09", "count of 3"},
+    {"b11", "count of 18446744073709551615"},
+    {"b12", "not in the list"},
+    {"b14", "belongs to no tensor"},
+    {"b20", "beyond"},
+    {"b21", "offset of a tensor"},
+    {"b23", "beyond"},
+    {"b24", "beyond"},
+    {"b26", "1 strides"},
+    {"b27", "2^64 bytes"},
+    {"b29", "count of"},
+    {"b30", "unknown type"},
+    {"b32", "persistent id"},
+    {"b33", "persistent id"},
+    {"b41", "no mark"},
+    {"b42", "number 7"},
+    {"b44", "PROTO"},
+    {"b45", "0xff"},
+    {"b47", "INST"},
+    {"b48", "2147483647"},
+    {"b50", "too often"},
+    {"b51", "contains itself"},
+    {"b53", "key without a value"},
+    {"b54", "LONG4"},
+    {"b56", "cannot be a key"},
+    {"b57", "UTF-8"},
+    {"b60", "end record"},
+    {"b62", "outside"},
+    {"b63", "too small"},
+    {"b65", "is missing"},
+    {"b66", "28 bytes"},
+    {"b68", "outside"},
+    {"b69", "points to"},
+    {"b71", "checksum"},
+    {"b72", "encrypted"},
+    {"b74", "byteorder"},
+    {"b75", "8388608"},
+    {"b77", "outside"},
+    {"b78", "TorchScript"},
+    {"b80", "neither mp_rank_"},
+    {"b81", "out of a folder"},
+    {"b83", "inflate"},
+    {"b84", "symbolic link"},
+    {"b86", "out of a folder"},
+    {"b90", "h.0.mlp.c_proj.bias is missing"},
+    {"b92", "has the key"},
+    {"b93", "[16, 8]"},
+    {"b95", "NaN"},
+    {"b96", "infinite"},
+    {"b98", "h.1.ln_1.weight is missing"},
+    {"b99", "checkpoint_version"},
+    {"b101", "checkpoint_version"},
+    {"b102", "checkpoint_version"},
+    {"b104", "no multiple"},
+    {"b105", "num_attention_heads"},
+    {"b107", "swiglu"},
+    {"b108", "position_embedding_type"},
+    {"b110", "apply_residual_connection_post_layernorm"},
+    {"b111", "normalization"},
+    {"b113", "2 tensor ranks"},
+    {"b114", "output_layer"},
+    {"b116", "too large for F16"},
+    {"b117", "opaque"},
+    {"b119", "--checkpoint-version"},
+    {"b120", "2 tensor ranks"},
+    {"b122", "[15, 8]"},
+    {"b123", "differs"},
+    {"b125", "iteration"},
+    {"b126", "copy"},
+    {"b128", "neighbours"},
+    {"b129", "differs"},
+    {"b131", "iteration"},
+    {"b132", "iteration"},
+    {"b134", "iteration"},
+    {"b135", "no mp_rank_"},
+    {"b140", "5 bytes"},
+    {"b141", "header"},
+    {"b143", "JSON"},
+    {"b144", "JSON"},
+    {"b146", "overlaps"},
+    {"b147", "data_offsets"},
+    {"b149", "shape and type"},
+    {"b150", "F13"},
+    {"b152", "2^64"},
+    {"b153", "levels"},
+    {"b155", "12 bytes"},
+    {"b156", "h.0.mlp.c_fc.bias is missing"},
+    {"b158", "untied"},
+    {"b159", "twice"},
+    {"b161", "same folder"},
+    {"b162", "same folder"},
+    {"b164", "is not in"},
+    {"b165", "n_head"},
+    {"b167", "n_layer"},
+    {"b168", "n_embd"},
+    {"b170", "model_type"},
+    {"b171", "[8, 31]"},
+    {"b173", "scale_attn_by_inverse_layer_idx"},
+    {"b174", "n_embd"},
+};
+
+static void test_convert_malformed(void)
+{
+    char path[PATH_MAX], id[16], what[128];
+    if (!have_convert()) return;
+    if (access(fixtures, F_OK)) {
+        skip("no ../shared/fixtures");
+        return;
+    }
+    snprintf(path, sizeof path, "%s/malformed", fixtures);
+    DIR *stream = opendir(path);
+    for (struct dirent *entry; stream && (entry = readdir(stream));) {
+        const char *reason = NULL, *name = entry->d_name;
+        if (*name != 'b') continue;
+        snprintf(id, sizeof id, "%.*s", (int)min_size(strcspn(name, "_"), 15), name);
+        for (size_t i = 0; i < sizeof refusals / sizeof *refusals; i++)
+            if (!strcmp(refusals[i][0], id)) reason = refusals[i][1];
+        snprintf(path, sizeof path, "%s/malformed/%s", fixtures, name);
+        double start = now();
+        int status =
+            run_convert("%s %s/refused --vocab-size 12 --dtype %s%s", path, SCRATCH,
+                        strcmp(id, "b116") ? "keep" : "fp16", file_exists(path, "config.json") ? " --to hf" : "");
+        snprintf(what, sizeof what, "%s: %s", id, reason ? reason : "a new one");
+        check_true(what,
+                   status == 1 && reason && says(reason) && !count_names(SCRATCH, "refused") && now() - start < 5);
+        if (!reason || !says(reason)) printf("      it says: %s\n", convert_error);
+    }
+    if (stream) closedir(stream);
+}
+
+/* A small checkpoint of our own, for what follows. */
+static PlainModel small_checkpoint(char folder[PATH_MAX])
+{
+    PlainModel m = plain_model(make_config(2, 16, 4, 8, 257));
+    make_checkpoint_folder(folder);
+    put_model(folder, "model.safetensors", &m, "transformer.", NULL, NULL, NULL, 0);
+    put_config(folder, &m.config);
+    if (run_convert("%s %s/megatron --tp 2", folder, folder)) die("convert does not work: %s", convert_error);
+    return m;
+}
+
+/* Damaged in any way, a file is refused with one line, or it still is a model; nothing else can happen. */
+static void test_convert_damage(void)
+{
+    char folder[PATH_MAX], path[PATH_MAX];
+    uint64_t draw = 100000;
+    size_t wrong = 0, refused = 0;
+    if (!have_convert()) return;
+    PlainModel m = small_checkpoint(folder);
+    snprintf(path, sizeof path, "%.4000s/megatron/release/mp_rank_01/model_optim_rng.pt", folder);
+    Map map = map_file(path);
+    char *bytes = (char *)xcalloc(map.size, 1);
+    for (int round = 0; round < 120; round++) {
+        size_t n = map.size, hits = 1 + next_random(&draw, 4);
+        memcpy(bytes, map.data, n);
+        for (size_t i = 0; i < hits; i++) { /* near the pickle, or the directory, where it hurts; or anywhere */
+            size_t range = next_random(&draw, 3), at = next_random(&draw, range == 2 ? (uint32_t)n : 2500);
+            bytes[range == 1 ? n - 1 - at : at] = (char)next_random(&draw, 256);
+        }
+        if (next_random(&draw, 5) == 0) n = next_random(&draw, (uint32_t)n);
+        put_file(folder, "damaged.pt", bytes, n);
+        run_command("mv %s/damaged.pt %s", folder, path);
+        int status = run_convert("%s/megatron %s/out --force", folder, folder);
+        refused += status == 1;
+        if (status == 0 ? *convert_error != 0 : status != 1 || !says("convert: ") || count_names(folder, "out."))
+            wrong++;
+    }
+    check_equal("120 damaged files: otherwise than refused in one line, or read", (double)wrong, 0);
+    check_true("most were refused", refused > 80);
+    unmap_file(map);
+    free(bytes), free_plain(&m);
+    remove_checkpoint_folder(folder);
+}
+
+static void test_convert_options(void)
+{
+    static const struct {
+        const char *words, *reason;
+        int status;
+    } wrong[] = {
+        {"%s", "IN and OUT", 2},
+        {"%s %s/o x", "one argument too many", 2},
+        {"%s %s/o --what", "no option", 2},
+        {"%s %s/o --to pt", "hf or megatron", 2},
+        {"%s %s/o --dtype fp8", "fp16", 2},
+        {"%s %s/o --tp 0", "--tp 0", 2},
+        {"%s %s/o --tp 1.5", "--tp 1.5", 2},
+        {"%s %s/o --tp 2 --tp 2", "twice", 2},
+        {"%s %s/o --tp", "needs", 2},
+        {"%s %s/o --to hf --tp 2", "--tp is for", 2},
+        {"%s %s/o --qkv-version 1.5", "--qkv-version", 2},
+        {"%s %s/o --keep-padding --vocab-size 3", "exclude", 2},
+        {"%s %s/o --pickle", "--pickle", 2},
+        {"inspect %s --force", "--force", 2},
+        {"inspect", "inspect needs IN", 2},
+        {"inspect %s --pickle --json", "exclude", 2},
+        {"%s %s/o --tp 3", "does not divide 4 heads", 1},
+        {"%s %s/o --pp 3", "does not divide 2 layers", 1},
+        {"%s %s/o --tokenizer /", "vocab.json", 1},
+        {"%s %s/o --to hf --vocab-size 258", "257", 1},
+        {"%s/nothing %s/o", "cannot open", 1},
+        {"%s/config.json %s/o", "neither a zip archive nor", 1},
+        {"%s %s/absent/o", "cannot create", 1},
+        {"%s %s/megatron", "exists already", 1},
+        {"%s %s --force", "lies in", 1},
+    };
+    char folder[PATH_MAX], words[4 * PATH_MAX], what[128], path[PATH_MAX];
+    if (!have_convert()) return;
+    PlainModel m = small_checkpoint(folder);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        const char *rest = wrong[i].words; /* every %s is the folder */
+        *words = 0;
+        for (const char *at; (at = strstr(rest, "%s")); rest = at + 2)
+            strncat(words, rest, (size_t)(at - rest)), strcat(words, folder);
+        strcat(words, rest);
+        int status = run_convert("%s", words);
+        snprintf(what, sizeof what, "convert %s", wrong[i].words);
+        check_true(what, status == wrong[i].status && says(wrong[i].reason) && !count_names(folder, "o") &&
+                             count_names(folder, "megatron") == 1);
+    }
+    check_equal("--force replaces what convert has written", run_convert("%s %s/megatron --force", folder, folder), 0);
+    check_equal("  and nothing stays beside it", (double)count_names(folder, "megatron"), 1);
+    check_true("  with another cut", file_exists(folder, "megatron/release/mp_rank_00") &&
+                                         !file_exists(folder, "megatron/release/mp_rank_01"));
+    run_command("touch %s/megatron/release/mine", folder);
+    check_true("--force keeps what the user has put there",
+               run_convert("%s %s/megatron --force", folder, folder) == 1 && says("mine") &&
+                   file_exists(folder, "megatron/release/mine"));
+    run_command("rm %s/megatron/release/mine", folder);
+
+    check_equal("one rank's folder alone", run_convert("%s/megatron/release/mp_rank_00 %s/back", folder, folder), 0);
+    check_true("  is the model", is_model_like(&m, "F32", join_path(path, folder, "back")));
+    check_equal("its file alone",
+                run_convert("%s/megatron/release/mp_rank_00/model_optim_rng.pt %s/alone", folder, folder), 0);
+    check_true("  is the model", is_model_like(&m, "F32", join_path(path, folder, "alone")));
+    Config c;
+    check_equal("--keep-padding", run_convert("%s/megatron %s/padded --keep-padding", folder, folder), 0);
+    Safetensors s = open_model(&c, join_path(path, folder, "padded"));
+    const StoredTensor *wte = find_stored(&s, "wte.weight");
+    check_true("  keeps 384 rows, the last of which are the last word's",
+               c.V == 384 && !memcmp(wte->data + 256 * 16 * 4, wte->data + 383 * 16 * 4, 64));
+    safetensors_close(&s);
+    check_equal("--vocab-size 200",
+                run_convert("%s/megatron %s/fewer --vocab-size 200 --tokenizer dev/reference/bpe", folder, folder), 0);
+    s = open_model(&c, join_path(path, folder, "fewer"));
+    check_true("  keeps 200", c.V == 200 && find_stored(&s, "wte.weight")->shape[0] == 200);
+    safetensors_close(&s);
+    check_true("  --tokenizer copies two files", file_exists(path, "vocab.json") && file_exists(path, "merges.txt"));
+
+    check_equal("--json", run_convert("%s %s/json --json --to megatron --dtype bf16", folder, folder), 0);
+    Json json = json_parse(convert_output, strlen(convert_output), "--json");
+    check_equal("  parameters", json_number(&json, json.value, "parameters", 0, 1e18, -1),
+                (double)count_parameters(&m.config));
+    json_free(&json);
+    check_equal("inspect --pickle", run_convert("inspect %s/megatron --pickle", folder), 0);
+    check_true("  lists calls", strstr(convert_output, "REDUCE") &&
+                                    strstr(convert_output, "torch._utils._rebuild_tensor_v2 is known: a tensor"));
+    check_equal("megatron_gpt2 loads what convert wrote",
+                run_command("./megatron_gpt2 generate --model %s/back --prompt ab --tokens 3 >/dev/null 2>&1", folder),
+                0);
+    free_plain(&m);
+    remove_checkpoint_folder(folder);
+}
+
+static unsigned char *put_bytes(unsigned char *to, uint64_t x, int n)
+{
+    for (; n-- > 0; x >>= 8) *to++ = (unsigned char)x;
+    return to;
+}
+
+/* A local header, or with `at` the directory's entry that points to one there. */
+static unsigned char *put_zip_header(unsigned char *to, const char *name, size_t size, uint32_t crc, const size_t *at)
+{
+    to = put_bytes(to, at ? 0x02014B50 : 0x04034B50, 4);
+    if (at) to = put_bytes(to, 20, 2);
+    to = put_bytes(put_bytes(put_bytes(to, 20, 2), 0, 8), crc, 4); /* flags, stored, time */
+    to = put_bytes(put_bytes(put_bytes(put_bytes(to, size, 4), size, 4), strlen(name), 2), 0, 2);
+    if (at) to = put_bytes(put_bytes(to, 0, 10), *at, 4);
+    memcpy(to, name, strlen(name));
+    return to + strlen(name);
+}
+
+/* Archives that no writer makes: one member inside another; a directory that is longer than its count. What convert
+ * itself writes has the right checksums in both places. */
+static void test_convert_zip(void)
+{
+    unsigned char zip[512], *inner, *at, *directory;
+    static const char model[] = "release/mp_rank_00/model_optim_rng.pt";
+    char folder[PATH_MAX], path[PATH_MAX];
+    if (!have_convert()) return;
+    PlainModel m = small_checkpoint(folder);
+    for (int what = 0; what < 3; what++) {
+        size_t zero = 0, place = 31, n = 30 + strlen(model);
+        inner = put_zip_header(zip, "a", what == 0 ? n : 0, 0, NULL);
+        directory = put_zip_header(inner, model, 0, 0, NULL);
+        at = put_zip_header(directory, "a", what == 0 ? n : 0, 0, &zero);
+        at = put_zip_header(at, model, 0, 0, &place);
+        size_t length = (size_t)(at - directory);
+        at = put_bytes(put_bytes(put_bytes(at, 0x06054B50, 4), 0, 4), what == 1 ? 1 : 2, 2);
+        at = put_bytes(
+            put_bytes(put_bytes(put_bytes(at, what == 1 ? 1 : 2, 2), length, 4), (uint64_t)(directory - zip), 4), 0, 2);
+        put_file(folder, "odd.zip", zip, (size_t)(at - zip));
+        int status = run_convert("%s/odd.zip %s/o", folder, folder);
+        static const char *const reasons[] = {"overlaps another", "more entries", "neither a zip archive nor"};
+        check_true(reasons[what], status == 1 && says(reasons[what]));
+    }
+    snprintf(path, sizeof path, "%.4000s/megatron/release/mp_rank_01/model_optim_rng.pt", folder);
+    Map map = map_file(path);
+    const unsigned char *local = (const unsigned char *)map.data;
+    uint32_t crc = 0, size = 0;
+    memcpy(&crc, local + 14, 4), memcpy(&size, local + 18, 4);
+    size_t start = 30u + local[26] + local[28] + 256u * local[29];
+    check_true("data begin at a multiple of 64, with their checksum",
+               start % 64 == 0 && start + size < map.size && crc == plain_crc(local + start, size));
+    unmap_file(map);
+    free_plain(&m);
+    remove_checkpoint_folder(folder);
+}
+
+/* A model that is larger than --shard-size becomes several files with an index. */
+static void test_convert_shards(void)
+{
+    char folder[PATH_MAX], path[PATH_MAX];
+    if (!have_convert()) return;
+    PlainModel m = plain_model(make_config(5, 128, 2, 16, 3000));
+    make_checkpoint_folder(folder);
+    put_model(folder, "model.safetensors", &m, "", NULL, NULL, NULL, 0);
+    put_config(folder, &m.config);
+    check_equal("--shard-size 1", run_convert("%s %s/cut --to hf --shard-size 1", folder, folder), 0);
+    check_true("  makes several files", count_names(join_path(path, folder, "cut"), "model-0000") >= 3 &&
+                                            !file_exists(path, "model.safetensors"));
+    check_true("  of one model", is_model_like(&m, "F32", path));
+    check_equal("  that can be joined", run_convert("%s/cut %s/whole --to hf", folder, folder), 0);
+    check_true("  again", is_model_like(&m, "F32", join_path(path, folder, "whole")));
+    free_plain(&m);
+    remove_checkpoint_folder(folder);
+}
+
+/* A forward pass after conversion: Megatron's file of another era and order of Q, K, V gives PyTorch's logits. */
+static void test_convert_logits(void)
+{
+    if (!have_convert()) return;
+    if (access("../shared/fixtures", F_OK)) {
+        skip("no ../shared/fixtures");
+        return;
+    }
+    check_equal("convert",
+                run_convert("../shared/fixtures/megatron/m02_legacy_fp32_v0 %s/m02 --config "
+                            "../shared/fixtures/configs/tiny4_config.json",
+                            SCRATCH),
+                0);
+    Map tokens = map_file("../shared/fixtures/expected/tiny4_tokens.i32");
+    Map logits = map_file("../shared/fixtures/expected/tiny4_logits_fp32model.f32");
+    size_t n = logits.size / 4;
+    char folder[PATH_MAX];
+    real *expected = (real *)xcalloc(n, sizeof *expected), *seen = (real *)xcalloc(n, sizeof *seen);
+    for (size_t i = 0; i < n; i++) expected[i] = (real)((const float *)(const void *)logits.data)[i];
+    Fixture fixture = {join_path(folder, SCRATCH, "m02"), 2, (const int *)(const void *)tokens.data, seen};
+    run_ranks(2, fixture_rank, &fixture);
+    check("logits at tp 2", relative_error(seen, expected, n), 1e-5);
+    free(expected), free(seen);
+    unmap_file(tokens), unmap_file(logits);
+}
+
 /* ---- The table of tests -------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -6280,6 +7014,14 @@ static const Test tests[] = {
     {"seeds",              "--seed draws weights and masks", test_seeds, 1, 0},
     {"resume_options",     "every option off its default", test_resume_options, 1, 0},
     {"eval_output",        "P51 P52: adjusted perplexity, counts", test_eval_output, 1, 0},
+    {"convert_round_trip", "random models, splits, versions, types: bit-equal", test_convert_round_trip, 1, 0},
+    {"convert_fixtures", "every checkpoint of ../shared/fixtures", test_convert_fixtures, 1, 0},
+    {"convert_malformed", "every malformed one is refused in one line", test_convert_malformed, 1, 0},
+    {"convert_damage", "truncated and altered files", test_convert_damage, 1, 0},
+    {"convert_options", "options and refusals of the command line", test_convert_options, 1, 0},
+    {"convert_zip", "what a zip file may not do", test_convert_zip, 1, 0},
+    {"convert_shards", "what shards must agree on", test_convert_shards, 1, 0},
+    {"convert_logits",     "PyTorch's logits after a conversion", test_convert_logits, 1, 0},
     {"paper_data",         "P51 P55, with ../shared/data", test_paper_data, 1, 0},
 };
 /* clang-format on */

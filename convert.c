@@ -1,0 +1,3288 @@
+/* convert.c - GPT-2 checkpoints: Megatron-LM's to Hugging Face's and back, without Python and without trust.
+ *
+ *     gcc -O3 -march=native -fopenmp convert.c -o convert -lz -lm -lpthread
+ *     convert megatron_lm_345m_v0.0.zip gpt2-345m            a Hugging Face folder, for megatron_gpt2 and for anyone
+ *     convert gpt2-345m shards --tp 2 --pp 4                 a Megatron checkpoint, cut for eight GPUs
+ *     convert inspect megatron_lm_345m_v0.0.zip [--pickle]   what is in it, down to the instructions that build it
+ *
+ * A checkpoint is read through four layers, each with its chapter. Whoever knows them can read any .pt file:
+ *
+ *     1 zip       an archive of files, with its table of contents at the end
+ *     2 pickle    a program for a stack machine that builds Python objects
+ *     3 storages  what torch puts beside the pickle: plain numbers, and views of them with strides
+ *     4 shards    a folder for each rank of a training run; 5 eras: what Megatron called its tensors, and when
+ *
+ * Chapter 6 learns the shape of the model, 7 places every tensor in it, 8 is the arithmetic of all conversions: where
+ * element (row, column) lies in each arrangement. 9 and 10 write, 11 inspects, 12 is the command line.
+ *
+ * The input is mapped, not loaded; the output is written tensor by tensor. Nothing of a file is believed before it is
+ * checked, and no size from it is used before it is compared with what is really there. Tensors are those of the one
+ * table in chapter 4 of megatron_gpt2.c, which this file includes: one text serves both programs. */
+
+#define PROGRAM "convert"
+#define main megatron_gpt2_main
+#include "megatron_gpt2.c"
+#undef main
+#include <signal.h>
+#include <sys/wait.h>
+#include <zlib.h>
+
+#ifndef CONVERT_MAIN /* what includes this file in its turn, as the fuzz targets do, has a main() of its own */
+#define CONVERT_MAIN main
+#endif
+
+/* A little-endian number at p. */
+static uint64_t number_at(const char *p, int bytes)
+{
+    uint64_t x = 0;
+    while (bytes-- > 0) x = x << 8 | (unsigned char)p[bytes];
+    return x;
+}
+
+/* A string of its own, which the caller frees. */
+static char *keep_string(const char *s, size_t length)
+{
+    char *copy = (char *)xcalloc(length + 1, 1);
+    memcpy(copy, s, length);
+    return copy;
+}
+
+enum { NAME_SHOWN = 160 };
+
+/* A name from a file, fit to stand in a message of one line. */
+static char *show_name(char shown[NAME_SHOWN], const char *name)
+{
+    size_t n = (size_t)snprintf(shown, NAME_SHOWN, "%s", name);
+    for (char *c = shown; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
+    if (n >= NAME_SHOWN) memcpy(shown + NAME_SHOWN - 3, "..", 2);
+    return shown;
+}
+
+/* ================================================================================================================
+ * Chapter 1. Zip
+ *
+ * An archive is read from its end:
+ *
+ *     | local header, data | local header, data | .. | central directory | zip64 end | locator | end |
+ *             ^------------------^--------------------- entry, entry, ..       ^---------'        |
+ *                                                        ^----------------------------------------'
+ *
+ * The end record says where the directory begins and how many entries it has; an entry has a member's name, method
+ * (0 stored, 8 deflated), checksum, sizes, and where its local header is. The numbers are 32 bits wide; one that does
+ * not fit is all ones, and its 64-bit value stands in the zip64 end record, or for an entry in extra field number 1.
+ *
+ * A local header repeats the entry, but sizes and checksum are 0 there if the writer learnt them too late, as with
+ * torch: only the directory counts. What the local header alone knows is where the data begins, since its extra field
+ * has a length of its own: torch fills it so that data starts at multiples of 64 bytes and can be used in place.
+ * ============================================================================================================= */
+
+typedef struct {
+    char *name;
+    int method;
+    uint32_t crc;            /* 0: unknown; torch can be told not to compute it */
+    size_t packed, size;     /* bytes in the archive, and after inflating */
+    const char *start, *end; /* local header and data, in the map */
+    Map opened;              /* its bytes, once asked for */
+} Member;
+
+typedef struct {
+    const char *path;
+    Map map;
+    const char *scratch; /* folder for what must be inflated */
+    Member *member;      /* sorted by name */
+    size_t members;
+} Zip;
+
+static int is_zip(Map map) { return map.size >= 4 && !memcmp(map.data, "PK\3\4", 4); }
+
+__attribute__((noreturn)) static void bad_zip(const Zip *z, const char *member, const char *what)
+{
+    char shown[NAME_SHOWN];
+    die("%s is a damaged or unsafe zip archive: %s%s%s; fetch it again", z->path, show_name(shown, member),
+        *member ? " " : "", what);
+}
+
+typedef struct {
+    uint64_t count, size, offset; /* entries, bytes, first byte */
+} Directory;
+
+/* Where the central directory lies; it ends before the records that point to it. */
+static Directory find_directory(const Zip *z)
+{
+    const char *data = z->map.data, *end = NULL;
+    for (size_t back = 22; back <= min_size(z->map.size, 22 + 65535) && !end; back++) { /* a comment may follow */
+        const char *at = data + z->map.size - back;
+        if (!memcmp(at, "PK\5\6", 4) && 22 + number_at(at + 20, 2) == back) end = at;
+    }
+    if (!end) bad_zip(z, "", "its end record is missing, so it is cut short or no zip archive");
+    Directory d = {number_at(end + 10, 2), number_at(end + 12, 4), number_at(end + 16, 4)};
+    size_t limit = (size_t)(end - data);
+    if (number_at(end + 4, 4) || number_at(end + 8, 2) != d.count) bad_zip(z, "", "is one of several volumes");
+    if (limit >= 20 && !memcmp(end - 20, "PK\6\7", 4)) {
+        uint64_t at = number_at(end - 12, 8);
+        if (at > limit - 20 || limit - 20 - at < 56 || memcmp(data + at, "PK\6\6", 4))
+            bad_zip(z, "", "its zip64 end record is missing");
+        Directory wide = {number_at(data + at + 32, 8), number_at(data + at + 40, 8), number_at(data + at + 48, 8)};
+        if ((d.count != 0xFFFF && d.count != wide.count) || (d.size != 0xFFFFFFFF && d.size != wide.size) ||
+            (d.offset != 0xFFFFFFFF && d.offset != wide.offset))
+            bad_zip(z, "", "its two end records disagree");
+        d = wide;
+        limit = at;
+    }
+    if (d.offset > limit || d.size > limit - d.offset) bad_zip(z, "", "its directory would lie outside the file");
+    if (d.count > d.size / 46) bad_zip(z, "", "its directory is too small for the entries that it announces");
+    return d;
+}
+
+/* Replaces those of n fields that are all ones by their wide values in the extra field. */
+static void read_wide_fields(uint64_t *field, int n, const char *extra, size_t left)
+{
+    for (size_t length; left >= 4; extra += 4 + length, left -= 4 + length) {
+        length = number_at(extra + 2, 2);
+        if (length > left - 4) return;
+        if (number_at(extra, 2) != 1) continue;
+        for (size_t i = 0, at = 0; i < (size_t)n && at + 8 <= length; i++)
+            if (field[i] == 0xFFFFFFFF) field[i] = number_at(extra + 4 + at, 8), at += 8;
+        return;
+    }
+}
+
+/* We never create a file by a member's name; but an archive with such a one means no good. */
+static int is_unsafe_name(const char *name)
+{
+    if (!*name || *name == '/' || strchr(name, '\\')) return 1;
+    for (const char *c = name; *c; c++)
+        if ((unsigned char)*c < ' ') return 1;
+    for (const char *part = name; part; part = strchr(part, '/')) {
+        part += *part == '/';
+        if (!strncmp(part, "..", 2) && (!part[2] || part[2] == '/')) return 1;
+    }
+    return 0;
+}
+
+/* Reads the directory's entry at `at` and the local header it points to; returns the next entry. */
+static const char *read_member(Member *m, const Zip *z, const char *at, const char *end, size_t directory)
+{
+    enum { ENCRYPTED = 1, UNIX = 3 };
+    if (end - at < 46 || memcmp(at, "PK\1\2", 4)) bad_zip(z, "", "an entry of its directory is missing");
+    size_t name = number_at(at + 28, 2), extra = number_at(at + 30, 2), comment = number_at(at + 32, 2);
+    if ((size_t)(end - at) < 46 + name + extra + comment) bad_zip(z, "", "an entry of its directory is cut short");
+    uint64_t field[3] = {number_at(at + 24, 4), number_at(at + 20, 4), number_at(at + 42, 4)};
+    read_wide_fields(field, 3, at + 46 + name, extra);
+    m->name = keep_string(at + 46, name);
+    m->method = (int)number_at(at + 10, 2);
+    m->crc = (uint32_t)number_at(at + 16, 4);
+    m->size = field[0], m->packed = field[1];
+    if (strlen(m->name) != name || is_unsafe_name(m->name))
+        bad_zip(z, m->name, "is the name of a member, which could lead out of a folder");
+    if (number_at(at + 4, 2) >> 8 == UNIX && S_ISLNK(number_at(at + 40, 2)))
+        bad_zip(z, m->name, "is a symbolic link");
+
+    const char *local = z->map.data + field[2];
+    if (field[2] > directory || directory - field[2] < 30) bad_zip(z, m->name, "would lie outside the file");
+    size_t header = 30 + number_at(local + 26, 2) + number_at(local + 28, 2);
+    if (memcmp(local, "PK\3\4", 4) || number_at(local + 26, 2) != name || directory - field[2] < header ||
+        memcmp(local + 30, m->name, name) || number_at(local + 8, 2) != (uint64_t)m->method)
+        bad_zip(z, m->name, "is not what its entry in the directory points to");
+    if (m->packed > directory - field[2] - header) bad_zip(z, m->name, "is longer than the file");
+    if ((number_at(at + 8, 2) | number_at(local + 6, 2)) & ENCRYPTED) bad_zip(z, m->name, "is encrypted");
+    if (m->method == 0 && m->packed != m->size) bad_zip(z, m->name, "has two sizes");
+    m->start = local;
+    m->end = local + header + m->packed;
+    return at + 46 + name + extra + comment;
+}
+
+static int compare_starts(const void *a, const void *b)
+{
+    const Member *x = (const Member *)a, *y = (const Member *)b;
+    return (x->start > y->start) - (x->start < y->start);
+}
+
+static int compare_members(const void *a, const void *b)
+{
+    return strcmp(((const Member *)a)->name, ((const Member *)b)->name);
+}
+
+static Zip zip_open(const char *path, Map map, const char *scratch)
+{
+    Zip z = {path, map, scratch, NULL, 0};
+    Directory d = find_directory(&z);
+    const char *at = map.data + d.offset, *end = at + d.size;
+    z.member = (Member *)xcalloc(d.count, sizeof *z.member);
+    for (; z.members < d.count; z.members++) at = read_member(&z.member[z.members], &z, at, end, d.offset);
+    if (at != end) bad_zip(&z, "", "its directory has more entries than it announces");
+    qsort(z.member, z.members, sizeof *z.member, compare_starts);
+    for (size_t i = 1; i < z.members; i++)
+        if (z.member[i].start < z.member[i - 1].end) bad_zip(&z, z.member[i].name, "overlaps another member");
+    qsort(z.member, z.members, sizeof *z.member, compare_members);
+    for (size_t i = 1; i < z.members; i++)
+        if (!compare_members(&z.member[i - 1], &z.member[i])) bad_zip(&z, z.member[i].name, "is there twice");
+    return z;
+}
+
+/* The member of this name, or NULL. */
+static Member *zip_find(const Zip *z, const char *name)
+{
+    Member key;
+    key.name = (char *)name;
+    return (Member *)bsearch(&key, z->member, z->members, sizeof key, compare_members);
+}
+
+/* Memory of n bytes that the system may keep in a nameless file: a 345M model inflates to 700 MB. */
+static Map scratch_memory(const char *folder, size_t n)
+{
+    char path[PATH_MAX];
+    Map map = {"", 0};
+    int fd = mkstemp(join_path(path, folder, "convert.XXXXXX"));
+    if (fd < 0) die("cannot create a file in %s: %s", folder, strerror(errno));
+    unlink(path);
+    int error = reserve(fd, n);
+    if (error) die("cannot inflate %zu bytes into a file in %s: %s", n, folder, strerror(error));
+    if (n) map.data = (const char *)mmap(NULL, map.size = n, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (map.data == (const char *)MAP_FAILED) die("cannot map a file in %s: %s", folder, strerror(errno));
+    close(fd);
+    return map;
+}
+
+/* Deflate makes at most 1032 bytes of one, so a size beyond that is a lie that costs nothing to see; what is true may
+ * still be large, and goes where it can be paged out. */
+static Map inflate_member(const Zip *z, const Member *m)
+{
+    enum { STEP = 1 << 30 }; /* zlib counts in 32 bits */
+    const char *data = m->end - m->packed;
+    size_t in = 0, out = 0;
+    int status = Z_OK;
+    char none;
+    z_stream s;
+    if (m->size / 1032 > m->packed) bad_zip(z, m->name, "claims to inflate to more than it can");
+    Map map = scratch_memory(z->scratch, m->size);
+    memset(&s, 0, sizeof s);
+    if (inflateInit2(&s, -MAX_WBITS) != Z_OK) die("out of memory");
+    for (s.next_out = (Bytef *)&none; status == Z_OK; status = inflate(&s, Z_NO_FLUSH)) {
+        if (!s.avail_in && in < m->packed) {
+            s.next_in = (Bytef *)(data + in);
+            in += s.avail_in = (uInt)min_size(STEP, m->packed - in);
+        }
+        if (!s.avail_out && out < m->size) {
+            s.next_out = (Bytef *)(map.data + out);
+            out += s.avail_out = (uInt)min_size(STEP, m->size - out);
+        }
+    }
+    int whole = status == Z_STREAM_END && in == m->packed && !s.avail_in && out == m->size && !s.avail_out;
+    inflateEnd(&s);
+    if (!whole) bad_zip(z, m->name, "does not inflate to as many bytes as its entry says");
+    return map;
+}
+
+/* The bytes of a member, checked against their checksum. */
+static Map zip_read(const Zip *z, Member *m)
+{
+    if (m->opened.data) return m->opened;
+    if (m->method != 0 && m->method != 8) bad_zip(z, m->name, "is compressed by a method other than deflate");
+    Map stored = {m->end - m->packed, m->size};
+    m->opened = m->method ? inflate_member(z, m) : stored;
+    if (m->crc && m->crc != crc32_z(0, (const Bytef *)m->opened.data, m->size))
+        bad_zip(z, m->name, "has a wrong checksum");
+    return m->opened;
+}
+
+static void zip_close(Zip *z)
+{
+    for (size_t i = 0; i < z->members; i++) {
+        if (z->member[i].method && z->member[i].opened.data) unmap_file(z->member[i].opened);
+        free(z->member[i].name);
+    }
+    free(z->member);
+    z->member = NULL, z->members = 0;
+}
+
+/* ================================================================================================================
+ * Chapter 2. Pickle
+ *
+ * A pickle is not data but a program, one byte an instruction, for a machine with a stack and a numbered memo. It
+ * builds an object from the inside out and leaves it on the stack:
+ *
+ *     X 04 00 00 00 'bias'   BINUNICODE   push "bias"
+ *     K 07                   BININT1      push 7
+ *     s                      SETITEM      the dictionary below them gets "bias": 7
+ *
+ * Two instructions make it dangerous. GLOBAL pushes anything that Python can import, by name; REDUCE calls what lies
+ * on the stack. "os\nsystem" and a string are all that an attacker needs, and torch.load would oblige. That is no
+ * accident: a tensor is stored as GLOBAL torch._utils._rebuild_tensor_v2, its arguments, REDUCE.
+ *
+ * This machine imports nothing and calls nothing. It knows a few names and what their calls mean; any other name, and
+ * whatever is built with it, becomes an opaque node, which later instructions may change without effect: checkpoints
+ * hold random states, enumerations, loss scalers, none of which a model needs. Only where a weight or a number is
+ * looked for is an opaque node an error. `convert inspect FILE --pickle` lists the program and says what each
+ * instruction does.
+ *
+ * torch writes 32 different instructions, so no other is accepted. What is left to an attacker is arithmetic and
+ * memory: every length is compared with the bytes that are there, every number of objects is limited, every walk is
+ * bounded in depth and in steps, because a dictionary can hold itself, or itself twice, and so on 30 times.
+ * ============================================================================================================= */
+
+enum { MAX_NODES = 1 << 20, MAX_DEPTH = 40 };
+
+typedef uint32_t Ref; /* number of a node; 0 is the mark, and stands for "none" too */
+
+/* clang-format off */
+typedef enum {
+    N_MARK, N_NONE, N_FLAG, N_INTEGER, N_REAL, N_STRING, N_TUPLE, N_LIST, N_DICT, N_GLOBAL, N_STORAGE, N_TENSOR,
+    N_NAMESPACE, N_OPAQUE
+} NodeType;
+/* clang-format on */
+static const char *const node_name[] = {"mark", "None", "bool", "integer", "float",  "string",    "tuple",
+                                        "list", "dict", "name", "storage", "tensor", "namespace", "opaque"};
+
+typedef struct {
+    NodeType type;
+    uint32_t length;      /* of a string, in bytes; of a container, in items: a dict's keys and values both count */
+    uint32_t first, last; /* cells of a container; of a tensor, first is the tuple that it was made from */
+    union {
+        long long integer; /* also a flag; of a storage its number */
+        double real;
+        const char *string; /* in the pickle, not NUL-terminated; of a name "module\nname" */
+    } is;
+} Node;
+
+typedef struct {
+    Ref value;
+    uint32_t next; /* cell; 0: none */
+} Cell;
+
+typedef struct {
+    uint32_t index;
+    Ref value; /* 0: free */
+} Memo;
+
+/* What a persistent id stands for: numbers beside the pickle. */
+typedef struct {
+    const char *key; /* not NUL-terminated */
+    size_t key_length;
+    Dtype dtype;
+    size_t n;            /* elements */
+    size_t view, view_n; /* the part of them that is meant, in very old files */
+    const char *data;    /* NULL: not found yet */
+} TorchStorage;
+
+typedef struct {
+    const char *path;
+    Map map;
+    size_t start, at; /* of the program, and of the next instruction */
+    Node *node;
+    Cell *cell;
+    Ref *stack;
+    Memo *memo;    /* a hash table with linear probing; its size is a power of two .. */
+    uint64_t salt; /* .. and nobody can know where an index goes, or choose those that collide */
+    TorchStorage *storage;
+    size_t nodes, cells, depth, memos, storages;
+    size_t node_room, cell_room, stack_room, memo_room, storage_room;
+    FILE *listing; /* NULL: none */
+} Pickle;
+
+__attribute__((noreturn, format(printf, 2, 3))) static void bad_pickle(const Pickle *p, const char *format, ...)
+{
+    char what[256];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(what, sizeof what, format, args);
+    va_end(args);
+    die("%s: its pickle is malformed at byte %zu: %s", p->path, p->at, what);
+}
+
+/* ---- Instructions ---------------------------------------------------------------------------------------------- */
+
+/* clang-format off */
+typedef enum {
+    NO_ARGUMENT, UNSIGNED_1, UNSIGNED_2, UNSIGNED_4, SIGNED_4, LONG, BIG_ENDIAN_REAL, BYTES_4, LINES
+} Argument;
+
+enum {
+    PROTO = 0x80, STOP = '.', MARK = '(', NONE = 'N', NEWTRUE = 0x88, NEWFALSE = 0x89, BININT = 'J', BININT1 = 'K',
+    BININT2 = 'M', LONG1 = 0x8A, BINFLOAT = 'G', BINUNICODE = 'X', EMPTY_DICT = '}', EMPTY_LIST = ']',
+    EMPTY_TUPLE = ')', TUPLE = 't', TUPLE1 = 0x85, TUPLE2 = 0x86, TUPLE3 = 0x87, APPEND = 'a', APPENDS = 'e',
+    SETITEM = 's', SETITEMS = 'u', BINPUT = 'q', LONG_BINPUT = 'r', BINGET = 'h', LONG_BINGET = 'j', GLOBAL = 'c',
+    REDUCE = 'R', NEWOBJ = 0x81, BUILD = 'b', BINPERSID = 'Q'
+};
+
+typedef struct {
+    int code;
+    const char *name;
+    Argument argument;
+    const char *effect;
+} Opcode;
+
+static const Opcode opcodes[] = {
+    {PROTO, "PROTO", UNSIGNED_1, "the program is written in this protocol"},
+    {STOP, "STOP", NO_ARGUMENT, "the program ends; its result is on the stack"},
+    {MARK, "MARK", NO_ARGUMENT, "push a mark: the items above it will belong together"},
+    {NONE, "NONE", NO_ARGUMENT, "push None"},
+    {NEWTRUE, "NEWTRUE", NO_ARGUMENT, "push True"},
+    {NEWFALSE, "NEWFALSE", NO_ARGUMENT, "push False"},
+    {BININT, "BININT", SIGNED_4, "push an integer"},
+    {BININT1, "BININT1", UNSIGNED_1, "push an integer"},
+    {BININT2, "BININT2", UNSIGNED_2, "push an integer"},
+    {LONG1, "LONG1", LONG, "push an integer of up to 255 bytes"},
+    {BINFLOAT, "BINFLOAT", BIG_ENDIAN_REAL, "push a float"},
+    {BINUNICODE, "BINUNICODE", BYTES_4, "push a string"},
+    {EMPTY_DICT, "EMPTY_DICT", NO_ARGUMENT, "push an empty dict"},
+    {EMPTY_LIST, "EMPTY_LIST", NO_ARGUMENT, "push an empty list"},
+    {EMPTY_TUPLE, "EMPTY_TUPLE", NO_ARGUMENT, "push an empty tuple"},
+    {TUPLE, "TUPLE", NO_ARGUMENT, "pop the items above the mark, push a tuple of them"},
+    {TUPLE1, "TUPLE1", NO_ARGUMENT, "pop an item, push a tuple of it"},
+    {TUPLE2, "TUPLE2", NO_ARGUMENT, "pop two items, push a tuple of them"},
+    {TUPLE3, "TUPLE3", NO_ARGUMENT, "pop three items, push a tuple of them"},
+    {APPEND, "APPEND", NO_ARGUMENT, "pop an item, append it to the list below"},
+    {APPENDS, "APPENDS", NO_ARGUMENT, "pop the items above the mark, append them to the list below"},
+    {SETITEM, "SETITEM", NO_ARGUMENT, "pop key and value, put them into the dict below"},
+    {SETITEMS, "SETITEMS", NO_ARGUMENT, "pop keys and values above the mark, put them into the dict below"},
+    {BINPUT, "BINPUT", UNSIGNED_1, "remember the top of the stack under this number"},
+    {LONG_BINPUT, "LONG_BINPUT", UNSIGNED_4, "remember the top of the stack under this number"},
+    {BINGET, "BINGET", UNSIGNED_1, "push what is remembered under this number"},
+    {LONG_BINGET, "LONG_BINGET", UNSIGNED_4, "push what is remembered under this number"},
+    {GLOBAL, "GLOBAL", LINES, "push what Python imports by this name; here, the name"},
+    {REDUCE, "REDUCE", NO_ARGUMENT, "pop arguments and a callable, push what the call returns"},
+    {NEWOBJ, "NEWOBJ", NO_ARGUMENT, "pop arguments and a class, push a new object of it"},
+    {BUILD, "BUILD", NO_ARGUMENT, "pop a state, give it to the object below"},
+    {BINPERSID, "BINPERSID", NO_ARGUMENT, "pop an id, push what the file has under it outside of the pickle"},
+};
+enum { N_OPCODES = sizeof opcodes / sizeof *opcodes };
+
+/* The others, so that a refusal can name them: of older and newer protocols, or never written by torch. */
+static const struct {
+    int code;
+    const char *name;
+} refused_opcodes[] = {
+    {'0', "POP"}, {'1', "POP_MARK"}, {'2', "DUP"}, {'F', "FLOAT"}, {'I', "INT"}, {'L', "LONG"}, {'P', "PERSID"},
+    {'S', "STRING"}, {'T', "BINSTRING"}, {'U', "SHORT_BINSTRING"}, {'V', "UNICODE"}, {'d', "DICT"}, {'g', "GET"},
+    {'i', "INST"}, {'l', "LIST"}, {'o', "OBJ"}, {'p', "PUT"}, {0x82, "EXT1"}, {0x83, "EXT2"}, {0x84, "EXT4"},
+    {0x8B, "LONG4"}, {'B', "BINBYTES"}, {'C', "SHORT_BINBYTES"}, {0x8C, "SHORT_BINUNICODE"}, {0x8D, "BINUNICODE8"},
+    {0x8E, "BINBYTES8"}, {0x8F, "EMPTY_SET"}, {0x90, "ADDITEMS"}, {0x91, "FROZENSET"}, {0x92, "NEWOBJ_EX"},
+    {0x93, "STACK_GLOBAL"}, {0x94, "MEMOIZE"}, {0x95, "FRAME"}, {0x96, "BYTEARRAY8"}, {0x97, "NEXT_BUFFER"},
+    {0x98, "READONLY_BUFFER"},
+};
+/* clang-format on */
+
+typedef struct {
+    const Opcode *op;
+    long long integer;
+    double real;
+    const char *bytes; /* of a string, a name or a long integer */
+    size_t length;
+} Instruction;
+
+static const Opcode *find_opcode(const Pickle *p, int code)
+{
+    const char *name = "unknown";
+    for (size_t i = 0; i < N_OPCODES; i++)
+        if (opcodes[i].code == code) return &opcodes[i];
+    for (size_t i = 0; i < sizeof refused_opcodes / sizeof *refused_opcodes; i++)
+        if (refused_opcodes[i].code == code) name = refused_opcodes[i].name;
+    bad_pickle(p, "instruction 0x%02x (%s) is none that torch.save writes in protocol 2", (unsigned)code, name);
+}
+
+/* The next n bytes. */
+static const char *take(Pickle *p, size_t n)
+{
+    if (n > p->map.size - p->at) bad_pickle(p, "%zu more bytes are announced, %zu are left", n, p->map.size - p->at);
+    p->at += n;
+    return p->map.data + p->at - n;
+}
+
+/* A line of visible characters. */
+static size_t take_line(Pickle *p)
+{
+    const char *start = p->map.data + p->at, *end = (const char *)memchr(start, '\n', p->map.size - p->at);
+    size_t n = end ? (size_t)(end - start) : 0;
+    for (size_t i = 0; i < n; i++)
+        if (start[i] <= ' ' || start[i] > '~') n = 0;
+    if (!n || n > 255) bad_pickle(p, "a name was expected");
+    p->at += n + 1;
+    return n;
+}
+
+static Instruction next_instruction(Pickle *p)
+{
+    static const int widths[] = {0, 1, 2, 4, 4, 1, 8, 4, 0};
+    Instruction in = {find_opcode(p, (unsigned char)*take(p, 1)), 0, 0, NULL, 0};
+    const char *bytes = take(p, (size_t)widths[in.op->argument]);
+    in.integer = (long long)number_at(bytes, widths[in.op->argument]);
+    switch (in.op->argument) {
+    case SIGNED_4: in.integer = (int32_t)(uint32_t)in.integer; break;
+    case BIG_ENDIAN_REAL: {
+        uint64_t bits = __builtin_bswap64((uint64_t)in.integer);
+        memcpy(&in.real, &bits, 8);
+        break;
+    }
+    case LONG:
+    case BYTES_4:
+        in.length = (size_t)in.integer;
+        in.bytes = take(p, in.length);
+        break;
+    case LINES:
+        in.bytes = p->map.data + p->at;
+        in.length = take_line(p);
+        in.length += 1 + take_line(p);
+        break;
+    default: break;
+    }
+    return in;
+}
+
+/* Prints a string or name from a file, at most `most` bytes of it, on one line. */
+static void print_bytes(FILE *f, const char *s, size_t length, size_t most)
+{
+    for (size_t i = 0; i < min_size(length, most); i++)
+        fputc(s[i] == '\n' ? '.' : s[i] < ' ' || s[i] > '~' ? '?' : s[i], f);
+    if (length > most) fputs("..", f);
+}
+
+static void list_instruction(const Pickle *p, size_t at, const Instruction *in)
+{
+    FILE *f = p->listing;
+    fprintf(f, "%9zu  %-11s ", at, in->op->name);
+    if (in->op->argument == BYTES_4) fputc('"', f), print_bytes(f, in->bytes, in->length, 60), fputc('"', f);
+    else if (in->op->argument == LINES) print_bytes(f, in->bytes, in->length, 120);
+    else if (in->op->argument == BIG_ENDIAN_REAL) fprintf(f, "%.12g", in->real);
+    else if (in->op->argument == LONG) fprintf(f, "(%zu bytes)", in->length);
+    else if (in->op->argument != NO_ARGUMENT) fprintf(f, "%lld", in->integer);
+    fprintf(f, "%s%s", in->op->argument == NO_ARGUMENT ? "" : "   ", in->op->effect);
+}
+
+/* ---- Objects --------------------------------------------------------------------------------------------------- */
+
+static Ref new_node(Pickle *p, NodeType type)
+{
+    if (p->nodes >= MAX_NODES || p->storages >= MAX_NODES) bad_pickle(p, "it builds more than %d objects", MAX_NODES);
+    p->node = (Node *)grow(p->node, p->nodes, &p->node_room, sizeof *p->node);
+    memset(&p->node[p->nodes], 0, sizeof *p->node);
+    p->node[p->nodes].type = type;
+    return (Ref)p->nodes++;
+}
+
+static void push(Pickle *p, Ref ref)
+{
+    if (p->depth >= MAX_NODES) bad_pickle(p, "its stack is higher than %d", MAX_NODES);
+    p->stack = (Ref *)grow(p->stack, p->depth, &p->stack_room, sizeof *p->stack);
+    p->stack[p->depth++] = ref;
+}
+
+/* What lies `below` under the top; never a mark. */
+static Ref peek(const Pickle *p, size_t below)
+{
+    if (p->depth <= below || !p->stack[p->depth - 1 - below])
+        bad_pickle(p, "its stack is empty where an item was expected");
+    return p->stack[p->depth - 1 - below];
+}
+
+static Ref pop(Pickle *p)
+{
+    Ref top = peek(p, 0);
+    p->depth--;
+    return top;
+}
+
+/* Items above the topmost mark. */
+static size_t count_marked(const Pickle *p)
+{
+    size_t n = 0;
+    while (n < p->depth && p->stack[p->depth - 1 - n]) n++;
+    if (n == p->depth) bad_pickle(p, "there is no mark on its stack");
+    return n;
+}
+
+static void append(Pickle *p, Ref container, Ref value)
+{
+    Cell cell = {value, 0};
+    if (!p->cells) p->cells = 1; /* 0 is none */
+    if (p->cells >= MAX_NODES) bad_pickle(p, "its containers have more than %d items", MAX_NODES);
+    p->cell = (Cell *)grow(p->cell, p->cells, &p->cell_room, sizeof *p->cell);
+    p->cell[p->cells] = cell;
+    Node *c = &p->node[container];
+    if (c->length++) p->cell[c->last].next = (uint32_t)p->cells;
+    else c->first = (uint32_t)p->cells;
+    c->last = (uint32_t)p->cells++;
+}
+
+/* Moves the top n items into a container. A value that is opaque swallows them; only a dict has keys. */
+static void move_items(Pickle *p, Ref container, NodeType wanted, size_t n)
+{
+    NodeType type = p->node[container].type;
+    if (type != N_OPAQUE && type != wanted)
+        bad_pickle(p, "a %s was expected, not a %s", node_name[wanted], node_name[type]);
+    if (wanted == N_DICT && n % 2) bad_pickle(p, "a dict gets a key without a value");
+    for (size_t i = 0; i < n; i++) {
+        Ref item = peek(p, n - 1 - i);
+        NodeType key = p->node[item].type;
+        if (wanted == N_DICT && i % 2 == 0 && (key == N_LIST || key == N_DICT))
+            bad_pickle(p, "a %s cannot be a key", node_name[key]);
+        if (type == wanted) append(p, container, item);
+    }
+    p->depth -= n;
+}
+
+/* A tuple of the top n items takes their place. */
+static void push_tuple(Pickle *p, size_t n)
+{
+    Ref tuple = new_node(p, N_TUPLE);
+    move_items(p, tuple, N_TUPLE, n);
+    push(p, tuple);
+}
+
+/* Item i of a container, 0 if it has fewer. */
+static Ref item_at(const Pickle *p, Ref container, size_t i)
+{
+    const Node *c = &p->node[container];
+    if (i >= c->length || c->type < N_TUPLE || c->type > N_DICT) return 0;
+    uint32_t cell = c->first;
+    while (i--) cell = p->cell[cell].next;
+    return p->cell[cell].value;
+}
+
+static int is_string(const Pickle *p, Ref ref, NodeType type, const char *s)
+{
+    const Node *n = &p->node[ref];
+    return n->type == type && n->length == strlen(s) && !memcmp(n->is.string, s, n->length);
+}
+
+/* A string, fit to stand in a message of one line. */
+static char *show(char shown[NAME_SHOWN], const Node *string)
+{
+    char *copy = keep_string(string->is.string, string->length);
+    show_name(shown, copy);
+    free(copy);
+    return shown;
+}
+
+/* The value under a key of a dict or namespace, or 0. */
+static Ref dict_get(const Pickle *p, Ref dict, const char *key)
+{
+    const Node *d = &p->node[dict];
+    if (d->type != N_DICT && d->type != N_NAMESPACE) return 0;
+    for (uint32_t cell = d->first; cell;) {
+        uint32_t value = p->cell[cell].next;
+        if (is_string(p, p->cell[cell].value, N_STRING, key)) return p->cell[value].value;
+        cell = p->cell[value].next;
+    }
+    return 0;
+}
+
+static Memo *memo_slot(const Pickle *p, uint32_t index)
+{
+    size_t at = (size_t)(index * p->salt >> 32) & (p->memo_room - 1);
+    while (p->memo[at].value && p->memo[at].index != index) at = (at + 1) & (p->memo_room - 1);
+    return &p->memo[at];
+}
+
+/* Indexes go up to 2^32 - 1: hence a hash table, not an array. */
+static void memo_put(Pickle *p, uint32_t index, Ref value)
+{
+    if (2 * p->memos >= p->memo_room) {
+        Memo *old = p->memo;
+        size_t room = p->memo_room;
+        if (p->memos >= MAX_NODES) bad_pickle(p, "it remembers more than %d objects", MAX_NODES);
+        p->memo_room = max_size(64, 2 * room);
+        if (!room) p->salt = ((uint64_t)(now() * 1e9) ^ (uintptr_t)p) * 0x9E3779B97F4A7C15 | 1;
+        p->memo = (Memo *)xcalloc(p->memo_room, sizeof *p->memo);
+        for (size_t i = 0; i < room; i++)
+            if (old[i].value) *memo_slot(p, old[i].index) = old[i];
+        free(old);
+    }
+    Memo entry = {index, value}, *slot = memo_slot(p, index);
+    p->memos += !slot->value;
+    *slot = entry;
+}
+
+static Ref memo_get(const Pickle *p, uint32_t index)
+{
+    Ref value = p->memo_room ? memo_slot(p, index)->value : 0;
+    if (!value) bad_pickle(p, "nothing is remembered under number %u", (unsigned)index);
+    return value;
+}
+
+/* ---- Storages and tensors, as far as the pickle describes them ------------------------------------------------- */
+
+/* A tensor in a file. Element (i, j, ..) is element i * stride[0] + j * stride[1] + .. of t.data: a transposed matrix
+ * has the strides of its original exchanged, a slice of a larger one its strides, and neither has been copied. */
+typedef struct {
+    StoredTensor t;
+    size_t stride[MAX_DIMS]; /* elements */
+    size_t storage, offset;  /* number of the storage; element of it that comes first */
+    const Spec *spec;        /* which tensor of a GPT-2 it is, by its name (chapter 5); NULL: none */
+    size_t layer;
+    int era;
+} View;
+
+/* torch's name for a storage of each type. */
+static const char *const storage_name[N_DTYPES] = {"Double", "Float", "Half", "BFloat16", "Long",
+                                                   "Int",    "Short", "Char", "Byte",     "Bool"};
+
+/* A whole number from 0 up. */
+static size_t size_of_node(const Pickle *p, Ref ref, const char *what)
+{
+    const Node *n = &p->node[ref];
+    if (!ref || n->type != N_INTEGER || n->is.integer < 0) bad_pickle(p, "%s is no whole number from 0 up", what);
+    return (size_t)n->is.integer;
+}
+
+static Dtype storage_dtype(const Pickle *p, Ref name)
+{
+    char wanted[64];
+    for (int i = 0; i < N_DTYPES; i++) {
+        snprintf(wanted, sizeof wanted, "torch\n%sStorage", storage_name[i]);
+        if (is_string(p, name, N_GLOBAL, wanted)) return (Dtype)i;
+    }
+    bad_pickle(p, "a storage is of an unknown type");
+}
+
+/* ('storage', torch.HalfStorage, key, 'cuda:0', elements[, view]): where it was does not matter any more. */
+static Ref new_storage(Pickle *p, Ref id)
+{
+    TorchStorage s;
+    Ref key = item_at(p, id, 2), view = item_at(p, id, 5);
+    size_t bytes, n = p->node[id].length;
+    memset(&s, 0, sizeof s);
+    if (p->node[id].type != N_TUPLE || n < 5 || n > 6 || !is_string(p, item_at(p, id, 0), N_STRING, "storage") ||
+        p->node[key].type != N_STRING || p->node[item_at(p, id, 3)].type != N_STRING)
+        bad_pickle(p, "a persistent id is not ('storage', type, key, location, elements)");
+    s.key = p->node[key].is.string;
+    s.key_length = p->node[key].length;
+    s.dtype = storage_dtype(p, item_at(p, id, 1));
+    s.n = s.view_n = size_of_node(p, item_at(p, id, 4), "the size of a storage");
+    if (__builtin_mul_overflow(s.n, dtype_size[s.dtype], &bytes)) bad_pickle(p, "a storage has more than 2^64 bytes");
+    if (n == 6 && p->node[view].type != N_NONE) { /* (key, offset, elements) */
+        s.view = size_of_node(p, item_at(p, view, 1), "the offset of a storage's view");
+        s.view_n = size_of_node(p, item_at(p, view, 2), "the size of a storage's view");
+        if (s.view > s.n || s.view_n > s.n - s.view) bad_pickle(p, "the view of a storage reaches beyond it");
+    }
+    Ref ref = new_node(p, N_STORAGE);
+    p->node[ref].is.integer = (long long)p->storages;
+    p->storage = (TorchStorage *)grow(p->storage, p->storages, &p->storage_room, sizeof s);
+    p->storage[p->storages++] = s;
+    return ref;
+}
+
+/* The view that _rebuild_tensor_v2(storage, offset, size, stride, ..) makes, without its data; dies unless all of it
+ * lies in the storage. */
+static View describe_tensor(const Pickle *p, Ref args)
+{
+    View v;
+    Ref storage = item_at(p, args, 0), size = item_at(p, args, 2), stride = item_at(p, args, 3);
+    memset(&v, 0, sizeof v);
+    if (p->node[storage].type != N_STORAGE || p->node[size].type != N_TUPLE || p->node[stride].type != N_TUPLE)
+        bad_pickle(p, "a tensor is not made of storage, offset, size and stride");
+    v.storage = (size_t)p->node[storage].is.integer;
+    const TorchStorage *s = &p->storage[v.storage];
+    v.offset = size_of_node(p, item_at(p, args, 1), "the offset of a tensor");
+    v.t.path = p->path;
+    v.t.dtype = s->dtype;
+    v.t.dims = p->node[size].length;
+    if (v.t.dims > MAX_DIMS)
+        bad_pickle(p, "a tensor has %zu dimensions: %d at most are possible", v.t.dims, MAX_DIMS);
+    if (v.t.dims != p->node[stride].length)
+        bad_pickle(p, "a tensor has %zu sizes but %u strides", v.t.dims, p->node[stride].length);
+    size_t last = v.offset, step;
+    int wrong = 0;
+    v.t.n = 1;
+    for (size_t i = 0; i < v.t.dims; i++) {
+        v.t.shape[i] = size_of_node(p, item_at(p, size, i), "the size of a tensor");
+        v.stride[i] = size_of_node(p, item_at(p, stride, i), "the stride of a tensor");
+        wrong |= __builtin_mul_overflow(v.t.n, v.t.shape[i], &v.t.n);
+        if (!v.t.shape[i]) continue;
+        wrong |=
+            __builtin_mul_overflow(v.t.shape[i] - 1, v.stride[i], &step) || __builtin_add_overflow(last, step, &last);
+    }
+    if (wrong || v.t.n > s->view_n || (v.t.n && last >= s->view_n))
+        bad_pickle(p, "a tensor reaches beyond the %zu elements of its storage, or overlaps itself", s->view_n);
+    v.offset += s->view;
+    v.t.bytes = v.t.n * dtype_size[v.t.dtype];
+    return v;
+}
+
+/* ---- The machine ----------------------------------------------------------------------------------------------- */
+
+/* What a call returns. */
+static Ref call(Pickle *p, Ref callable, Ref args)
+{
+    static const char *const rebuilds[] = {"torch._utils\n_rebuild_tensor_v2", "torch._utils\n_rebuild_tensor"};
+    static const char *const wraps[] = {"torch._utils\n_rebuild_parameter",
+                                        "torch._utils\n_rebuild_parameter_with_state"};
+    if (p->node[callable].type != N_GLOBAL && p->node[callable].type != N_OPAQUE)
+        bad_pickle(p, "a %s is called", node_name[p->node[callable].type]);
+    if (p->node[args].type != N_TUPLE) bad_pickle(p, "a call has no tuple of arguments");
+    for (int i = 0; i < 2; i++) {
+        if (is_string(p, callable, N_GLOBAL, rebuilds[i])) {
+            describe_tensor(p, args);
+            Ref tensor = new_node(p, N_TENSOR);
+            p->node[tensor].first = args;
+            return tensor;
+        }
+        if (is_string(p, callable, N_GLOBAL, wraps[i]) && p->node[item_at(p, args, 0)].type == N_TENSOR)
+            return item_at(p, args, 0);
+    }
+    int empty = !p->node[args].length;
+    if (empty && is_string(p, callable, N_GLOBAL, "collections\nOrderedDict")) return new_node(p, N_DICT);
+    if (empty && is_string(p, callable, N_GLOBAL, "types\nSimpleNamespace")) return new_node(p, N_NAMESPACE);
+    if (empty && is_string(p, callable, N_GLOBAL, "argparse\nNamespace")) return new_node(p, N_NAMESPACE);
+    return new_node(p, N_OPAQUE);
+}
+
+/* A namespace is its __dict__; what else is told to a dict (its _metadata) or an opaque value is not needed. */
+static void build(Pickle *p, Ref state, Ref object)
+{
+    Node *o = &p->node[object];
+    if (o->type == N_NAMESPACE && !o->length && p->node[state].type == N_DICT) {
+        o->first = p->node[state].first;
+        o->last = p->node[state].last;
+        o->length = p->node[state].length;
+    } else if (o->type != N_OPAQUE && o->type != N_DICT && o->type != N_TENSOR)
+        bad_pickle(p, "a %s gets a %s as its state", node_name[o->type], node_name[p->node[state].type]);
+}
+
+static void push_literal(Pickle *p, const Instruction *in)
+{
+    Node n;
+    memset(&n, 0, sizeof n);
+    n.is.integer = in->integer;
+    switch (in->op->code) {
+    case NONE: n.type = N_NONE; break;
+    case NEWTRUE: n.type = N_FLAG, n.is.integer = 1; break;
+    case NEWFALSE: n.type = N_FLAG; break;
+    case EMPTY_DICT: n.type = N_DICT; break;
+    case EMPTY_LIST: n.type = N_LIST; break;
+    case EMPTY_TUPLE: n.type = N_TUPLE; break;
+    case BINFLOAT: n.type = N_REAL, n.is.real = in->real; break;
+    case GLOBAL: n.type = N_GLOBAL, n.is.string = in->bytes, n.length = (uint32_t)in->length; break;
+    case LONG1: /* more than 64 bits: no number that we could need */
+        n.type = in->length > 8 ? N_OPAQUE : N_INTEGER;
+        if (n.type == N_INTEGER) n.is.integer = (long long)number_at(in->bytes, (int)in->length);
+        if (in->length && in->length < 8 && in->bytes[in->length - 1] & 0x80) n.is.integer -= 1LL << 8 * in->length;
+        break;
+    case BINUNICODE:
+        n.type = N_STRING, n.is.string = in->bytes, n.length = (uint32_t)in->length;
+        for (size_t i = 0, step; i < in->length; i += step)
+            if (!(step = utf8_length(in->bytes + i, in->length - i))) bad_pickle(p, "a string is not UTF-8");
+        break;
+    default: n.type = N_INTEGER; /* BININT, BININT1, BININT2 */
+    }
+    Ref ref = new_node(p, n.type);
+    p->node[ref] = n;
+    push(p, ref);
+}
+
+static void list_call(const Pickle *p, Ref callable, Ref result)
+{
+    if (!p->listing) return;
+    fputs(": ", p->listing);
+    print_bytes(p->listing, p->node[callable].is.string,
+                p->node[callable].type == N_GLOBAL ? p->node[callable].length : 0, 120);
+    fprintf(p->listing, p->node[result].type == N_OPAQUE ? " is not called" : " is known: a %s",
+            node_name[p->node[result].type]);
+}
+
+static void execute(Pickle *p, const Instruction *in)
+{
+    Ref top, callable, result;
+    size_t n;
+    switch (in->op->code) {
+    case PROTO:
+        if (in->integer != 2) bad_pickle(p, "it is written in protocol %lld, not in torch.save's 2", in->integer);
+        break;
+    case STOP: break;
+    case MARK: push(p, 0); break;
+    case TUPLE:
+        n = count_marked(p);
+        push_tuple(p, n);
+        top = pop(p), p->depth--, push(p, top); /* the mark under the tuple goes */
+        break;
+    case TUPLE1: push_tuple(p, 1); break;
+    case TUPLE2: push_tuple(p, 2); break;
+    case TUPLE3: push_tuple(p, 3); break;
+    case APPEND: move_items(p, peek(p, 1), N_LIST, 1); break;
+    case SETITEM: move_items(p, peek(p, 2), N_DICT, 2); break;
+    case APPENDS:
+    case SETITEMS:
+        n = count_marked(p);
+        move_items(p, peek(p, n + 1), in->op->code == APPENDS ? N_LIST : N_DICT, n);
+        p->depth--; /* the mark */
+        break;
+    case BINPUT:
+    case LONG_BINPUT: memo_put(p, (uint32_t)in->integer, peek(p, 0)); break;
+    case BINGET:
+    case LONG_BINGET: push(p, memo_get(p, (uint32_t)in->integer)); break;
+    case REDUCE:
+    case NEWOBJ:
+        top = pop(p), callable = pop(p), result = call(p, callable, top);
+        list_call(p, callable, result);
+        push(p, result);
+        break;
+    case BUILD:
+        top = pop(p);
+        build(p, top, peek(p, 0));
+        break;
+    case BINPERSID: top = pop(p), push(p, new_storage(p, top)); break;
+    default: push_literal(p, in);
+    }
+}
+
+static int compare_keys(const void *a, const void *b)
+{
+    const Node *x = *(const Node *const *)a, *y = *(const Node *const *)b;
+    int order = memcmp(x->is.string, y->is.string, min_size(x->length, y->length));
+    return order ? order : (x->length > y->length) - (x->length < y->length);
+}
+
+/* In Python the second value would silently win. */
+static void refuse_duplicate_keys(const Pickle *p, Ref dict)
+{
+    size_t n = 0;
+    char shown[NAME_SHOWN];
+    const Node **key = (const Node **)xcalloc(p->node[dict].length, sizeof *key);
+    for (uint32_t cell = p->node[dict].first; cell; cell = p->cell[p->cell[cell].next].next)
+        if (p->node[p->cell[cell].value].type == N_STRING) key[n++] = &p->node[p->cell[cell].value];
+    qsort(key, n, sizeof *key, compare_keys);
+    for (size_t i = 1; i < n; i++)
+        if (!compare_keys(&key[i - 1], &key[i])) bad_pickle(p, "a dict has the key %s twice", show(shown, key[i]));
+    free(key);
+}
+
+/* Runs the program at p->at, which builds `what`; returns its result. The objects of earlier programs stay. */
+static Ref run_pickle(Pickle *p, const char *what)
+{
+    Instruction in;
+    size_t first = p->nodes;
+    if (p->listing) fprintf(p->listing, "%s: a pickle that builds %s\n", p->path, what);
+    p->start = p->at;
+    p->depth = p->memos = 0;
+    if (p->memo) memset(p->memo, 0, p->memo_room * sizeof *p->memo);
+    if (!p->nodes) new_node(p, N_MARK);
+    do {
+        size_t at = p->at;
+        in = next_instruction(p);
+        if ((in.op->code == PROTO) != (at == p->start)) bad_pickle(p, "PROTO belongs at the start, and only there");
+        if (p->listing) list_instruction(p, at, &in);
+        execute(p, &in);
+        if (p->listing) fputc('\n', p->listing);
+    } while (in.op->code != STOP);
+    Ref result = pop(p);
+    if (p->depth) bad_pickle(p, "%zu items are left on its stack", p->depth);
+    for (size_t i = first; i < p->nodes; i++)
+        if (p->node[i].type == N_DICT) refuse_duplicate_keys(p, (Ref)i);
+    return result;
+}
+
+static void pickle_free(Pickle *p)
+{
+    free(p->node), free(p->cell), free(p->stack), free(p->memo), free(p->storage);
+    memset(p, 0, sizeof *p);
+}
+
+/* ================================================================================================================
+ * Chapter 3. torch.save: a pickle and storages
+ *
+ * The numbers are not in the pickle. They lie beside it as storages, plain little-endian arrays, each under a key.
+ * The pickle holds an id for each, and tensors are views of them, with offset, size and strides in elements:
+ *
+ *     storage '7'  a b c d e f g h i j k l
+ *     a matrix             size (3, 4)  stride (4, 1)  offset 0     a b c d / e f g h / i j k l
+ *     its transpose        size (4, 3)  stride (1, 4)  offset 0     a e i / b f j / c g k / d h l
+ *     its right half       size (3, 2)  stride (4, 1)  offset 2     c d / g h / k l
+ *
+ * One storage may serve several tensors, and be larger than they: the reader must follow the strides. There are two
+ * containers. Until torch 1.5 a file was five pickles and the storages, back to back:
+ *
+ *     | a magic number | 1001 | {little_endian: ..} | the object | [keys] | count, numbers | count, numbers | ..
+ *
+ * Since torch 1.6 it is a zip archive NAME/data.pkl, NAME/data/0, NAME/data/1, .., NAME/version; newer versions add
+ * NAME/byteorder and more.
+ * ============================================================================================================= */
+
+enum { MAX_TENSORS = 1 << 16, MAX_NAME = 1024 };
+
+/* A file of tensors. */
+typedef struct {
+    const char *path;
+    Zip zip;        /* of a zip container */
+    char name[256]; /* its NAME */
+    Pickle pickle;
+    Ref root;   /* the object */
+    View *view; /* the tensors of the model, in the pickle's order, with full names */
+    size_t views, view_room;
+    const char *era; /* what its names tell */
+    int hugging_face;
+} Shard;
+
+/* protocol 2, a long integer of 10 bytes, the magic number, stop: the first pickle of a legacy file */
+static const char legacy_start[] = "\x80\x02\x8A\x0A\x6C\xFC\x9C\x46\xF9\x20\x6A\xA8\x50\x19.";
+enum { LEGACY_START = sizeof legacy_start - 1 };
+
+static int is_legacy(Map map) { return map.size >= LEGACY_START && !memcmp(map.data, legacy_start, LEGACY_START); }
+
+static int compare_storages(const void *a, const void *b)
+{
+    const TorchStorage *x = *(const TorchStorage *const *)a, *y = *(const TorchStorage *const *)b;
+    int order = memcmp(x->key, y->key, min_size(x->key_length, y->key_length));
+    return order ? order : (x->key_length > y->key_length) - (x->key_length < y->key_length);
+}
+
+/* A storage is named once for each tensor. Lists them by key, and checks that equal keys mean the same. */
+static TorchStorage **sort_storages(const Pickle *p)
+{
+    TorchStorage **list = (TorchStorage **)xcalloc(p->storages, sizeof *list);
+    for (size_t i = 0; i < p->storages; i++) list[i] = &p->storage[i];
+    qsort(list, p->storages, sizeof *list, compare_storages);
+    for (size_t i = 1; i < p->storages; i++)
+        if (!compare_storages(&list[i - 1], &list[i]) &&
+            (list[i - 1]->n != list[i]->n || list[i - 1]->dtype != list[i]->dtype))
+            bad_pickle(p, "two tensors disagree on type or size of their storage");
+    return list;
+}
+
+/* Places the storages with this key at p->at, and steps over them. */
+static void place_storage(Pickle *p, TorchStorage *const *list, const Node *name)
+{
+    TorchStorage key, *wanted = &key;
+    char shown[NAME_SHOWN];
+    key.key = name->is.string, key.key_length = name->length;
+    if (name->type != N_STRING) die("%s: a key of its list of storages is no string", p->path);
+    TorchStorage *const *at =
+        (TorchStorage *const *)bsearch(&wanted, list, p->storages, sizeof *list, compare_storages);
+    if (!at) die("%s: storage %s is listed, but belongs to no tensor", p->path, show(shown, name));
+    if ((*at)->data) die("%s: storage %s is listed twice", p->path, show(shown, name));
+    size_t count = (size_t)number_at(take(p, 8), 8), bytes = (*at)->n * dtype_size[(*at)->dtype];
+    if (count != (*at)->n)
+        die("%s: storage %s begins with a count of %zu elements, but its tensors ask for %zu", p->path,
+            show(shown, name), count, (*at)->n);
+    if (bytes > p->map.size - p->at)
+        die("%s: storage %s needs %zu bytes, but the file ends after %zu: it is cut short", p->path,
+            show(shown, name), bytes, p->map.size - p->at);
+    const char *data = take(p, bytes);
+    while (at > list && !compare_storages(at - 1, &wanted)) at--;
+    for (; at < list + p->storages && !compare_storages(at, &wanted); at++) ((TorchStorage *)*at)->data = data;
+}
+
+static void open_legacy(Shard *s)
+{
+    Pickle *p = &s->pickle;
+    run_pickle(p, "the magic number");
+    Ref version = run_pickle(p, "the version of the protocol"), system;
+    if (p->node[version].type != N_INTEGER || p->node[version].is.integer != 1001)
+        die("%s: its protocol is not 1001, the only one that torch.save has written", s->path);
+    system = dict_get(p, run_pickle(p, "what is known of the machine"), "little_endian");
+    if (p->node[system].type != N_FLAG || !p->node[system].is.integer)
+        die("%s: it does not say that it is little-endian: only such files can be read", s->path);
+    s->root = run_pickle(p, "the object");
+    Ref keys = run_pickle(p, "the list of storages");
+    if (p->node[keys].type != N_LIST) die("%s: its list of storages is missing", s->path);
+    TorchStorage **list = sort_storages(p);
+    for (uint32_t cell = p->node[keys].first; cell; cell = p->cell[cell].next)
+        place_storage(p, list, &p->node[p->cell[cell].value]);
+    for (size_t i = 0; i < p->storages; i++)
+        if (!p->storage[i].data) die("%s: a tensor's storage is not in the list of storages", s->path);
+    free(list); /* bytes behind the last storage are allowed, as torch does */
+}
+
+/* Member NAME/what of a zip container, or NULL. */
+static Member *torch_member(const Shard *s, const char *what)
+{
+    char path[512];
+    snprintf(path, sizeof path, "%s/%.200s", s->name, what);
+    return zip_find(&s->zip, path);
+}
+
+static Member *storage_member(const Shard *s, const TorchStorage *storage)
+{
+    char path[SHOWN];
+    if (storage->key_length > 32) return NULL; /* they are small numbers */
+    snprintf(path, sizeof path, "data/%.*s", (int)storage->key_length, storage->key);
+    return torch_member(s, path);
+}
+
+/* Is this a zip container? Finds its NAME: the folder of its only data.pkl. */
+static int find_torch_name(char name[256], const Zip *z)
+{
+    static const char pickle[] = "/data.pkl";
+    int found = 0;
+    for (size_t i = 0; i < z->members; i++) {
+        const char *member = z->member[i].name, *slash = strchr(member, '/');
+        if (!slash || strcmp(slash, pickle) || slash - member >= 256) continue;
+        if (found++) die("%s holds two pickles, %s%s and %s", z->path, name, pickle, member);
+        snprintf(name, 256, "%.*s", (int)(slash - member), member);
+    }
+    return found;
+}
+
+static void open_container(Shard *s)
+{
+    Pickle *p = &s->pickle;
+    Member *order = torch_member(s, "byteorder");
+    if (torch_member(s, "constants.pkl"))
+        die("%s is a TorchScript archive, a program: a checkpoint written by torch.save is expected", s->path);
+    if (order) {
+        Map map = zip_read(&s->zip, order);
+        if (map.size != 6 || memcmp(map.data, "little", 6))
+            die("%s: its byteorder is not little: it cannot be read", s->path);
+    }
+    p->map = zip_read(&s->zip, torch_member(s, "data.pkl"));
+    s->root = run_pickle(p, "the object");
+    if (p->at < p->map.size) die("%s: %zu bytes follow its pickle's end", s->path, p->map.size - p->at);
+    free(sort_storages(p));
+    for (size_t i = 0; i < p->storages; i++) {
+        const TorchStorage *storage = &p->storage[i];
+        const Member *m = storage_member(s, storage);
+        if (!m) die("%s: the member that is storage %zu of its tensors is missing", s->path, i);
+        if (m->size != storage->n * dtype_size[storage->dtype])
+            die("%s: member %s has %zu bytes, but its tensors ask for %zu", s->path, m->name, m->size,
+                storage->n * dtype_size[storage->dtype]);
+    }
+}
+
+/* The numbers of a view, checked and inflated when they are first asked for. */
+static void find_data(Shard *s, View *v)
+{
+    TorchStorage *storage = &s->pickle.storage[v->storage];
+    if (!storage->data) storage->data = zip_read(&s->zip, storage_member(s, storage)).data;
+    v->t.data = storage->data + v->offset * dtype_size[v->t.dtype];
+}
+
+static View *add_view(Shard *s, const char *name)
+{
+    if (s->views >= MAX_TENSORS) die("%s holds more than %d tensors", s->path, MAX_TENSORS);
+    s->view = (View *)grow(s->view, s->views, &s->view_room, sizeof *s->view);
+    View *v = &s->view[s->views++];
+    memset(v, 0, sizeof *v);
+    v->t.name = keep_string(name, strlen(name));
+    v->t.path = s->path;
+    return v;
+}
+
+/* Collects the tensors of a state dict and the dicts in it; their keys, joined by dots, are the tensors' names. */
+static void collect_tensors(Shard *s, Ref dict, char name[MAX_NAME], int depth, size_t *steps)
+{
+    const Pickle *p = &s->pickle;
+    size_t start = strlen(name);
+    if (depth >= MAX_DEPTH)
+        die("%s: its dicts are more than %d levels deep, or one contains itself", s->path, MAX_DEPTH);
+    for (uint32_t cell = p->node[dict].first, value; cell; cell = p->cell[value].next) {
+        const Node *key = &p->node[p->cell[cell].value];
+        char shown[NAME_SHOWN];
+        value = p->cell[cell].next;
+        if (key->type != N_STRING)
+            die("%s: a %s is the name of a tensor in %s", s->path, node_name[key->type], start ? name : "it");
+        if (++*steps > p->nodes) die("%s: its dicts contain one another too often", s->path);
+        if (start + key->length + 2 > MAX_NAME || memchr(key->is.string, 0, key->length))
+            die("%s: the name %s of a tensor is too long", s->path, show(shown, key));
+        snprintf(name + start, MAX_NAME - start, "%s%.*s", start ? "." : "", (int)key->length, key->is.string);
+        const Node *node = &p->node[p->cell[value].value];
+        size_t n = strlen(name), extra = sizeof "_extra_state" - 1;
+        if (n >= extra && !strcmp(name + n - extra, "_extra_state"))
+            continue; /* TransformerEngine's, of FP8 training */
+        if (node->type == N_DICT) collect_tensors(s, p->cell[value].value, name, depth + 1, steps);
+        else if (node->type == N_TENSOR) {
+            View *v = add_view(s, name), described = describe_tensor(p, node->first);
+            described.t.name = v->t.name;
+            *v = described;
+        } else
+            die("%s: under the name %s a tensor is expected, not a value of type %s", s->path, show_name(shown, name),
+                node_name[node->type]);
+    }
+    name[start] = 0;
+}
+
+/* Opens a file that torch.save has written. It may be a member of an archive; the map stays its owner's. */
+static void shard_open(Shard *s, const char *path, Map map, const char *scratch, FILE *listing)
+{
+    memset(s, 0, sizeof *s);
+    s->path = path;
+    s->pickle.path = path;
+    s->pickle.map = map;
+    s->pickle.listing = listing;
+    if (is_legacy(map)) open_legacy(s);
+    else {
+        if (!is_zip(map))
+            die("%s is neither a zip archive nor written by torch.save%s", path,
+                map.size > 20 && !memcmp(map.data, "version https://git-", 20)
+                    ? "; it is a git-lfs pointer: fetch the file itself with git lfs pull"
+                    : "");
+        s->zip = zip_open(path, map, scratch);
+        if (!find_torch_name(s->name, &s->zip)) die("%s is a zip archive without a pickle data.pkl", path);
+        open_container(s);
+    }
+    char name[MAX_NAME] = "";
+    size_t steps = 0;
+    Ref model = dict_get(&s->pickle, s->root, "model");
+    if (dict_get(&s->pickle, s->root, "model0"))
+        die("%s holds parts of a virtual pipeline (model0, ..): load and save it in Megatron without one", path);
+    if (!model) model = s->root; /* pytorch_model.bin is nothing but a state dict */
+    if (s->pickle.node[model].type != N_DICT)
+        die("%s: a dict of tensors is expected, not a %s", path, node_name[s->pickle.node[model].type]);
+    collect_tensors(s, model, name, 0, &steps);
+    for (size_t i = 0; i < s->views; i++) find_data(s, &s->view[i]);
+}
+
+/* A file of safetensors, or a folder of them, as the same thing. */
+static void shard_from_safetensors(Shard *s, const char *path, const Safetensors *file)
+{
+    memset(s, 0, sizeof *s);
+    s->path = path;
+    for (size_t i = 0; i < file->tensors; i++) {
+        View *v = add_view(s, file->tensor[i].name);
+        const char *name = v->t.name;
+        v->t = file->tensor[i];
+        v->t.name = name;
+        for (size_t d = v->t.dims, step = 1; d-- > 0; step *= v->t.shape[d]) v->stride[d] = step;
+    }
+}
+
+static void shard_close(Shard *s)
+{
+    for (size_t i = 0; i < s->views; i++) free((void *)s->view[i].t.name);
+    free(s->view);
+    pickle_free(&s->pickle);
+    zip_close(&s->zip);
+}
+
+/* ================================================================================================================
+ * Chapter 4. Shards: a file for each rank
+ *
+ *     ROOT/latest_checkpointed_iteration.txt          "release", or the number of an iteration
+ *     ROOT/release/                                   or iter_0500000/
+ *         mp_rank_00/model_optim_rng.pt               tensor rank 0; with stages mp_rank_00_000, rank 0 of stage 0
+ *         mp_rank_01/model_optim_rng.pt
+ *
+ * The same tree may stand in a zip archive, as NVIDIA distributes it, and any part of the path may be named instead
+ * of the root. From 2022 to 2023 the file was called model_rng.pt if the optimizer was distributed, and lay among
+ * folders mp_rank_00_000 of data ranks with an optim.pt each: the file's name tells who is who, not the folder's.
+ * ============================================================================================================= */
+
+static const char tracker[] = "latest_checkpointed_iteration.txt";
+enum { MAX_SHARDS = 4096, MAX_TRACKER = 64 };
+
+/* A folder, or a zip archive that is looked into like one. */
+typedef struct {
+    const char *path;
+    Map map; /* of an archive */
+    Zip zip;
+    int zipped;
+    char folder[PATH_MAX]; /* the one below it that is meant: "" or "release/" */
+} Tree;
+
+static char *tree_path(char path[PATH_MAX], const Tree *p, const char *name)
+{
+    if (snprintf(path, PATH_MAX, "%s%s", p->folder, name) >= PATH_MAX) die("a path in %s is too long", p->path);
+    return path;
+}
+
+static int tree_has(const Tree *p, const char *name)
+{
+    char path[PATH_MAX];
+    tree_path(path, p, name);
+    return p->zipped ? zip_find(&p->zip, path) != NULL : file_exists(p->path, path);
+}
+
+/* The bytes of a file; tree_close_file() gives them back. */
+static Map tree_read(const Tree *p, const char *name)
+{
+    char path[PATH_MAX], whole[PATH_MAX];
+    tree_path(path, p, name);
+    return p->zipped ? zip_read(&p->zip, zip_find(&p->zip, path)) : map_file(join_path(whole, p->path, path));
+}
+
+/* A member's bytes belong to the archive. */
+static void tree_close_file(const Tree *p, Map map)
+{
+    if (!p->zipped) unmap_file(map);
+}
+
+static void add_name(char ***list, size_t *n, size_t *room, const char *name, size_t length)
+{
+    *list = (char **)grow(*list, *n, room, sizeof **list);
+    (*list)[(*n)++] = keep_string(name, length);
+}
+
+/* The names in the folder, sorted; each belongs to the caller. */
+static char **tree_names(size_t *n, const Tree *p)
+{
+    char **list = NULL, path[PATH_MAX];
+    size_t room = 0, prefix = strlen(p->folder), kept = 0;
+    DIR *stream = p->zipped ? NULL : opendir(join_path(path, p->path, p->folder));
+    if (!p->zipped && !stream) die("cannot open the folder %s: %s", path, strerror(errno));
+    *n = 0;
+    for (struct dirent *entry; stream && (entry = readdir(stream));)
+        if (entry->d_name[0] != '.') add_name(&list, n, &room, entry->d_name, strlen(entry->d_name));
+    if (stream) closedir(stream);
+    for (size_t i = 0; p->zipped && i < p->zip.members; i++) {
+        const char *name = p->zip.member[i].name;
+        if (strncmp(name, p->folder, prefix) || !name[prefix]) continue;
+        size_t length = strcspn(name + prefix, "/");
+        if (*n && !strncmp(list[*n - 1], name + prefix, length) && !list[*n - 1][length]) continue; /* as before */
+        add_name(&list, n, &room, name + prefix, length);
+    }
+    if (*n) qsort(list, *n, sizeof *list, compare_strings);
+    for (size_t i = 0; i < *n; i++)
+        if (i && !strcmp(list[kept - 1], list[i])) free(list[i]);
+        else list[kept++] = list[i];
+    *n = kept;
+    return list;
+}
+
+static void free_names(char **list, size_t n)
+{
+    while (n) free(list[--n]);
+    free(list);
+}
+
+static void enter(Tree *p, const char *name)
+{
+    char path[PATH_MAX];
+    if (snprintf(path, sizeof path, "%s%s/", p->folder, name) >= PATH_MAX) die("a path in %s is too long", p->path);
+    memcpy(p->folder, path, sizeof path);
+}
+
+static int is_iteration(const char *name)
+{
+    return !strcmp(name, "release") ||
+           (!strncmp(name, "iter_", 5) && name[5] && !name[5 + strspn(name + 5, "0123456789")]);
+}
+
+/* The file that holds a rank's model, or NULL. folder: "" or "mp_rank_00/". */
+static const char *model_file(const Tree *p, const char *folder)
+{
+    static const char *const names[] = {"model_optim_rng.pt", "model_rng.pt"};
+    const char *found = NULL;
+    char path[MAX_NAME];
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%.200s%s", folder, names[i]);
+        if (!tree_has(p, path)) continue;
+        if (found)
+            die("%s/%s%s holds both %s and %s: only one can be meant", p->path, p->folder, folder, names[0],
+                names[1]);
+        found = names[i];
+    }
+    return found;
+}
+
+/* Reads the tracker: a word that becomes part of a path, so nothing but the two forms is let through. */
+static void follow_tracker(Tree *p)
+{
+    Map map = tree_read(p, tracker);
+    char word[MAX_TRACKER] = "", name[MAX_TRACKER];
+    size_t n = min_size(map.size, sizeof word - 1);
+    memcpy(word, map.data, n);
+    while (n && strchr(" \r\n", word[n - 1])) word[--n] = 0;
+    size_t digits = strspn(word, "0123456789");
+    int release = !strcmp(word, "release");
+    if (map.size >= MAX_TRACKER || strlen(word) != n || (!release && (!n || digits < n || n > 9 || !atoi(word))))
+        die("%s: %s holds neither \"release\" nor the number of an iteration from 1 up", p->path, tracker);
+    snprintf(name, sizeof name, "iter_%07d", release ? 0 : atoi(word));
+    tree_close_file(p, map);
+    enter(p, release ? "release" : name);
+}
+
+/* Goes down to the folder that holds the ranks' folders, or one rank's file. */
+static void find_iteration(Tree *p)
+{
+    for (int depth = 0; depth < MAX_DEPTH; depth++) {
+        size_t n, ranks = 0, iterations = 0, sharded = 0;
+        const char *last = NULL;
+        if (tree_has(p, tracker)) {
+            follow_tracker(p);
+            continue;
+        }
+        char **name = tree_names(&n, p);
+        for (size_t i = 0; i < n; i++) {
+            ranks += !strncmp(name[i], "mp_rank_", 8);
+            sharded += strstr(name[i], ".distcp") || !strcmp(name[i], "metadata.json");
+            if (is_iteration(name[i])) iterations++, last = name[i];
+        }
+        if (!ranks && !model_file(p, "")) {
+            if (sharded)
+                die("%s/%s is a torch_dist checkpoint: load it in Megatron, and save it with --ckpt-format torch",
+                    p->path, p->folder);
+            if (iterations > 1)
+                die("%s/%s holds several iterations and no %s: name one of them", p->path, p->folder, tracker);
+            if (!iterations && p->zipped && n == 1) last = name[0]; /* archives often hold one folder of everything */
+            if (!last)
+                die("%s/%s holds neither mp_rank_.. folders nor a model_optim_rng.pt: it is no checkpoint", p->path,
+                    p->folder);
+            enter(p, last);
+        } else depth = MAX_DEPTH;
+        free_names(name, n);
+    }
+}
+
+/* The numbers in mp_rank_00 or mp_rank_00_000; returns how many there are, 0 if this is another name. */
+static int rank_numbers(const char *name, size_t number[3])
+{
+    int n = 0;
+    if (strncmp(name, "mp_rank", 7)) return 0;
+    for (name += 7; *name == '_' && n < 3; n++) {
+        size_t digits = strspn(++name, "0123456789");
+        if (digits < (n ? 3 : 2) || digits > 6) return 0;
+        number[n] = (size_t)atoi(name);
+        name += digits;
+    }
+    return *name ? 0 : n;
+}
+
+/* A rank's file, below the tree's folder. */
+typedef struct {
+    size_t tp, pp;
+    char *path;
+} RankFile;
+
+/* Lists what mp_rank_.. folders hold. Those without a model are the optimizer's, of data ranks. */
+static RankFile *list_ranks(size_t *n, const Tree *p)
+{
+    size_t names, room = 0, number[3];
+    int numbers = 0;
+    char **name = tree_names(&names, p), path[MAX_NAME];
+    RankFile *list = NULL;
+    *n = 0;
+    for (size_t i = 0; i < names; i++) {
+        int here = rank_numbers(name[i], number);
+        snprintf(path, sizeof path, "%.100s/", name[i]);
+        const char *model = here ? model_file(p, path) : NULL;
+        if (!model) continue;
+        if (here == 3 || (numbers && numbers != here))
+            die("%s/%s: %s does not fit its neighbours: all mp_rank_00 or all mp_rank_00_000 is expected", p->path,
+                p->folder, name[i]);
+        numbers = here;
+        strncat(path, model, sizeof path - strlen(path) - 1);
+        list = (RankFile *)grow(list, *n, &room, sizeof *list);
+        RankFile file = {number[0], here == 2 ? number[1] : 0, keep_string(path, strlen(path))};
+        list[(*n)++] = file;
+    }
+    free_names(name, names);
+    return list;
+}
+
+/* The ranks' files of a checkpoint, in the order of ranks: all tensor ranks of stage 0 come first. Both the list and
+ * the paths in it belong to the caller. */
+static char **find_shards(Tree *p, Layout *layout)
+{
+    size_t n, tp = 1, pp = 1;
+    find_iteration(p);
+    RankFile *list = list_ranks(&n, p);
+    const char *alone = model_file(p, "");
+    if (!n && !alone)
+        die("%s/%s: no mp_rank_.. folder holds a model_optim_rng.pt or model_rng.pt", p->path, p->folder);
+    for (size_t i = 0; i < n; i++) tp = max_size(tp, list[i].tp + 1), pp = max_size(pp, list[i].pp + 1);
+    if (n && (n > MAX_SHARDS || tp * pp != n))
+        die("%s/%s: the folders' numbers go up to %zu tensor ranks x %zu stages, but %zu have a model", p->path,
+            p->folder, tp, pp, n);
+    char **file = (char **)xcalloc(tp * pp, sizeof *file);
+    for (size_t i = 0; i < n; i++) {
+        char **slot = &file[list[i].pp * tp + list[i].tp];
+        if (*slot) die("%s/%s: %s and %s are one and the same rank", p->path, p->folder, *slot, list[i].path);
+        *slot = list[i].path;
+    }
+    if (!n) file[0] = keep_string(alone, strlen(alone));
+    free(list);
+    layout->tp = (int)tp, layout->pp = (int)pp, layout->dp = 1;
+    return file;
+}
+
+/* ---- The input, whatever it is --------------------------------------------------------------------------------- */
+
+/* Its files of tensors: one for each rank of Megatron's, or all that Hugging Face cut a model into. */
+typedef struct {
+    const char *path;
+    const char *container; /* in words */
+    Tree tree;
+    Safetensors safetensors;
+    Layout layout;
+    int folder; /* of Hugging Face's: it has a config.json */
+    size_t shards;
+    char **file; /* their paths */
+    Map *map;
+    Shard *shard;
+} Source;
+
+static const char *container_name(Map map) { return is_legacy(map) ? "torch.save, legacy" : "torch.save, zip"; }
+
+static void make_room(Source *s, size_t shards)
+{
+    s->shards = shards;
+    s->shard = (Shard *)xcalloc(shards, sizeof *s->shard);
+    s->map = (Map *)xcalloc(shards, sizeof *s->map);
+    if (!s->file) s->file = (char **)xcalloc(shards, sizeof *s->file);
+}
+
+/* Every tensor must be in the file where the index says, and in no other. */
+static void check_bin_index(const Source *s, const Json *index, const JsonValue *map)
+{
+    size_t tensors = 0;
+    char name[NAME_SHOWN];
+    for (size_t i = 0; i < s->shards; i++) {
+        const char *slash = strrchr(s->file[i], '/');
+        for (size_t j = 0; j < s->shard[i].views; j++, tensors++) {
+            const JsonValue *v = json_get(index, map, s->shard[i].view[j].t.name);
+            if (!v || strcmp(v->string, slash + 1))
+                die("%s: tensor %s is not where %s says", s->file[i], show_name(name, s->shard[i].view[j].t.name),
+                    index->what);
+        }
+    }
+    if (tensors != map->length)
+        die("%s lists %zu tensors, but its files hold %zu", index->what, map->length, tensors);
+}
+
+/* pytorch_model.bin, or its shards. */
+static void open_bins(Source *s, const char *scratch, FILE *listing)
+{
+    static const char whole[] = "pytorch_model.bin", sharded[] = "pytorch_model.bin.index.json";
+    char path[PATH_MAX], what[PATH_MAX];
+    int single = file_exists(s->path, whole);
+    Map text =
+        single ? map_file(join_path(what, s->path, "config.json")) : map_file(join_path(what, s->path, sharded));
+    Json index = json_parse(text.data, text.size, what);
+    const JsonValue *map = json_get(&index, index.value, "weight_map");
+    size_t n = 1;
+    const char *one = whole, **name = single ? &one : indexed_files(&n, &index, map);
+    make_room(s, n);
+    for (size_t i = 0; i < n; i++) {
+        join_path(path, s->path, name[i]);
+        s->file[i] = keep_string(path, strlen(path));
+        s->map[i] = map_file(path);
+        shard_open(&s->shard[i], s->file[i], s->map[i], scratch, listing);
+    }
+    s->container = container_name(s->map[0]);
+    if (!single) check_bin_index(s, &index, map), free(name);
+    json_free(&index);
+    unmap_file(text);
+}
+
+/* A folder of Hugging Face's holds config.json and weights. Returns 0 if this is another one. */
+static int open_hugging_face(Source *s, const char *scratch, FILE *listing)
+{
+    static const char *const weights[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                                          "pytorch_model.bin.index.json"};
+    int found = 0;
+    while (found < 4 && !file_exists(s->path, weights[found])) found++;
+    if (found == 4) return 0;
+    if (!file_exists(s->path, "config.json")) die("%s holds %s, but no config.json", s->path, weights[found]);
+    s->folder = 1;
+    if (found < 2) {
+        make_room(s, 1);
+        s->file[0] = keep_string(s->path, strlen(s->path));
+        s->safetensors = safetensors_open(s->path);
+        s->container = "safetensors";
+        shard_from_safetensors(&s->shard[0], s->file[0], &s->safetensors);
+    } else open_bins(s, scratch, listing);
+    return 1;
+}
+
+/* A file that torch.save has written, alone. */
+static void open_single(Source *s, Map map, const char *scratch, FILE *listing)
+{
+    make_room(s, 1);
+    s->file[0] = keep_string(s->path, strlen(s->path));
+    s->map[0] = map;
+    s->container = container_name(map);
+    shard_open(&s->shard[0], s->file[0], map, scratch, listing);
+}
+
+/* A checkpoint's folder, or an archive of it. */
+static void open_ranks(Source *s, const char *scratch, FILE *listing)
+{
+    char path[PATH_MAX], below[PATH_MAX];
+    s->file = find_shards(&s->tree, &s->layout);
+    make_room(s, (size_t)(s->layout.tp * s->layout.pp));
+    for (size_t i = 0; i < s->shards; i++) {
+        s->map[i] = tree_read(&s->tree, s->file[i]);
+        join_path(path, s->path, tree_path(below, &s->tree, s->file[i]));
+        free(s->file[i]);
+        s->file[i] = keep_string(path, strlen(path));
+        if (listing) fprintf(listing, "%s\n", path);
+        shard_open(&s->shard[i], s->file[i], s->map[i], scratch, listing);
+    }
+    s->container = container_name(s->map[0]);
+}
+
+/* Opens what path names, recognised by content. scratch: a folder for what must be inflated; listing: where pickles
+ * are listed as they run, or NULL. */
+static void source_open(Source *s, const char *path, const char *scratch, FILE *listing)
+{
+    struct stat st;
+    char name[256];
+    memset(s, 0, sizeof *s);
+    s->path = path;
+    s->layout.tp = s->layout.pp = s->layout.dp = 1;
+    if (stat(path, &st)) die("cannot open %s: %s", path, strerror(errno));
+    s->tree.path = path;
+    if (S_ISDIR(st.st_mode)) {
+        if (!open_hugging_face(s, scratch, listing)) open_ranks(s, scratch, listing);
+        return;
+    }
+    Map map = map_file(path);
+    s->tree.map = map;
+    if (is_zip(map)) {
+        s->tree.zip = zip_open(path, map, scratch);
+        s->tree.zipped = !find_torch_name(name, &s->tree.zip);
+    }
+    if (s->tree.zipped) open_ranks(s, scratch, listing);
+    else open_single(s, map, scratch, listing);
+}
+
+static void source_close(Source *s)
+{
+    for (size_t i = 0; i < s->shards; i++) {
+        shard_close(&s->shard[i]);
+        if (!s->tree.map.size) unmap_file(s->map[i]); /* else it is in the archive, or is the file itself */
+        free(s->file[i]);
+    }
+    zip_close(&s->tree.zip);
+    unmap_file(s->tree.map);
+    if (s->safetensors.file) safetensors_close(&s->safetensors);
+    free(s->shard), free(s->map), free(s->file);
+}
+
+/* ================================================================================================================
+ * Chapter 5. Eras: what Megatron called its tensors
+ *
+ * The model has not changed since 2019; its names have, five times. The columns follow the table of chapter 4 of
+ * megatron_gpt2.c: "weight" or "bias" is added to each name. TransformerEngine fuses a LayerNorm with the matrix
+ * behind it, so that the LayerNorm's parameters bear the matrix's name.
+ *
+ * The names tell nothing of the order of the rows of Q, K and V: that is the checkpoint's version (chapter 7).
+ * ============================================================================================================= */
+
+enum { N_STEMS = 9 };
+
+/* The tensors by their Hugging Face names. */
+/* clang-format off */
+static const char *const stems[N_STEMS] = {
+    "wte.", "wpe.", "h.%zu.ln_1.", "h.%zu.attn.c_attn.", "h.%zu.attn.c_proj.", "h.%zu.ln_2.", "h.%zu.mlp.c_fc.",
+    "h.%zu.mlp.c_proj.", "ln_f."};
+/* clang-format on */
+
+typedef struct {
+    const char *when, *embedding, *body; /* prefixes of the embeddings and of everything else */
+    const char *name[N_STEMS];
+} Era;
+
+/* clang-format off */
+static const Era eras[] = {
+    {"July 2019, flat", "", "transformer.",
+     {"word_embeddings.", "position_embeddings.", "input_layernorm.", "attention.query_key_value.",
+      "attention.dense.", "post_attention_layernorm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.",
+      "final_layernorm."}},
+    {"October 2019, transformer", "language_model.embedding.", "language_model.transformer.",
+     {"word_embeddings.", "position_embeddings.", "input_layernorm.", "attention.query_key_value.",
+      "attention.dense.", "post_attention_layernorm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.",
+      "final_layernorm."}},
+    {"January 2021, encoder", "language_model.embedding.", "language_model.encoder.",
+     {"word_embeddings.", "position_embeddings.", "input_layernorm.", "self_attention.query_key_value.",
+      "self_attention.dense.", "post_attention_layernorm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.",
+      "final_layernorm."}},
+    {"September 2023, encoder", "language_model.embedding.", "language_model.encoder.",
+     {"word_embeddings.", "position_embeddings.", "input_norm.", "self_attention.query_key_value.",
+      "self_attention.dense.", "post_attention_norm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.",
+      "final_norm."}},
+    {"2023, encoder with TransformerEngine", "language_model.embedding.", "language_model.encoder.",
+     {"word_embeddings.", "position_embeddings.", "self_attention.layernorm_qkv.layer_norm_",
+      "self_attention.layernorm_qkv.", "self_attention.proj.", "layernorm_mlp.layer_norm_", "layernorm_mlp.fc1_",
+      "layernorm_mlp.fc2_", "final_layernorm."}},
+    {"Megatron-Core", "embedding.", "decoder.",
+     {"word_embeddings.", "position_embeddings.", "input_layernorm.", "self_attention.linear_qkv.",
+      "self_attention.linear_proj.", "pre_mlp_layernorm.", "mlp.linear_fc1.", "mlp.linear_fc2.",
+      "final_layernorm."}},
+    {"Megatron-Core with TransformerEngine", "embedding.", "decoder.",
+     {"word_embeddings.", "position_embeddings.", "self_attention.linear_qkv.layer_norm_",
+      "self_attention.linear_qkv.", "self_attention.linear_proj.", "mlp.linear_fc1.layer_norm_", "mlp.linear_fc1.",
+      "mlp.linear_fc2.", "final_layernorm."}},
+};
+/* clang-format on */
+enum { N_ERAS = sizeof eras / sizeof *eras, HUGGING_FACE = N_ERAS, WRITTEN_ERA = 2 };
+
+/* The name of a tensor in an era. */
+static char *era_name(char name[MAX_NAME], const Era *era, const Spec *spec, size_t layer)
+{
+    int stem = 0;
+    while (strncmp(stems[stem], spec->name, strlen(stems[stem]))) stem++;
+    const char *last = spec->name + strlen(stems[stem]), *own = era->name[stem]; /* "weight" or "bias" */
+    if (spec->in_layer) snprintf(name, MAX_NAME, "%slayers.%zu.%s%s", era->body, layer, own, last);
+    else snprintf(name, MAX_NAME, "%s%s%s", stem < 2 ? era->embedding : era->body, own, last);
+    return name;
+}
+
+/* The number of the layer in a name: that between the first two dots that enclose one. */
+static size_t layer_in_name(const char *name)
+{
+    for (const char *dot = strchr(name, '.'); dot; dot = strchr(dot + 1, '.')) {
+        size_t digits = strspn(dot + 1, "0123456789");
+        if (digits && digits < 6 && dot[1 + digits] == '.') return (size_t)atoi(dot + 1);
+    }
+    return 0;
+}
+
+/* Finds out which tensor of the table a view is, and in which era it had this name. */
+static void identify(View *v)
+{
+    const char *name = v->t.name, *plain = strip_prefix(name);
+    char candidate[MAX_NAME];
+    Tensor t;
+    memset(&t, 0, sizeof t);
+    t.layer = v->layer = layer_in_name(name);
+    for (v->era = 0; v->era <= N_ERAS; v->era++)
+        for (int i = 0; i < N_SPECS; i++) {
+            const Era *era = v->era < N_ERAS ? &eras[v->era] : NULL;
+            if (era && strncmp(name, era->body, strlen(era->body)) &&
+                strncmp(name, era->embedding, strlen(era->embedding)))
+                break;
+            t.spec = v->spec = &specs[i];
+            if (v->era == HUGGING_FACE && !strcmp(plain, tensor_name(candidate, &t))) return;
+            if (era && !strcmp(name, era_name(candidate, era, &specs[i], v->layer))) return;
+        }
+    v->spec = NULL;
+}
+
+static void identify_all(Source *s)
+{
+    for (size_t i = 0; i < s->shards; i++)
+        for (size_t j = 0; j < s->shard[i].views; j++) identify(&s->shard[i].view[j]);
+}
+
+/* Copies of the word embedding, which makes the logits too [§3]: on the last of several stages, and where a tool has
+ * written one although nobody needs it. */
+static int is_head(const char *name)
+{
+    static const char *const names[] = {"word_embeddings_for_head.weight", "output_layer.weight",
+                                        "language_model.output_layer.weight", "lm_head.weight"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcmp(name, names[i])) return 1;
+    return 0;
+}
+
+/* ================================================================================================================
+ * Chapter 6. The shape of the model
+ *
+ * Checkpoints since March 2020 hold the arguments of the training run; older ones do not even tell the number of
+ * heads, which no tensor shows. Then a config.json says what to expect, or the shape is one of the paper's.
+ * ============================================================================================================= */
+
+/* The command line; chapter 12 fills it. */
+typedef struct {
+    int inspect, pickle, keep_padding, force, json;
+    const char *operand[2];
+    size_t operands;
+    const char *to, *dtype, *config, *tokenizer;
+    size_t tp, pp, vocab_size, shard_size;
+    double checkpoint_version, qkv_version; /* -1: not given */
+    unsigned char given[32];                /* by number in the table */
+} Choices;
+
+/* An argument of the training run; 0: it has none of this name, or None. */
+static Ref find_argument(const Shard *s, const char *name)
+{
+    const Pickle *p = &s->pickle;
+    Ref args = p->nodes ? dict_get(p, s->root, "args") : 0, value = args ? dict_get(p, args, name) : 0;
+    return value && p->node[value].type != N_NONE ? value : 0;
+}
+
+/* A whole number from 1 up; the fallback where it is absent, death if that is 0. */
+static size_t count_argument(const Shard *s, const char *name, size_t most, size_t fallback)
+{
+    Ref ref = find_argument(s, name);
+    const Node *n = &s->pickle.node[ref];
+    if (!ref && fallback) return fallback;
+    if (!ref) die("%s: its args have no %s; give --config FILE", s->path, name);
+    if (n->type != N_INTEGER || n->is.integer < 1 || (unsigned long long)n->is.integer > most)
+        die("%s: args.%s is no whole number from 1 to %zu", s->path, name, most);
+    return (size_t)n->is.integer;
+}
+
+static double real_argument(const Shard *s, const char *name, double low, double high, double fallback)
+{
+    Ref ref = find_argument(s, name);
+    const Node *n = &s->pickle.node[ref];
+    if (!ref) return fallback;
+    double x = n->type == N_REAL ? n->is.real : n->type == N_INTEGER ? (double)n->is.integer : NAN;
+    if (!(x >= low && x <= high)) die("%s: args.%s is no number from %g to %g", s->path, name, low, high);
+    return x;
+}
+
+static int flag_argument(const Shard *s, const char *name)
+{
+    Ref ref = find_argument(s, name);
+    if (ref && s->pickle.node[ref].type != N_FLAG) die("%s: args.%s is neither True nor False", s->path, name);
+    return ref && s->pickle.node[ref].is.integer;
+}
+
+/* Models that have GPT-2's tensors, or more, but not its arithmetic. */
+static void refuse_other_models(const Shard *s)
+{
+    /* clang-format off */
+    static const char *const flags[] = {
+        "swiglu", "squared_relu", "apply_layernorm_1p", "apply_residual_connection_post_layernorm",
+        "untie_embeddings_and_output_weights", "group_query_attention", "multi_latent_attention",
+        "use_rotary_position_embeddings"};
+    /* clang-format on */
+    static const char *const words[][2] = {{"position_embedding_type", "learned_absolute"},
+                                           {"normalization", "LayerNorm"}};
+    static const char *const counts[] = {"num_experts", "virtual_pipeline_model_parallel_size"};
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
+        if (flag_argument(s, flags[i])) die("%s: args.%s is True: this is no GPT-2", s->path, flags[i]);
+    for (size_t i = 0; i < 2; i++) {
+        Ref ref = find_argument(s, words[i][0]);
+        if (ref && !is_string(&s->pickle, ref, N_STRING, words[i][1]))
+            die("%s: args.%s is not %s: this is no GPT-2", s->path, words[i][0], words[i][1]);
+        if (find_argument(s, counts[i]) && count_argument(s, counts[i], SIZE_MAX / 2, 1) > 1)
+            die("%s: args.%s is more than 1, which is not supported", s->path, counts[i]);
+    }
+}
+
+/* What config.json calls the activation. Until April 2020 there was only the tanh formula, and no argument for it. */
+static const char *activation_argument(const Shard *s)
+{
+    if (flag_argument(s, "bias_gelu_fusion")) return "gelu_fast"; /* the same formula, fused with the bias */
+    return flag_argument(s, "openai_gelu") || !find_argument(s, "num_layers") ? "gelu_new" : "gelu";
+}
+
+static Config config_from_arguments(const Shard *s)
+{
+    size_t C = count_argument(s, "hidden_size", 1 << 17, 0), H = count_argument(s, "num_attention_heads", 1 << 12, 0);
+    Config c = make_config(count_argument(s, "num_layers", 1 << 12, 0), C, H,
+                           count_argument(s, "max_position_embeddings", 1 << 20, 0), 1);
+    c.F = count_argument(s, "ffn_hidden_size", 1 << 20, 4 * C);
+    c.eps = (real)real_argument(s, "layernorm_epsilon", 1e-12, 1, 1e-5);
+    c.attn_pdrop = (real)real_argument(s, "attention_dropout", 0, 0.99, 0.1);
+    c.embd_pdrop = c.resid_pdrop = (real)real_argument(s, "hidden_dropout", 0, 0.99, 0.1);
+    find_gelu(&c.gelu, activation_argument(s));
+    if (C % H) die("%s: args.hidden_size %zu is no multiple of args.num_attention_heads %zu", s->path, C, H);
+    if (count_argument(s, "kv_channels", 1 << 17, C / H) != C / H)
+        die("%s: args.kv_channels is not hidden_size / num_attention_heads, as in GPT-2", s->path);
+    return c;
+}
+
+/* The first view of a tensor in a shard, by its name in the table; NULL if there is none. */
+static const View *find_view(const Shard *s, const char *name)
+{
+    for (size_t i = 0; i < s->views; i++)
+        if (s->view[i].spec && !s->view[i].layer && !strcmp(s->view[i].spec->name, name)) return &s->view[i];
+    return NULL;
+}
+
+static size_t rows_of(const Shard *s, const char *name)
+{
+    const View *v = find_view(s, name);
+    if (!v || !v->t.dims) die("%s: it has no tensor that could be a GPT-2's %.20s", s->path, name);
+    return v->t.shape[0];
+}
+
+/* From the shapes of the first shard, if one of the presets has as many layers and channels. */
+static Config config_from_shapes(const Shard *s, Layout layout)
+{
+    size_t L = 0, T = rows_of(s, "wpe.weight"), C = rows_of(s, "h.%zu.ln_1.weight"), H = 0;
+    for (size_t i = 0; i < s->views; i++)
+        if (s->view[i].spec) L = max_size(L, (s->view[i].layer + 1) * (size_t)layout.pp);
+    for (int i = 0; i < N_PRESETS; i++) {
+        if (presets[i].L != L || presets[i].C != C || i == 0) continue;
+        if (H && H != presets[i].H) H = SIZE_MAX;
+        else H = presets[i].H;
+    }
+    if (!H || H == SIZE_MAX || T > 1 << 20)
+        die("%s: it has no args, and its shape (%zu layers, %zu channels) does not tell the number of heads; give "
+            "--config FILE",
+            s->path, L, C);
+    return make_config(L, C, H, T, 1);
+}
+
+/* ================================================================================================================
+ * Chapter 7. Where the rows of Q, K and V are, and where the model's tensors
+ *
+ * The weight of Q, K and V is one matrix of 3C rows, and over the years its rows have been stored in three orders.
+ * For two heads of two rows each, q01 being row 1 of head 0's Q:
+ *
+ *     version 0   q00 q01 q10 q11  k00 k01 k10 k11  v00 v01 v10 v11    all of Q, of K, of V: Hugging Face's order too
+ *     version 1   q00 k00 v00  q01 k01 v01  q10 k10 v10  q11 k11 v11   row by row
+ *     version 2   q00 q01 k00 k01 v00 v01  q10 q11 k10 k11 v10 v11     head by head; version 3 as well
+ *
+ * A rank owns whole heads, with all three parts of them. So version 0 cannot be joined by putting the ranks' matrices
+ * one above the other; their parts must be. In versions 1 and 2 a head's parts are together, and it is that easy:
+ *
+ *     version 0   rank 0: q00 q01 k00 k01 v00 v01     rank 1: q10 q11 k10 k11 v10 v11
+ *                 joined: q00 q01 q10 q11  k00 k01 k10 k11  v00 v01 v10 v11
+ *     version 2   rank 0: q00 q01 k00 k01 v00 v01     rank 1: q10 q11 k10 k11 v10 v11
+ *                 joined: q00 q01 k00 k01 v00 v01  q10 q11 k10 k11 v10 v11
+ *
+ * A file that is read in the wrong order has all the right shapes, and the model says garbage.
+ *
+ * The other tensors are cut as the paper cuts them [§3]: the table says ROWS or COLS. What is WHOLE every rank has,
+ * and all must agree. The vocabulary is padded to a multiple of 128 t, with rows that no token uses.
+ * ============================================================================================================= */
+
+/* How a model is laid out in files. */
+typedef struct {
+    Layout layout;
+    int version;   /* order of the rows of Q, K, V */
+    int conv1d;    /* matrices are stored [in, out], for Hugging Face's Conv1D */
+    size_t padded; /* rows of the word embedding, on all tensor ranks together */
+} Arrangement;
+
+/* Row of a rank's stored matrix that is row i of [Q; K; V]; it has `heads` heads of D rows each. */
+static size_t qkv_row(int version, size_t heads, size_t D, size_t i)
+{
+    size_t s = i / (heads * D), h = i / D % heads, j = i % D;
+    if (version == 0) return i;
+    return version == 1 ? (h * D + j) * 3 + s : (h * 3 + s) * D + j;
+}
+
+/* And the other way: row of [Q; K; V] that is row i of the stored matrix. */
+static size_t qkv_row_stored(int version, size_t heads, size_t D, size_t i)
+{
+    if (version == 0) return i;
+    if (version == 1) return i % 3 * heads * D + i / 3;
+    return i / D % 3 * heads * D + i / (3 * D) * D + i % D;
+}
+
+/* The inverse of whole_row(): the local row, and the rank that holds it. */
+static size_t local_row(const Tensor *t, size_t row, int *rank)
+{
+    size_t part = t->rows / 3, mine = t->local_rows / 3;
+    *rank = 0;
+    if (t->spec->split == ROWS) {
+        *rank = (int)(row / t->local_rows);
+        return row % t->local_rows;
+    }
+    if (t->spec->split != QKV) return row;
+    *rank = (int)(row % part / mine);
+    return row / part * mine + row % mine;
+}
+
+/* The tensors of one rank of an arrangement; the caller frees them. */
+static Tensor *list_rank(size_t *n, const Config *c, const Arrangement *a, int rank)
+{
+    Tensor *list = (Tensor *)xcalloc(list_tensors(NULL, NULL, c, a->layout, rank), sizeof *list);
+    *n = list_tensors(list, NULL, c, a->layout, rank);
+    for (size_t i = 0; i < *n; i++)
+        if (list[i].spec->rows == DIM_V) {
+            list[i].local_rows = a->padded / (size_t)a->layout.tp;
+            list[i].n = list[i].local_rows * list[i].local_cols;
+        }
+    return list;
+}
+
+/* What a rank holds. */
+typedef struct {
+    Tensor *tensor;
+    const View **view; /* of each */
+    size_t tensors;
+    const View *head; /* a copy of the word embedding, if there is one */
+} Part;
+
+typedef struct {
+    const char *path;
+    Config config;
+    const char *gelu; /* as in config.json */
+    Arrangement how;
+    int untied; /* config.json says so: then there must be an equal lm_head */
+    Part *part; /* of each rank */
+} Model;
+
+/* Number of rank r's tensor that belongs to this spec and layer. */
+static size_t find_tensor(const Part *part, const Spec *spec, size_t layer)
+{
+    size_t i = 0;
+    while (i < part->tensors && (part->tensor[i].spec != spec || part->tensor[i].layer != layer)) i++;
+    return i;
+}
+
+/* Strides of the rows and columns of [out, in]. */
+static void view_strides(size_t *row, size_t *col, const View *v, const Tensor *t, int conv1d)
+{
+    int turned = conv1d && t->spec->conv1d;
+    *row = v->stride[turned], *col = v->t.dims == 2 ? v->stride[!turned] : 0;
+}
+
+static void check_shape(const View *v, const Tensor *t, int conv1d)
+{
+    int turned = conv1d && t->spec->conv1d;
+    size_t shape[2] = {turned ? t->local_cols : t->local_rows, turned ? t->local_rows : t->local_cols};
+    size_t dims = t->spec->cols == ONE ? 1 : 2;
+    char seen[SHAPE_TEXT], wanted[SHAPE_TEXT], name[NAME_SHOWN];
+    if (v->t.dims != dims || memcmp(v->t.shape, shape, dims * sizeof *shape))
+        die("%s: tensor %s is %s, but the model's shape asks for %s", v->t.path, show_name(name, v->t.name),
+            shape_text(seen, v->t.dims, v->t.shape), shape_text(wanted, dims, shape));
+    if (v->t.dtype > BF16)
+        die("%s: tensor %s is of type %s: real numbers are expected", v->t.path, show_name(name, v->t.name),
+            dtype_name[v->t.dtype]);
+}
+
+/* Are two views equal, bit for bit? */
+static int same_values(const View *a, const View *b)
+{
+    size_t size = dtype_size[a->t.dtype], cols = a->t.dims == 2 ? a->t.shape[1] : 1;
+    if (a->t.dtype != b->t.dtype || a->t.dims != b->t.dims) return 0;
+    if (a->t.dims > 2 || memcmp(a->t.shape, b->t.shape, a->t.dims * sizeof *a->t.shape)) return 0;
+    size_t width = cols == 1 || (a->stride[1] == 1 && b->stride[1] == 1) ? cols : 1;
+    for (size_t i = 0; i < a->t.n; i += width) {
+        size_t row = i / cols, col = i % cols;
+        const char *x = a->t.data + (row * a->stride[0] + col * a->stride[1]) * size;
+        if (memcmp(x, b->t.data + (row * b->stride[0] + col * b->stride[1]) * size, width * size)) return 0;
+    }
+    return 1;
+}
+
+static void refuse_difference(const View *a, const View *b, const char *why)
+{
+    char name[NAME_SHOWN], other[NAME_SHOWN];
+    if (a && b && a != b && !same_values(a, b))
+        die("%s: tensor %s differs from %s of %s: %s", a->t.path, show_name(name, a->t.name),
+            show_name(other, b->t.name), b->t.path, why);
+}
+
+/* Finds a tensor for every view of a shard that belongs to this rank. */
+static void place_views(Model *m, int rank, const Shard *s)
+{
+    Part *part = &m->part[rank];
+    Layout layout = m->how.layout;
+    char name[NAME_SHOWN];
+    size_t first = (size_t)pp_rank(layout, rank) * (m->config.L / (size_t)layout.pp);
+    for (size_t i = 0; i < s->views; i++) {
+        const View *v = &s->view[i];
+        size_t at = part->tensors;
+        show_name(name, v->t.name);
+        if (v->spec && (v->era == HUGGING_FACE) == m->how.conv1d)
+            at = find_tensor(part, v->spec, v->spec->in_layer ? first + v->layer : 0);
+        if (is_mask(strip_prefix(v->t.name))) continue;
+        if (is_head(v->t.name)) {
+            refuse_difference(v, part->head, "both would make the logits");
+            part->head = v;
+        } else if (at == part->tensors) die("%s: tensor %s has no place in a GPT-2 of this shape", s->path, name);
+        else if (part->view[at])
+            die("%s: tensor %s is there twice, also as %s", s->path, name, part->view[at]->t.name);
+        else part->view[at] = v;
+    }
+}
+
+/* The embedding and its copy: within a rank, and on the first and last stage. */
+static void check_heads(Model *m)
+{
+    Layout s = m->how.layout;
+    for (int rank = 0; rank < s.tp * s.pp; rank++) {
+        Part *part = &m->part[rank];
+        size_t wte = find_tensor(part, &specs[0], 0);
+        if (wte == part->tensors) continue;
+        if (!part->view[wte] && pp_rank(s, rank) > 0) part->view[wte] = part->head;
+        refuse_difference(part->head, part->view[wte], "untied embeddings are not supported");
+        refuse_difference(part->view[wte], m->part[tp_rank(s, rank)].view[0],
+                          "the last stage must hold a copy of the first one's");
+    }
+}
+
+/* Every tensor must be there, with the shape that the model asks for, and be the same on all ranks that repeat it. */
+static void check_parts(const Model *m, const Source *source)
+{
+    Layout s = m->how.layout;
+    char name[NAME_SIZE], own[NAME_SHOWN];
+    for (int rank = 0; rank < s.tp * s.pp; rank++) {
+        const Part *part = &m->part[rank], *first = &m->part[pp_rank(s, rank) * s.tp];
+        for (size_t i = 0; i < part->tensors; i++) {
+            const Tensor *t = &part->tensor[i];
+            const View *v = part->view[i], *other = first->view[i];
+            if (!v)
+                die("%s: the tensor that Hugging Face calls %s is missing",
+                    m->how.conv1d ? m->path : source->file[rank], tensor_name(name, t));
+            check_shape(v, t, m->how.conv1d);
+            if (v->t.dtype != other->t.dtype)
+                die("%s: tensor %s is of type %s, but of type %s in %s", v->t.path, show_name(own, v->t.name),
+                    dtype_name[v->t.dtype], dtype_name[other->t.dtype], other->t.path);
+            if (t->spec->split == WHOLE) refuse_difference(v, other, "these are shards of different checkpoints");
+        }
+    }
+}
+
+/* ---- Opening --------------------------------------------------------------------------------------------------- */
+
+/* The version tells the order of the rows of Q, K, V. Absent, it is 0, except that code of September 2020 wrote
+ * versions 1 and 2 without saying so: its args have a bias_gelu_fusion. */
+static int find_version(const Shard *s, double chosen)
+{
+    const Pickle *p = &s->pickle;
+    Ref ref = dict_get(p, s->root, "checkpoint_version");
+    const Node *n = &p->node[ref];
+    double version = !ref ? -1 : n->type == N_INTEGER ? (double)n->is.integer : n->type == N_REAL ? n->is.real : NAN;
+    if (ref && version != 0 && version != 1 && version != 2 && version != 3)
+        die("%s: its checkpoint_version is none of 0, 1, 2, 3", s->path);
+    if (ref && chosen >= 0 && version != chosen)
+        die("%s: its checkpoint_version is %g, not %g", s->path, version, chosen);
+    if (!ref && chosen < 0 && find_argument(s, "bias_gelu_fusion"))
+        die("%s: it has no checkpoint_version, and is of a time when the order of its Q, K, V changed: give "
+            "--checkpoint-version 0, 1 or 2",
+            s->path);
+    return (int)(ref ? version : fmax(chosen, 0));
+}
+
+/* Is a value in two shards the same? Only numbers are compared. */
+static int same_nodes(const Pickle *p, Ref a, const Pickle *q, Ref b)
+{
+    const Node *x = &p->node[a], *y = &q->node[b];
+    if (!a || !b || x->type != y->type) return !a && !b;
+    return (x->type != N_INTEGER && x->type != N_REAL) || x->is.integer == y->is.integer; /* one union: bit for bit */
+}
+
+/* All shards must be of one run, of one iteration, and each in its place. */
+static void check_agreement(const Source *m)
+{
+    /* clang-format off */
+    static const char *const names[] = {
+        "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "ffn_hidden_size",
+        "padded_vocab_size", "tensor_model_parallel_size", "model_parallel_size", "pipeline_model_parallel_size",
+        "layernorm_epsilon", "make_vocab_size_divisible_by", "orig_vocab_size"};
+    /* clang-format on */
+    const Shard *first = &m->shard[0];
+    const Pickle *p = &first->pickle;
+    for (size_t rank = 0; rank < m->shards; rank++) {
+        const Shard *s = &m->shard[rank];
+        const Pickle *q = &s->pickle;
+        const char *differs = NULL;
+        if (!same_nodes(p, dict_get(p, first->root, "iteration"), q, dict_get(q, s->root, "iteration")))
+            differs = "iteration";
+        if (!same_nodes(p, dict_get(p, first->root, "checkpoint_version"), q,
+                        dict_get(q, s->root, "checkpoint_version")))
+            differs = "checkpoint_version";
+        for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+            if (!same_nodes(p, find_argument(first, names[i]), q, find_argument(s, names[i]))) differs = names[i];
+        if (differs)
+            die("%s and %s disagree on %s: they are of different checkpoints", first->path, s->path, differs);
+        for (size_t i = 0; i < rank; i++)
+            if (m->map[rank].size == m->map[i].size && !memcmp(m->map[rank].data, m->map[i].data, m->map[i].size))
+                die("%s is a copy of %s, although ranks hold different parts", s->path, m->shard[i].path);
+    }
+}
+
+/* The args of every shard must fit to where it lies. */
+static void check_ranks(const Source *m)
+{
+    size_t tp = (size_t)m->layout.tp, pp = (size_t)m->layout.pp;
+    for (size_t rank = 0; rank < m->shards; rank++) {
+        const Shard *s = &m->shard[rank];
+        size_t told_tp = count_argument(s, "model_parallel_size", 1 << 20, tp); /* its name until October 2020 */
+        told_tp = count_argument(s, "tensor_model_parallel_size", 1 << 20, told_tp);
+        size_t told_pp = count_argument(s, "pipeline_model_parallel_size", 1 << 20, pp);
+        if (told_tp != tp || told_pp != pp)
+            die("%s: its args tell of %zu tensor ranks x %zu stages, but here are %zu x %zu; name the folder that "
+                "holds all",
+                s->path, told_tp, told_pp, tp, pp);
+        /* Hugging Face's script says rank 0 in every shard, but tells of no world */
+        Ref own = find_argument(s, "world_size") ? find_argument(s, "rank") : 0;
+        if (own && size_of_node(&s->pickle, own, "args.rank") % tp != rank % tp)
+            die("%s: its args are of rank %lld: it does not belong into this folder", s->path,
+                s->pickle.node[own].is.integer);
+    }
+}
+
+/* config.json, and whether there is a separate matrix for the logits. */
+static Config read_shape(Model *m, const char *path, int *tied)
+{
+    Config c = read_config_file(path, tied);
+    m->gelu = c.gelu == GELU_ERF ? "gelu" : "gelu_new";
+    return c;
+}
+
+/* The shape from --config, the folder's config.json, the args, or the tensors. Returns how many tokens there are
+ * without padding, or SIZE_MAX if nothing tells. */
+static size_t find_shape(Model *m, const Source *source, const Choices *o)
+{
+    const Shard *s = &source->shard[0];
+    int has_args = find_argument(s, "num_layers") != 0, tied = 1;
+    char path[PATH_MAX];
+    if (has_args) refuse_other_models(s);
+    if (o->config || source->folder) {
+        m->config = read_shape(m, o->config ? o->config : join_path(path, source->path, "config.json"), &tied);
+        if (!tied && !m->how.conv1d)
+            die("%s: \"tie_word_embeddings\" is false, but Megatron's GPT-2 ties them", o->config);
+        m->untied = !tied;
+    } else {
+        m->config = has_args ? config_from_arguments(s) : config_from_shapes(s, source->layout);
+        m->gelu = activation_argument(s);
+    }
+    Config *c = &m->config, a = has_args ? config_from_arguments(s) : *c;
+    if (a.L != c->L || a.C != c->C || a.H != c->H || a.F != c->F || a.P != c->P)
+        die("%s: its shape is not that of the args in %s", o->config, s->path);
+    size_t tp = (size_t)source->layout.tp, pp = (size_t)source->layout.pp;
+    if (c->H % tp || c->F % tp || c->L % pp)
+        die("%s: %zu heads, an MLP of width %zu and %zu layers cannot have been cut for %zu tensor ranks x %zu "
+            "stages",
+            m->path, c->H, c->F, c->L, tp, pp);
+    return o->config || source->folder ? c->V : count_argument(s, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
+}
+
+/* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to another model. */
+static size_t count_tokens(const Shard *s, const Model *m, const char *folder)
+{
+    Tokenizer *t = tokenizer_open(folder);
+    size_t V = (size_t)t->vocabulary, multiple = count_argument(s, "make_vocab_size_divisible_by", 1 << 20, 128);
+    multiple *= (size_t)m->how.layout.tp;
+    if ((V + multiple - 1) / multiple * multiple != m->how.padded)
+        die("%s: there are %zu rows for tokens, but the tokenizer's %zu would be padded to a multiple of %zu: give "
+            "--vocab-size N",
+            m->path, m->how.padded, V, multiple);
+    tokenizer_close(t);
+    return V;
+}
+
+/* How many rows of the word embedding are tokens; `told` by the input, or SIZE_MAX. */
+static size_t find_vocabulary(const Shard *s, const Model *m, size_t told, const Choices *o)
+{
+    size_t padded = m->how.padded, V = o->keep_padding ? padded : o->vocab_size ? o->vocab_size : told;
+    if (V == SIZE_MAX && o->tokenizer) V = count_tokens(s, m, o->tokenizer);
+    if (V == SIZE_MAX && padded == padded_vocab(50257, m->how.layout.tp)) V = 50257; /* GPT-2's */
+    if (V == SIZE_MAX)
+        die("%s: %zu tokens with padding, and how many are real is not told: give --vocab-size N, --tokenizer DIR or "
+            "--keep-padding",
+            m->path, padded);
+    if (V > padded) die("%s: there are %zu tokens, fewer than the %zu that are asked for", m->path, padded, V);
+    return V;
+}
+
+static void model_close(Model *m)
+{
+    for (int rank = 0; m->part && rank < m->how.layout.tp * m->how.layout.pp; rank++)
+        free(m->part[rank].tensor), free(m->part[rank].view);
+    free(m->part);
+}
+
+/* Finds the model in the input, and checks all of it but the values. */
+static void model_open(Model *m, Source *source, const Choices *o)
+{
+    Shard *s = &source->shard[0];
+    memset(m, 0, sizeof *m);
+    identify_all(source);
+    const View *wte = find_view(s, "wte.weight");
+    m->path = source->path;
+    m->how.layout = source->layout;
+    m->how.conv1d = source->folder || (wte && wte->era == HUGGING_FACE);
+    if (!m->how.conv1d) {
+        m->how.version = find_version(s, o->checkpoint_version);
+        check_agreement(source);
+        check_ranks(source);
+    }
+    size_t told = find_shape(m, source, o), ranks = (size_t)(source->layout.tp * source->layout.pp);
+    m->how.padded = source->folder ? told : rows_of(s, "wte.weight") * (size_t)source->layout.tp;
+    m->config.V = m->how.padded; /* until padding is told from tokens */
+    m->part = (Part *)xcalloc(ranks, sizeof *m->part);
+    for (size_t rank = 0; rank < ranks; rank++) {
+        size_t wanted = list_tensors(NULL, NULL, &m->config, m->how.layout, (int)rank),
+               views = source->shard[rank].views;
+        if (!m->how.conv1d && 2 * views + 64 < wanted) /* so that a few bytes cannot ask for a long list */
+            die("%s: it holds %zu tensors, but the shape of the model asks for %zu", source->file[rank], views,
+                wanted);
+        m->part[rank].tensor = list_rank(&m->part[rank].tensors, &m->config, &m->how, (int)rank);
+        m->part[rank].view = (const View **)xcalloc(m->part[rank].tensors, sizeof *m->part[rank].view);
+    }
+    for (size_t i = 0; i < source->shards; i++) place_views(m, m->how.conv1d ? 0 : (int)i, &source->shard[i]);
+    check_heads(m);
+    check_parts(m, source);
+    if (m->untied && !m->part[0].head)
+        die("%s: \"tie_word_embeddings\" is false, but lm_head.weight is missing", m->path);
+    m->config.V = find_vocabulary(s, m, told, o);
+    for (size_t rank = 0; rank < ranks; rank++)
+        for (size_t i = 0; i < m->part[rank].tensors; i++)
+            if (m->part[rank].tensor[i].spec->rows == DIM_V) m->part[rank].tensor[i].rows = m->config.V;
+}
+
+/* ================================================================================================================
+ * Chapter 8. The arithmetic of all conversions
+ *
+ * Every arrangement answers one question: where is element (row, column) of the whole matrix [out, in], with Q, K, V
+ * in Hugging Face's order? On which rank, in which row and column there, at which address? To convert is to ask it
+ * twice, for the output and for the input. So one function serves both directions, any split, any version.
+ *
+ * Why are Hugging Face's matrices transposed? OpenAI wrote the layer as a convolution of width 1, y = x W with W
+ * [in, out]; Megatron as PyTorch's Linear, y = x W^T with W [out, in]. The numbers are the same, the other way round.
+ * ============================================================================================================= */
+
+static uint16_t float_to_bf16(float x) /* to nearest, ties to even; no NaN */
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+static uint16_t float_to_half(float x) /* the same */
+{
+    uint32_t bits, sign, rest;
+    memcpy(&bits, &x, 4);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7FFFFFFF;
+    if (bits >= 0x47800000) return (uint16_t)(sign | 0x7C00); /* 65536 and more */
+    if (bits >= 0x38800000) { /* normal: from 2^-14 up; 65520 and more round to infinity */
+        rest = bits + 0xFFF + (bits >> 13 & 1);
+        return (uint16_t)(sign | (rest - 0x38000000) >> 13);
+    }
+    float scaled = fabsf(x) * 0x1p24f + 0x1p23f; /* adding 2^23 rounds to whole multiples of 2^-24 */
+    memcpy(&bits, &scaled, 4);
+    return (uint16_t)(sign | (bits & 0x7FFFFF));
+}
+
+/* A double as a float whose last bit says whether something was cut off: rounding that again is rounding once. */
+static float round_to_odd(double x)
+{
+    float y = (float)x;
+    uint32_t bits;
+    memcpy(&bits, &y, 4);
+    if (!isfinite(y) || y == x) return y;
+    if (fabs((double)y) > fabs(x)) bits--;
+    bits |= 1;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+static void store_value(char *to, Dtype dtype, const StoredTensor *from, size_t i)
+{
+    uint16_t half;
+    float x;
+    double y;
+    if (from->dtype == F64) memcpy(&y, from->data + 8 * i, 8);
+    else y = (double)stored_value(from, i);
+    switch (dtype) {
+    case F64: memcpy(to, &y, 8); break;
+    case F32: x = (float)y, memcpy(to, &x, 4); break;
+    case F16: half = float_to_half(round_to_odd(y)), memcpy(to, &half, 2); break;
+    default: half = float_to_bf16(round_to_odd(y)), memcpy(to, &half, 2);
+    }
+}
+
+/* The parts of one tensor of the input: number `index` on tensor ranks first, first + 1, .. */
+typedef struct {
+    const Model *m;
+    int first;
+    size_t index;
+    const Spec *spec;
+} Input;
+
+static const View *input_view(const Input *in, int r) { return in->m->part[in->first + r].view[in->index]; }
+
+static Input find_input(const Model *m, const Tensor *t)
+{
+    size_t depth = m->config.L / (size_t)m->how.layout.pp, stage = t->layer / depth;
+    if (!t->spec->in_layer) stage = on_stage(t->spec, 0, m->how.layout.pp) ? 0 : (size_t)m->how.layout.pp - 1;
+    int first = (int)stage * m->how.layout.tp;
+    Input in = {m, first, find_tensor(&m->part[first], t->spec, t->layer), t->spec};
+    return in;
+}
+
+enum { SIDE = 64 }; /* of a block: what it touches in the input and in the output fits into the first cache */
+
+/* A block of the output: element (i, j) comes from element row[i] + j * step of a tensor of the input, and goes to
+ * element i * to_row + j * to_col. The inner loop writes neighbours. */
+typedef struct {
+    size_t rows, cols, to_row, to_col;
+    size_t row[SIDE], step;
+} Block;
+
+static inline void move_block(char *to, const char *from, const Block *b, size_t size)
+{
+    if (b->to_row == 1)
+        for (size_t j = 0; j < b->cols; j++)
+            for (size_t i = 0; i < b->rows; i++)
+                memcpy(to + (i + j * b->to_col) * size, from + (b->row[i] + j * b->step) * size, size);
+    else
+        for (size_t i = 0; i < b->rows; i++)
+            for (size_t j = 0; j < b->cols; j++)
+                memcpy(to + (i * b->to_row + j) * size, from + (b->row[i] + j * b->step) * size, size);
+}
+
+/* 4 x 4 elements of 2 bytes are transposed in four registers, which halve the time: swap neighbours, then pairs. */
+static inline void turn_square(char *to, size_t to_step, const char *from, const size_t *row)
+{
+    uint64_t x[4], swap;
+    for (int i = 0; i < 4; i++) memcpy(&x[i], from + row[i] * 2, 8);
+    for (int i = 0; i < 4; i += 2) {
+        swap = (x[i] >> 16 ^ x[i + 1]) & 0x0000FFFF0000FFFF;
+        x[i] ^= swap << 16, x[i + 1] ^= swap;
+    }
+    for (int i = 0; i < 2; i++) {
+        swap = (x[i] >> 32 ^ x[i + 2]) & 0xFFFFFFFF;
+        x[i] ^= swap << 32, x[i + 2] ^= swap;
+    }
+    for (int i = 0; i < 4; i++) memcpy(to + i * to_step * 2, &x[i], 8);
+}
+
+static void turn_block(char *to, const char *from, const Block *b)
+{
+    for (size_t j = 0; j < b->cols; j += 4)
+        for (size_t i = 0; i < b->rows; i += 4)
+            turn_square(to + (i + j * b->to_col) * 2, b->to_col, from + j * 2, b->row + i);
+}
+
+static void copy_block(char *to, Dtype dtype, const StoredTensor *from, const Block *b)
+{
+    size_t size = dtype_size[dtype];
+    if (from->dtype != dtype)
+        for (size_t i = 0; i < b->rows; i++)
+            for (size_t j = 0; j < b->cols; j++)
+                store_value(to + (i * b->to_row + j * b->to_col) * size, dtype, from, b->row[i] + j * b->step);
+    else if (b->to_col == 1 && b->step == 1)
+        for (size_t i = 0; i < b->rows; i++)
+            memcpy(to + i * b->to_row * size, from->data + b->row[i] * size, b->cols * size);
+    else if (size == 2 && b->to_row == 1 && b->step == 1 && b->rows % 4 == 0 && b->cols % 4 == 0)
+        turn_block(to, from->data, b);
+    else if (size == 2) move_block(to, from->data, b, 2);
+    else if (size == 4) move_block(to, from->data, b, 4);
+    else move_block(to, from->data, b, 8);
+}
+
+/* Copies columns col .. col + n - 1 of some rows of the whole tensor. Ranks share rows or columns, never both. */
+static void gather_rows(char *to, Dtype dtype, const Input *in, const size_t *row, size_t rows, size_t to_row,
+                        size_t to_col, size_t col, size_t n)
+{
+    const Model *m = in->m;
+    const Tensor *t = &m->part[in->first].tensor[in->index];
+    size_t heads = m->config.H / (size_t)m->how.layout.tp, size = dtype_size[dtype], row_stride;
+    Block b = {0, 0, to_row, to_col, {0}, 0};
+    for (size_t i = 0; i < rows; i += b.rows)
+        for (size_t done = 0; done < n; done += b.cols) {
+            size_t x = col + done;
+            int rank, other;
+            local_row(t, row[i], &rank);
+            if (t->spec->split == COLS) rank = (int)(x / t->local_cols);
+            x -= whole_col(t, rank);
+            b.cols = min_size(n - done, t->local_cols - x);
+            const View *v = input_view(in, rank);
+            view_strides(&row_stride, &b.step, v, t, m->how.conv1d);
+            for (b.rows = 0; i + b.rows < rows; b.rows++) {
+                size_t local = local_row(t, row[i + b.rows], &other);
+                if (t->spec->split != COLS && other != rank) break;
+                if (t->spec->split == QKV) local = qkv_row(m->how.version, heads, m->config.C / m->config.H, local);
+                b.row[b.rows] = local * row_stride + x * b.step;
+            }
+            copy_block(to + (i * to_row + done * to_col) * size, dtype, &v->t, &b);
+        }
+}
+
+/* Is every number finite? Those that are not have an exponent of all ones. */
+static int all_finite(const char *data, Dtype dtype, size_t n)
+{
+    int bad = 0;
+    uint16_t half, mask = dtype == F16 ? 0x7C00 : 0x7F80;
+    uint32_t bits;
+    double x;
+    if (dtype_size[dtype] == 2)
+        for (size_t i = 0; i < n; i++) memcpy(&half, data + 2 * i, 2), bad |= (half & mask) == mask;
+    else if (dtype == F32)
+        for (size_t i = 0; i < n; i++) memcpy(&bits, data + 4 * i, 4), bad |= (bits & 0x7F800000) == 0x7F800000;
+    else
+        for (size_t i = 0; i < n; i++) memcpy(&x, data + 8 * i, 8), bad |= !isfinite(x);
+    return !bad;
+}
+
+/* Fills rows first .. last - 1 of what tensor rank r of an arrangement stores of a tensor. Padding of the vocabulary
+ * repeats the last token, as Hugging Face's script does: <|endoftext|>, which is improbable within a text. Zeros
+ * would be worse: they make logits of 0, GPT-2's are far below, and Megatron's softmax sees the padding. */
+static void fill_rows(char *to, Dtype dtype, const Input *in, const Tensor *t, const Arrangement *a, int r,
+                      size_t first, size_t last)
+{
+    int turned = a->conv1d && t->spec->conv1d;
+    size_t heads = in->m->config.H / (size_t)a->layout.tp, D = in->m->config.C / in->m->config.H, row[SIDE];
+    size_t begin = turned ? 0 : first, end = turned ? t->local_rows : last;
+    for (size_t top = begin; top < end; top += SIDE) {
+        size_t n = min_size(SIDE, end - top);
+        for (size_t i = 0; i < n; i++) {
+            size_t local = t->spec->split == QKV ? qkv_row_stored(a->version, heads, D, top + i) : top + i;
+            row[i] = min_size(whole_row(t, r, local), t->rows - 1);
+        }
+        if (turned)
+            gather_rows(to + top * dtype_size[dtype], dtype, in, row, n, 1, t->local_rows, whole_col(t, r) + first,
+                        last - first);
+        else
+            gather_rows(to + (top - begin) * t->local_cols * dtype_size[dtype], dtype, in, row, n, t->local_cols, 1,
+                        whole_col(t, r), t->local_cols);
+    }
+}
+
+/* Writes what tensor rank r of an arrangement stores of a tensor, some rows at a time, so that they stay cached.
+ * Returns the CRC-32 of the bytes if it is wanted. */
+static uint32_t write_tensor(FILE *f, Dtype dtype, const Tensor *t, const Arrangement *a, int r, const Model *m,
+                             int want_crc)
+{
+    Input in = find_input(m, t);
+    int turned = a->conv1d && t->spec->conv1d;
+    size_t rows = turned ? t->local_cols : t->local_rows, cols = turned ? t->local_rows : t->local_cols;
+    size_t step = min_size(rows, max_size((1 << 19) / (cols * dtype_size[dtype]), 16));
+    char *rows_of_it = (char *)xcalloc(step * cols, dtype_size[dtype]), name[NAME_SIZE];
+    uint32_t crc = 0;
+    for (size_t first = 0; first < rows; first += step) {
+        size_t n = min_size(step, rows - first), bytes = n * cols * dtype_size[dtype];
+        fill_rows(rows_of_it, dtype, &in, t, a, r, first, first + n);
+        if (!all_finite(rows_of_it, dtype, n * cols))
+            die("%s: %s has a value that is NaN, infinite or too large for %s", input_view(&in, 0)->t.path,
+                tensor_name(name, t), dtype_name[dtype]);
+        if (want_crc) crc = (uint32_t)crc32_z(crc, (const Bytef *)rows_of_it, bytes);
+        fwrite(rows_of_it, 1, bytes, f);
+    }
+    free(rows_of_it);
+    return crc;
+}
+
+/* ================================================================================================================
+ * Chapter 9. Writing a folder of Hugging Face's
+ * ============================================================================================================= */
+
+/* A full disk shows here. Nobody waits for the disk: unlike a run's checkpoint, a conversion can be repeated. */
+static void close_file(FILE *f, const char *path)
+{
+    int failed = ferror(f);
+    if (fclose(f) || failed) die("cannot write %s: %s", path, strerror(errno));
+}
+
+static void write_text(const char *folder, const char *name, const char *text)
+{
+    char path[PATH_MAX];
+    FILE *f = create_file(join_path(path, folder, name));
+    fputs(text, f);
+    close_file(f, path);
+}
+
+static FILE *open_memory(char **text, size_t *size)
+{
+    FILE *f = open_memstream(text, size);
+    if (!f) die("out of memory");
+    return f;
+}
+
+/* The type to write: by default the one that is there. */
+static Dtype output_dtype(const Choices *o, const Model *m, const Tensor *t)
+{
+    static const char *const names[] = {"fp64", "fp32", "fp16", "bf16"};
+    Input in = find_input(m, t);
+    for (int i = F32; i <= BF16; i++)
+        if (!strcmp(o->dtype, names[i])) return (Dtype)i;
+    return input_view(&in, 0)->t.dtype;
+}
+
+static const char *torch_dtype(Dtype dtype)
+{
+    return dtype == F64 ? "float64" : dtype == F32 ? "float32" : dtype == F16 ? "float16" : "bfloat16";
+}
+
+/* What has been written, for the message at the end. */
+typedef struct {
+    size_t files, tensors, bytes;
+} Written;
+
+/* Writes tensors first .. last - 1 into one safetensors file. */
+static void write_safetensors(const char *folder, const char *name, const Tensor *list, size_t first, size_t last,
+                              const Arrangement *a, const Model *m, const Choices *o)
+{
+    char *header = NULL, path[PATH_MAX], shape_shown[SHAPE_TEXT], key[NAME_SIZE];
+    size_t size = 0, begin = 0;
+    FILE *text = open_memory(&header, &size), *f = create_file(join_path(path, folder, name));
+    fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (size_t i = first; i < last; i++) {
+        Dtype dtype = output_dtype(o, m, &list[i]);
+        size_t shape[2], dims = stored_shape(shape, &list[i]), end = begin + list[i].n * dtype_size[dtype];
+        fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
+                stored_name(key, WEIGHTS, &list[i]), dtype_name[dtype], shape_text(shape_shown, dims, shape), begin,
+                end);
+        begin = end;
+    }
+    fputc('}', text);
+    fflush(text);
+    fprintf(text, "%*s", (int)((64 - (8 + size) % 64) % 64), ""); /* so that the tensors start on a cache line */
+    if (fclose(text)) die("out of memory");
+    uint64_t length = size;
+    fwrite(&length, 8, 1, f);
+    fwrite(header, 1, size, f);
+    for (size_t i = first; i < last; i++) {
+        write_tensor(f, output_dtype(o, m, &list[i]), &list[i], a, 0, m, 0);
+    }
+    free(header);
+    close_file(f, path);
+}
+
+/* The tensor behind the last one that fits into a file with tensor `first`. */
+static size_t end_of_file(size_t first, const Tensor *list, size_t n, size_t most, const Model *m, const Choices *o)
+{
+    size_t bytes = 0, i = first;
+    for (; i < n; i++) {
+        bytes += list[i].n * dtype_size[output_dtype(o, m, &list[i])];
+        if (i > first && bytes > most) break;
+    }
+    return i;
+}
+
+/* model.safetensors; or, if it would be too large, several files and an index of the tensors in them. */
+static Written write_weights(const char *folder, const Model *m, const Choices *o)
+{
+    static const Layout one = {1, 1, 1};
+    Arrangement a = {one, 0, 1, m->config.V};
+    Written w = {0, 0, 0};
+    size_t most = o->shard_size * 1000000, number = 0;
+    char *index = NULL, name[64], key[NAME_SIZE];
+    size_t size = 0;
+    Tensor *list = list_rank(&w.tensors, &m->config, &a, 0);
+    for (size_t at = 0; at < w.tensors; w.files++) at = end_of_file(at, list, w.tensors, most, m, o);
+    for (size_t i = 0; i < w.tensors; i++) w.bytes += list[i].n * dtype_size[output_dtype(o, m, &list[i])];
+    FILE *text = open_memory(&index, &size);
+    fprintf(text, "{\"metadata\": {\"total_size\": %zu}, \"weight_map\": {", w.bytes);
+    for (size_t at = 0, end; at < w.tensors; at = end) {
+        end = end_of_file(at, list, w.tensors, most, m, o);
+        if (w.files == 1) snprintf(name, sizeof name, "model.safetensors");
+        else snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", ++number, w.files);
+        write_safetensors(folder, name, list, at, end, &a, m, o);
+        for (; at < end; at++)
+            fprintf(text, "%s\"%s\": \"%s\"", at ? ", " : "", stored_name(key, WEIGHTS, &list[at]), name);
+    }
+    fputs("}}\n", text);
+    if (fclose(text)) die("out of memory");
+    if (w.files > 1) write_text(folder, "model.safetensors.index.json", index);
+    free(index), free(list);
+    return w;
+}
+
+static Written write_hugging_face(const char *folder, const Model *m, const Choices *o)
+{
+    static const Layout one = {1, 1, 1};
+    Arrangement a = {one, 0, 1, m->config.V};
+    size_t size, n;
+    Tensor *list = list_rank(&n, &m->config, &a, 0);
+    int end_of_text = m->config.V > 50256 ? 50256 : -1; /* GPT-2's; of another vocabulary we do not know */
+    char *config = config_text_as(&size, &m->config, m->gelu, torch_dtype(output_dtype(o, m, &list[0])), end_of_text);
+    write_text(folder, "config.json", config);
+    free(config), free(list);
+    return write_weights(folder, m, o);
+}
+
+/* ================================================================================================================
+ * Chapter 10. Writing a checkpoint of Megatron's
+ *
+ * What torch.save would write: for each rank a zip container whose pickle is the program that builds
+ *
+ *     {'args': Namespace(..), 'checkpoint_version': 3.0, 'iteration': 0,
+ *      'model': {'language_model': {'embedding': {'word_embeddings': {'weight': tensor}, ..},
+ *                                   'encoder': {'layers.0.input_layernorm.weight': tensor, ..}},
+ *                'word_embeddings_for_head': {'weight': tensor}}}
+ *
+ * The names are those of January 2021. The last of several stages holds the copy of the word embedding. Under
+ * `release` Megatron looks for no optimizer.
+ * ============================================================================================================= */
+
+static void put_string(FILE *f, const char *s)
+{
+    fputc(BINUNICODE, f);
+    put(f, strlen(s), 4);
+    fputs(s, f);
+}
+
+static void put_integer(FILE *f, size_t x)
+{
+    if (x > INT32_MAX) fputc(LONG1, f), fputc(8, f), put(f, x, 8);
+    else fputc(BININT, f), put(f, x, 4);
+}
+
+static void put_real(FILE *f, double x)
+{
+    uint64_t bits;
+    memcpy(&bits, &x, 8);
+    fputc(BINFLOAT, f);
+    put(f, __builtin_bswap64(bits), 8);
+}
+
+static void put_global(FILE *f, const char *module, const char *name)
+{
+    fprintf(f, "%c%s\n%s\n", GLOBAL, module, name);
+}
+
+/* _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks): contiguous, a storage of its own */
+static void put_tensor(FILE *f, size_t key, Dtype dtype, const Tensor *t)
+{
+    char name[32], number[32];
+    snprintf(name, sizeof name, "%sStorage", storage_name[dtype]);
+    snprintf(number, sizeof number, "%zu", key);
+    put_global(f, "torch._utils", "_rebuild_tensor_v2");
+    fputc(MARK, f), fputc(MARK, f);
+    put_string(f, "storage"), put_global(f, "torch", name), put_string(f, number), put_string(f, "cpu"),
+        put_integer(f, t->n);
+    fputc(TUPLE, f), fputc(BINPERSID, f);
+    put_integer(f, 0);
+    put_integer(f, t->local_rows);
+    if (t->spec->cols != ONE)
+        put_integer(f, t->local_cols), fputc(TUPLE2, f), put_integer(f, t->local_cols), put_integer(f, 1),
+            fputc(TUPLE2, f);
+    else fputc(TUPLE1, f), put_integer(f, 1), fputc(TUPLE1, f);
+    fputc(NEWFALSE, f);
+    put_global(f, "collections", "OrderedDict");
+    fputc(EMPTY_TUPLE, f), fputc(REDUCE, f), fputc(TUPLE, f), fputc(REDUCE, f);
+}
+
+static void put_flag(FILE *f, const char *key, int value)
+{
+    put_string(f, key), fputc(value ? NEWTRUE : NEWFALSE, f);
+}
+static void put_count(FILE *f, const char *key, size_t value) { put_string(f, key), put_integer(f, value); }
+static void put_fraction(FILE *f, const char *key, real value)
+{
+    char text[32];
+    put_string(f, key), put_real(f, strtod(real_text(text, value), NULL)); /* 0.1, not the float next to it */
+}
+
+/* What Megatron compares with its own arguments on loading, and what we need to find the way back. */
+static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int rank, Dtype dtype)
+{
+    const Config *c = &m->config;
+    size_t tp = (size_t)a->layout.tp, pp = (size_t)a->layout.pp;
+    int fused = !strcmp(m->gelu, "gelu_fast");
+    put_global(f, "argparse", "Namespace");
+    fputc(EMPTY_TUPLE, f), fputc(NEWOBJ, f), fputc(EMPTY_DICT, f), fputc(MARK, f);
+    put_count(f, "num_layers", c->L), put_count(f, "hidden_size", c->C), put_count(f, "num_attention_heads", c->H);
+    put_count(f, "ffn_hidden_size", c->F), put_count(f, "kv_channels", c->C / c->H);
+    put_count(f, "max_position_embeddings", c->P), put_count(f, "seq_length", c->P);
+    put_count(f, "make_vocab_size_divisible_by", 128), put_count(f, "padded_vocab_size", a->padded);
+    put_count(f, "orig_vocab_size",
+              c->V); /* not Megatron's own, but Hugging Face's script's: how many tokens are real */
+    put_string(f, "tokenizer_type"), put_string(f, "GPT2BPETokenizer");
+    put_count(f, "tensor_model_parallel_size", tp), put_count(f, "pipeline_model_parallel_size", pp);
+    put_count(f, "data_parallel_size", 1), put_count(f, "world_size", tp * pp), put_count(f, "rank", (size_t)rank);
+    put_fraction(f, "layernorm_epsilon", c->eps), put_fraction(f, "attention_dropout", c->attn_pdrop);
+    put_fraction(f, "hidden_dropout", c->resid_pdrop), put_fraction(f, "init_method_std", (real)0.02);
+    put_flag(f, "apply_residual_connection_post_layernorm", 0);
+    put_flag(f, "openai_gelu", c->gelu == GELU_TANH && !(fused && a->version)); /* one of the two, or the erf */
+    if (a->version) put_flag(f, "bias_gelu_fusion", fused);                     /* version 0 is of a time before it */
+    put_flag(f, "fp16", dtype == F16), put_flag(f, "bf16", dtype == BF16);
+    put_string(f, "params_dtype"), put_global(f, "torch", torch_dtype(dtype));
+    fputc(SETITEMS, f), fputc(BUILD, f);
+}
+
+/* The nested dicts of one rank's model; storages are numbered in the order of its tensors. */
+static void put_model(FILE *f, const Part *part, const Dtype *dtype, int stage)
+{
+    char name[MAX_NAME];
+    const Era *era = &eras[WRITTEN_ERA];
+    size_t prefix = strlen(era->body), i = 0;
+    fputc(EMPTY_DICT, f), put_string(f, "language_model"), fputc(EMPTY_DICT, f);
+    if (stage == 0) {
+        put_string(f, "embedding"), fputc(EMPTY_DICT, f);
+        for (; i < 2; i++) { /* wte, wpe */
+            put_string(f, i ? "position_embeddings" : "word_embeddings");
+            fputc(EMPTY_DICT, f), put_string(f, "weight"), put_tensor(f, i, dtype[i], &part->tensor[i]),
+                fputc(SETITEM, f);
+            fputc(SETITEM, f);
+        }
+        fputc(SETITEM, f);
+    } else i = part->tensor[0].spec->rows == DIM_V;
+    put_string(f, "encoder"), fputc(EMPTY_DICT, f), fputc(MARK, f);
+    size_t first = part->tensor[i].layer; /* each stage counts from 0 */
+    for (; i < part->tensors; i++) {
+        const Tensor *t = &part->tensor[i];
+        put_string(f, era_name(name, era, t->spec, t->spec->in_layer ? t->layer - first : 0) + prefix);
+        put_tensor(f, i, dtype[i], t);
+    }
+    fputc(SETITEMS, f), fputc(SETITEM, f), fputc(SETITEM, f);
+    if (stage > 0 && part->tensor[0].spec->rows == DIM_V) {
+        put_string(f, "word_embeddings_for_head"), fputc(EMPTY_DICT, f), put_string(f, "weight");
+        put_tensor(f, 0, dtype[0], &part->tensor[0]);
+        fputc(SETITEM, f), fputc(SETITEM, f);
+    }
+}
+
+/* ---- Writing zip archives -------------------------------------------------------------------------------------- */
+
+typedef struct {
+    FILE *f, *directory;
+    char *entries; /* of the directory, which comes last */
+    size_t size, count, offset;
+    char name[64]; /* of the member that is being written, with its size and place */
+    size_t n, start;
+} ZipWriter;
+
+/* Extra field 1, with the numbers that need more than 32 bits. */
+static size_t put_wide_fields(char extra[28], const uint64_t *field, int n)
+{
+    size_t length = 0;
+    for (int i = 0; i < n; i++)
+        if (field[i] >= 0xFFFFFFFF) memcpy(extra + 4 + length, &field[i], 8), length += 8;
+    uint16_t head[2] = {1, (uint16_t)length};
+    memcpy(extra, head, 4);
+    return length ? 4 + length : 0;
+}
+
+/* Begins a stored member of n bytes, which start at a multiple of 64. */
+static void zip_begin(ZipWriter *z, const char *member, size_t n)
+{
+    char extra[28];
+    uint64_t field[2] = {n, n};
+    z->start = z->offset, z->n = n;
+    snprintf(z->name, sizeof z->name, "archive/%s", member);
+    size_t length = strlen(z->name), wide = put_wide_fields(extra, field, 2);
+    size_t gap = (64 - (z->start + 30 + length + wide + 4) % 64) % 64;
+    fputs("PK\3\4", z->f);
+    put(z->f, 45, 2), put(z->f, 0x0800, 2), put(z->f, 0, 2); /* needs version 4.5 of the format; UTF-8; stored */
+    put(z->f, 0, 2), put(z->f, 0x21, 2), put(z->f, 0, 4);    /* midnight of 1980-01-01; checksum: zip_end() knows */
+    put(z->f, min_size(n, 0xFFFFFFFF), 4), put(z->f, min_size(n, 0xFFFFFFFF), 4);
+    put(z->f, length, 2), put(z->f, wide + 4 + gap, 2);
+    fputs(z->name, z->f);
+    fwrite(extra, 1, wide, z->f);
+    fputs("FB", z->f), put(z->f, gap, 2), fprintf(z->f, "%*s", (int)gap, ""); /* what torch calls its padding */
+    z->offset += 30 + length + wide + 4 + gap + n;
+}
+
+/* Ends it: its checksum goes into the local header, and the whole entry into the directory. */
+static void zip_end(ZipWriter *z, uint32_t crc)
+{
+    char extra[28];
+    uint64_t field[3] = {z->n, z->n, z->start};
+    size_t wide = put_wide_fields(extra, field, 3);
+    FILE *d = z->directory;
+    fseeko(z->f, (off_t)z->start + 14, SEEK_SET), put(z->f, crc, 4), fseeko(z->f, (off_t)z->offset, SEEK_SET);
+    fputs("PK\1\2", d);
+    put(d, 45, 2), put(d, 45, 2), put(d, 0x0800, 2), put(d, 0, 2), put(d, 0, 2), put(d, 0x21, 2), put(d, crc, 4);
+    put(d, min_size(z->n, 0xFFFFFFFF), 4), put(d, min_size(z->n, 0xFFFFFFFF), 4);
+    put(d, strlen(z->name), 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2),
+        put(d, min_size(z->start, 0xFFFFFFFF), 4);
+    fputs(z->name, d);
+    fwrite(extra, 1, wide, d);
+    z->count++;
+}
+
+static void zip_add(ZipWriter *z, const char *member, const char *data, size_t n)
+{
+    zip_begin(z, member, n);
+    fwrite(data, 1, n, z->f);
+    zip_end(z, (uint32_t)crc32_z(0, (const Bytef *)data, n));
+}
+
+/* The directory, and the three records that lead to it. */
+static void zip_finish(ZipWriter *z, const char *path)
+{
+    if (fclose(z->directory)) die("out of memory");
+    fwrite(z->entries, 1, z->size, z->f);
+    fputs("PK\6\6", z->f), put(z->f, 44, 8), put(z->f, 45, 2), put(z->f, 45, 2), put(z->f, 0, 8);
+    put(z->f, z->count, 8), put(z->f, z->count, 8), put(z->f, z->size, 8), put(z->f, z->offset, 8);
+    fputs("PK\6\7", z->f), put(z->f, 0, 4), put(z->f, z->offset + z->size, 8), put(z->f, 1, 4);
+    size_t count = min_size(z->count, 0xFFFF);
+    fputs("PK\5\6", z->f), put(z->f, 0, 4), put(z->f, count, 2), put(z->f, count, 2);
+    put(z->f, min_size(z->size, 0xFFFFFFFF), 4), put(z->f, min_size(z->offset, 0xFFFFFFFF), 4), put(z->f, 0, 2);
+    close_file(z->f, path);
+    free(z->entries);
+}
+
+/* One rank's file, into a folder that is there. */
+static void write_rank(Written *w, const char *folder, const Model *m, const Arrangement *a, int rank,
+                       const Choices *o)
+{
+    char path[PATH_MAX], member[32], *program = NULL;
+    size_t size = 0;
+    ZipWriter z;
+    Part part;
+    memset(&z, 0, sizeof z), memset(&part, 0, sizeof part);
+    part.tensor = list_rank(&part.tensors, &m->config, a, rank);
+    Dtype *dtype = (Dtype *)xcalloc(part.tensors, sizeof *dtype);
+    for (size_t i = 0; i < part.tensors; i++) dtype[i] = output_dtype(o, m, &part.tensor[i]);
+    FILE *f = open_memory(&program, &size);
+    fputc(PROTO, f), fputc(2, f), fputc(EMPTY_DICT, f), fputc(MARK, f);
+    put_string(f, "args"), put_arguments(f, m, a, rank, dtype[0]);
+    if (a->version) put_string(f, "checkpoint_version"), put_real(f, a->version);
+    put_count(f, "iteration", 0);
+    put_string(f, "model"), put_model(f, &part, dtype, pp_rank(a->layout, rank));
+    fputc(SETITEMS, f), fputc(STOP, f);
+    if (fclose(f)) die("out of memory");
+    z.f = create_file(join_path(path, folder, "model_optim_rng.pt"));
+    z.directory = open_memory(&z.entries, &z.size);
+    zip_add(&z, "data.pkl", program, size);
+    zip_add(&z, "byteorder", "little", 6);
+    for (size_t i = 0; i < part.tensors; i++) {
+        size_t bytes = part.tensor[i].n * dtype_size[dtype[i]];
+        snprintf(member, sizeof member, "data/%zu", i);
+        zip_begin(&z, member, bytes);
+        zip_end(&z, write_tensor(z.f, dtype[i], &part.tensor[i], a, tp_rank(a->layout, rank), m, 1));
+        w->bytes += bytes, w->tensors++;
+    }
+    zip_add(&z, "version", "3\n", 2);
+    zip_finish(&z, path);
+    w->files++;
+    free(program), free(dtype), free(part.tensor);
+}
+
+static Written write_megatron(const char *folder, const Model *m, const Choices *o)
+{
+    Layout s = {(int)o->tp, (int)o->pp, 1};
+    check_layout(&m->config, s);
+    Arrangement a = {s, (int)o->qkv_version, 0, padded_vocab(m->config.V, s.tp)};
+    Written w = {0, 0, 0};
+    write_text(folder, tracker, "release");
+    for (int rank = -1; rank < s.tp * s.pp; rank++) {
+        char name[64] = "release", path[PATH_MAX];
+        if (rank >= 0) snprintf(name, sizeof name, "release/mp_rank_%02d", tp_rank(s, rank));
+        if (rank >= 0 && s.pp > 1) snprintf(name + strlen(name), 16, "_%03d", pp_rank(s, rank));
+        if (mkdir(join_path(path, folder, name), 0777)) die("cannot create %s: %s", path, strerror(errno));
+        if (rank >= 0) write_rank(&w, path, m, &a, rank, o);
+    }
+    return w;
+}
+
+/* ================================================================================================================
+ * Chapter 11. What is in a file
+ * ============================================================================================================= */
+
+/* CRC-32 of a tensor's values, row by row, whatever its strides. */
+static uint32_t checksum(const View *v, size_t dim, size_t at, uint32_t crc)
+{
+    size_t size = dtype_size[v->t.dtype], n = dim < v->t.dims ? v->t.shape[dim] : 1;
+    const Bytef *data = (const Bytef *)v->t.data + at * size;
+    if (dim == v->t.dims) return (uint32_t)crc32_z(crc, data, size);
+    if (dim + 1 == v->t.dims && v->stride[dim] == 1) return (uint32_t)crc32_z(crc, data, n * size);
+    for (size_t i = 0; v->t.n && i < n; i++) crc = checksum(v, dim + 1, at + i * v->stride[dim], crc);
+    return crc;
+}
+
+static const char *find_era(const Source *s)
+{
+    int era = -1; /* eras share names: the latest one that is needed is the one */
+    for (size_t i = 0; i < s->shards; i++)
+        for (size_t j = 0; j < s->shard[i].views; j++)
+            if (s->shard[i].view[j].spec && s->shard[i].view[j].era > era) era = s->shard[i].view[j].era;
+    return era < 0 ? "unknown" : era == HUGGING_FACE ? "Hugging Face" : eras[era].when;
+}
+
+/* A value of the args, or of the top level; as JSON where it has a form there. */
+static void print_node(const Pickle *p, Ref ref)
+{
+    const Node *n = &p->node[ref];
+    if (n->type == N_INTEGER) printf("%lld", n->is.integer);
+    else if (n->type == N_REAL && isfinite(n->is.real)) printf("%.12g", n->is.real);
+    else if (n->type == N_FLAG) printf(n->is.integer ? "true" : "false");
+    else if (!ref || n->type == N_NONE) printf("null");
+    else if (n->type == N_STRING) json_write_string(stdout, n->is.string, n->length);
+    else if (n->type == N_GLOBAL) putchar('"'), print_bytes(stdout, n->is.string, n->length, 120), putchar('"');
+    else printf("\"(%s)\"", node_name[n->type]);
+}
+
+static void print_arguments(const Shard *s, int json)
+{
+    const Pickle *p = &s->pickle;
+    Ref args = p->nodes ? dict_get(p, s->root, "args") : 0;
+    char shown[NAME_SHOWN];
+    printf(json ? "\"args\": {" : args ? "args:" : "");
+    for (uint32_t cell = args ? p->node[args].first : 0, first = cell, value; cell; cell = p->cell[value].next) {
+        const Node *key = &p->node[p->cell[cell].value];
+        value = p->cell[cell].next;
+        if (key->type != N_STRING) continue;
+        if (json && cell != first) printf(", ");
+        if (json) json_write_string(stdout, key->is.string, key->length), printf(": ");
+        else printf(" %s=", show(shown, key));
+        print_node(p, p->cell[value].value);
+    }
+    printf(json ? "}, " : args ? "\n" : "");
+}
+
+static void print_views(const Shard *s, int json)
+{
+    char name[NAME_SHOWN], shape[SHAPE_TEXT], stride[SHAPE_TEXT];
+    for (size_t i = 0; i < s->views; i++) {
+        const View *v = &s->view[i];
+        const char *dtype = dtype_name[v->t.dtype];
+        uint32_t crc = checksum(v, 0, 0, 0);
+        shape_text(shape, v->t.dims, v->t.shape);
+        shape_text(stride, v->t.dims, v->stride);
+        if (!json) {
+            printf("  %-72s %-4s %-14s strides %-12s crc32 %08x\n", show_name(name, v->t.name), dtype, shape, stride,
+                   (unsigned)crc);
+            continue;
+        }
+        printf(i ? ", {\"name\": " : "{\"name\": ");
+        json_write_string(stdout, v->t.name, strlen(v->t.name));
+        printf(", \"dtype\": \"%s\", \"shape\": %s, \"strides\": %s, \"crc32\": \"%08x\"}", dtype, shape, stride,
+               (unsigned)crc);
+    }
+}
+
+static void inspect(const Choices *o)
+{
+    Source s;
+    const char *scratch = getenv("TMPDIR");
+    source_open(&s, o->operand[0], scratch && *scratch ? scratch : "/tmp", o->pickle ? stdout : NULL);
+    identify_all(&s);
+    const Shard *first = &s.shard[0];
+    const Pickle *p = &first->pickle;
+    Ref version = p->nodes ? dict_get(p, first->root, "checkpoint_version") : 0;
+    Ref iteration = p->nodes ? dict_get(p, first->root, "iteration") : 0;
+    const char *text = o->json ? "{\"container\": \"%s\", \"archive\": %s, \"names\": \"%s\", \"tp\": %d, \"pp\": "
+                                 "%d, \"checkpoint_version\": "
+                               : "%s%.0s, names of %s; %d tensor ranks x %d stages; checkpoint_version ";
+    printf(text, s.container, s.tree.zipped ? "true" : "false", find_era(&s), s.layout.tp, s.layout.pp);
+    print_node(p, version);
+    printf(o->json ? ", \"iteration\": " : ", iteration ");
+    print_node(p, iteration);
+    printf(o->json ? ", " : "\n");
+    print_arguments(first, o->json);
+    if (o->json) printf("\"files\": [");
+    for (size_t i = 0; i < s.shards; i++) {
+        if (o->json) {
+            printf(i ? ", {\"path\": " : "{\"path\": ");
+            json_write_string(stdout, s.file[i], strlen(s.file[i]));
+            printf(", \"tensors\": [");
+        } else printf("%s\n", s.file[i]);
+        print_views(&s.shard[i], o->json);
+        if (o->json) printf("]}");
+    }
+    if (o->json) printf("]}\n");
+    source_close(&s);
+}
+
+/* ================================================================================================================
+ * Chapter 12. Command line
+ *
+ * The work is done by a child process in a new folder beside OUT, which takes OUT's name when it is whole. However
+ * the child ends - bad input, a full disk, Ctrl-C, no memory - its parent is left to clear the folder away.
+ * ============================================================================================================= */
+
+enum { CONVERT = 1, INSPECT = 2, TO_MEGATRON = 4 };
+
+/* clang-format off */
+#define AT(field) offsetof(Choices, field)
+static const Option choices[] = {
+    {"--to",                 "FORMAT", "hf or megatron; default: what IN is not", CONVERT, TEXT, AT(to), 0, 0, NULL, 0},
+    {"--dtype",              "TYPE", "keep, fp32, fp16 or bf16", CONVERT, TEXT, AT(dtype), 0, 0, "keep", 0},
+    {"--config",             "FILE", "a config.json with the shape, if IN has no args", CONVERT, TEXT, AT(config), 0, 0, NULL, 0},
+    {"--tokenizer",          "DIR", "copies vocab.json and merges.txt from there", CONVERT, TEXT, AT(tokenizer), 0, 0, NULL, 0},
+    {"--vocab-size",         "N", "how many tokens are real, without padding", CONVERT, COUNT, AT(vocab_size), 1, 1 << 24, NULL, 0},
+    {"--keep-padding",       NULL, "keep the padding of the vocabulary as tokens", CONVERT, FLAG, AT(keep_padding), 0, 0, NULL, 0},
+    {"--checkpoint-version", "V", "order of Q, K, V: 0, 1, 2, 3; if IN does not tell", CONVERT, NUMBER, AT(checkpoint_version), 0, 3, NULL, 0},
+    {"--tp",                 "P", "write for P tensor ranks", CONVERT | TO_MEGATRON, COUNT, AT(tp), 1, 64, "1", 0},
+    {"--pp",                 "S", "write for S pipeline stages", CONVERT | TO_MEGATRON, COUNT, AT(pp), 1, 64, "1", 0},
+    {"--qkv-version",        "V", "order of Q, K, V to write", CONVERT | TO_MEGATRON, NUMBER, AT(qkv_version), 0, 3, "3", 0},
+    {"--shard-size",         "MB", "a larger model.safetensors is cut", CONVERT, COUNT, AT(shard_size), 1, 1e9, "5000", 0},
+    {"--force",              NULL, "replace OUT, if convert has written it", CONVERT, FLAG, AT(force), 0, 0, NULL, 0},
+    {"--pickle",             NULL, "list the instructions of the pickles", INSPECT, FLAG, AT(pickle), 0, 0, NULL, 0},
+    {"--json",               NULL, "JSON on stdout", CONVERT | INSPECT, FLAG, AT(json), 0, 0, NULL, 0},
+};
+#undef AT
+/* clang-format on */
+enum { N_CHOICES = sizeof choices / sizeof *choices };
+
+__attribute__((noreturn)) static void print_usage(void)
+{
+    printf("GPT-2 checkpoints: Megatron-LM's to Hugging Face's, and back.\n\n"
+           "  convert IN OUT [options]             IN: a .zip, a .pt, a folder of either kind; OUT: a new folder\n"
+           "  convert inspect IN [--pickle]        what is in it\n\n");
+    for (int i = 0; i < N_CHOICES; i++) {
+        char head[40];
+        snprintf(head, sizeof head, "%s %s", choices[i].name, choices[i].argument ? choices[i].argument : "");
+        printf("  %-24s %s", head, choices[i].help);
+        if (choices[i].fallback) printf(" [%s]", choices[i].fallback);
+        putchar('\n');
+    }
+    exit(0);
+}
+
+/* One option and its argument at argv[i]; returns the index of the last word used. */
+static int parse_choice(Choices *o, int argc, char **argv, int i)
+{
+    int n = 0;
+    while (n < N_CHOICES && strcmp(choices[n].name, argv[i])) n++;
+    if (n == N_CHOICES) usage_error("there is no option %s", argv[i]);
+    const Option *c = &choices[n];
+    if (!(c->commands & (o->inspect ? INSPECT : CONVERT)))
+        usage_error("%s has no option %s", o->inspect ? "inspect" : "a conversion", c->name);
+    if (o->given[n]++) usage_error("%s is given twice", c->name);
+    if (c->kind == FLAG) {
+        *(int *)(void *)((char *)o + c->field) = 1;
+        return i;
+    }
+    if (i + 1 == argc) usage_error("%s needs %s", c->name, c->argument);
+    const char *wrong = set_option(o, c, argv[i + 1]);
+    if (wrong) usage_error("%s %s: %s from %g to %g is expected", c->name, argv[i + 1], wrong, c->low, c->high);
+    return i + 1;
+}
+
+static int is_one_of(const char *word, const char *const *words)
+{
+    while (*words && strcmp(word, *words)) words++;
+    return *words != NULL;
+}
+
+static void parse_choices(Choices *o, int argc, char **argv)
+{
+    static const char *const formats[] = {"hf", "megatron", NULL}, *const types[] = {"keep", "fp32", "fp16", "bf16",
+                                                                                     NULL};
+    memset(o, 0, sizeof *o);
+    o->checkpoint_version = -1;
+    for (int i = 0; i < N_CHOICES; i++)
+        if (choices[i].fallback) set_option(o, &choices[i], choices[i].fallback);
+    o->inspect = argc > 1 && !strcmp(argv[1], "inspect");
+    for (int i = 1 + o->inspect; i < argc; i++) {
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) print_usage();
+        if (argv[i][0] == '-') i = parse_choice(o, argc, argv, i);
+        else if (o->operands == (o->inspect ? 1 : 2)) usage_error("%s is one argument too many", argv[i]);
+        else o->operand[o->operands++] = argv[i];
+    }
+    if (argc < 2) print_usage();
+    if (o->operands < (o->inspect ? 1 : 2)) usage_error(o->inspect ? "inspect needs IN" : "IN and OUT are needed");
+    if (o->to && !is_one_of(o->to, formats)) usage_error("--to %s: hf or megatron is expected", o->to);
+    if (!is_one_of(o->dtype, types)) usage_error("--dtype %s: keep, fp32, fp16 or bf16 is expected", o->dtype);
+    if (o->qkv_version != floor(o->qkv_version) || o->checkpoint_version != floor(o->checkpoint_version))
+        usage_error("--qkv-version and --checkpoint-version are 0, 1, 2 or 3");
+    if (o->pickle && o->json) usage_error("--pickle and --json exclude each other");
+    if (o->vocab_size && o->keep_padding) usage_error("--vocab-size and --keep-padding exclude each other");
+}
+
+/* ---- The folder OUT -------------------------------------------------------------------------------------------- */
+
+/* What a conversion writes. */
+static int is_output(const char *name)
+{
+    size_t n = strlen(name);
+    return !strncmp(name, "mp_rank_", 8) || !strcmp(name, "release") || !strcmp(name, "model_optim_rng.pt") ||
+           !strcmp(name, tracker) || !strcmp(name, "config.json") || !strcmp(name, "vocab.json") ||
+           !strcmp(name, "merges.txt") || !strcmp(name, "model.safetensors.index.json") ||
+           (!strncmp(name, "model", 5) && n > 12 && !strcmp(name + n - 12, ".safetensors"));
+}
+
+/* Looks for something in a folder that no conversion writes: returns 1, and its path, if there is. If `delete`,
+ * deletes the folder and all that one does write; nothing else is ever deleted. */
+static int clear_folder(char path[PATH_MAX], const char *folder, int delete, int depth)
+{
+    DIR *stream = opendir(folder);
+    int foreign = 0;
+    for (struct dirent *entry; stream && !foreign && (entry = readdir(stream));) {
+        char below[PATH_MAX];
+        struct stat st;
+        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
+        if (snprintf(path, PATH_MAX, "%s/%s", folder, entry->d_name) >= PATH_MAX || lstat(path, &st)) foreign = 1;
+        else if (!is_output(entry->d_name) || depth > 2) foreign = 1;
+        else if (S_ISDIR(st.st_mode)) {
+            memcpy(below, path, sizeof below);
+            foreign = clear_folder(path, below, delete, depth + 1);
+        } else if (!S_ISREG(st.st_mode)) foreign = 1;
+        else if (delete) unlink(path);
+    }
+    if (stream) closedir(stream);
+    if (delete) rmdir(folder);
+    return foreign;
+}
+
+/* Is `path` the folder, or in it? */
+static int lies_in(const char *path, const char *folder)
+{
+    char *whole = realpath(path, NULL);
+    size_t n = strlen(folder);
+    int inside = whole && !strncmp(whole, folder, n) && (!whole[n] || whole[n] == '/');
+    free(whole);
+    return inside;
+}
+
+static void check_output(const SavePaths *out, const Choices *o)
+{
+    char path[PATH_MAX];
+    struct stat st, here;
+    if (lstat(out->dir, &st)) return;
+    if (!o->force) die("%s exists already: choose another name, or give --force to replace it", o->operand[1]);
+    if (!S_ISDIR(st.st_mode)) die("%s is not a folder: choose another name", o->operand[1]);
+    if (lies_in(o->operand[0], out->dir))
+        die("%s lies in %s: choose another name for the output", o->operand[0], o->operand[1]);
+    if (!stat(".", &here) && same_place(&st, &here))
+        die("%s is the working folder: choose another name", o->operand[1]);
+    if (clear_folder(path, out->dir, 0, 0))
+        die("%s is in the way, and not written by convert: choose another name", path);
+}
+
+/* The new folder takes its place; what --force replaces is deleted. */
+static void put_output(const char *temporary, const SavePaths *out)
+{
+    char path[PATH_MAX];
+    mode_t mask = umask(0);
+    umask(mask);
+    chmod(temporary, 0777 & ~mask);
+    if (rename(temporary, out->dir) && exchange_folders(temporary, out->dir)) {
+        clear_folder(path, out->dir, 1, 0);
+        if (rename(temporary, out->dir)) {
+            int error = errno;
+            clear_folder(path, temporary, 1, 0);
+            die("cannot rename %s to %s: %s", temporary, out->dir, strerror(error));
+        }
+    }
+    clear_folder(path, temporary, 1, 0);
+}
+
+/* ---- The work -------------------------------------------------------------------------------------------------- */
+
+static void print_result(const Choices *o, const Source *s, const Model *m, const char *to, const Written *w)
+{
+    const Config *c = &m->config;
+    char shape[256];
+    snprintf(shape, sizeof shape,
+             o->json ? "\"layers\": %zu, \"hidden\": %zu, \"heads\": %zu, \"positions\": %zu, \"vocab\": %zu"
+                     : "%zu layers, hidden size %zu, %zu heads, %zu positions, %zu tokens",
+             c->L, c->C, c->H, c->P, c->V);
+    if (o->json) {
+        printf("{\"from\": \"%s\", \"container\": \"%s\", \"names\": \"%s\", \"tp\": %d, \"pp\": %d, \"version\": "
+               "%d, %s, ",
+               m->how.conv1d ? "hf" : "megatron", s->container, find_era(s), s->layout.tp, s->layout.pp,
+               m->how.version, shape);
+        printf("\"parameters\": %zu, \"to\": \"%s\", \"files\": %zu, \"tensors\": %zu, \"bytes\": %zu}\n",
+               count_parameters(c), to, w->files, w->tensors, w->bytes);
+    } else {
+        printf("read: %s, names of %s, %d x %d ranks%s\n", s->container, find_era(s), s->layout.tp, s->layout.pp,
+               m->how.conv1d         ? ""
+               : m->how.version == 0 ? ", Q K V of version 0"
+               : m->how.version == 1 ? ", Q K V of version 1"
+                                     : ", Q K V of version 2 or 3");
+        printf("GPT-2: %s; %zu parameters\nwritten: %s, %zu tensors in %zu files, %zu bytes\n", shape,
+               count_parameters(c), o->operand[1], w->tensors, w->files, w->bytes);
+    }
+}
+
+static void convert(const Choices *o, const char *folder)
+{
+    Source source;
+    Model model;
+    if (o->tokenizer && !file_exists(o->tokenizer, "vocab.json") && !file_exists(o->tokenizer, "encoder.json"))
+        die("--tokenizer %s: this folder holds no vocab.json", o->tokenizer);
+    source_open(&source, o->operand[0], folder, NULL);
+    model_open(&model, &source, o);
+    const char *to = o->to ? o->to : model.how.conv1d ? "megatron" : "hf";
+    int megatron = !strcmp(to, "megatron");
+    for (int i = 0; i < N_CHOICES; i++)
+        if (o->given[i] && choices[i].commands & TO_MEGATRON && !megatron)
+            usage_error("%s is for writing Megatron's checkpoints", choices[i].name);
+    Written w = megatron ? write_megatron(folder, &model, o) : write_hugging_face(folder, &model, o);
+    if (o->tokenizer) copy_tokenizer(folder, o->tokenizer);
+    print_result(o, &source, &model, to, &w);
+    model_close(&model);
+    source_close(&source);
+}
+
+int CONVERT_MAIN(int argc, char **argv)
+{
+    static Choices o;
+    char temporary[PATH_MAX], path[PATH_MAX];
+    int status = 0;
+    parse_choices(&o, argc, argv);
+    if (o.inspect) {
+        inspect(&o);
+        if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s", strerror(errno));
+        return 0;
+    }
+    SavePaths out = save_paths(o.operand[1]);
+    check_output(&out, &o);
+    snprintf(temporary, sizeof temporary, "%.*s.XXXXXX", PATH_MAX - 8, out.dir);
+    if (!mkdtemp(temporary)) die("cannot create a folder beside %s: %s", out.dir, strerror(errno));
+    sigset_t signals; /* while we wait for the child, which alone may be stopped by them */
+    int stopped;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGCHLD), sigaddset(&signals, SIGINT), sigaddset(&signals, SIGTERM),
+        sigaddset(&signals, SIGHUP);
+    sigprocmask(SIG_BLOCK, &signals, NULL);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        sigprocmask(SIG_UNBLOCK, &signals, NULL);
+        convert(&o, temporary);
+        if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s", strerror(errno));
+        return 0;
+    }
+    while (child > 0 && waitpid(child, &status, WNOHANG) == 0)
+        if (!sigwait(&signals, &stopped) && stopped != SIGCHLD) kill(child, SIGTERM);
+    if (child > 0 && !status) {
+        put_output(temporary, &out);
+        return 0;
+    }
+    clear_folder(path, temporary, 1, 0);
+    if (child < 0) die("cannot start another process: %s", strerror(errno));
+    if (WIFSIGNALED(status)) die("stopped by signal %d; nothing is written", WTERMSIG(status));
+    return WEXITSTATUS(status);
+}
