@@ -6358,13 +6358,17 @@ static void resume_run(Run *run, Options *o, Safetensors *trainer)
 {
     const double most = 0x1p53;
     for (int i = 0; i < N_OPTIONS; i++) {
-        if (!options[i].remembered) continue;
-        const char *text = find_metadata(trainer, options[i].name + 2), *wrong = NULL;
-        if (!o->given[i]) wrong = set_option(o, &options[i], text);
-        else fprintf(stderr, "%s as given; the checkpoint was trained with %s\n", options[i].name, text);
+        const Option *option = &options[i];
+        if (!option->remembered) continue;
+        Options saved = *o;
+        const char *text = find_metadata(trainer, option->name + 2), *wrong = set_option(&saved, option, text);
+        char *mine = (char *)o + option->field, *then = (char *)&saved + option->field;
         if (wrong)
-            die("%s: \"%s\" is %s, but %s from %g to %g is expected", o->resume, options[i].name + 2, text, wrong,
-                options[i].low, options[i].high);
+            die("%s: \"%s\" is %s, but %s from %g to %g is expected", o->resume, option->name + 2, text, wrong,
+                option->low, option->high);
+        if (!o->given[i]) memcpy(mine, then, 8); /* a size_t, a double or a pointer */
+        else if (option->kind != TEXT && memcmp(mine, then, 8))
+            fprintf(stderr, "%s is new: the checkpoint was trained with %s\n", option->name, text);
     }
     LossScaler s = {metadata_number(trainer, "loss_scale_now", 0x1p-100, 0x1p120),
                     (int)metadata_number(trainer, "loss_scale_dynamic", 0, 1),
