@@ -5109,7 +5109,7 @@ static void test_paper_data(void)
     check_equal("LAMBADA: 5,153 examples; last words of 1 .. 5 tokens 4013 913 208 16 3 [P55]", status, 0);
 }
 
-/* ---- What mutants of chapter 3 showed to be missing ---------------------------------------- */
+/* ---- More of chapter 3 --------------------------------------------------------------------------------------------- */
 
 /* A longer message after a short one needs a larger mailbox; many in a row arrive in order. */
 static void growing_messages_rank(Comm *world, void *arg)
@@ -5176,7 +5176,7 @@ static void test_record(void)
     free(trace.event);
 }
 
-/* ---- What mutants of chapter 4 showed to be missing ---------------------------------------- */
+/* ---- More of chapter 4 --------------------------------------------------------------------------------------------- */
 
 /* What is drawn where, by the tensors' names alone; and no two tensors draw the same numbers [P40]. */
 static void test_initial_tensors(void)
@@ -5258,7 +5258,7 @@ static void test_layout_refuses(void)
     check_dies("an MLP that --tp does not divide", cut_mlp, &one, "MLP width 126");
 }
 
-/* ---- What mutants of chapter 5 showed to be missing ---------------------------------------- */
+/* ---- More of chapter 5 --------------------------------------------------------------------------------------------- */
 
 /* Each site has its own probability, and in every layer a stream of its own. */
 static void test_dropout_sites(void)
@@ -5369,7 +5369,7 @@ static void test_low_logits(void)
     }
 }
 
-/* ---- What mutants of chapter 6 showed to be missing ---------------------------------------- */
+/* ---- More of chapter 6 --------------------------------------------------------------------------------------------- */
 
 /* A target that does not count adds nothing, even where its loss is infinite. */
 static void uncounted_rank(Comm *world, void *arg)
@@ -5390,7 +5390,7 @@ static void test_sum_losses(void)
     run_ranks(1, uncounted_rank, &t);
 }
 
-/* ---- What mutants of chapter 7 showed to be missing ---------------------------------------- */
+/* ---- More of chapter 7 --------------------------------------------------------------------------------------------- */
 
 static void test_learning_rate_ends(void)
 {
@@ -5502,7 +5502,7 @@ static void test_dynamic_scale(void)
     check_equal("all other updates did", d.moved, d.updates - 1);
 }
 
-/* ---- What mutants of chapters 9 and 10 showed to be missing ---------------------------------------- */
+/* ---- More of chapters 9 and 10 --------------------------------------------------------------------------------------------- */
 
 /* Logits of the word after `text`, by a whole pass with an empty cache. */
 static const real *logits_after(Generator *g, const int *text, size_t n)
@@ -5695,7 +5695,7 @@ static void test_sampler_ties(void)
     check_equal("  and only there", perplexity(3), exp(3));
 }
 
-/* ---- What mutants of chapter 12 showed to be missing ---------------------------------------- */
+/* ---- More of chapter 12 --------------------------------------------------------------------------------------------- */
 
 /* trace_agrees() sees a message too many, one too long, one too few. What it says about them goes nowhere. */
 static void test_trace_disagrees(void)
@@ -5800,7 +5800,7 @@ static void test_trace_output(void)
     }
 }
 
-/* ---- What mutants of chapter 13 showed to be missing ---------------------------------------- */
+/* ---- More of chapter 13 --------------------------------------------------------------------------------------------- */
 
 /* Options as from a command line: words separated by single blanks, which stay where they are. */
 static Options options_of(char *line)
@@ -6203,7 +6203,7 @@ __attribute__((format(printf, 1, 2))) static int run_convert(const char *format,
 static int have_convert(void)
 {
     if (!access("./convert", X_OK)) return 1;
-    skip("./convert is not built");
+    skip("./convert is not built: there is no zlib");
     return 0;
 }
 
