@@ -3992,7 +3992,7 @@ static void test_trace_is_plan(void)
 /* ---- Every layout against one rank: P12, P15, P27, P29, P30 ------------------------------------------------------ */
 
 /* float: sums of up to a few hundred terms in another order, through 4 layers and back: some 10 epsilon of the norm. */
-static const double LAYOUT_BOUND = sizeof(real) == 4 ? 3e-6 : 1e-13;
+static const double LAYOUT_BOUND = sizeof(real) == 4 ? 3e-6 : 4e-14;
 
 static void compare_layout(const Training *one, Layout s, size_t micro_batch, int recompute)
 {
@@ -4020,7 +4020,7 @@ static void compare_layout(const Training *one, Layout s, size_t micro_batch, in
         moved = fmax(moved, fabs((double)t.weights[i] - (double)one->weights[i]));
     double rms = relative_error(t.weights, one->weights, whole_size(&t.config));
     check("  weights after 3 steps", rms, 10 * LAYOUT_BOUND);
-    check("  largest difference of one weight", moved, t.optimizer.lr / 2);
+    check("  largest difference of one weight", moved, sizeof(real) == 4 ? t.optimizer.lr / 2 : 1.6e-12);
     check_true("  replicas are equal, bit for bit", !t.replicas_differ);
     free_training(&t);
 }
@@ -4164,7 +4164,7 @@ static void shifted_rank(Comm *world, void *arg)
  * float the losses' rounding over the step: 1e-6/1e-2. */
 static void test_model_finite_differences(void)
 {
-    const double h = sizeof(real) == 8 ? 1e-3 : 2e-2, bound = sizeof(real) == 8 ? 1e-9 : 2e-2;
+    const double h = sizeof(real) == 8 ? 1e-3 : 2e-2, bound = sizeof(real) == 8 ? 5e-10 : 5e-4;
     Training base = make_training(ONE_RANK);
     base.steps = 1, base.batch = base.micro_batch = 4, base.config.L = 2;
     Training kinds[2] = {base, base};
@@ -4732,7 +4732,8 @@ static void scored_rank(Comm *world, void *arg)
 
 static void test_scores(void)
 {
-    const double bound = sizeof(real) == 4 ? 2e-6 : 1e-13;
+    /* The mean of 116 losses, summed in double, averages rounding out; single logits do not have that. */
+    const double bound = sizeof(real) == 4 ? 4e-8 : 2e-15, logit_bound = sizeof(real) == 4 ? 4e-6 : 1e-14;
     Scored first;
     memset(&first, 0, sizeof first);
     for (int tp = 1; tp <= 4; tp *= 2) {
@@ -4745,7 +4746,7 @@ static void test_scores(void)
         snprintf(what, sizeof what, "tp %d: overlapping windows against one pass for each target [P52]", tp);
         check(what, fabs(s.sliding / s.brute - 1), bound);
         snprintf(what, sizeof what, "  token by token with the cache, against whole prefixes");
-        check(what, s.cached, 5 * bound);
+        check(what, s.cached, logit_bound);
         if (tp == 1) {
             first = s;
             check_true("  windows without overlap give another loss", fabs(s.disjoint / s.sliding - 1) > 1e-4);
@@ -4966,7 +4967,9 @@ static void test_learns(void)
         }
         if (f) fclose(f);
     }
-    /* Expected, not guaranteed. Here only the beginning of a word helps, so the two are near each other. */
+    /* P54 is expected, not guaranteed, and no bound for it can be derived: in this text only the beginning of a word
+     * helps, and between builds the two lay from 2.5% apart to 0.1% the other way round. 5% is a choice: it sees a model
+     * that long contexts harm, and no more. */
     check("perplexity with contexts of 28 and more against windows without overlap [P54]", narrow, 1.05 * ppl);
     status = run_command("./megatron_gpt2 generate --model %s/learnt --prompt 'the cat ' --tokens 40 --temperature 0 "
                          "2>/dev/null > %s/text1; "
@@ -5623,7 +5626,7 @@ static void test_limited_windows(void)
     for (size_t i = 0; i < 117; i++) push_token(&s.text, (int)(random_word(3, SITE_SAMPLE, 0, i) % 299));
     s.B = 1, run_ranks(1, limited_rank, &s);
     s.B = 3, run_ranks(1, limited_rank, &s);
-    check("1 to 5 windows, 3 a pass against 1 a pass", fabs(s.sliding / s.brute - 1), sizeof(real) == 4 ? 2e-6 : 1e-13);
+    check("1 to 5 windows, 3 a pass against 1 a pass", fabs(s.sliding / s.brute - 1), sizeof(real) == 4 ? 4e-8 : 2e-15);
     check_true("inference: layers share their memory, but for their inputs", s.disjoint == 1);
     free(s.text.id);
 }
