@@ -4602,8 +4602,9 @@ static void test_golden(void)
 typedef struct {
     const char *folder;
     int tp;
+    size_t T;
     const int *tokens;
-    real *logits; /* (32, 380) */
+    real *logits; /* (T, V) */
 } Fixture;
 
 static void fixture_rank(Comm *world, void *arg)
@@ -4612,16 +4613,17 @@ static void fixture_rank(Comm *world, void *arg)
     Config c;
     Safetensors model = open_model(&c, f->folder);
     Layout s = {f->tp, 1, 1};
-    RankOptions o = {c, s, 1, 1, 32, 0, 0, 1};
+    RankOptions o = {c, s, 1, 1, f->T, 0, 0, 1};
     Rank *k = rank_create(world, &o);
     Shards shards = shards_of(k);
-    int tokens[33] = {0};
-    memcpy(tokens, f->tokens, 32 * sizeof(int));
+    int *tokens = (int *)xcalloc(f->T + 1, sizeof *tokens); /* the last is only a target */
+    memcpy(tokens, f->tokens, f->T * sizeof *tokens);
     load_weights(&shards, &model);
     set_tokens(k, &k->flight[0], tokens, NULL);
     stage_forward(k, &k->flight[0]);
-    for (size_t row = 0; row < 32; row++)
+    for (size_t row = 0; row < f->T; row++)
         for (size_t v = 0; v < k->valid; v++) f->logits[row * c.V + k->v0 + v] = k->flight[0].logits[row * k->Vp + v];
+    free(tokens);
     safetensors_close(&model);
     rank_free(k);
 }
@@ -4643,7 +4645,7 @@ static void test_fixture_logits(void)
     for (size_t i = 0; i < n; i++) expected[i] = (real)((const float *)(const void *)logits.data)[i];
     for (int f = 0; f < 2; f++)
         for (int tp = 1; tp <= 4; tp *= 2) {
-            Fixture fixture = {folders[f], tp, (const int *)(const void *)tokens.data, seen};
+            Fixture fixture = {folders[f], tp, 32, (const int *)(const void *)tokens.data, seen};
             char what[96];
             memset(seen, 0, n * sizeof *seen);
             run_ranks(tp, fixture_rank, &fixture);
@@ -6455,6 +6457,50 @@ static void test_convert_round_trip(void)
     }
 }
 
+/* ---- Checkpoints of every era, as PyTorch has written them: dev/reference/make_checkpoints.py ------------------- */
+
+/* Every line of cases.tsv: the file becomes the model, bit for bit, with the logits that transformers computes in
+ * float64; or it is refused for the reason that the line tells. PyTorch in float is 2e-7 to 4e-7 off. */
+static void test_convert_own(void)
+{
+    static const char folder[] = "dev/reference/checkpoints";
+    char path[PATH_MAX], out[PATH_MAX], line[512], name[128], type[16], told[256];
+    Config c;
+    if (!have_convert()) return;
+    Safetensors model = open_model(&c, join_path(path, folder, "model"));
+    Safetensors answers = safetensors_open(join_path(path, folder, "expected.safetensors"));
+    PlainModel m = plain_model(c);
+    for (size_t i = 0; i < m.n; i++)
+        for (size_t e = 0; e < m.tensor[i].n; e++)
+            m.tensor[i].x[e] = (float)stored_value(find_stored(&model, m.tensor[i].name), e);
+    size_t n = c.P * c.V, cases = 0;
+    real *expected = (real *)xcalloc(n, sizeof *expected), *seen = (real *)xcalloc(n, sizeof *seen);
+    FILE *list = fopen(join_path(path, folder, "cases.tsv"), "r");
+    join_path(out, SCRATCH, "own");
+    for (; list && fgets(line, sizeof line, list); cases++) {
+        if (sscanf(line, "%127[^\t]\t%15[^\t]\t%255[^\n]", name, type, told) != 3) die("cases.tsv: %s", line);
+        int refused = !strcmp(type, "refused");
+        int status = run_convert("%s/%s %s %s", folder, name, out, refused ? "--vocab-size 8" : told);
+        int good = refused ? status == 1 && says(told) && !count_names(SCRATCH, "own")
+                           : status == 0 && !*convert_error && is_model_like(&m, type, out);
+        check_true(name, good);
+        if (good && !refused) {
+            char key[32];
+            snprintf(key, sizeof key, "logits.%s", type);
+            for (size_t i = 0; i < n; i++) expected[i] = (real)stored_value(find_stored(&answers, key), i);
+            Fixture fixture = {out, 2, c.P, (const int *)(const void *)find_stored(&answers, "tokens")->data, seen};
+            memset(seen, 0, n * sizeof *seen);
+            run_ranks(2, fixture_rank, &fixture);
+            check("  logits at tp 2", relative_error(seen, expected, n), 1e-6);
+        } else if (!good) printf("      it says: %s\n", convert_error);
+        run_command("rm -rf %s", out);
+    }
+    check_true("more than 30 cases", cases > 30);
+    if (list) fclose(list);
+    free(expected), free(seen), free_plain(&m);
+    safetensors_close(&model), safetensors_close(&answers);
+}
+
 /* ---- ../shared/fixtures ------------------------------------------------------------------------------------------ */
 
 static const char fixtures[] = "../shared/fixtures";
@@ -6904,7 +6950,7 @@ static void test_convert_logits(void)
     char folder[PATH_MAX];
     real *expected = (real *)xcalloc(n, sizeof *expected), *seen = (real *)xcalloc(n, sizeof *seen);
     for (size_t i = 0; i < n; i++) expected[i] = (real)((const float *)(const void *)logits.data)[i];
-    Fixture fixture = {join_path(folder, SCRATCH, "m02"), 2, (const int *)(const void *)tokens.data, seen};
+    Fixture fixture = {join_path(folder, SCRATCH, "m02"), 2, 32, (const int *)(const void *)tokens.data, seen};
     run_ranks(2, fixture_rank, &fixture);
     check("logits at tp 2", relative_error(seen, expected, n), 1e-5);
     free(expected), free(seen);
@@ -7018,6 +7064,7 @@ static const Test tests[] = {
     {"resume_options",     "every option off its default", test_resume_options, 1, 0},
     {"eval_output",        "P51 P52: adjusted perplexity, counts", test_eval_output, 1, 0},
     {"convert_round_trip", "random models, splits, versions, types: bit-equal", test_convert_round_trip, 1, 0},
+    {"convert_own", "checkpoints of every era that PyTorch has written", test_convert_own, 1, 0},
     {"convert_fixtures", "every checkpoint of ../shared/fixtures", test_convert_fixtures, 1, 0},
     {"convert_malformed", "every malformed one is refused in one line", test_convert_malformed, 1, 0},
     {"convert_damage", "truncated and altered files", test_convert_damage, 1, 0},
