@@ -6,8 +6,9 @@
    splits, orders of Q, K, V and types. torch.load must read every Megatron file, its tensors must be what an
    independent sharder in this script cuts from the model, and GPT2LMHeadModel.from_pretrained must read what comes
    back, with equal logits.
-2. Every fixture that is to be accepted is converted, loaded with from_pretrained, and its logits are compared.
-3. What Hugging Face's own script has written is compared with what convert writes from the same model.
+2. Every checkpoint of make_checkpoints.py is converted, loaded with from_pretrained, and its logits are compared.
+3. The same for every fixture that is to be accepted.
+4. What Hugging Face's own script has written is compared with what convert writes from the same model.
 """
 import argparse
 import hashlib
@@ -18,6 +19,8 @@ import sys
 import tempfile
 
 import torch
+import transformers
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 arguments = argparse.ArgumentParser()
@@ -133,7 +136,7 @@ def random_model_cases(folder):
                     check(f"{name} {rank}: tensors", all(torch.equal(got[k], cut[k]) and got[k].dtype == cut[k].dtype for k in cut))
                     check(f"{name} {rank}: args", file["args"].num_layers == 4 and file["args"].rank == stage * tp + r and file.get("checkpoint_version", 0) == version)
             convert(there, back)
-            loaded = GPT2LMHeadModel.from_pretrained(back)
+            loaded = GPT2LMHeadModel.from_pretrained(back, torch_dtype="auto")  # as stored, also before transformers 5
             check(f"{name}: type", loaded.dtype == wanted[dtype].dtype)
             check(f"{name}: logits", torch.equal(logits(loaded.float(), tokens), logits(upcast(wanted[dtype], config), tokens)))
     print("random model: logits of every conversion there and back are bit-equal to the original's")
@@ -159,7 +162,7 @@ def fixture_cases(folder):
             extra = ["--config", root + "/" + f["needs_config"]] if f.get("needs_config") else ["--vocab-size", f["vocab_size"]]
         convert(root + "/" + f["path"], out, *extra)
         # the reference was computed with the tanh formula; args of most fixtures ask for the erf
-        model = GPT2LMHeadModel.from_pretrained(out, dtype=torch.float32, activation_function="gelu_new")
+        model = GPT2LMHeadModel.from_pretrained(out, activation_function="gelu_new").float()
         error = (logits(model, tokens)[0] - reference).abs().max().item()
         worst[f["dtype"]] = max(worst.get(f["dtype"], 0), error)
         state = model.state_dict()
@@ -183,11 +186,30 @@ def fixture_cases(folder):
     print("Hugging Face's script and convert write the same tensors")
 
 
+def own_cases(folder):
+    """make_checkpoints.py wrote one model in all of them, so all have its logits; the activation is what they tell."""
+    root = os.path.dirname(os.path.abspath(__file__)) + "/checkpoints"
+    expected, worst = load_file(root + "/expected.safetensors"), 0
+    for line in open(root + "/cases.tsv"):
+        name, dtype, told = line.rstrip("\n").split("\t")
+        if dtype != "refused":
+            convert(root + "/" + name, folder + "/" + name, *told.split())
+            model = GPT2LMHeadModel.from_pretrained(folder + "/" + name, torch_dtype="auto").double()
+            wanted = expected["logits." + dtype].double()
+            seen = logits(model, expected["tokens"].long()[None])[0]
+            worst = max(worst, ((seen - wanted).norm() / wanted.norm()).item())
+    print(f"checkpoints of make_checkpoints.py: logits differ by {worst:.2g} of their norm at most")
+    check("logits of checkpoints", worst < 6e-8)  # half a float's epsilon: so they were rounded
+
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 with tempfile.TemporaryDirectory() as folder:
     random_model_cases(folder)
+    own_cases(folder)
     if os.path.isdir(arguments.fixtures):
         fixture_cases(folder)
     else:
         print("skipped: there are no fixtures in", arguments.fixtures)
-print(f"torch {torch.__version__}: {checks} checks, {failures} failed")
+print(f"torch {torch.__version__}, transformers {transformers.__version__}: {checks} checks, {failures} failed")
 sys.exit(failures > 0)
