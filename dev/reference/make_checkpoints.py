@@ -3,6 +3,7 @@
 
     venv/bin/python dev/reference/make_checkpoints.py         torch 2, transformers: model/, expected.safetensors, cases
     /usr/bin/python3 dev/reference/make_checkpoints.py        torch 1 (Debian's python3-torch): the other cases
+    .. --ngc MODEL OUT.zip                                    only this: a folder of Hugging Face's as NVIDIA's zip
 
 One small random GPT-2, model/, stands in every file of cases.tsv: cut for ranks and stages, renamed, its Q, K and V
 reordered, rounded to a type, as Megatron and Hugging Face's tools have stored it since 2019. expected.safetensors has
@@ -270,21 +271,23 @@ def rank_folder(r, stage, pp):
     return f"mp_rank_{r:02d}" + (f"_{stage:03d}" if pp > 1 else "")
 
 
-def ngc(w, name, method):
-    """A zip as NVIDIA ships it: one file without args and version, and the tracker."""
-    cases.append((name, "F16", "--config dev/reference/checkpoints/model/config.json", None))
-    if TORCH != 1:
-        return
+def write_ngc(w, path, method):
+    """A zip as NVIDIA ships it: one fp16 file without args and version, and the tracker. w in Hugging Face's layout."""
     file = io.BytesIO()
-    flat = rank_tensors(rounded(w, "F16"), "2019-10", 0, 1, 1, 0, 0)
-    save({"iteration": 0, "model": nest(flat)}, file, zipped=False)
-    with zipfile.ZipFile(FOLDER / name, "w") as z:
+    save({"iteration": 0, "model": nest(rank_tensors(rounded(w, "F16"), "2019-10", 0, 1, 1, 0, 0))}, file, zipped=False)
+    with zipfile.ZipFile(path, "w") as z:
         for member, data in (("latest_checkpointed_iteration.txt", b"release"), ("release/", b""),
                              ("release/mp_rank_00/", b""),
-                             ("release/mp_rank_00/model_optim_rng.pt", file.getvalue())):
+                             ("release/mp_rank_00/model_optim_rng.pt", file.getbuffer())):
             info = zipfile.ZipInfo(member, (2020, 4, 16, 0, 0, 0))
             info.compress_type = method if data else zipfile.ZIP_STORED
             z.writestr(info, data)
+
+
+def ngc(w, name, method):
+    cases.append((name, "F16", "--config dev/reference/checkpoints/model/config.json", None))
+    if TORCH == 1:
+        write_ngc(w, FOLDER / name, method)
 
 
 def hugging_face(w, name, writer, dtype, zipped, make):
@@ -505,6 +508,9 @@ def check_hugging_face(expected):
 
 
 def main():
+    if len(sys.argv) == 4 and sys.argv[1] == "--ngc":
+        model, path = map(pathlib.Path, sys.argv[2:])
+        return write_ngc(read_safetensors(model / "model.safetensors"), path, zipfile.ZIP_DEFLATED)
     if TORCH > 1:
         write_model()
     elif not (FOLDER / "model").exists():
