@@ -176,8 +176,7 @@ static const char *read_member(Member *m, const Zip *z, const char *at, const ch
     m->size = field[0], m->packed = field[1];
     if (strlen(m->name) != name || is_unsafe_name(m->name))
         bad_zip(z, m->name, "is the name of a member, which could lead out of a folder");
-    if (number_at(at + 4, 2) >> 8 == UNIX && S_ISLNK(number_at(at + 40, 2)))
-        bad_zip(z, m->name, "is a symbolic link");
+    if (number_at(at + 4, 2) >> 8 == UNIX && S_ISLNK(number_at(at + 40, 2))) bad_zip(z, m->name, "is a symbolic link");
 
     const char *local = z->map.data + field[2];
     if (field[2] > directory || directory - field[2] < 30) bad_zip(z, m->name, "would lie outside the file");
@@ -778,8 +777,7 @@ static View describe_tensor(const Pickle *p, Ref args)
     v.t.path = p->path;
     v.t.dtype = s->dtype;
     v.t.dims = p->node[size].length;
-    if (v.t.dims > MAX_DIMS)
-        bad_pickle(p, "a tensor has %zu dimensions: %d at most are possible", v.t.dims, MAX_DIMS);
+    if (v.t.dims > MAX_DIMS) bad_pickle(p, "a tensor has %zu dimensions: %d at most are possible", v.t.dims, MAX_DIMS);
     if (v.t.dims != p->node[stride].length)
         bad_pickle(p, "a tensor has %zu sizes but %u strides", v.t.dims, p->node[stride].length);
     size_t last = v.offset, step;
@@ -1055,8 +1053,8 @@ static void place_storage(Pickle *p, TorchStorage *const *list, const Node *name
         die("%s: storage %s begins with a count of %zu elements, but its tensors ask for %zu", p->path,
             show(shown, name), count, (*at)->n);
     if (bytes > p->map.size - p->at)
-        die("%s: storage %s needs %zu bytes, but the file ends after %zu: it is cut short", p->path,
-            show(shown, name), bytes, p->map.size - p->at);
+        die("%s: storage %s needs %zu bytes, but the file ends after %zu: it is cut short", p->path, show(shown, name),
+            bytes, p->map.size - p->at);
     const char *data = take(p, bytes);
     while (at > list && !compare_storages(at - 1, &wanted)) at--;
     for (; at < list + p->storages && !compare_storages(at, &wanted); at++) ((TorchStorage *)*at)->data = data;
@@ -1356,8 +1354,7 @@ static const char *model_file(const Tree *p, const char *folder)
         snprintf(path, sizeof path, "%.200s%s", folder, names[i]);
         if (!tree_has(p, path)) continue;
         if (found)
-            die("%s/%s%s holds both %s and %s: only one can be meant", p->path, p->folder, folder, names[0],
-                names[1]);
+            die("%s/%s%s holds both %s and %s: only one can be meant", p->path, p->folder, folder, names[0], names[1]);
         found = names[i];
     }
     return found;
@@ -1466,8 +1463,7 @@ static char **find_shards(Tree *p, Layout *layout)
     find_iteration(p);
     RankFile *list = list_ranks(&n, p);
     const char *alone = model_file(p, "");
-    if (!n && !alone)
-        die("%s/%s: no mp_rank_.. folder holds a model_optim_rng.pt or model_rng.pt", p->path, p->folder);
+    if (!n && !alone) die("%s/%s: no mp_rank_.. folder holds a model_optim_rng.pt or model_rng.pt", p->path, p->folder);
     for (size_t i = 0; i < n; i++) tp = max_size(tp, list[i].tp + 1), pp = max_size(pp, list[i].pp + 1);
     if (n && (n > MAX_SHARDS || tp * pp != n))
         die("%s/%s: the folders' numbers go up to %zu tensor ranks x %zu stages, but %zu have a model", p->path,
@@ -1524,8 +1520,7 @@ static void check_bin_index(const Source *s, const Json *index, const JsonValue 
                     index->what);
         }
     }
-    if (tensors != map->length)
-        die("%s lists %zu tensors, but its files hold %zu", index->what, map->length, tensors);
+    if (tensors != map->length) die("%s lists %zu tensors, but its files hold %zu", index->what, map->length, tensors);
 }
 
 /* pytorch_model.bin, or its shards. */
@@ -1534,8 +1529,7 @@ static void open_bins(Source *s, const char *scratch, FILE *listing)
     static const char whole[] = "pytorch_model.bin", sharded[] = "pytorch_model.bin.index.json";
     char path[PATH_MAX], what[PATH_MAX];
     int single = file_exists(s->path, whole);
-    Map text =
-        single ? map_file(join_path(what, s->path, "config.json")) : map_file(join_path(what, s->path, sharded));
+    Map text = single ? map_file(join_path(what, s->path, "config.json")) : map_file(join_path(what, s->path, sharded));
     Json index = json_parse(text.data, text.size, what);
     const JsonValue *map = json_get(&index, index.value, "weight_map");
     size_t n = 1;
@@ -2051,8 +2045,7 @@ static void place_views(Model *m, int rank, const Shard *s)
             refuse_difference(v, part->head, "both would make the logits");
             part->head = v;
         } else if (at == part->tensors) die("%s: tensor %s has no place in a GPT-2 of this shape", s->path, name);
-        else if (part->view[at])
-            die("%s: tensor %s is there twice, also as %s", s->path, name, part->view[at]->t.name);
+        else if (part->view[at]) die("%s: tensor %s is there twice, also as %s", s->path, name, part->view[at]->t.name);
         else part->view[at] = v;
     }
 }
@@ -2145,8 +2138,7 @@ static void check_agreement(const Source *m)
             differs = "checkpoint_version";
         for (size_t i = 0; i < sizeof names / sizeof *names; i++)
             if (!same_nodes(p, find_argument(first, names[i]), q, find_argument(s, names[i]))) differs = names[i];
-        if (differs)
-            die("%s and %s disagree on %s: they are of different checkpoints", first->path, s->path, differs);
+        if (differs) die("%s and %s disagree on %s: they are of different checkpoints", first->path, s->path, differs);
         for (size_t i = 0; i < rank; i++)
             if (m->map[rank].size == m->map[i].size && !memcmp(m->map[rank].data, m->map[i].data, m->map[i].size))
                 die("%s is a copy of %s, although ranks hold different parts", s->path, m->shard[i].path);
@@ -2268,8 +2260,7 @@ static void model_open(Model *m, Source *source, const Choices *o)
         size_t wanted = list_tensors(NULL, NULL, &m->config, m->how.layout, (int)rank),
                views = source->shard[rank].views;
         if (!m->how.conv1d && 2 * views + 64 < wanted) /* so that a few bytes cannot ask for a long list */
-            die("%s: it holds %zu tensors, but the shape of the model asks for %zu", source->file[rank], views,
-                wanted);
+            die("%s: it holds %zu tensors, but the shape of the model asks for %zu", source->file[rank], views, wanted);
         m->part[rank].tensor = list_rank(&m->part[rank].tensors, &m->config, &m->how, (int)rank);
         m->part[rank].view = (const View **)xcalloc(m->part[rank].tensors, sizeof *m->part[rank].view);
     }
@@ -2709,10 +2700,7 @@ static void put_tensor(FILE *f, size_t key, Dtype dtype, const Tensor *t)
     fputc(EMPTY_TUPLE, f), fputc(REDUCE, f), fputc(TUPLE, f), fputc(REDUCE, f);
 }
 
-static void put_flag(FILE *f, const char *key, int value)
-{
-    put_string(f, key), fputc(value ? NEWTRUE : NEWFALSE, f);
-}
+static void put_flag(FILE *f, const char *key, int value) { put_string(f, key), fputc(value ? NEWTRUE : NEWFALSE, f); }
 static void put_count(FILE *f, const char *key, size_t value) { put_string(f, key), put_integer(f, value); }
 static void put_fraction(FILE *f, const char *key, real value)
 {
@@ -2831,8 +2819,7 @@ static void zip_end(ZipWriter *z, uint32_t crc)
     fputs("PK\1\2", d);
     put(d, 45, 2), put(d, 45, 2), put(d, 0x0800, 2), put(d, 0, 2), put(d, 0, 2), put(d, 0x21, 2), put(d, crc, 4);
     put(d, min_size(z->n, 0xFFFFFFFF), 4), put(d, min_size(z->n, 0xFFFFFFFF), 4);
-    put(d, strlen(z->name), 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2),
-        put(d, min_size(z->start, 0xFFFFFFFF), 4);
+    put(d, strlen(z->name), 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2), put(d, min_size(z->start, 0xFFFFFFFF), 4);
     fputs(z->name, d);
     fwrite(extra, 1, wide, d);
     z->count++;
@@ -2861,8 +2848,7 @@ static void zip_finish(ZipWriter *z, const char *path)
 }
 
 /* One rank's file, into a folder that is there. */
-static void write_rank(Written *w, const char *folder, const Model *m, const Arrangement *a, int rank,
-                       const Choices *o)
+static void write_rank(Written *w, const char *folder, const Model *m, const Arrangement *a, int rank, const Choices *o)
 {
     char path[PATH_MAX], member[32], *program = NULL;
     size_t size = 0;
@@ -3211,8 +3197,8 @@ static void print_result(const Choices *o, const Source *s, const Model *m, cons
     if (o->json) {
         printf("{\"from\": \"%s\", \"container\": \"%s\", \"names\": \"%s\", \"tp\": %d, \"pp\": %d, \"version\": "
                "%d, %s, ",
-               m->how.conv1d ? "hf" : "megatron", s->container, find_era(s), s->layout.tp, s->layout.pp,
-               m->how.version, shape);
+               m->how.conv1d ? "hf" : "megatron", s->container, find_era(s), s->layout.tp, s->layout.pp, m->how.version,
+               shape);
         printf("\"parameters\": %zu, \"to\": \"%s\", \"files\": %zu, \"tensors\": %zu, \"bytes\": %zu}\n",
                count_parameters(c), to, w->files, w->tensors, w->bytes);
     } else {
