@@ -1831,7 +1831,7 @@ static void refuse_other_models(const Shard *s)
 static const char *activation_argument(const Shard *s)
 {
     if (flag_argument(s, "bias_gelu_fusion")) return "gelu_fast"; /* the same formula, fused with the bias */
-    return flag_argument(s, "openai_gelu") || !find_argument(s, "num_layers") ? "gelu_new" : "gelu";
+    return flag_argument(s, "openai_gelu") || !find_argument(s, "openai_gelu") ? "gelu_new" : "gelu";
 }
 
 static Config config_from_arguments(const Shard *s)
