@@ -23,6 +23,7 @@
 #define main megatron_gpt2_main
 #include "megatron_gpt2.c"
 #undef main
+#include <ftw.h>
 #include <signal.h>
 #include <sys/wait.h>
 #include <zlib.h>
@@ -3013,7 +3014,7 @@ static void inspect(const Choices *o)
  * Chapter 12. Command line
  *
  * The work is done by a child process in a new folder beside OUT, which takes OUT's name when it is whole. However
- * the child ends - bad input, a full disk, Ctrl-C, no memory - its parent is left to clear the folder away.
+ * the child ends before that - bad input, a full disk, Ctrl-C, no memory - its parent is left to clear the folder away.
  * ============================================================================================================= */
 
 enum { CONVERT = 1, INSPECT = 2, TO_MEGATRON = 4 };
@@ -3032,7 +3033,7 @@ static const Option choices[] = {
     {"--pp",                 "S", "write for S pipeline stages", CONVERT | TO_MEGATRON, COUNT, AT(pp), 1, 64, "1", 0},
     {"--qkv-version",        "V", "order of Q, K, V to write", CONVERT | TO_MEGATRON, NUMBER, AT(qkv_version), 0, 3, "3", 0},
     {"--shard-size",         "MB", "a larger model.safetensors is cut", CONVERT, COUNT, AT(shard_size), 1, 1e9, "5000", 0},
-    {"--force",              NULL, "replace OUT, if convert has written it", CONVERT, FLAG, AT(force), 0, 0, NULL, 0},
+    {"--force",              NULL, "replace OUT, which becomes OUT.old", CONVERT, FLAG, AT(force), 0, 0, NULL, 0},
     {"--pickle",             NULL, "list the instructions of the pickles", INSPECT, FLAG, AT(pickle), 0, 0, NULL, 0},
     {"--json",               NULL, "JSON on stdout", CONVERT | INSPECT, FLAG, AT(json), 0, 0, NULL, 0},
 };
@@ -3108,80 +3109,36 @@ static void parse_choices(Choices *o, int argc, char **argv)
 
 /* ---- The folder OUT -------------------------------------------------------------------------------------------- */
 
-/* What a conversion writes. */
-static int is_output(const char *name)
-{
-    size_t n = strlen(name);
-    return !strncmp(name, "mp_rank_", 8) || !strcmp(name, "release") || !strcmp(name, "model_optim_rng.pt") ||
-           !strcmp(name, tracker) || !strcmp(name, "config.json") || !strcmp(name, "vocab.json") ||
-           !strcmp(name, "merges.txt") || !strcmp(name, "model.safetensors.index.json") ||
-           (!strncmp(name, "model", 5) && n > 12 && !strcmp(name + n - 12, ".safetensors"));
-}
-
-/* Looks for something in a folder that no conversion writes: returns 1, and its path, if there is. If `delete`,
- * deletes the folder and all that one does write; nothing else is ever deleted. */
-static int clear_folder(char path[PATH_MAX], const char *folder, int delete, int depth)
-{
-    DIR *stream = opendir(folder);
-    int foreign = 0;
-    for (struct dirent *entry; stream && !foreign && (entry = readdir(stream));) {
-        char below[PATH_MAX];
-        struct stat st;
-        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
-        if (snprintf(path, PATH_MAX, "%s/%s", folder, entry->d_name) >= PATH_MAX || lstat(path, &st)) foreign = 1;
-        else if (!is_output(entry->d_name) || depth > 2) foreign = 1;
-        else if (S_ISDIR(st.st_mode)) {
-            memcpy(below, path, sizeof below);
-            foreign = clear_folder(path, below, delete, depth + 1);
-        } else if (!S_ISREG(st.st_mode)) foreign = 1;
-        else if (delete) unlink(path);
-    }
-    if (stream) closedir(stream);
-    if (delete) rmdir(folder);
-    return foreign;
-}
-
-/* Is `path` the folder, or in it? */
-static int lies_in(const char *path, const char *folder)
-{
-    char *whole = realpath(path, NULL);
-    size_t n = strlen(folder);
-    int inside = whole && !strncmp(whole, folder, n) && (!whole[n] || whole[n] == '/');
-    free(whole);
-    return inside;
-}
-
 static void check_output(const SavePaths *out, const Choices *o)
 {
-    char path[PATH_MAX];
-    struct stat st, here;
-    if (lstat(out->dir, &st)) return;
-    if (!o->force) die("%s exists already: choose another name, or give --force to replace it", o->operand[1]);
-    if (!S_ISDIR(st.st_mode)) die("%s is not a folder: choose another name", o->operand[1]);
-    if (lies_in(o->operand[0], out->dir))
-        die("%s lies in %s: choose another name for the output", o->operand[0], o->operand[1]);
-    if (!stat(".", &here) && same_place(&st, &here))
-        die("%s is the working folder: choose another name", o->operand[1]);
-    if (clear_folder(path, out->dir, 0, 0))
-        die("%s is in the way, and not written by convert: choose another name", path);
+    const char *name = o->operand[1];
+    struct stat st;
+    if (!o->force && !lstat(out->dir, &st))
+        die("%s exists already: choose another name, or give --force, which moves it to %s", name, out->old);
+    if (o->force && !lstat(out->dir, &st) && !file_exists(out->dir, "config.json") && !file_exists(out->dir, tracker))
+        die("%s holds neither config.json nor %s, so it is no model to replace: choose another name", name, tracker);
+    if (o->force && !lstat(out->old, &st)) die("%s is there, but --force needs the name: move it away", out->old);
 }
 
-/* The new folder takes its place; what --force replaces is deleted. */
-static void put_output(const char *temporary, const SavePaths *out)
+/* The new folder takes its name. Nothing is deleted: what --force replaces becomes OUT.old, and rename() replaces no
+ * folder that holds something, in case another program has made OUT meanwhile. */
+static void put_output(const char *temporary, const SavePaths *out, int force)
 {
-    char path[PATH_MAX];
     mode_t mask = umask(0);
     umask(mask);
     chmod(temporary, 0777 & ~mask);
-    if (rename(temporary, out->dir) && exchange_folders(temporary, out->dir)) {
-        clear_folder(path, out->dir, 1, 0);
-        if (rename(temporary, out->dir)) {
-            int error = errno;
-            clear_folder(path, temporary, 1, 0);
-            die("cannot rename %s to %s: %s", temporary, out->dir, strerror(error));
-        }
-    }
-    clear_folder(path, temporary, 1, 0);
+    int moved = force && !rename(out->dir, out->old);
+    if (force && !moved && errno != ENOENT) die("cannot rename %s to %s: %s", out->dir, out->old, strerror(errno));
+    if (!rename(temporary, out->dir)) return;
+    int error = errno;
+    if (moved) rename(out->old, out->dir);
+    die("cannot rename %s to %s: %s", temporary, out->dir, strerror(error));
+}
+
+static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *place)
+{
+    (void)st, (void)type, (void)place;
+    return remove(path);
 }
 
 /* ---- The work -------------------------------------------------------------------------------------------------- */
@@ -3212,7 +3169,7 @@ static void print_result(const Choices *o, const Source *s, const Model *m, cons
     }
 }
 
-static void convert(const Choices *o, const char *folder)
+static void convert(const Choices *o, const char *folder, const SavePaths *out)
 {
     Source source;
     Model model;
@@ -3227,15 +3184,21 @@ static void convert(const Choices *o, const char *folder)
             usage_error("%s is for writing Megatron's checkpoints", choices[i].name);
     Written w = megatron ? write_megatron(folder, &model, o) : write_hugging_face(folder, &model, o);
     if (o->tokenizer) copy_tokenizer(folder, o->tokenizer);
+    put_output(folder, out, o->force);
     print_result(o, &source, &model, to, &w);
     model_close(&model);
     source_close(&source);
 }
 
+static pid_t child;
+static void pass_on(int signal_number) { kill(child, signal_number); }
+
 int CONVERT_MAIN(int argc, char **argv)
 {
     static Choices o;
-    char temporary[PATH_MAX], path[PATH_MAX];
+    static const int stops[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
+    enum { STOPS = sizeof stops / sizeof *stops };
+    char temporary[PATH_MAX];
     int status = 0;
     parse_choices(&o, argc, argv);
     if (o.inspect) {
@@ -3245,30 +3208,28 @@ int CONVERT_MAIN(int argc, char **argv)
     }
     SavePaths out = save_paths(o.operand[1]);
     check_output(&out, &o);
+    sigset_t blocked, before; /* until it is clear who gets them */
+    sigemptyset(&blocked);
+    for (int i = 0; i < STOPS; i++) sigaddset(&blocked, stops[i]);
+    sigprocmask(SIG_BLOCK, &blocked, &before);
+    signal(SIGCHLD, SIG_DFL); /* ignored, as it may have been, it would keep the child's fate from us */
     snprintf(temporary, sizeof temporary, "%.*s.XXXXXX", PATH_MAX - 8, out.dir);
     if (!mkdtemp(temporary)) die("cannot create a folder beside %s: %s", out.dir, strerror(errno));
-    sigset_t signals; /* while we wait for the child, which alone may be stopped by them */
-    int stopped;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGCHLD), sigaddset(&signals, SIGINT), sigaddset(&signals, SIGTERM),
-        sigaddset(&signals, SIGHUP);
-    sigprocmask(SIG_BLOCK, &signals, NULL);
     fflush(stdout);
-    pid_t child = fork();
+    child = fork();
+    for (int i = 0; child > 0 && i < STOPS; i++) signal(stops[i], pass_on);
+    sigprocmask(SIG_SETMASK, &before, NULL);
     if (child == 0) {
-        sigprocmask(SIG_UNBLOCK, &signals, NULL);
-        convert(&o, temporary);
+        convert(&o, temporary, &out);
         if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s", strerror(errno));
         return 0;
     }
-    while (child > 0 && waitpid(child, &status, WNOHANG) == 0)
-        if (!sigwait(&signals, &stopped) && stopped != SIGCHLD) kill(child, SIGTERM);
-    if (child > 0 && !status) {
-        put_output(temporary, &out);
-        return 0;
+    int error = errno; /* of fork() */
+    while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR) {
     }
-    clear_folder(path, temporary, 1, 0);
-    if (child < 0) die("cannot start another process: %s", strerror(errno));
-    if (WIFSIGNALED(status)) die("stopped by signal %d; nothing is written", WTERMSIG(status));
-    return WEXITSTATUS(status);
+    int unfinished = !access(temporary, F_OK);
+    if (unfinished) nftw(temporary, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    if (child < 0) die("cannot start another process: %s", strerror(error));
+    if (WIFSIGNALED(status) && unfinished) die("stopped by signal %d; nothing is written", WTERMSIG(status));
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
 }

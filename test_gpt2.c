@@ -6525,7 +6525,8 @@ static void test_convert_fixtures(void)
                 check_true(name->string, status == 0 && is_expected(out, json_get(&json, f, "expected")->string));
             else { /* h04 as fp16, so the same bytes as if we had rounded it */ char other[PATH_MAX];
                 snprintf(other, sizeof other, "%.4000s/reference", path);
-                run_convert("%s/hf/h04_pytorch_bin_fp32 %s --to hf --dtype fp16 --force", fixtures, other);
+                if (!file_exists(path, "reference"))
+                    run_convert("%s/hf/h04_pytorch_bin_fp32 %s --to hf --dtype fp16", fixtures, other);
                 check_true(name->string,
                            status == 0 && !run_command("cmp -s %s/model.safetensors %s/model.safetensors", out, other));
             }
@@ -6709,7 +6710,8 @@ static void test_convert_damage(void)
         if (next_random(&draw, 5) == 0) n = next_random(&draw, (uint32_t)n);
         put_file(folder, "damaged.pt", bytes, n);
         run_command("mv %s/damaged.pt %s", folder, path);
-        int status = run_convert("%s/megatron %s/out --force", folder, folder);
+        run_command("rm -rf %s/out", folder);
+        int status = run_convert("%s/megatron %s/out", folder, folder);
         refused += status == 1;
         if (status == 0 ? *convert_error != 0 : status != 1 || !says("convert: ") || count_names(folder, "out."))
             wrong++;
@@ -6751,7 +6753,8 @@ static void test_convert_options(void)
         {"%s/config.json %s/o", "neither a zip archive nor", 1},
         {"%s %s/absent/o", "cannot create", 1},
         {"%s %s/megatron", "exists already", 1},
-        {"%s %s --force", "lies in", 1},
+        {"%s %s/megatron/release --force", "no model to replace", 1},
+        {"%s %s/config.json --force", "no model to replace", 1},
     };
     char folder[PATH_MAX], words[4 * PATH_MAX], what[128], path[PATH_MAX];
     if (!have_convert()) return;
@@ -6767,15 +6770,14 @@ static void test_convert_options(void)
         check_true(what, status == wrong[i].status && says(wrong[i].reason) && !count_names(folder, "o") &&
                              count_names(folder, "megatron") == 1);
     }
-    check_equal("--force replaces what convert has written", run_convert("%s %s/megatron --force", folder, folder), 0);
-    check_equal("  and nothing stays beside it", (double)count_names(folder, "megatron"), 1);
+    run_command("touch %s/megatron/release/mine", folder);
+    check_equal("--force replaces a checkpoint", run_convert("%s %s/megatron --force", folder, folder), 0);
     check_true("  with another cut", file_exists(folder, "megatron/release/mp_rank_00") &&
                                          !file_exists(folder, "megatron/release/mp_rank_01"));
-    run_command("touch %s/megatron/release/mine", folder);
-    check_true("--force keeps what the user has put there",
-               run_convert("%s %s/megatron --force", folder, folder) == 1 && says("mine") &&
-                   file_exists(folder, "megatron/release/mine"));
-    run_command("rm %s/megatron/release/mine", folder);
+    check_true("  keeps the old one, and what the user has put there", file_exists(folder, "megatron.old/release/mine") &&
+                                                                            count_names(folder, "megatron") == 2);
+    check_true("  which must be moved away first", run_convert("%s %s/megatron --force", folder, folder) == 1 &&
+                                                       says("megatron.old is there") && count_names(folder, "megatron") == 2);
 
     check_equal("one rank's folder alone", run_convert("%s/megatron/release/mp_rank_00 %s/back", folder, folder), 0);
     check_true("  is the model", is_model_like(&m, "F32", join_path(path, folder, "back")));
@@ -6807,6 +6809,57 @@ static void test_convert_options(void)
     check_equal("megatron_gpt2 loads what convert wrote",
                 run_command("./megatron_gpt2 generate --model %s/back --prompt ab --tokens 3 >/dev/null 2>&1", folder),
                 0);
+    free_plain(&m);
+    remove_checkpoint_folder(folder);
+}
+
+/* Converts while SIGCHLD is ignored, as the program that calls convert may do; sends SIGTERM after some milliseconds, if
+ * any. Returns the exit status, 128 if a signal has ended it. */
+static int stop_convert(const char *in, const char *out, unsigned after)
+{
+    char path[PATH_MAX];
+    int status;
+    pid_t pid = fork();
+    if (pid == 0) {
+        signal(SIGCHLD, SIG_IGN);
+        alarm(60);
+        if (!freopen(join_path(path, SCRATCH, "convert.err"), "w", stdout) || dup2(1, 2) < 0) _exit(3);
+        execl("./convert", "convert", in, out, "--to", "hf", (char *)NULL);
+        _exit(3);
+    }
+    if (after) usleep(1000 * after), kill(pid, SIGTERM);
+    waitpid(pid, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+}
+
+/* However a conversion ends, OUT is whole or not there, and nothing stays beside it. */
+static void test_convert_ends(void)
+{
+    char folder[PATH_MAX], path[PATH_MAX], out[PATH_MAX];
+    int right = 1;
+    if (!have_convert()) return;
+    PlainModel m = plain_model(make_config(2, 256, 4, 64, 4000));
+    make_checkpoint_folder(folder);
+    put_model(folder, "model.safetensors", &m, "", NULL, NULL, NULL, 0);
+    put_config(folder, &m.config);
+    check_equal("SIGCHLD is ignored", stop_convert(folder, join_path(out, folder, "a"), 0), 0);
+    check_true("  and OUT is whole", is_model_like(&m, "F32", out));
+    check_true("  or not there, as the status says",
+               stop_convert(join_path(path, folder, "config.json"), join_path(out, folder, "b"), 0) == 1 &&
+                   !count_names(folder, "b"));
+    join_path(out, folder, "x");
+    for (unsigned delay = 1; delay <= 31; delay += 2) { /* before, in and after the work */
+        int status = stop_convert(folder, out, delay), whole = file_exists(folder, "x");
+        right &= count_names(folder, "x") == (size_t)whole && (whole ? is_model_like(&m, "F32", out) : status != 0);
+        run_command("rm -rf %s/x*", folder);
+    }
+    check_true("SIGTERM at any time", right);
+    check_equal("of four that write to one OUT, one succeeds",
+                run_command("test $(for i in 1 2 3 4; do { ./convert %s %s/y --to hf 2>/dev/null | grep -c written: & } "
+                            "done | grep -c 1) = 1",
+                            folder, folder),
+                0);
+    check_true("  and it is whole", count_names(folder, "y") == 1 && is_model_like(&m, "F32", join_path(path, folder, "y")));
     free_plain(&m);
     remove_checkpoint_folder(folder);
 }
@@ -7022,6 +7075,7 @@ static const Test tests[] = {
     {"convert_malformed", "every malformed one is refused in one line", test_convert_malformed, 1, 0},
     {"convert_damage", "truncated and altered files", test_convert_damage, 1, 0},
     {"convert_options", "options and refusals of the command line", test_convert_options, 1, 0},
+    {"convert_ends", "signals, and several at once", test_convert_ends, 1, 0},
     {"convert_zip", "what a zip file may not do", test_convert_zip, 1, 0},
     {"convert_shards", "what shards must agree on", test_convert_shards, 1, 0},
     {"convert_logits",     "PyTorch's logits after a conversion", test_convert_logits, 1, 0},
