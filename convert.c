@@ -787,12 +787,12 @@ static View describe_tensor(const Pickle *p, Ref args)
     for (size_t i = 0; i < v.t.dims; i++) {
         v.t.shape[i] = size_of_node(p, item_at(p, size, i), "the size of a tensor");
         v.stride[i] = size_of_node(p, item_at(p, stride, i), "the stride of a tensor");
-        wrong |= __builtin_mul_overflow(v.t.n, v.t.shape[i], &v.t.n);
+        wrong |= __builtin_mul_overflow(v.t.n, v.t.shape[i], &v.t.n) || (v.t.shape[i] > 1 && !v.stride[i]);
         if (!v.t.shape[i]) continue;
         wrong |=
             __builtin_mul_overflow(v.t.shape[i] - 1, v.stride[i], &step) || __builtin_add_overflow(last, step, &last);
     }
-    if (wrong || v.t.n > s->view_n || (v.t.n && last >= s->view_n))
+    if (wrong || v.t.n > s->view_n || last > s->view_n || (v.t.n && last == s->view_n))
         bad_pickle(p, "a tensor reaches beyond the %zu elements of its storage, or overlaps itself", s->view_n);
     v.offset += s->view;
     v.t.bytes = v.t.n * dtype_size[v.t.dtype];
@@ -1976,12 +1976,14 @@ typedef struct {
     Part *part; /* of each rank */
 } Model;
 
-/* Number of rank r's tensor that belongs to this spec and layer. */
+/* Number of a rank's tensor that belongs to this spec and layer; `tensors` if there is none. */
 static size_t find_tensor(const Part *part, const Spec *spec, size_t layer)
 {
-    size_t i = 0;
-    while (i < part->tensors && (part->tensor[i].spec != spec || part->tensor[i].layer != layer)) i++;
-    return i;
+    size_t i = 0, in_layer = 0;
+    for (int j = 0; j < N_SPECS; j++) in_layer += (size_t)specs[j].in_layer;
+    while (i < part->tensors && part->tensor[i].spec != spec) i++; /* in the rank's first layer */
+    if (i < part->tensors) i += (layer - part->tensor[i].layer) * in_layer;
+    return i < part->tensors && part->tensor[i].spec == spec && part->tensor[i].layer == layer ? i : part->tensors;
 }
 
 /* Strides of the rows and columns of [out, in]. */
@@ -2182,7 +2184,7 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
     const Shard *s = &source->shard[0];
     int has_args = find_argument(s, "num_layers") != 0, tied = 1;
     char path[PATH_MAX];
-    if (has_args) refuse_other_models(s);
+    for (size_t i = 0; i < source->shards; i++) refuse_other_models(&source->shard[i]);
     if (o->config || source->folder) {
         m->config = read_shape(m, o->config ? o->config : join_path(path, source->path, "config.json"), &tied);
         if (!tied && !m->how.conv1d)
@@ -2203,13 +2205,14 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
     return o->config || source->folder ? c->V : count_argument(s, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
 }
 
-/* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to another model. */
-static size_t count_tokens(const Shard *s, const Model *m, const char *folder)
+/* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to another model. `told`
+ * is what the input tells of their number, or SIZE_MAX. */
+static size_t count_tokens(const Shard *s, const Model *m, size_t told, const char *folder)
 {
     Tokenizer *t = tokenizer_open(folder);
-    size_t V = (size_t)t->vocabulary, multiple = count_argument(s, "make_vocab_size_divisible_by", 1 << 20, 128);
+    size_t V = t->vocabulary, multiple = count_argument(s, "make_vocab_size_divisible_by", 1 << 20, 128);
     multiple *= (size_t)m->how.layout.tp;
-    if ((V + multiple - 1) / multiple * multiple != m->how.padded)
+    if (told != V && round_up(V, multiple) != m->how.padded)
         die("%s: there are %zu rows for tokens, but the tokenizer's %zu would be padded to a multiple of %zu: give "
             "--vocab-size N",
             m->path, m->how.padded, V, multiple);
@@ -2221,7 +2224,8 @@ static size_t count_tokens(const Shard *s, const Model *m, const char *folder)
 static size_t find_vocabulary(const Shard *s, const Model *m, size_t told, const Choices *o)
 {
     size_t padded = m->how.padded, V = o->keep_padding ? padded : o->vocab_size ? o->vocab_size : told;
-    if (V == SIZE_MAX && o->tokenizer) V = count_tokens(s, m, o->tokenizer);
+    size_t tokens = o->tokenizer && !o->vocab_size ? count_tokens(s, m, told, o->tokenizer) : SIZE_MAX;
+    if (V == SIZE_MAX) V = tokens;
     if (V == SIZE_MAX && padded == padded_vocab(50257, m->how.layout.tp)) V = 50257; /* GPT-2's */
     if (V == SIZE_MAX)
         die("%s: %zu tokens with padding, and how many are real is not told: give --vocab-size N, --tokenizer DIR or "
@@ -2287,11 +2291,11 @@ static void model_open(Model *m, Source *source, const Choices *o)
  * [in, out]; Megatron as PyTorch's Linear, y = x W^T with W [out, in]. The numbers are the same, the other way round.
  * ============================================================================================================= */
 
-static uint16_t float_to_bf16(float x) /* to nearest, ties to even; no NaN */
+static uint16_t float_to_bf16(float x) /* to nearest, ties to even; what is not finite stays so */
 {
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    return (uint16_t)((isfinite(x) ? bits + 0x7FFF + (bits >> 16 & 1) : bits) >> 16);
 }
 
 static uint16_t float_to_half(float x) /* the same */
@@ -3017,7 +3021,7 @@ static void inspect(const Choices *o)
  * the child ends before that - bad input, a full disk, Ctrl-C, no memory - its parent is left to clear the folder away.
  * ============================================================================================================= */
 
-enum { CONVERT = 1, INSPECT = 2, TO_MEGATRON = 4 };
+enum { CONVERT = 1, INSPECT = 2, TO_MEGATRON = 4, TO_HF = 8, FROM_MEGATRON = 16 };
 
 /* clang-format off */
 #define AT(field) offsetof(Choices, field)
@@ -3027,12 +3031,12 @@ static const Option choices[] = {
     {"--config",             "FILE", "a config.json with the shape, if IN has no args", CONVERT, TEXT, AT(config), 0, 0, NULL, 0},
     {"--tokenizer",          "DIR", "copies vocab.json and merges.txt from there", CONVERT, TEXT, AT(tokenizer), 0, 0, NULL, 0},
     {"--vocab-size",         "N", "how many tokens are real, without padding", CONVERT, COUNT, AT(vocab_size), 1, 1 << 24, NULL, 0},
-    {"--keep-padding",       NULL, "keep the padding of the vocabulary as tokens", CONVERT, FLAG, AT(keep_padding), 0, 0, NULL, 0},
-    {"--checkpoint-version", "V", "order of Q, K, V: 0, 1, 2, 3; if IN does not tell", CONVERT, NUMBER, AT(checkpoint_version), 0, 3, NULL, 0},
+    {"--keep-padding",       NULL, "keep the padding of the vocabulary as tokens", CONVERT | FROM_MEGATRON, FLAG, AT(keep_padding), 0, 0, NULL, 0},
+    {"--checkpoint-version", "V", "order of Q, K, V: 0, 1, 2, 3; if IN does not tell", CONVERT | FROM_MEGATRON, NUMBER, AT(checkpoint_version), 0, 3, NULL, 0},
     {"--tp",                 "P", "write for P tensor ranks", CONVERT | TO_MEGATRON, COUNT, AT(tp), 1, 64, "1", 0},
     {"--pp",                 "S", "write for S pipeline stages", CONVERT | TO_MEGATRON, COUNT, AT(pp), 1, 64, "1", 0},
     {"--qkv-version",        "V", "order of Q, K, V to write", CONVERT | TO_MEGATRON, NUMBER, AT(qkv_version), 0, 3, "3", 0},
-    {"--shard-size",         "MB", "a larger model.safetensors is cut", CONVERT, COUNT, AT(shard_size), 1, 1e9, "5000", 0},
+    {"--shard-size",         "MB", "a larger model.safetensors is cut", CONVERT | TO_HF, COUNT, AT(shard_size), 1, 1e9, "5000", 0},
     {"--force",              NULL, "replace OUT, which becomes OUT.old", CONVERT, FLAG, AT(force), 0, 0, NULL, 0},
     {"--pickle",             NULL, "list the instructions of the pickles", INSPECT, FLAG, AT(pickle), 0, 0, NULL, 0},
     {"--json",               NULL, "JSON on stdout", CONVERT | INSPECT, FLAG, AT(json), 0, 0, NULL, 0},
@@ -3179,9 +3183,14 @@ static void convert(const Choices *o, const char *folder, const SavePaths *out)
     model_open(&model, &source, o);
     const char *to = o->to ? o->to : model.how.conv1d ? "megatron" : "hf";
     int megatron = !strcmp(to, "megatron");
-    for (int i = 0; i < N_CHOICES; i++)
-        if (o->given[i] && choices[i].commands & TO_MEGATRON && !megatron)
-            usage_error("%s is for writing Megatron's checkpoints", choices[i].name);
+    for (int i = 0; i < N_CHOICES; i++) {
+        const int only = choices[i].commands;
+        if (o->given[i] && only & (megatron ? TO_HF : TO_MEGATRON))
+            usage_error("%s is for writing a checkpoint of %s", choices[i].name,
+                        megatron ? "Hugging Face's" : "Megatron's");
+        if (o->given[i] && only & FROM_MEGATRON && model.how.conv1d)
+            usage_error("%s is for reading a checkpoint of Megatron's", choices[i].name);
+    }
     Written w = megatron ? write_megatron(folder, &model, o) : write_hugging_face(folder, &model, o);
     if (o->tokenizer) copy_tokenizer(folder, o->tokenizer);
     put_output(folder, out, o->force);
