@@ -60,6 +60,23 @@ static char *show_name(char shown[NAME_SHOWN], const char *name)
     return shown;
 }
 
+/* How an input is read, and what that may still cost, whatever its files say of themselves. */
+typedef struct {
+    const char *scratch; /* folder for what must be inflated */
+    FILE *listing;       /* where pickles are listed as they run, or NULL */
+    size_t objects;      /* bytes of memory for what the files describe */
+    size_t inflated;     /* bytes to inflate: weights shrink by a tenth, so what shrinks to a 20th is no model */
+} Reading;
+
+enum { MAX_OBJECTS = 1 << 27, MAX_INFLATION = 20, MIN_INFLATED = 1 << 26 };
+
+/* Takes n objects of some size from what objects may cost. */
+static void pay(Reading *r, const char *path, size_t n, size_t size)
+{
+    if (n > r->objects / size) die("%s describes more objects than any checkpoint has: it is damaged or hostile", path);
+    r->objects -= n * size;
+}
+
 /* ================================================================================================================
  * Chapter 1. Zip
  *
@@ -90,8 +107,8 @@ typedef struct {
 typedef struct {
     const char *path;
     Map map;
-    const char *scratch; /* folder for what must be inflated */
-    Member *member;      /* sorted by name */
+    Reading *reading;
+    Member *member; /* sorted by name */
     size_t members;
 } Zip;
 
@@ -204,10 +221,12 @@ static int compare_members(const void *a, const void *b)
     return strcmp(((const Member *)a)->name, ((const Member *)b)->name);
 }
 
-static Zip zip_open(const char *path, Map map, const char *scratch)
+static Zip zip_open(const char *path, Map map, Reading *reading)
 {
-    Zip z = {path, map, scratch, NULL, 0};
+    Zip z = {path, map, reading, NULL, 0};
     Directory d = find_directory(&z);
+    pay(reading, path, d.count, sizeof *z.member);
+    pay(reading, path, d.size, 1); /* for the names */
     const char *at = map.data + d.offset, *end = at + d.size;
     z.member = (Member *)xcalloc(d.count, sizeof *z.member);
     for (; z.members < d.count; z.members++) at = read_member(&z.member[z.members], &z, at, end, d.offset);
@@ -245,8 +264,8 @@ static Map scratch_memory(const char *folder, size_t n)
     return map;
 }
 
-/* Deflate makes at most 1032 bytes of one, so a size beyond that is a lie that costs nothing to see; what is true may
- * still be large, and goes where it can be paged out. */
+/* Deflate makes at most 1032 bytes of one, so a size beyond that is a lie that costs nothing to see. What is true may
+ * still be more than we pay for; and large, so that it goes where it can be paged out. */
 static Map inflate_member(const Zip *z, const Member *m)
 {
     enum { STEP = 1 << 30 }; /* zlib counts in 32 bits */
@@ -256,7 +275,9 @@ static Map inflate_member(const Zip *z, const Member *m)
     char none;
     z_stream s;
     if (m->size / 1032 > m->packed) bad_zip(z, m->name, "claims to inflate to more than it can");
-    Map map = scratch_memory(z->scratch, m->size);
+    if (m->size > z->reading->inflated) bad_zip(z, m->name, "would inflate to far more bytes than a model has");
+    z->reading->inflated -= m->size;
+    Map map = scratch_memory(z->reading->scratch, m->size);
     memset(&s, 0, sizeof s);
     if (inflateInit2(&s, -MAX_WBITS) != Z_OK) die("out of memory");
     for (s.next_out = (Bytef *)&none; status == Z_OK; status = inflate(&s, Z_NO_FLUSH)) {
@@ -378,6 +399,7 @@ typedef struct {
     TorchStorage *storage;
     size_t nodes, cells, depth, memos, storages;
     size_t node_room, cell_room, stack_room, memo_room, storage_room;
+    Reading *reading;
     FILE *listing; /* NULL: none */
 } Pickle;
 
@@ -555,6 +577,7 @@ static void list_instruction(const Pickle *p, size_t at, const Instruction *in)
 static Ref new_node(Pickle *p, NodeType type)
 {
     if (p->nodes >= MAX_NODES || p->storages >= MAX_NODES) bad_pickle(p, "it builds more than %d objects", MAX_NODES);
+    pay(p->reading, p->path, 1, sizeof *p->node);
     p->node = (Node *)grow(p->node, p->nodes, &p->node_room, sizeof *p->node);
     memset(&p->node[p->nodes], 0, sizeof *p->node);
     p->node[p->nodes].type = type;
@@ -597,6 +620,7 @@ static void append(Pickle *p, Ref container, Ref value)
     Cell cell = {value, 0};
     if (!p->cells) p->cells = 1; /* 0 is none */
     if (p->cells >= MAX_NODES) bad_pickle(p, "its containers have more than %d items", MAX_NODES);
+    pay(p->reading, p->path, 1, sizeof *p->cell);
     p->cell = (Cell *)grow(p->cell, p->cells, &p->cell_room, sizeof *p->cell);
     p->cell[p->cells] = cell;
     Node *c = &p->node[container];
@@ -758,6 +782,7 @@ static Ref new_storage(Pickle *p, Ref id)
     }
     Ref ref = new_node(p, N_STORAGE);
     p->node[ref].is.integer = (long long)p->storages;
+    pay(p->reading, p->path, 1, sizeof s);
     p->storage = (TorchStorage *)grow(p->storage, p->storages, &p->storage_room, sizeof s);
     p->storage[p->storages++] = s;
     return ref;
@@ -792,7 +817,7 @@ static View describe_tensor(const Pickle *p, Ref args)
         wrong |=
             __builtin_mul_overflow(v.t.shape[i] - 1, v.stride[i], &step) || __builtin_add_overflow(last, step, &last);
     }
-    if (wrong || v.t.n > s->view_n || last > s->view_n || (v.t.n && last == s->view_n))
+    if (wrong || v.t.n > s->view_n || (v.t.n ? last >= s->view_n : v.offset > s->view_n))
         bad_pickle(p, "a tensor reaches beyond the %zu elements of its storage, or overlaps itself", s->view_n);
     v.offset += s->view;
     v.t.bytes = v.t.n * dtype_size[v.t.dtype];
@@ -925,10 +950,15 @@ static void execute(Pickle *p, const Instruction *in)
     }
 }
 
+/* By type and value. What is neither a number nor a string is a key of its own. */
 static int compare_keys(const void *a, const void *b)
 {
     const Node *x = *(const Node *const *)a, *y = *(const Node *const *)b;
-    int order = memcmp(x->is.string, y->is.string, min_size(x->length, y->length));
+    int order = (x->type > y->type) - (x->type < y->type);
+    if (order) return order;
+    if (x->type < N_STRING) return (x->is.integer > y->is.integer) - (x->is.integer < y->is.integer);
+    if (x->type != N_STRING) return (x > y) - (x < y);
+    order = memcmp(x->is.string, y->is.string, min_size(x->length, y->length));
     return order ? order : (x->length > y->length) - (x->length < y->length);
 }
 
@@ -939,10 +969,12 @@ static void refuse_duplicate_keys(const Pickle *p, Ref dict)
     char shown[NAME_SHOWN];
     const Node **key = (const Node **)xcalloc(p->node[dict].length, sizeof *key);
     for (uint32_t cell = p->node[dict].first; cell; cell = p->cell[p->cell[cell].next].next)
-        if (p->node[p->cell[cell].value].type == N_STRING) key[n++] = &p->node[p->cell[cell].value];
+        key[n++] = &p->node[p->cell[cell].value];
     qsort(key, n, sizeof *key, compare_keys);
     for (size_t i = 1; i < n; i++)
-        if (!compare_keys(&key[i - 1], &key[i])) bad_pickle(p, "a dict has the key %s twice", show(shown, key[i]));
+        if (!compare_keys(&key[i - 1], &key[i]))
+            bad_pickle(p, "a dict has the key %s twice",
+                       key[i]->type == N_STRING ? show(shown, key[i]) : node_name[key[i]->type]);
     free(key);
 }
 
@@ -953,8 +985,6 @@ static Ref run_pickle(Pickle *p, const char *what)
     size_t first = p->nodes;
     if (p->listing) fprintf(p->listing, "%s: a pickle that builds %s\n", p->path, what);
     p->start = p->at;
-    p->depth = p->memos = 0;
-    if (p->memo) memset(p->memo, 0, p->memo_room * sizeof *p->memo);
     if (!p->nodes) new_node(p, N_MARK);
     do {
         size_t at = p->at;
@@ -968,12 +998,15 @@ static Ref run_pickle(Pickle *p, const char *what)
     if (p->depth) bad_pickle(p, "%zu items are left on its stack", p->depth);
     for (size_t i = first; i < p->nodes; i++)
         if (p->node[i].type == N_DICT) refuse_duplicate_keys(p, (Ref)i);
+    free(p->stack), free(p->memo);
+    p->stack = NULL, p->memo = NULL;
+    p->stack_room = p->memo_room = p->memos = 0;
     return result;
 }
 
 static void pickle_free(Pickle *p)
 {
-    free(p->node), free(p->cell), free(p->stack), free(p->memo), free(p->storage);
+    free(p->node), free(p->cell), free(p->storage);
     memset(p, 0, sizeof *p);
 }
 
@@ -1002,6 +1035,7 @@ enum { MAX_TENSORS = 1 << 16, MAX_NAME = 1024 };
 /* A file of tensors. */
 typedef struct {
     const char *path;
+    Map map;
     Zip zip;        /* of a zip container */
     char name[256]; /* its NAME */
     Pickle pickle;
@@ -1148,6 +1182,7 @@ static void find_data(Shard *s, View *v)
 static View *add_view(Shard *s, const char *name)
 {
     if (s->views >= MAX_TENSORS) die("%s holds more than %d tensors", s->path, MAX_TENSORS);
+    if (s->pickle.reading) pay(s->pickle.reading, s->path, 1, sizeof *s->view + strlen(name));
     s->view = (View *)grow(s->view, s->views, &s->view_room, sizeof *s->view);
     View *v = &s->view[s->views++];
     memset(v, 0, sizeof *v);
@@ -1189,22 +1224,22 @@ static void collect_tensors(Shard *s, Ref dict, char name[MAX_NAME], int depth, 
     name[start] = 0;
 }
 
-/* Opens a file that torch.save has written. It may be a member of an archive; the map stays its owner's. */
-static void shard_open(Shard *s, const char *path, Map map, const char *scratch, FILE *listing)
+/* Opens a file that torch.save has written: s has its path and its map, which stay their owner's. */
+static void shard_open(Shard *s, Reading *reading)
 {
-    memset(s, 0, sizeof *s);
-    s->path = path;
+    const char *path = s->path;
     s->pickle.path = path;
-    s->pickle.map = map;
-    s->pickle.listing = listing;
-    if (is_legacy(map)) open_legacy(s);
+    s->pickle.map = s->map;
+    s->pickle.reading = reading;
+    s->pickle.listing = reading->listing;
+    if (is_legacy(s->map)) open_legacy(s);
     else {
-        if (!is_zip(map))
+        if (!is_zip(s->map))
             die("%s is neither a zip archive nor written by torch.save%s", path,
-                map.size > 20 && !memcmp(map.data, "version https://git-", 20)
+                s->map.size > 20 && !memcmp(s->map.data, "version https://git-", 20)
                     ? "; it is a git-lfs pointer: fetch the file itself with git lfs pull"
                     : "");
-        s->zip = zip_open(path, map, scratch);
+        s->zip = zip_open(path, s->map, reading);
         if (!find_torch_name(s->name, &s->zip)) die("%s is a zip archive without a pickle data.pkl", path);
         open_container(s);
     }
@@ -1221,10 +1256,8 @@ static void shard_open(Shard *s, const char *path, Map map, const char *scratch,
 }
 
 /* A file of safetensors, or a folder of them, as the same thing. */
-static void shard_from_safetensors(Shard *s, const char *path, const Safetensors *file)
+static void shard_from_safetensors(Shard *s, const Safetensors *file)
 {
-    memset(s, 0, sizeof *s);
-    s->path = path;
     for (size_t i = 0; i < file->tensors; i++) {
         View *v = add_view(s, file->tensor[i].name);
         const char *name = v->t.name;
@@ -1240,6 +1273,7 @@ static void shard_close(Shard *s)
     free(s->view);
     pickle_free(&s->pickle);
     zip_close(&s->zip);
+    free((void *)s->path);
 }
 
 /* ================================================================================================================
@@ -1258,156 +1292,22 @@ static void shard_close(Shard *s)
 static const char tracker[] = "latest_checkpointed_iteration.txt";
 enum { MAX_SHARDS = 4096, MAX_TRACKER = 64 };
 
-/* A folder, or a zip archive that is looked into like one. */
+/* The paths in a folder or an archive. */
 typedef struct {
-    const char *path;
-    Map map; /* of an archive */
-    Zip zip;
-    int zipped;
-    char folder[PATH_MAX]; /* the one below it that is meant: "" or "release/" */
-} Tree;
+    char **path; /* sorted */
+    size_t n, room;
+} Paths;
 
-static char *tree_path(char path[PATH_MAX], const Tree *p, const char *name)
+static void list_path(Paths *list, const char *path)
 {
-    if (snprintf(path, PATH_MAX, "%s%s", p->folder, name) >= PATH_MAX) die("a path in %s is too long", p->path);
-    return path;
-}
-
-static int tree_has(const Tree *p, const char *name)
-{
-    char path[PATH_MAX];
-    tree_path(path, p, name);
-    return p->zipped ? zip_find(&p->zip, path) != NULL : file_exists(p->path, path);
-}
-
-/* The bytes of a file; tree_close_file() gives them back. */
-static Map tree_read(const Tree *p, const char *name)
-{
-    char path[PATH_MAX], whole[PATH_MAX];
-    tree_path(path, p, name);
-    return p->zipped ? zip_read(&p->zip, zip_find(&p->zip, path)) : map_file(join_path(whole, p->path, path));
-}
-
-/* A member's bytes belong to the archive. */
-static void tree_close_file(const Tree *p, Map map)
-{
-    if (!p->zipped) unmap_file(map);
-}
-
-static void add_name(char ***list, size_t *n, size_t *room, const char *name, size_t length)
-{
-    *list = (char **)grow(*list, *n, room, sizeof **list);
-    (*list)[(*n)++] = keep_string(name, length);
-}
-
-/* The names in the folder, sorted; each belongs to the caller. */
-static char **tree_names(size_t *n, const Tree *p)
-{
-    char **list = NULL, path[PATH_MAX];
-    size_t room = 0, prefix = strlen(p->folder), kept = 0;
-    DIR *stream = p->zipped ? NULL : opendir(join_path(path, p->path, p->folder));
-    if (!p->zipped && !stream) die("cannot open the folder %s: %s", path, strerror(errno));
-    *n = 0;
-    for (struct dirent *entry; stream && (entry = readdir(stream));)
-        if (entry->d_name[0] != '.') add_name(&list, n, &room, entry->d_name, strlen(entry->d_name));
-    if (stream) closedir(stream);
-    for (size_t i = 0; p->zipped && i < p->zip.members; i++) {
-        const char *name = p->zip.member[i].name;
-        if (strncmp(name, p->folder, prefix) || !name[prefix]) continue;
-        size_t length = strcspn(name + prefix, "/");
-        if (*n && !strncmp(list[*n - 1], name + prefix, length) && !list[*n - 1][length]) continue; /* as before */
-        add_name(&list, n, &room, name + prefix, length);
-    }
-    if (*n) qsort(list, *n, sizeof *list, compare_strings);
-    for (size_t i = 0; i < *n; i++)
-        if (i && !strcmp(list[kept - 1], list[i])) free(list[i]);
-        else list[kept++] = list[i];
-    *n = kept;
-    return list;
-}
-
-static void free_names(char **list, size_t n)
-{
-    while (n) free(list[--n]);
-    free(list);
-}
-
-static void enter(Tree *p, const char *name)
-{
-    char path[PATH_MAX];
-    if (snprintf(path, sizeof path, "%s%s/", p->folder, name) >= PATH_MAX) die("a path in %s is too long", p->path);
-    memcpy(p->folder, path, sizeof path);
+    list->path = (char **)grow(list->path, list->n, &list->room, sizeof *list->path);
+    list->path[list->n++] = keep_string(path, strlen(path));
 }
 
 static int is_iteration(const char *name)
 {
     return !strcmp(name, "release") ||
            (!strncmp(name, "iter_", 5) && name[5] && !name[5 + strspn(name + 5, "0123456789")]);
-}
-
-/* The file that holds a rank's model, or NULL. folder: "" or "mp_rank_00/". */
-static const char *model_file(const Tree *p, const char *folder)
-{
-    static const char *const names[] = {"model_optim_rng.pt", "model_rng.pt"};
-    const char *found = NULL;
-    char path[MAX_NAME];
-    for (int i = 0; i < 2; i++) {
-        snprintf(path, sizeof path, "%.200s%s", folder, names[i]);
-        if (!tree_has(p, path)) continue;
-        if (found)
-            die("%s/%s%s holds both %s and %s: only one can be meant", p->path, p->folder, folder, names[0], names[1]);
-        found = names[i];
-    }
-    return found;
-}
-
-/* Reads the tracker: a word that becomes part of a path, so nothing but the two forms is let through. */
-static void follow_tracker(Tree *p)
-{
-    Map map = tree_read(p, tracker);
-    char word[MAX_TRACKER] = "", name[MAX_TRACKER];
-    size_t n = min_size(map.size, sizeof word - 1);
-    memcpy(word, map.data, n);
-    while (n && strchr(" \r\n", word[n - 1])) word[--n] = 0;
-    size_t digits = strspn(word, "0123456789");
-    int release = !strcmp(word, "release");
-    if (map.size >= MAX_TRACKER || strlen(word) != n || (!release && (!n || digits < n || n > 9 || !atoi(word))))
-        die("%s: %s holds neither \"release\" nor the number of an iteration from 1 up", p->path, tracker);
-    snprintf(name, sizeof name, "iter_%07d", release ? 0 : atoi(word));
-    tree_close_file(p, map);
-    enter(p, release ? "release" : name);
-}
-
-/* Goes down to the folder that holds the ranks' folders, or one rank's file. */
-static void find_iteration(Tree *p)
-{
-    for (int depth = 0; depth < MAX_DEPTH; depth++) {
-        size_t n, ranks = 0, iterations = 0, sharded = 0;
-        const char *last = NULL;
-        if (tree_has(p, tracker)) {
-            follow_tracker(p);
-            continue;
-        }
-        char **name = tree_names(&n, p);
-        for (size_t i = 0; i < n; i++) {
-            ranks += !strncmp(name[i], "mp_rank_", 8);
-            sharded += strstr(name[i], ".distcp") || !strcmp(name[i], "metadata.json");
-            if (is_iteration(name[i])) iterations++, last = name[i];
-        }
-        if (!ranks && !model_file(p, "")) {
-            if (sharded)
-                die("%s/%s is a torch_dist checkpoint: load it in Megatron, and save it with --ckpt-format torch",
-                    p->path, p->folder);
-            if (iterations > 1)
-                die("%s/%s holds several iterations and no %s: name one of them", p->path, p->folder, tracker);
-            if (!iterations && p->zipped && n == 1) last = name[0]; /* archives often hold one folder of everything */
-            if (!last)
-                die("%s/%s holds neither mp_rank_.. folders nor a model_optim_rng.pt: it is no checkpoint", p->path,
-                    p->folder);
-            enter(p, last);
-        } else depth = MAX_DEPTH;
-        free_names(name, n);
-    }
 }
 
 /* The numbers in mp_rank_00 or mp_rank_00_000; returns how many there are, 0 if this is another name. */
@@ -1421,64 +1321,133 @@ static int rank_numbers(const char *name, size_t number[3])
         number[n] = (size_t)atoi(name);
         name += digits;
     }
-    return *name ? 0 : n;
+    return *name && *name != '/' ? 0 : n;
 }
 
-/* A rank's file, below the tree's folder. */
+/* Lists a folder, and those in it that a checkpoint consists of. below: "" or "release/", .. */
+static void list_folder(Paths *list, const char *root, const char *below, int depth)
+{
+    char path[PATH_MAX];
+    size_t number[3];
+    DIR *stream = opendir(join_path(path, root, below));
+    if (!stream && !depth) die("cannot open the folder %s: %s", root, strerror(errno));
+    for (struct dirent *entry; stream && (entry = readdir(stream));) {
+        const char *name = entry->d_name;
+        if (snprintf(path, sizeof path, "%s%s", below, name) >= PATH_MAX - 1) die("a path in %s is too long", root);
+        list_path(list, path);
+        if (depth == 2 || (!is_iteration(name) && !rank_numbers(name, number))) continue;
+        strcat(path, "/");
+        list_folder(list, root, path, depth + 1);
+    }
+    if (stream) closedir(stream);
+}
+
+static const char *base_name(const char *path) { return strrchr(path, '/') ? strrchr(path, '/') + 1 : path; }
+
+/* The bytes of a file below a folder, or in an archive if there is one. */
+static Map read_below(const char *folder, Zip *archive, const char *name)
+{
+    char path[PATH_MAX];
+    return archive->members ? zip_read(archive, zip_find(archive, name)) : map_file(join_path(path, folder, name));
+}
+
+/* Reads a tracker: a word that becomes part of a path, so nothing but the two forms is let through. */
+static void read_tracker(char iteration[MAX_TRACKER], const char *path, Map map)
+{
+    char word[MAX_TRACKER] = "";
+    size_t n = min_size(map.size, sizeof word - 1);
+    memcpy(word, map.data, n);
+    while (n && strchr(" \r\n", word[n - 1])) word[--n] = 0;
+    size_t digits = strspn(word, "0123456789");
+    int release = !strcmp(word, "release");
+    if (map.size >= MAX_TRACKER || strlen(word) != n || (!release && (!n || digits < n || n > 9 || !atoi(word))))
+        die("%s: %s holds neither \"release\" nor the number of an iteration from 1 up", path, tracker);
+    snprintf(iteration, MAX_TRACKER, "iter_%07d", release ? 0 : atoi(word));
+    if (release) memcpy(iteration, word, sizeof word);
+}
+
+/* The folder that the outermost tracker names, with a slash; "" if there is no tracker. */
+static void follow_tracker(char iteration[PATH_MAX], const Paths *list, const char *folder, Zip *archive)
+{
+    const char *found = NULL;
+    char name[MAX_TRACKER];
+    for (size_t i = 0; i < list->n; i++)
+        if (!strcmp(base_name(list->path[i]), tracker) && (!found || strlen(list->path[i]) < strlen(found)))
+            found = list->path[i];
+    *iteration = 0;
+    if (!found) return;
+    Map map = read_below(folder, archive, found);
+    read_tracker(name, folder, map);
+    if (!archive->members) unmap_file(map);
+    if (snprintf(iteration, PATH_MAX, "%.*s%s/", (int)(base_name(found) - found), found, name) >= PATH_MAX)
+        die("a path in %s is too long", folder);
+}
+
+/* A rank's file. */
 typedef struct {
+    const char *path;
+    int numbers; /* in its folder's name; 0: it is no rank's folder */
     size_t tp, pp;
-    char *path;
+    size_t iteration; /* bytes of the path that are the iteration's folder */
 } RankFile;
 
-/* Lists what mp_rank_.. folders hold. Those without a model are the optimizer's, of data ranks. */
-static RankFile *list_ranks(size_t *n, const Tree *p)
+/* Is this a rank's model? Those of another name are the optimizer's, of data ranks. */
+static int find_rank(RankFile *file, const char *path)
 {
-    size_t names, room = 0, number[3];
-    int numbers = 0;
-    char **name = tree_names(&names, p), path[MAX_NAME];
-    RankFile *list = NULL;
-    *n = 0;
-    for (size_t i = 0; i < names; i++) {
-        int here = rank_numbers(name[i], number);
-        snprintf(path, sizeof path, "%.100s/", name[i]);
-        const char *model = here ? model_file(p, path) : NULL;
-        if (!model) continue;
-        if (here == 3 || (numbers && numbers != here))
-            die("%s/%s: %s does not fit its neighbours: all mp_rank_00 or all mp_rank_00_000 is expected", p->path,
-                p->folder, name[i]);
-        numbers = here;
-        strncat(path, model, sizeof path - strlen(path) - 1);
-        list = (RankFile *)grow(list, *n, &room, sizeof *list);
-        RankFile file = {number[0], here == 2 ? number[1] : 0, keep_string(path, strlen(path))};
-        list[(*n)++] = file;
-    }
-    free_names(name, names);
-    return list;
+    const char *base = base_name(path), *parent = base;
+    size_t number[3] = {0, 0, 0};
+    if (strcmp(base, "model_optim_rng.pt") && strcmp(base, "model_rng.pt")) return 0;
+    if (parent > path) parent--;
+    while (parent > path && parent[-1] != '/') parent--;
+    memset(file, 0, sizeof *file);
+    file->path = path;
+    file->numbers = rank_numbers(parent, number);
+    file->tp = number[0];
+    file->pp = file->numbers > 1 ? number[1] : 0;
+    file->iteration = (size_t)((file->numbers ? parent : base) - path);
+    return 1;
 }
 
-/* The ranks' files of a checkpoint, in the order of ranks: all tensor ranks of stage 0 come first. Both the list and
- * the paths in it belong to the caller. */
-static char **find_shards(Tree *p, Layout *layout)
+__attribute__((noreturn)) static void no_checkpoint(const Paths *list, const char *folder, const char *iteration)
 {
-    size_t n, tp = 1, pp = 1;
-    find_iteration(p);
-    RankFile *list = list_ranks(&n, p);
-    const char *alone = model_file(p, "");
-    if (!n && !alone) die("%s/%s: no mp_rank_.. folder holds a model_optim_rng.pt or model_rng.pt", p->path, p->folder);
-    for (size_t i = 0; i < n; i++) tp = max_size(tp, list[i].tp + 1), pp = max_size(pp, list[i].pp + 1);
-    if (n && (n > MAX_SHARDS || tp * pp != n))
-        die("%s/%s: the folders' numbers go up to %zu tensor ranks x %zu stages, but %zu have a model", p->path,
-            p->folder, tp, pp, n);
-    char **file = (char **)xcalloc(tp * pp, sizeof *file);
+    for (size_t i = 0; i < list->n; i++)
+        if (strstr(list->path[i], ".distcp") || !strcmp(base_name(list->path[i]), "metadata.json"))
+            die("%s is a torch_dist checkpoint: load it in Megatron, and save it with --ckpt-format torch", folder);
+    die("%s: no mp_rank_.. folder%s%s holds a model_optim_rng.pt or model_rng.pt: it is no checkpoint", folder,
+        *iteration ? " in " : "", iteration);
+}
+
+/* The ranks' files of a checkpoint, in the order of ranks: all tensor ranks of stage 0 come first. The caller frees the
+ * list. */
+static const char **find_ranks(const Paths *list, Layout *layout, const char *folder, Zip *archive)
+{
+    char iteration[PATH_MAX];
+    size_t n = 0, tp = 1, pp = 1;
+    RankFile *file = (RankFile *)xcalloc(list->n, sizeof *file);
+    follow_tracker(iteration, list, folder, archive);
+    for (size_t i = 0; i < list->n; i++)
+        if (!strncmp(list->path[i], iteration, strlen(iteration))) n += (size_t)find_rank(&file[n], list->path[i]);
+    if (!n) no_checkpoint(list, folder, iteration);
     for (size_t i = 0; i < n; i++) {
-        char **slot = &file[list[i].pp * tp + list[i].tp];
-        if (*slot) die("%s/%s: %s and %s are one and the same rank", p->path, p->folder, *slot, list[i].path);
-        *slot = list[i].path;
+        tp = max_size(tp, file[i].tp + 1), pp = max_size(pp, file[i].pp + 1);
+        if (file[i].iteration != file[0].iteration || strncmp(file[i].path, file[0].path, file[0].iteration))
+            die("%s holds several iterations, of %s and of %s, and no %s: name one of them", folder, file[0].path,
+                file[i].path, tracker);
+        if (file[i].numbers == 3 || file[i].numbers != file[0].numbers)
+            die("%s: %s does not fit its neighbours: all mp_rank_00 or all mp_rank_00_000 is expected", folder,
+                file[i].path);
     }
-    if (!n) file[0] = keep_string(alone, strlen(alone));
-    free(list);
-    layout->tp = (int)tp, layout->pp = (int)pp, layout->dp = 1;
-    return file;
+    if (n > MAX_SHARDS || tp * pp > n)
+        die("%s: the folders' numbers go up to %zu tensor ranks x %zu stages, but %zu have a model", folder, tp, pp, n);
+    const char **ordered = (const char **)xcalloc(tp * pp, sizeof *ordered);
+    for (size_t i = 0; i < n; i++) {
+        const char **slot = &ordered[file[i].pp * tp + file[i].tp];
+        if (*slot) die("%s: %s and %s are of one and the same rank", folder, *slot, file[i].path);
+        *slot = file[i].path;
+    }
+    free(file);
+    layout->tp = (int)tp, layout->pp = (int)pp;
+    return ordered;
 }
 
 /* ---- The input, whatever it is --------------------------------------------------------------------------------- */
@@ -1487,69 +1456,84 @@ static char **find_shards(Tree *p, Layout *layout)
 typedef struct {
     const char *path;
     const char *container; /* in words */
-    Tree tree;
+    Reading reading;
+    Map map;     /* of a file */
+    Zip archive; /* which may be a zip archive of a checkpoint */
     Safetensors safetensors;
     Layout layout;
     int folder; /* of Hugging Face's: it has a config.json */
-    size_t shards;
-    char **file; /* their paths */
-    Map *map;
+    size_t shards, room;
     Shard *shard;
 } Source;
 
-static const char *container_name(Map map) { return is_legacy(map) ? "torch.save, legacy" : "torch.save, zip"; }
-
-static void make_room(Source *s, size_t shards)
+/* Adds a file of tensors, still to be opened. */
+static void add_shard(Source *s, const char *path, Map map)
 {
-    s->shards = shards;
-    s->shard = (Shard *)xcalloc(shards, sizeof *s->shard);
-    s->map = (Map *)xcalloc(shards, sizeof *s->map);
-    if (!s->file) s->file = (char **)xcalloc(shards, sizeof *s->file);
+    s->shard = (Shard *)grow(s->shard, s->shards, &s->room, sizeof *s->shard);
+    Shard *shard = &s->shard[s->shards++];
+    memset(shard, 0, sizeof *shard);
+    shard->path = keep_string(path, strlen(path));
+    shard->map = map;
+}
+
+static Map map_input(Source *s, const char *path)
+{
+    Map map = map_file(path);
+    s->reading.inflated += MAX_INFLATION * map.size;
+    return map;
+}
+
+static void open_all(Source *s)
+{
+    for (size_t i = 0; i < s->shards; i++) shard_open(&s->shard[i], &s->reading);
+    s->container = is_legacy(s->shard[0].map) ? "torch.save, legacy" : "torch.save, zip";
 }
 
 /* Every tensor must be in the file where the index says, and in no other. */
 static void check_bin_index(const Source *s, const Json *index, const JsonValue *map)
 {
-    size_t tensors = 0;
-    char name[NAME_SHOWN];
-    for (size_t i = 0; i < s->shards; i++) {
-        const char *slash = strrchr(s->file[i], '/');
-        for (size_t j = 0; j < s->shard[i].views; j++, tensors++) {
-            const JsonValue *v = json_get(index, map, s->shard[i].view[j].t.name);
-            if (!v || strcmp(v->string, slash + 1))
-                die("%s: tensor %s is not where %s says", s->file[i], show_name(name, s->shard[i].view[j].t.name),
-                    index->what);
+    Safetensors all = {NULL, 0, NULL, 0};
+    size_t room = 0;
+    for (size_t i = 0; i < s->shards; i++)
+        for (size_t j = 0; j < s->shard[i].views; j++) {
+            all.tensor = (StoredTensor *)grow(all.tensor, all.tensors, &room, sizeof *all.tensor);
+            all.tensor[all.tensors] = s->shard[i].view[j].t;
+            all.tensor[all.tensors++].name = strip_prefix(s->shard[i].view[j].t.name);
         }
-    }
-    if (tensors != map->length) die("%s lists %zu tensors, but its files hold %zu", index->what, map->length, tensors);
+    if (all.tensors) qsort(all.tensor, all.tensors, sizeof *all.tensor, compare_names);
+    check_index(&all, s->path, index, map);
+    free(all.tensor);
 }
 
 /* pytorch_model.bin, or its shards. */
-static void open_bins(Source *s, const char *scratch, FILE *listing)
+static void open_bins(Source *s)
 {
-    static const char whole[] = "pytorch_model.bin", sharded[] = "pytorch_model.bin.index.json";
+    static const char whole[] = "pytorch_model.bin";
     char path[PATH_MAX], what[PATH_MAX];
-    int single = file_exists(s->path, whole);
-    Map text = single ? map_file(join_path(what, s->path, "config.json")) : map_file(join_path(what, s->path, sharded));
+    size_t n;
+    if (file_exists(s->path, whole)) {
+        join_path(path, s->path, whole);
+        add_shard(s, path, map_input(s, path));
+        open_all(s);
+        return;
+    }
+    Map text = map_file(join_path(what, s->path, "pytorch_model.bin.index.json"));
     Json index = json_parse(text.data, text.size, what);
     const JsonValue *map = json_get(&index, index.value, "weight_map");
-    size_t n = 1;
-    const char *one = whole, **name = single ? &one : indexed_files(&n, &index, map);
-    make_room(s, n);
+    const char **name = indexed_files(&n, &index, map);
     for (size_t i = 0; i < n; i++) {
         join_path(path, s->path, name[i]);
-        s->file[i] = keep_string(path, strlen(path));
-        s->map[i] = map_file(path);
-        shard_open(&s->shard[i], s->file[i], s->map[i], scratch, listing);
+        add_shard(s, path, map_input(s, path));
     }
-    s->container = container_name(s->map[0]);
-    if (!single) check_bin_index(s, &index, map), free(name);
+    open_all(s);
+    check_bin_index(s, &index, map);
     json_free(&index);
     unmap_file(text);
+    free(name);
 }
 
 /* A folder of Hugging Face's holds config.json and weights. Returns 0 if this is another one. */
-static int open_hugging_face(Source *s, const char *scratch, FILE *listing)
+static int open_hugging_face(Source *s)
 {
     static const char *const weights[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                                           "pytorch_model.bin.index.json"};
@@ -1559,40 +1543,30 @@ static int open_hugging_face(Source *s, const char *scratch, FILE *listing)
     if (!file_exists(s->path, "config.json")) die("%s holds %s, but no config.json", s->path, weights[found]);
     s->folder = 1;
     if (found < 2) {
-        make_room(s, 1);
-        s->file[0] = keep_string(s->path, strlen(s->path));
+        Map none = {"", 0};
         s->safetensors = safetensors_open(s->path);
         s->container = "safetensors";
-        shard_from_safetensors(&s->shard[0], s->file[0], &s->safetensors);
-    } else open_bins(s, scratch, listing);
+        add_shard(s, s->path, none);
+        shard_from_safetensors(&s->shard[0], &s->safetensors);
+    } else open_bins(s);
     return 1;
 }
 
-/* A file that torch.save has written, alone. */
-static void open_single(Source *s, Map map, const char *scratch, FILE *listing)
-{
-    make_room(s, 1);
-    s->file[0] = keep_string(s->path, strlen(s->path));
-    s->map[0] = map;
-    s->container = container_name(map);
-    shard_open(&s->shard[0], s->file[0], map, scratch, listing);
-}
-
 /* A checkpoint's folder, or an archive of it. */
-static void open_ranks(Source *s, const char *scratch, FILE *listing)
+static void open_ranks(Source *s)
 {
-    char path[PATH_MAX], below[PATH_MAX];
-    s->file = find_shards(&s->tree, &s->layout);
-    make_room(s, (size_t)(s->layout.tp * s->layout.pp));
-    for (size_t i = 0; i < s->shards; i++) {
-        s->map[i] = tree_read(&s->tree, s->file[i]);
-        join_path(path, s->path, tree_path(below, &s->tree, s->file[i]));
-        free(s->file[i]);
-        s->file[i] = keep_string(path, strlen(path));
-        if (listing) fprintf(listing, "%s\n", path);
-        shard_open(&s->shard[i], s->file[i], s->map[i], scratch, listing);
+    char path[PATH_MAX];
+    Paths list = {NULL, 0, 0};
+    for (size_t i = 0; i < s->archive.members; i++) list_path(&list, s->archive.member[i].name);
+    if (!s->archive.members) list_folder(&list, s->path, "", 0);
+    const char **file = find_ranks(&list, &s->layout, s->path, &s->archive);
+    for (int i = 0; i < s->layout.tp * s->layout.pp; i++) {
+        join_path(path, s->path, file[i]);
+        add_shard(s, path, s->archive.members ? read_below(s->path, &s->archive, file[i]) : map_input(s, path));
     }
-    s->container = container_name(s->map[0]);
+    for (size_t i = 0; i < list.n; i++) free(list.path[i]);
+    free(list.path), free(file);
+    open_all(s);
 }
 
 /* Opens what path names, recognised by content. scratch: a folder for what must be inflated; listing: where pickles
@@ -1604,33 +1578,34 @@ static void source_open(Source *s, const char *path, const char *scratch, FILE *
     memset(s, 0, sizeof *s);
     s->path = path;
     s->layout.tp = s->layout.pp = s->layout.dp = 1;
+    s->reading.scratch = scratch, s->reading.listing = listing;
+    s->reading.objects = MAX_OBJECTS, s->reading.inflated = MIN_INFLATED;
     if (stat(path, &st)) die("cannot open %s: %s", path, strerror(errno));
-    s->tree.path = path;
     if (S_ISDIR(st.st_mode)) {
-        if (!open_hugging_face(s, scratch, listing)) open_ranks(s, scratch, listing);
+        if (!open_hugging_face(s)) open_ranks(s);
         return;
     }
-    Map map = map_file(path);
-    s->tree.map = map;
-    if (is_zip(map)) {
-        s->tree.zip = zip_open(path, map, scratch);
-        s->tree.zipped = !find_torch_name(name, &s->tree.zip);
+    s->map = map_input(s, path);
+    if (is_zip(s->map)) s->archive = zip_open(path, s->map, &s->reading);
+    if (s->archive.members && !find_torch_name(name, &s->archive)) {
+        open_ranks(s);
+        return;
     }
-    if (s->tree.zipped) open_ranks(s, scratch, listing);
-    else open_single(s, map, scratch, listing);
+    zip_close(&s->archive);
+    add_shard(s, path, s->map);
+    open_all(s);
 }
 
 static void source_close(Source *s)
 {
     for (size_t i = 0; i < s->shards; i++) {
+        if (!s->map.size) unmap_file(s->shard[i].map); /* else it is in the archive, or is the file itself */
         shard_close(&s->shard[i]);
-        if (!s->tree.map.size) unmap_file(s->map[i]); /* else it is in the archive, or is the file itself */
-        free(s->file[i]);
     }
-    zip_close(&s->tree.zip);
-    unmap_file(s->tree.map);
+    zip_close(&s->archive);
+    unmap_file(s->map);
     if (s->safetensors.file) safetensors_close(&s->safetensors);
-    free(s->shard), free(s->map), free(s->file);
+    free(s->shard);
 }
 
 /* ================================================================================================================
@@ -2080,7 +2055,7 @@ static void check_parts(const Model *m, const Source *source)
             const View *v = part->view[i], *other = first->view[i];
             if (!v)
                 die("%s: the tensor that Hugging Face calls %s is missing",
-                    m->how.conv1d ? m->path : source->file[rank], tensor_name(name, t));
+                    m->how.conv1d ? m->path : source->shard[rank].path, tensor_name(name, t));
             check_shape(v, t, m->how.conv1d);
             if (v->t.dtype != other->t.dtype)
                 die("%s: tensor %s is of type %s, but of type %s in %s", v->t.path, show_name(own, v->t.name),
@@ -2119,6 +2094,23 @@ static int same_nodes(const Pickle *p, Ref a, const Pickle *q, Ref b)
     return (x->type != N_INTEGER && x->type != N_REAL) || x->is.integer == y->is.integer; /* one union: bit for bit */
 }
 
+static int compare_files(const void *a, const void *b)
+{
+    Map x = (*(const Shard *const *)a)->map, y = (*(const Shard *const *)b)->map;
+    return x.size == y.size ? memcmp(x.data, y.data, x.size) : x.size > y.size ? 1 : -1;
+}
+
+static void refuse_copies(const Source *m)
+{
+    const Shard **list = (const Shard **)xcalloc(m->shards, sizeof *list);
+    for (size_t i = 0; i < m->shards; i++) list[i] = &m->shard[i];
+    qsort(list, m->shards, sizeof *list, compare_files);
+    for (size_t i = 1; i < m->shards; i++)
+        if (!compare_files(&list[i - 1], &list[i]))
+            die("%s is a copy of %s, although ranks hold different parts", list[i]->path, list[i - 1]->path);
+    free(list);
+}
+
 /* All shards must be of one run, of one iteration, and each in its place. */
 static void check_agreement(const Source *m)
 {
@@ -2142,9 +2134,6 @@ static void check_agreement(const Source *m)
         for (size_t i = 0; i < sizeof names / sizeof *names; i++)
             if (!same_nodes(p, find_argument(first, names[i]), q, find_argument(s, names[i]))) differs = names[i];
         if (differs) die("%s and %s disagree on %s: they are of different checkpoints", first->path, s->path, differs);
-        for (size_t i = 0; i < rank; i++)
-            if (m->map[rank].size == m->map[i].size && !memcmp(m->map[rank].data, m->map[i].data, m->map[i].size))
-                die("%s is a copy of %s, although ranks hold different parts", s->path, m->shard[i].path);
     }
 }
 
@@ -2255,6 +2244,7 @@ static void model_open(Model *m, Source *source, const Choices *o)
     if (!m->how.conv1d) {
         m->how.version = find_version(s, o->checkpoint_version);
         check_agreement(source);
+        refuse_copies(source);
         check_ranks(source);
     }
     size_t told = find_shape(m, source, o), ranks = (size_t)(source->layout.tp * source->layout.pp);
@@ -2265,7 +2255,8 @@ static void model_open(Model *m, Source *source, const Choices *o)
         size_t wanted = list_tensors(NULL, NULL, &m->config, m->how.layout, (int)rank),
                views = source->shard[rank].views;
         if (!m->how.conv1d && 2 * views + 64 < wanted) /* so that a few bytes cannot ask for a long list */
-            die("%s: it holds %zu tensors, but the shape of the model asks for %zu", source->file[rank], views, wanted);
+            die("%s: it holds %zu tensors, but the shape of the model asks for %zu", source->shard[rank].path, views,
+                wanted);
         m->part[rank].tensor = list_rank(&m->part[rank].tensors, &m->config, &m->how, (int)rank);
         m->part[rank].view = (const View **)xcalloc(m->part[rank].tensors, sizeof *m->part[rank].view);
     }
@@ -2960,24 +2951,29 @@ static void print_arguments(const Shard *s, int json)
     printf(json ? "}, " : args ? "\n" : "");
 }
 
+/* Any number of tensors may share a storage: what would be summed up beyond some times the file's size is not. */
 static void print_views(const Shard *s, int json)
 {
-    char name[NAME_SHOWN], shape[SHAPE_TEXT], stride[SHAPE_TEXT];
+    char name[NAME_SHOWN], shape[SHAPE_TEXT], stride[SHAPE_TEXT], sum[16];
+    size_t left = s->pickle.nodes ? 4 * s->map.size : SIZE_MAX;
+    for (size_t i = 0; i < s->zip.members; i++)
+        if (s->zip.member[i].method) left += 4 * s->zip.member[i].opened.size;
     for (size_t i = 0; i < s->views; i++) {
         const View *v = &s->view[i];
         const char *dtype = dtype_name[v->t.dtype];
-        uint32_t crc = checksum(v, 0, 0, 0);
+        left = v->t.bytes <= left ? left - v->t.bytes : 0;
+        if (left) snprintf(sum, sizeof sum, "%08x", (unsigned)checksum(v, 0, 0, 0));
+        else strcpy(sum, "-");
         shape_text(shape, v->t.dims, v->t.shape);
         shape_text(stride, v->t.dims, v->stride);
         if (!json) {
-            printf("  %-72s %-4s %-14s strides %-12s crc32 %08x\n", show_name(name, v->t.name), dtype, shape, stride,
-                   (unsigned)crc);
+            printf("  %-72s %-4s %-14s strides %-12s crc32 %s\n", show_name(name, v->t.name), dtype, shape, stride,
+                   sum);
             continue;
         }
         printf(i ? ", {\"name\": " : "{\"name\": ");
         json_write_string(stdout, v->t.name, strlen(v->t.name));
-        printf(", \"dtype\": \"%s\", \"shape\": %s, \"strides\": %s, \"crc32\": \"%08x\"}", dtype, shape, stride,
-               (unsigned)crc);
+        printf(", \"dtype\": \"%s\", \"shape\": %s, \"strides\": %s, \"crc32\": \"%s\"}", dtype, shape, stride, sum);
     }
 }
 
@@ -2994,7 +2990,7 @@ static void inspect(const Choices *o)
     const char *text = o->json ? "{\"container\": \"%s\", \"archive\": %s, \"names\": \"%s\", \"tp\": %d, \"pp\": "
                                  "%d, \"checkpoint_version\": "
                                : "%s%.0s, names of %s; %d tensor ranks x %d stages; checkpoint_version ";
-    printf(text, s.container, s.tree.zipped ? "true" : "false", find_era(&s), s.layout.tp, s.layout.pp);
+    printf(text, s.container, s.archive.members ? "true" : "false", find_era(&s), s.layout.tp, s.layout.pp);
     print_node(p, version);
     printf(o->json ? ", \"iteration\": " : ", iteration ");
     print_node(p, iteration);
@@ -3004,9 +3000,9 @@ static void inspect(const Choices *o)
     for (size_t i = 0; i < s.shards; i++) {
         if (o->json) {
             printf(i ? ", {\"path\": " : "{\"path\": ");
-            json_write_string(stdout, s.file[i], strlen(s.file[i]));
+            json_write_string(stdout, s.shard[i].path, strlen(s.shard[i].path));
             printf(", \"tensors\": [");
-        } else printf("%s\n", s.file[i]);
+        } else printf("%s\n", s.shard[i].path);
         print_views(&s.shard[i], o->json);
         if (o->json) printf("]}");
     }

@@ -14,6 +14,7 @@
 
 #include <signal.h>
 #include <sys/resource.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 /* ---- The harness ----------------------------------------------------------------------------------------------- */
@@ -6587,7 +6588,7 @@ static const char *const refusals[][2] = {
     {"b75", "8388608"},
     {"b77", "outside"},
     {"b78", "TorchScript"},
-    {"b80", "neither mp_rank_"},
+    {"b80", "no mp_rank_"},
     {"b81", "out of a folder"},
     {"b83", "inflate"},
     {"b84", "symbolic link"},
@@ -6748,6 +6749,10 @@ static void test_convert_options(void)
         {"%s %s/o --tp 3", "does not divide 4 heads", 1},
         {"%s %s/o --pp 3", "does not divide 2 layers", 1},
         {"%s %s/o --tokenizer /", "vocab.json", 1},
+        {"%s %s/o --tokenizer dev/reference/bpe", "257 rows", 1},
+        {"%s %s/o --keep-padding", "for reading", 2},
+        {"%s %s/o --checkpoint-version 1", "for reading", 2},
+        {"%s %s/o --shard-size 9", "for writing", 2},
         {"%s %s/o --to hf --vocab-size 258", "257", 1},
         {"%s/nothing %s/o", "cannot open", 1},
         {"%s/config.json %s/o", "neither a zip archive nor", 1},
@@ -6882,6 +6887,13 @@ static unsigned char *put_zip_header(unsigned char *to, const char *name, size_t
     return to + strlen(name);
 }
 
+/* The record that says where the directory is. */
+static unsigned char *put_zip_end(unsigned char *to, size_t entries, size_t length, size_t directory)
+{
+    to = put_bytes(put_bytes(put_bytes(to, 0x06054B50, 4), 0, 4), entries, 2);
+    return put_bytes(put_bytes(put_bytes(put_bytes(to, entries, 2), length, 4), directory, 4), 0, 2);
+}
+
 /* Archives that no writer makes: one member inside another; a directory that is longer than its count. What convert
  * itself writes has the right checksums in both places. */
 static void test_convert_zip(void)
@@ -6898,9 +6910,7 @@ static void test_convert_zip(void)
         at = put_zip_header(directory, "a", what == 0 ? n : 0, 0, &zero);
         at = put_zip_header(at, model, 0, 0, &place);
         size_t length = (size_t)(at - directory);
-        at = put_bytes(put_bytes(put_bytes(at, 0x06054B50, 4), 0, 4), what == 1 ? 1 : 2, 2);
-        at = put_bytes(
-            put_bytes(put_bytes(put_bytes(at, what == 1 ? 1 : 2, 2), length, 4), (uint64_t)(directory - zip), 4), 0, 2);
+        at = put_zip_end(at, what == 1 ? 1 : 2, length, (size_t)(directory - zip));
         put_file(folder, "odd.zip", zip, (size_t)(at - zip));
         int status = run_convert("%s/odd.zip %s/o", folder, folder);
         static const char *const reasons[] = {"overlaps another", "more entries", "neither a zip archive nor"};
@@ -6917,6 +6927,201 @@ static void test_convert_zip(void)
     unmap_file(map);
     free_plain(&m);
     remove_checkpoint_folder(folder);
+}
+
+/* Writes a pickle from its instructions, one character each, save 'text' for a string, #7; for a number, and @module name;
+ * for a global. */
+static void put_pickle(FILE *f, const char *program)
+{
+    fputs("\x80\2", f);
+    for (const char *at = program; *at; at++) {
+        int end = *at == '\'' ? '\'' : ';';
+        if (*at != '\'' && *at != '#' && *at != '@') {
+            fputc(*at, f);
+            continue;
+        }
+        const char *word = at + 1;
+        at = strchr(word, end);
+        uint32_t n = (uint32_t)(end == ';' ? atoi(word) : at - word);
+        if (word[-1] == '@') fprintf(f, "c%.*s\n%.*s\n", (int)strcspn(word, " "), word,
+                                     (int)(at - strchr(word, ' ') - 1), strchr(word, ' ') + 1);
+        else {
+            fputc(end == ';' ? 'J' : 'X', f);
+            fwrite(&n, 4, 1, f);
+            if (end != ';') fwrite(word, 1, n, f);
+        }
+    }
+    fputc('.', f);
+}
+
+/* A legacy file of torch's: this object, and a storage '0' of n floats. */
+static void put_legacy(const char *folder, const char *name, const char *object, uint32_t n)
+{
+    char path[PATH_MAX];
+    FILE *f = fopen(join_path(path, folder, name), "wb");
+    if (!f) die("cannot write %s", path);
+    fwrite("\x80\2\x8A\x0A\x6C\xFC\x9C\x46\xF9\x20\x6A\xA8\x50\x19.", 1, 15, f);
+    put_pickle(f, "#1001;"), put_pickle(f, "}'little_endian'\x88s"), put_pickle(f, object);
+    put_pickle(f, n ? "]'0'a" : "]");
+    uint64_t count = n;
+    if (n) fwrite(&count, 8, 1, f);
+    for (float x = 1; n--; x++) fwrite(&x, 4, 1, f);
+    if (fclose(f)) die("cannot write %s", path);
+}
+
+#define TENSOR(n, place)                                                                                                \
+    "@torch._utils _rebuild_tensor_v2;(('storage'@torch FloatStorage;'0''cpu'#" #n ";tQ" place                             \
+    "\x89@collections OrderedDict;)RtR"
+
+/* Changes bytes of the pickle of a file that convert has written, whose checksum then says that it is unknown. */
+static void patch_pickle(const char *path, const char *seen, size_t n, size_t at, char byte)
+{
+    FILE *f = fopen(path, "r+b");
+    Map map = map_file(path);
+    const char *found = (const char *)memmem(map.data, map.size, seen, n), *entry = map.data;
+    while ((entry = (const char *)memmem(entry, (size_t)(map.data + map.size - entry), "PK\1\2", 4)))
+        if (!memcmp(entry + 46, "archive/data.pkl", 16)) break;
+        else entry += 4;
+    if (!f || !found || !entry) die("%s is not what this test expects", path);
+    fseek(f, found - map.data + (long)at, SEEK_SET), fputc(byte, f);
+    fseek(f, entry - map.data + 16, SEEK_SET), fwrite("\0\0\0", 1, 4, f);
+    unmap_file(map);
+    fclose(f);
+}
+
+/* What a file may not say. */
+static void test_convert_lies(void)
+{
+    static const struct {
+        const char *object;
+        uint32_t n;
+        const char *reason;
+    } lies[] = {
+        {"}'a'" TENSOR(6, "#0;(#2;#3;t(#0;#1;t") "s", 6, "overlaps itself"},
+        {"}'a'" TENSOR(6, "#7;(#0;t(#1;t") "s", 6, "beyond the 6 elements"},
+        {"}(#1;#2;#1;#3;u", 0, "integer twice"},
+    };
+    static const char swiglu[] = "X\x28\0\0\0apply_residual_connection_post_layernorm\x89";
+    char folder[PATH_MAX], path[PATH_MAX], object[4096];
+    unsigned char *zip;
+    if (!have_convert()) return;
+    PlainModel m = small_checkpoint(folder);
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        put_legacy(folder, "lie.pt", lies[i].object, lies[i].n);
+        check_true(lies[i].reason, run_convert("inspect %s/lie.pt", folder) == 1 && says(lies[i].reason));
+    }
+    snprintf(object, sizeof object, "}'a'%sq%cs", TENSOR(1000, "#0;(#1000;t(#1;t"), 1); /* under nine names */
+    for (char name = 'b'; name <= 'i'; name++) snprintf(object + strlen(object), 16, "'%c'h%cs", name, 1);
+    put_legacy(folder, "many.pt", object, 1000);
+    check_equal("a storage of many tensors", run_convert("inspect %s/many.pt", folder), 0);
+    check_true("  is not summed up for all of them", strstr(convert_output, "crc32 -\n") &&
+                                                        strncmp(strstr(convert_output, "crc32 "), "crc32 -", 7));
+
+    snprintf(path, sizeof path, "%.4000s/megatron/release/mp_rank_01/model_optim_rng.pt", folder);
+    patch_pickle(path, swiglu, sizeof swiglu - 1, sizeof swiglu - 2, '\x88');
+    check_true("the second rank's args tell of another model",
+               run_convert("%s/megatron %s/o", folder, folder) == 1 && says("post_layernorm"));
+
+    size_t nodes = 500000; /* in each of 12 files: more than a checkpoint can have */
+    char *junk = (char *)xcalloc(nodes + 64, 1);
+    snprintf(junk, 64, "}'model'}s'junk'(");
+    size_t n = strlen(junk);
+    memset(junk + n, '}', nodes), memcpy(junk + n + nodes, "ts", 3);
+    put_legacy(folder, "junk.pt", junk, 0);
+    free(junk);
+    run_command("cd %s && for i in 00 01 02 03 04 05 06 07 08 09 10 11; do mkdir -p junk/mp_rank_$i; ln junk.pt "
+                "junk/mp_rank_$i/model_optim_rng.pt; done",
+                folder);
+    check_true("objects beyond measure", run_convert("%s/junk %s/o", folder, folder) == 1 && says("more objects"));
+
+    size_t bytes = 70000, zero = 0; /* that claim to inflate to 70 MB */
+    zip = (unsigned char *)xcalloc(bytes + 512, 1);
+    static const char model[] = "release/mp_rank_00/model_optim_rng.pt";
+    unsigned char *directory = put_zip_header(zip, model, bytes, 0, NULL) + bytes;
+    unsigned char *at = put_zip_header(directory, model, bytes, 0, &zero);
+    zip[8] = directory[10] = 8;
+    put_bytes(directory + 24, 1000 * bytes, 4);
+    at = put_zip_end(at, 1, (size_t)(at - directory), (size_t)(directory - zip));
+    put_file(folder, "bomb.zip", zip, (size_t)(at - zip));
+    free(zip);
+    check_true("an archive that inflates beyond measure",
+               run_convert("%s/bomb.zip %s/o", folder, folder) == 1 && says("far more bytes"));
+
+    run_command("rm -rf %s/megatron", folder);
+    run_convert("%s %s/megatron", folder, folder);
+    snprintf(path, sizeof path, "%.4000s/megatron/%s", folder, model);
+    Map map = map_file(path);
+    zip = (unsigned char *)xcalloc(map.size + 1024, 1);
+    snprintf(path, sizeof path, "345M/%s", model);
+    at = put_zip_header(zip, path, map.size, 0, NULL);
+    memcpy(at, map.data, map.size);
+    size_t second = (size_t)(at + map.size - zip);
+    directory = put_zip_header(zip + second, "README", 0, 0, NULL);
+    at = put_zip_header(put_zip_header(directory, path, map.size, 0, &zero), "README", 0, 0, &second);
+    at = put_zip_end(at, 2, (size_t)(at - directory), (size_t)(directory - zip));
+    put_file(folder, "beside.zip", zip, (size_t)(at - zip));
+    unmap_file(map);
+    free(zip);
+    check_true("an archive with something beside the checkpoint",
+               run_convert("%s/beside.zip %s/p", folder, folder) == 0 &&
+                   is_model_like(&m, "F32", join_path(path, folder, "p")));
+
+    uint32_t nan = 0xFFFFFFFF;
+    memcpy(&m.tensor[3].x[5], &nan, 4);
+    put_model(folder, "model.safetensors", &m, "", NULL, NULL, NULL, 0);
+    check_true("a NaN that rounding would make 0",
+               run_convert("%s %s/o --to hf --dtype bf16", folder, folder) == 1 && says("NaN"));
+    check_equal("nothing is written", (double)count_names(folder, "o"), 0);
+    free_plain(&m);
+    remove_checkpoint_folder(folder);
+}
+
+/* Processor time of all commands so far. */
+static double command_seconds(void)
+{
+    struct rusage u;
+    getrusage(RUSAGE_CHILDREN, &u);
+    return (double)u.ru_utime.tv_sec + 1e-6 * (double)u.ru_utime.tv_usec;
+}
+
+/* Four times as many tensors take four times as long, not sixteen times. */
+static void test_convert_many(void)
+{
+    char folder[PATH_MAX], path[PATH_MAX];
+    double seconds_of[2][2];
+    if (!have_convert()) return;
+    for (int more = 0; more < 2; more++) {
+        size_t names = more ? 60000 : 15000;
+        PlainModel m = plain_model(make_config(more ? 4096 : 1024, 2, 1, 2, 3));
+        make_checkpoint_folder(folder);
+        put_config(folder, &m.config);
+        put_model(folder, "model.safetensors", &m, "", NULL, NULL, NULL, 0);
+        double start = command_seconds();
+        run_command("./convert %s %s/o --to hf >%s/said", folder, folder, folder);
+        seconds_of[0][more] = command_seconds() - start;
+        check_true("many layers", file_exists(folder, "o"));
+        free_plain(&m);
+
+        char *object = (char *)xcalloc(names + 20, 24);
+        FILE *f = fopen(join_path(path, folder, "pytorch_model.bin.index.json"), "w");
+        size_t n = (size_t)sprintf(object, "}'a'%sq%cs(", TENSOR(1, "#0;(#1;t(#1;t"), 1);
+        fprintf(f, "{\"weight_map\": {\"a\": \"x.bin\"");
+        for (size_t i = 0; i < names; i++) {
+            n += (size_t)sprintf(object + n, "'%zu'h%c", i, 1);
+            fprintf(f, ", \"%zu\": \"x.bin\"", i);
+        }
+        fprintf(f, "}}");
+        fclose(f);
+        strcpy(object + n, "u");
+        put_legacy(folder, "x.bin", object, 1);
+        free(object);
+        start = command_seconds();
+        run_command("rm %s/model.safetensors; ./convert inspect %s >%s/said", folder, folder, folder);
+        seconds_of[1][more] = command_seconds() - start;
+        remove_checkpoint_folder(folder);
+    }
+    check("layers: time of 4096 to that of 1024", seconds_of[0][1] / seconds_of[0][0], 9);
+    check("an index: time of 60,000 names to that of 15,000", seconds_of[1][1] / seconds_of[1][0], 9);
 }
 
 /* A model that is larger than --shard-size becomes several files with an index. */
@@ -7077,6 +7282,8 @@ static const Test tests[] = {
     {"convert_options", "options and refusals of the command line", test_convert_options, 1, 0},
     {"convert_ends", "signals, and several at once", test_convert_ends, 1, 0},
     {"convert_zip", "what a zip file may not do", test_convert_zip, 1, 0},
+    {"convert_lies", "what a file may not say", test_convert_lies, 1, 0},
+    {"convert_many", "no time that grows with the square", test_convert_many, 1, 0},
     {"convert_shards", "what shards must agree on", test_convert_shards, 1, 0},
     {"convert_logits",     "PyTorch's logits after a conversion", test_convert_logits, 1, 0},
     {"paper_data",         "P51 P55, with ../shared/data", test_paper_data, 1, 0},
