@@ -83,6 +83,7 @@ typedef struct {
     uint32_t crc;            /* 0: unknown; torch can be told not to compute it */
     size_t packed, size;     /* bytes in the archive, and after inflating */
     const char *start, *end; /* local header and data, in the map */
+    int wanted;              /* some tensor lies in it */
     Map opened;              /* its bytes, once asked for */
 } Member;
 
@@ -275,6 +276,22 @@ static Map inflate_member(const Zip *z, const Member *m)
     return map;
 }
 
+/* CRC-32 of n bytes, in parts on all cores: zlib makes one checksum of two. */
+static uint32_t crc_of(const char *data, size_t n)
+{
+    enum { PARTS = 64 };
+    size_t step = n / PARTS + 1;
+    uLong part[PARTS], crc = 0;
+#pragma omp parallel for schedule(dynamic) if (step > 1 << 14)
+    for (size_t i = 0; i < PARTS; i++) {
+        size_t at = min_size(i * step, n);
+        part[i] = crc32_z(0, (const Bytef *)data + at, min_size(step, n - at));
+    }
+    for (size_t i = 0; i < PARTS; i++)
+        crc = crc32_combine(crc, part[i], (z_off_t)min_size(step, n - min_size(i * step, n)));
+    return (uint32_t)crc;
+}
+
 /* The bytes of a member, checked against their checksum. */
 static Map zip_read(const Zip *z, Member *m)
 {
@@ -282,8 +299,7 @@ static Map zip_read(const Zip *z, Member *m)
     if (m->method != 0 && m->method != 8) bad_zip(z, m->name, "is compressed by a method other than deflate");
     Map stored = {m->end - m->packed, m->size};
     m->opened = m->method ? inflate_member(z, m) : stored;
-    if (m->crc && m->crc != crc32_z(0, (const Bytef *)m->opened.data, m->size))
-        bad_zip(z, m->name, "has a wrong checksum");
+    if (m->crc && m->crc != crc_of(m->opened.data, m->size)) bad_zip(z, m->name, "has a wrong checksum");
     return m->opened;
 }
 
@@ -1138,7 +1154,7 @@ static void open_container(Shard *s)
     }
 }
 
-/* The numbers of a view, checked and inflated when they are first asked for. */
+/* The numbers of a view. */
 static void find_data(Shard *s, View *v)
 {
     TorchStorage *storage = &s->pickle.storage[v->storage];
@@ -1218,6 +1234,13 @@ static void shard_open(Shard *s, const char *path, Map map, const char *scratch,
     if (s->pickle.node[model].type != N_DICT)
         die("%s: a dict of tensors is expected, not a %s", path, node_name[s->pickle.node[model].type]);
     collect_tensors(s, model, name, 0, &steps);
+    for (size_t i = 0; i < s->views; i++) {
+        const TorchStorage *storage = &s->pickle.storage[s->view[i].storage];
+        if (!storage->data) storage_member(s, storage)->wanted = 1;
+    }
+#pragma omp parallel for schedule(dynamic) /* the time goes into inflating and checking */
+    for (size_t i = 0; i < s->zip.members; i++)
+        if (s->zip.member[i].wanted) zip_read(&s->zip, &s->zip.member[i]);
     for (size_t i = 0; i < s->views; i++) find_data(s, &s->view[i]);
 }
 
