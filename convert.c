@@ -2354,18 +2354,21 @@ static float round_to_odd(double x)
     return y;
 }
 
-static void store_value(char *to, Dtype dtype, const StoredTensor *from, size_t i)
+/* Stores n values as another type. */
+static void store_values(char *to, Dtype dtype, const StoredTensor *from, size_t n)
 {
-    uint16_t half;
-    float x;
-    double y;
-    if (from->dtype == F64) memcpy(&y, from->data + 8 * i, 8);
-    else y = (double)stored_value(from, i);
-    switch (dtype) {
-    case F64: memcpy(to, &y, 8); break;
-    case F32: x = (float)y, memcpy(to, &x, 4); break;
-    case F16: half = float_to_half(round_to_odd(y)), memcpy(to, &half, 2); break;
-    default: half = float_to_bf16(round_to_odd(y)), memcpy(to, &half, 2);
+    for (size_t i = 0; i < n; i++) {
+        uint16_t half;
+        float x;
+        double y;
+        if (from->dtype == F64) memcpy(&y, from->data + 8 * i, 8);
+        else y = (double)stored_value(from, i);
+        switch (dtype) {
+        case F64: memcpy(to + 8 * i, &y, 8); break;
+        case F32: x = (float)y, memcpy(to + 4 * i, &x, 4); break;
+        case F16: half = float_to_half(round_to_odd(y)), memcpy(to + 2 * i, &half, 2); break;
+        default: half = float_to_bf16(round_to_odd(y)), memcpy(to + 2 * i, &half, 2);
+        }
     }
 }
 
@@ -2391,71 +2394,48 @@ static Input find_input(const Model *m, const Tensor *t)
 enum { SIDE = 64 }; /* of a block: what it touches in the input and in the output fits into the first cache */
 
 /* A block of the output: element (i, j) comes from element row[i] + j * step of a tensor of the input, and goes to
- * element i * to_row + j * to_col. The inner loop writes neighbours. */
+ * element i * to_row + j * to_col. */
 typedef struct {
     size_t rows, cols, to_row, to_col;
     size_t row[SIDE], step;
 } Block;
 
+/* Any block, in tiles of 16 x 16, which stay in the first cache even where rows are a multiple of a page apart. The
+ * inner loop writes neighbours. */
 static inline void move_block(char *to, const char *from, const Block *b, size_t size)
 {
-    if (b->to_row == 1)
-        for (size_t j = 0; j < b->cols; j++)
-            for (size_t i = 0; i < b->rows; i++)
-                memcpy(to + (i + j * b->to_col) * size, from + (b->row[i] + j * b->step) * size, size);
-    else
-        for (size_t i = 0; i < b->rows; i++)
-            for (size_t j = 0; j < b->cols; j++)
-                memcpy(to + (i * b->to_row + j) * size, from + (b->row[i] + j * b->step) * size, size);
+    enum { TILE = 16 };
+    for (size_t top = 0; top < b->rows; top += TILE)
+        for (size_t left = 0; left < b->cols; left += TILE) {
+            size_t bottom = min_size(b->rows, top + TILE), right = min_size(b->cols, left + TILE);
+            if (b->to_row == 1)
+                for (size_t j = left; j < right; j++)
+                    for (size_t i = top; i < bottom; i++)
+                        memcpy(to + (i + j * b->to_col) * size, from + (b->row[i] + j * b->step) * size, size);
+            else
+                for (size_t i = top; i < bottom; i++)
+                    for (size_t j = left; j < right; j++)
+                        memcpy(to + (i * b->to_row + j) * size, from + (b->row[i] + j * b->step) * size, size);
+        }
 }
 
-/* 4 x 4 elements of 2 bytes are transposed in four registers, which halve the time: swap neighbours, then pairs. */
-static inline void turn_square(char *to, size_t to_step, const char *from, const size_t *row)
+static void copy_block(char *to, const char *from, const Block *b, size_t size)
 {
-    uint64_t x[4], swap;
-    for (int i = 0; i < 4; i++) memcpy(&x[i], from + row[i] * 2, 8);
-    for (int i = 0; i < 4; i += 2) {
-        swap = (x[i] >> 16 ^ x[i + 1]) & 0x0000FFFF0000FFFF;
-        x[i] ^= swap << 16, x[i + 1] ^= swap;
-    }
-    for (int i = 0; i < 2; i++) {
-        swap = (x[i] >> 32 ^ x[i + 2]) & 0xFFFFFFFF;
-        x[i] ^= swap << 32, x[i + 2] ^= swap;
-    }
-    for (int i = 0; i < 4; i++) memcpy(to + i * to_step * 2, &x[i], 8);
-}
-
-static void turn_block(char *to, const char *from, const Block *b)
-{
-    for (size_t j = 0; j < b->cols; j += 4)
-        for (size_t i = 0; i < b->rows; i += 4)
-            turn_square(to + (i + j * b->to_col) * 2, b->to_col, from + j * 2, b->row + i);
-}
-
-static void copy_block(char *to, Dtype dtype, const StoredTensor *from, const Block *b)
-{
-    size_t size = dtype_size[dtype];
-    if (from->dtype != dtype)
+    if (b->to_col == 1 && b->step == 1)
         for (size_t i = 0; i < b->rows; i++)
-            for (size_t j = 0; j < b->cols; j++)
-                store_value(to + (i * b->to_row + j * b->to_col) * size, dtype, from, b->row[i] + j * b->step);
-    else if (b->to_col == 1 && b->step == 1)
-        for (size_t i = 0; i < b->rows; i++)
-            memcpy(to + i * b->to_row * size, from->data + b->row[i] * size, b->cols * size);
-    else if (size == 2 && b->to_row == 1 && b->step == 1 && b->rows % 4 == 0 && b->cols % 4 == 0)
-        turn_block(to, from->data, b);
-    else if (size == 2) move_block(to, from->data, b, 2);
-    else if (size == 4) move_block(to, from->data, b, 4);
-    else move_block(to, from->data, b, 8);
+            memcpy(to + i * b->to_row * size, from + b->row[i] * size, b->cols * size);
+    else if (size == 2) move_block(to, from, b, 2);
+    else if (size == 4) move_block(to, from, b, 4);
+    else move_block(to, from, b, 8);
 }
 
 /* Copies columns col .. col + n - 1 of some rows of the whole tensor. Ranks share rows or columns, never both. */
-static void gather_rows(char *to, Dtype dtype, const Input *in, const size_t *row, size_t rows, size_t to_row,
-                        size_t to_col, size_t col, size_t n)
+static void gather_rows(char *to, const Input *in, const size_t *row, size_t rows, size_t to_row, size_t to_col,
+                        size_t col, size_t n)
 {
     const Model *m = in->m;
     const Tensor *t = &m->part[in->first].tensor[in->index];
-    size_t heads = m->config.H / (size_t)m->how.layout.tp, size = dtype_size[dtype], row_stride;
+    size_t heads = m->config.H / (size_t)m->how.layout.tp, size = dtype_size[input_view(in, 0)->t.dtype], row_stride;
     Block b = {0, 0, to_row, to_col, {0}, 0};
     for (size_t i = 0; i < rows; i += b.rows)
         for (size_t done = 0; done < n; done += b.cols) {
@@ -2473,7 +2453,7 @@ static void gather_rows(char *to, Dtype dtype, const Input *in, const size_t *ro
                 if (t->spec->split == QKV) local = qkv_row(m->how.version, heads, m->config.C / m->config.H, local);
                 b.row[b.rows] = local * row_stride + x * b.step;
             }
-            copy_block(to + (i * to_row + done * to_col) * size, dtype, &v->t, &b);
+            copy_block(to + (i * to_row + done * to_col) * size, v->t.data, &b, size);
         }
 }
 
@@ -2496,11 +2476,12 @@ static int all_finite(const char *data, Dtype dtype, size_t n)
 /* Fills rows first .. last - 1 of what tensor rank r of an arrangement stores of a tensor. Padding of the vocabulary
  * repeats the last token, as Hugging Face's script does: <|endoftext|>, which is improbable within a text. Zeros
  * would be worse: they make logits of 0, GPT-2's are far below, and Megatron's softmax sees the padding. */
-static void fill_rows(char *to, Dtype dtype, const Input *in, const Tensor *t, const Arrangement *a, int r,
-                      size_t first, size_t last)
+static void fill_rows(char *to, const Input *in, const Tensor *t, const Arrangement *a, int r, size_t first,
+                      size_t last)
 {
     int turned = a->conv1d && t->spec->conv1d;
     size_t heads = in->m->config.H / (size_t)a->layout.tp, D = in->m->config.C / in->m->config.H, row[SIDE];
+    size_t size = dtype_size[input_view(in, 0)->t.dtype];
     size_t begin = turned ? 0 : first, end = turned ? t->local_rows : last;
     for (size_t top = begin; top < end; top += SIDE) {
         size_t n = min_size(SIDE, end - top);
@@ -2508,12 +2489,10 @@ static void fill_rows(char *to, Dtype dtype, const Input *in, const Tensor *t, c
             size_t local = t->spec->split == QKV ? qkv_row_stored(a->version, heads, D, top + i) : top + i;
             row[i] = min_size(whole_row(t, r, local), t->rows - 1);
         }
-        if (turned)
-            gather_rows(to + top * dtype_size[dtype], dtype, in, row, n, 1, t->local_rows, whole_col(t, r) + first,
-                        last - first);
+        if (turned) gather_rows(to + top * size, in, row, n, 1, t->local_rows, whole_col(t, r) + first, last - first);
         else
-            gather_rows(to + (top - begin) * t->local_cols * dtype_size[dtype], dtype, in, row, n, t->local_cols, 1,
-                        whole_col(t, r), t->local_cols);
+            gather_rows(to + (top - begin) * t->local_cols * size, in, row, n, t->local_cols, 1, whole_col(t, r),
+                        t->local_cols);
     }
 }
 
@@ -2523,21 +2502,26 @@ static uint32_t write_tensor(FILE *f, Dtype dtype, const Tensor *t, const Arrang
                              int want_crc)
 {
     Input in = find_input(m, t);
+    StoredTensor from = input_view(&in, 0)->t;
     int turned = a->conv1d && t->spec->conv1d;
     size_t rows = turned ? t->local_cols : t->local_rows, cols = turned ? t->local_rows : t->local_cols;
-    size_t step = min_size(rows, max_size((1 << 19) / (cols * dtype_size[dtype]), 16));
-    char *rows_of_it = (char *)xcalloc(step * cols, dtype_size[dtype]), name[NAME_SIZE];
+    size_t row_size = cols * dtype_size[dtype], step = min_size(rows, max_size((1 << 19) / row_size, 16));
+    char *values = (char *)xcalloc(step * cols, dtype_size[from.dtype]), *bytes = values, name[NAME_SIZE];
     uint32_t crc = 0;
+    if (dtype != from.dtype) bytes = (char *)xcalloc(step, row_size);
+    from.data = values;
     for (size_t first = 0; first < rows; first += step) {
-        size_t n = min_size(step, rows - first), bytes = n * cols * dtype_size[dtype];
-        fill_rows(rows_of_it, dtype, &in, t, a, r, first, first + n);
-        if (!all_finite(rows_of_it, dtype, n * cols))
-            die("%s: %s has a value that is NaN, infinite or too large for %s", input_view(&in, 0)->t.path,
-                tensor_name(name, t), dtype_name[dtype]);
-        if (want_crc) crc = (uint32_t)crc32_z(crc, (const Bytef *)rows_of_it, bytes);
-        fwrite(rows_of_it, 1, bytes, f);
+        size_t n = min_size(step, rows - first);
+        fill_rows(values, &in, t, a, r, first, first + n);
+        if (bytes != values) store_values(bytes, dtype, &from, n * cols);
+        if (!all_finite(bytes, dtype, n * cols))
+            die("%s: %s has a value that is NaN, infinite or too large for %s", from.path, tensor_name(name, t),
+                dtype_name[dtype]);
+        if (want_crc) crc = (uint32_t)crc32_z(crc, (const Bytef *)bytes, n * row_size);
+        fwrite(bytes, row_size, n, f);
     }
-    free(rows_of_it);
+    if (bytes != values) free(bytes);
+    free(values);
     return crc;
 }
 
