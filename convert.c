@@ -2496,18 +2496,33 @@ static void fill_rows(char *to, const Input *in, const Tensor *t, const Arrangem
     }
 }
 
-/* Writes what tensor rank r of an arrangement stores of a tensor, some rows at a time, so that they stay cached.
- * Returns the CRC-32 of the bytes if it is wanted. */
-static uint32_t write_tensor(FILE *f, Dtype dtype, const Tensor *t, const Arrangement *a, int r, const Model *m,
-                             int want_crc)
+/* A tensor's place in a file, and the CRC-32 of its bytes there. */
+typedef struct {
+    Dtype dtype;
+    size_t at;
+    uint32_t crc;
+} Output;
+
+static void write_at(const char *path, int fd, const char *data, size_t n, size_t at)
+{
+    while (n) {
+        ssize_t written = pwrite(fd, data, n, (off_t)at);
+        if (written < 0 && errno != EINTR) die("cannot write %s: %s", path, strerror(errno));
+        if (written > 0) data += written, at += (size_t)written, n -= (size_t)written;
+    }
+}
+
+/* Writes what tensor rank r of an arrangement stores of a tensor, some rows at a time, so that they stay cached. */
+static void write_tensor(const char *path, int fd, Output *out, const Tensor *t, const Arrangement *a, int r,
+                         const Model *m, int want_crc)
 {
     Input in = find_input(m, t);
     StoredTensor from = input_view(&in, 0)->t;
+    Dtype dtype = out->dtype;
     int turned = a->conv1d && t->spec->conv1d;
     size_t rows = turned ? t->local_cols : t->local_rows, cols = turned ? t->local_rows : t->local_cols;
     size_t row_size = cols * dtype_size[dtype], step = min_size(rows, max_size((1 << 19) / row_size, 16));
     char *values = (char *)xcalloc(step * cols, dtype_size[from.dtype]), *bytes = values, name[NAME_SIZE];
-    uint32_t crc = 0;
     if (dtype != from.dtype) bytes = (char *)xcalloc(step, row_size);
     from.data = values;
     for (size_t first = 0; first < rows; first += step) {
@@ -2517,12 +2532,19 @@ static uint32_t write_tensor(FILE *f, Dtype dtype, const Tensor *t, const Arrang
         if (!all_finite(bytes, dtype, n * cols))
             die("%s: %s has a value that is NaN, infinite or too large for %s", from.path, tensor_name(name, t),
                 dtype_name[dtype]);
-        if (want_crc) crc = (uint32_t)crc32_z(crc, (const Bytef *)bytes, n * row_size);
-        fwrite(bytes, row_size, n, f);
+        if (want_crc) out->crc = (uint32_t)crc32_z(out->crc, (const Bytef *)bytes, n * row_size);
+        write_at(path, fd, bytes, n * row_size, out->at + first * row_size);
     }
     if (bytes != values) free(bytes);
     free(values);
-    return crc;
+}
+
+/* Writes n tensors to their places in a file, each by one core. */
+static void write_tensors(const char *path, FILE *f, Output *out, const Tensor *list, size_t n, const Arrangement *a,
+                          int r, const Model *m, int want_crc)
+{
+#pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < n; i++) write_tensor(path, fileno(f), &out[i], &list[i], a, r, m, want_crc);
 }
 
 /* ================================================================================================================
@@ -2577,6 +2599,7 @@ static void write_safetensors(const char *folder, const char *name, const Tensor
 {
     char *header = NULL, path[PATH_MAX], shape_shown[SHAPE_TEXT], key[NAME_SIZE];
     size_t size = 0, begin = 0;
+    Output *out = (Output *)xcalloc(last - first, sizeof *out);
     FILE *text = open_memory(&header, &size), *f = create_file(join_path(path, folder, name));
     fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (size_t i = first; i < last; i++) {
@@ -2585,6 +2608,7 @@ static void write_safetensors(const char *folder, const char *name, const Tensor
         fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
                 stored_name(key, WEIGHTS, &list[i]), dtype_name[dtype], shape_text(shape_shown, dims, shape), begin,
                 end);
+        out[i - first].dtype = dtype, out[i - first].at = begin;
         begin = end;
     }
     fputc('}', text);
@@ -2594,10 +2618,9 @@ static void write_safetensors(const char *folder, const char *name, const Tensor
     uint64_t length = size;
     fwrite(&length, 8, 1, f);
     fwrite(header, 1, size, f);
-    for (size_t i = first; i < last; i++) {
-        write_tensor(f, output_dtype(o, m, &list[i]), &list[i], a, 0, m, 0);
-    }
-    free(header);
+    for (size_t i = 0; i < last - first; i++) out[i].at += 8 + size;
+    write_tensors(path, f, out, list + first, last - first, a, 0, m, 0);
+    free(header), free(out);
     close_file(f, path);
 }
 
@@ -2755,7 +2778,7 @@ static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int ran
 }
 
 /* The nested dicts of one rank's model; storages are numbered in the order of its tensors. */
-static void put_model(FILE *f, const Part *part, const Dtype *dtype, int stage)
+static void put_model(FILE *f, const Part *part, const Output *out, int stage)
 {
     char name[MAX_NAME];
     const Era *era = &eras[WRITTEN_ERA];
@@ -2765,7 +2788,7 @@ static void put_model(FILE *f, const Part *part, const Dtype *dtype, int stage)
         put_string(f, "embedding"), fputc(EMPTY_DICT, f);
         for (; i < 2; i++) { /* wte, wpe */
             put_string(f, i ? "position_embeddings" : "word_embeddings");
-            fputc(EMPTY_DICT, f), put_string(f, "weight"), put_tensor(f, i, dtype[i], &part->tensor[i]),
+            fputc(EMPTY_DICT, f), put_string(f, "weight"), put_tensor(f, i, out[i].dtype, &part->tensor[i]),
                 fputc(SETITEM, f);
             fputc(SETITEM, f);
         }
@@ -2776,12 +2799,12 @@ static void put_model(FILE *f, const Part *part, const Dtype *dtype, int stage)
     for (; i < part->tensors; i++) {
         const Tensor *t = &part->tensor[i];
         put_string(f, era_name(name, era, t->spec, t->spec->in_layer ? t->layer - first : 0) + prefix);
-        put_tensor(f, i, dtype[i], t);
+        put_tensor(f, i, out[i].dtype, t);
     }
     fputc(SETITEMS, f), fputc(SETITEM, f), fputc(SETITEM, f);
     if (stage > 0 && part->tensor[0].spec->rows == DIM_V) {
         put_string(f, "word_embeddings_for_head"), fputc(EMPTY_DICT, f), put_string(f, "weight");
-        put_tensor(f, 0, dtype[0], &part->tensor[0]);
+        put_tensor(f, 0, out[0].dtype, &part->tensor[0]);
         fputc(SETITEM, f), fputc(SETITEM, f);
     }
 }
@@ -2792,8 +2815,6 @@ typedef struct {
     FILE *f, *directory;
     char *entries; /* of the directory, which comes last */
     size_t size, count, offset;
-    char name[64]; /* of the member that is being written, with its size and place */
-    size_t n, start;
 } ZipWriter;
 
 /* Extra field 1, with the numbers that need more than 32 bits. */
@@ -2807,55 +2828,51 @@ static size_t put_wide_fields(char extra[28], const uint64_t *field, int n)
     return length ? 4 + length : 0;
 }
 
-/* Begins a stored member of n bytes, which start at a multiple of 64. */
-static void zip_begin(ZipWriter *z, const char *member, size_t n)
+/* Where the data of a stored member of n bytes starts, if its local header starts at offset: at a multiple of 64. */
+static size_t zip_data(size_t offset, const char *name, size_t n)
 {
-    char extra[28];
-    uint64_t field[2] = {n, n};
-    z->start = z->offset, z->n = n;
-    snprintf(z->name, sizeof z->name, "archive/%s", member);
-    size_t length = strlen(z->name), wide = put_wide_fields(extra, field, 2);
-    size_t gap = (64 - (z->start + 30 + length + wide + 4) % 64) % 64;
-    fputs("PK\3\4", z->f);
-    put(z->f, 45, 2), put(z->f, 0x0800, 2), put(z->f, 0, 2); /* needs version 4.5 of the format; UTF-8; stored */
-    put(z->f, 0, 2), put(z->f, 0x21, 2), put(z->f, 0, 4);    /* midnight of 1980-01-01; checksum: zip_end() knows */
-    put(z->f, min_size(n, 0xFFFFFFFF), 4), put(z->f, min_size(n, 0xFFFFFFFF), 4);
-    put(z->f, length, 2), put(z->f, wide + 4 + gap, 2);
-    fputs(z->name, z->f);
-    fwrite(extra, 1, wide, z->f);
-    fputs("FB", z->f), put(z->f, gap, 2), fprintf(z->f, "%*s", (int)gap, ""); /* what torch calls its padding */
-    z->offset += 30 + length + wide + 4 + gap + n;
+    return round_up(offset + 30 + strlen(name) + (n >= 0xFFFFFFFF ? 20 : 0) + 4, 64);
 }
 
-/* Ends it: its checksum goes into the local header, and the whole entry into the directory. */
-static void zip_end(ZipWriter *z, uint32_t crc)
+/* Its local header and its entry in the directory; what is written next to z->f is its data. */
+static void zip_add(ZipWriter *z, const char *name, size_t n, uint32_t crc)
 {
     char extra[28];
-    uint64_t field[3] = {z->n, z->n, z->start};
-    size_t wide = put_wide_fields(extra, field, 3);
-    FILE *d = z->directory;
-    fseeko(z->f, (off_t)z->start + 14, SEEK_SET), put(z->f, crc, 4), fseeko(z->f, (off_t)z->offset, SEEK_SET);
+    uint64_t field[3] = {n, n, z->offset};
+    size_t data = zip_data(z->offset, name, n), length = strlen(name), wide = put_wide_fields(extra, field, 2);
+    size_t gap = data - (z->offset + 30 + length + wide + 4);
+    FILE *f = z->f, *d = z->directory;
+    fseeko(f, (off_t)z->offset, SEEK_SET);
+    fputs("PK\3\4", f);
+    put(f, 45, 2), put(f, 0x0800, 2), put(f, 0, 2); /* needs version 4.5 of the format; UTF-8; stored */
+    put(f, 0, 2), put(f, 0x21, 2), put(f, crc, 4);  /* midnight of 1980-01-01; checksum */
+    put(f, min_size(n, 0xFFFFFFFF), 4), put(f, min_size(n, 0xFFFFFFFF), 4);
+    put(f, length, 2), put(f, wide + 4 + gap, 2);
+    fputs(name, f);
+    fwrite(extra, 1, wide, f);
+    fputs("FB", f), put(f, gap, 2), fprintf(f, "%*s", (int)gap, ""); /* what torch calls its padding */
+    wide = put_wide_fields(extra, field, 3);
     fputs("PK\1\2", d);
     put(d, 45, 2), put(d, 45, 2), put(d, 0x0800, 2), put(d, 0, 2), put(d, 0, 2), put(d, 0x21, 2), put(d, crc, 4);
-    put(d, min_size(z->n, 0xFFFFFFFF), 4), put(d, min_size(z->n, 0xFFFFFFFF), 4);
-    put(d, strlen(z->name), 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2),
-        put(d, min_size(z->start, 0xFFFFFFFF), 4);
-    fputs(z->name, d);
+    put(d, min_size(n, 0xFFFFFFFF), 4), put(d, min_size(n, 0xFFFFFFFF), 4);
+    put(d, length, 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2), put(d, min_size(z->offset, 0xFFFFFFFF), 4);
+    fputs(name, d);
     fwrite(extra, 1, wide, d);
     z->count++;
+    z->offset = data + n;
 }
 
-static void zip_add(ZipWriter *z, const char *member, const char *data, size_t n)
+static void zip_add_bytes(ZipWriter *z, const char *name, const char *data, size_t n)
 {
-    zip_begin(z, member, n);
+    zip_add(z, name, n, (uint32_t)crc32_z(0, (const Bytef *)data, n));
     fwrite(data, 1, n, z->f);
-    zip_end(z, (uint32_t)crc32_z(0, (const Bytef *)data, n));
 }
 
 /* The directory, and the three records that lead to it. */
 static void zip_finish(ZipWriter *z, const char *path)
 {
     if (fclose(z->directory)) die("out of memory");
+    fseeko(z->f, (off_t)z->offset, SEEK_SET);
     fwrite(z->entries, 1, z->size, z->f);
     fputs("PK\6\6", z->f), put(z->f, 44, 8), put(z->f, 45, 2), put(z->f, 45, 2), put(z->f, 0, 8);
     put(z->f, z->count, 8), put(z->f, z->count, 8), put(z->f, z->size, 8), put(z->f, z->offset, 8);
@@ -2867,41 +2884,50 @@ static void zip_finish(ZipWriter *z, const char *path)
     free(z->entries);
 }
 
+static char *storage_path(char path[40], size_t key)
+{
+    snprintf(path, 40, "archive/data/%zu", key);
+    return path;
+}
+
 /* One rank's file, into a folder that is there. */
 static void write_rank(Written *w, const char *folder, const Model *m, const Arrangement *a, int rank,
                        const Choices *o)
 {
-    char path[PATH_MAX], member[32], *program = NULL;
+    char path[PATH_MAX], member[40], *program = NULL;
     size_t size = 0;
     ZipWriter z;
     Part part;
     memset(&z, 0, sizeof z), memset(&part, 0, sizeof part);
     part.tensor = list_rank(&part.tensors, &m->config, a, rank);
-    Dtype *dtype = (Dtype *)xcalloc(part.tensors, sizeof *dtype);
-    for (size_t i = 0; i < part.tensors; i++) dtype[i] = output_dtype(o, m, &part.tensor[i]);
+    Output *out = (Output *)xcalloc(part.tensors, sizeof *out);
+    for (size_t i = 0; i < part.tensors; i++) out[i].dtype = output_dtype(o, m, &part.tensor[i]);
     FILE *f = open_memory(&program, &size);
     fputc(PROTO, f), fputc(2, f), fputc(EMPTY_DICT, f), fputc(MARK, f);
-    put_string(f, "args"), put_arguments(f, m, a, rank, dtype[0]);
+    put_string(f, "args"), put_arguments(f, m, a, rank, out[0].dtype);
     if (a->version) put_string(f, "checkpoint_version"), put_real(f, a->version);
     put_count(f, "iteration", 0);
-    put_string(f, "model"), put_model(f, &part, dtype, pp_rank(a->layout, rank));
+    put_string(f, "model"), put_model(f, &part, out, pp_rank(a->layout, rank));
     fputc(SETITEMS, f), fputc(STOP, f);
     if (fclose(f)) die("out of memory");
     z.f = create_file(join_path(path, folder, "model_optim_rng.pt"));
     z.directory = open_memory(&z.entries, &z.size);
-    zip_add(&z, "data.pkl", program, size);
-    zip_add(&z, "byteorder", "little", 6);
+    zip_add_bytes(&z, "archive/data.pkl", program, size);
+    zip_add_bytes(&z, "archive/byteorder", "little", 6);
+    size_t at = z.offset;
     for (size_t i = 0; i < part.tensors; i++) {
-        size_t bytes = part.tensor[i].n * dtype_size[dtype[i]];
-        snprintf(member, sizeof member, "data/%zu", i);
-        zip_begin(&z, member, bytes);
-        zip_end(&z, write_tensor(z.f, dtype[i], &part.tensor[i], a, tp_rank(a->layout, rank), m, 1));
+        size_t bytes = part.tensor[i].n * dtype_size[out[i].dtype];
+        out[i].at = zip_data(at, storage_path(member, i), bytes);
+        at = out[i].at + bytes;
         w->bytes += bytes, w->tensors++;
     }
-    zip_add(&z, "version", "3\n", 2);
+    write_tensors(path, z.f, out, part.tensor, part.tensors, a, tp_rank(a->layout, rank), m, 1);
+    for (size_t i = 0; i < part.tensors; i++)
+        zip_add(&z, storage_path(member, i), part.tensor[i].n * dtype_size[out[i].dtype], out[i].crc);
+    zip_add_bytes(&z, "archive/version", "3\n", 2);
     zip_finish(&z, path);
     w->files++;
-    free(program), free(dtype), free(part.tensor);
+    free(program), free(out), free(part.tensor);
 }
 
 static Written write_megatron(const char *folder, const Model *m, const Choices *o)
