@@ -65,7 +65,7 @@ typedef struct {
     const char *scratch; /* folder for what must be inflated */
     FILE *listing;       /* where pickles are listed as they run, or NULL */
     size_t objects;      /* bytes of memory for what the files describe */
-    size_t inflated;     /* bytes to inflate: weights shrink by a tenth, so what shrinks to a 20th is no model */
+    long long inflated;  /* bytes to inflate: weights shrink by a tenth, so what shrinks to a 20th is no model */
 } Reading;
 
 enum { MAX_OBJECTS = 1 << 27, MAX_INFLATION = 20, MIN_INFLATED = 1 << 26 };
@@ -101,6 +101,7 @@ typedef struct {
     uint32_t crc;            /* 0: unknown; torch can be told not to compute it */
     size_t packed, size;     /* bytes in the archive, and after inflating */
     const char *start, *end; /* local header and data, in the map */
+    int wanted;              /* some tensor lies in it */
     Map opened;              /* its bytes, once asked for */
 } Member;
 
@@ -275,8 +276,8 @@ static Map inflate_member(const Zip *z, const Member *m)
     char none;
     z_stream s;
     if (m->size / 1032 > m->packed) bad_zip(z, m->name, "claims to inflate to more than it can");
-    if (m->size > z->reading->inflated) bad_zip(z, m->name, "would inflate to far more bytes than a model has");
-    z->reading->inflated -= m->size;
+    if (__atomic_sub_fetch(&z->reading->inflated, (long long)m->size, __ATOMIC_RELAXED) < 0)
+        bad_zip(z, m->name, "would inflate to far more bytes than a model has");
     Map map = scratch_memory(z->reading->scratch, m->size);
     memset(&s, 0, sizeof s);
     if (inflateInit2(&s, -MAX_WBITS) != Z_OK) die("out of memory");
@@ -296,6 +297,22 @@ static Map inflate_member(const Zip *z, const Member *m)
     return map;
 }
 
+/* CRC-32 of n bytes, in parts on all cores: zlib makes one checksum of two. */
+static uint32_t crc_of(const char *data, size_t n)
+{
+    enum { PARTS = 64 };
+    size_t step = n / PARTS + 1;
+    uLong part[PARTS], crc = 0;
+#pragma omp parallel for schedule(dynamic) if (step > 1 << 14)
+    for (size_t i = 0; i < PARTS; i++) {
+        size_t at = min_size(i * step, n);
+        part[i] = crc32_z(0, (const Bytef *)data + at, min_size(step, n - at));
+    }
+    for (size_t i = 0; i < PARTS; i++)
+        crc = crc32_combine(crc, part[i], (z_off_t)min_size(step, n - min_size(i * step, n)));
+    return (uint32_t)crc;
+}
+
 /* The bytes of a member, checked against their checksum. */
 static Map zip_read(const Zip *z, Member *m)
 {
@@ -303,8 +320,7 @@ static Map zip_read(const Zip *z, Member *m)
     if (m->method != 0 && m->method != 8) bad_zip(z, m->name, "is compressed by a method other than deflate");
     Map stored = {m->end - m->packed, m->size};
     m->opened = m->method ? inflate_member(z, m) : stored;
-    if (m->crc && m->crc != crc32_z(0, (const Bytef *)m->opened.data, m->size))
-        bad_zip(z, m->name, "has a wrong checksum");
+    if (m->crc && m->crc != crc_of(m->opened.data, m->size)) bad_zip(z, m->name, "has a wrong checksum");
     return m->opened;
 }
 
@@ -1171,7 +1187,7 @@ static void open_container(Shard *s)
     }
 }
 
-/* The numbers of a view, checked and inflated when they are first asked for. */
+/* The numbers of a view. */
 static void find_data(Shard *s, View *v)
 {
     TorchStorage *storage = &s->pickle.storage[v->storage];
@@ -1252,6 +1268,13 @@ static void shard_open(Shard *s, Reading *reading)
     if (s->pickle.node[model].type != N_DICT)
         die("%s: a dict of tensors is expected, not a %s", path, node_name[s->pickle.node[model].type]);
     collect_tensors(s, model, name, 0, &steps);
+    for (size_t i = 0; i < s->views; i++) {
+        const TorchStorage *storage = &s->pickle.storage[s->view[i].storage];
+        if (!storage->data) storage_member(s, storage)->wanted = 1;
+    }
+#pragma omp parallel for schedule(dynamic) /* the time goes into inflating and checking */
+    for (size_t i = 0; i < s->zip.members; i++)
+        if (s->zip.member[i].wanted) zip_read(&s->zip, &s->zip.member[i]);
     for (size_t i = 0; i < s->views; i++) find_data(s, &s->view[i]);
 }
 
@@ -1479,7 +1502,7 @@ static void add_shard(Source *s, const char *path, Map map)
 static Map map_input(Source *s, const char *path)
 {
     Map map = map_file(path);
-    s->reading.inflated += MAX_INFLATION * map.size;
+    s->reading.inflated += MAX_INFLATION * (long long)map.size;
     return map;
 }
 
@@ -2318,18 +2341,21 @@ static float round_to_odd(double x)
     return y;
 }
 
-static void store_value(char *to, Dtype dtype, const StoredTensor *from, size_t i)
+/* Stores n values as another type. */
+static void store_values(char *to, Dtype dtype, const StoredTensor *from, size_t n)
 {
-    uint16_t half;
-    float x;
-    double y;
-    if (from->dtype == F64) memcpy(&y, from->data + 8 * i, 8);
-    else y = (double)stored_value(from, i);
-    switch (dtype) {
-    case F64: memcpy(to, &y, 8); break;
-    case F32: x = (float)y, memcpy(to, &x, 4); break;
-    case F16: half = float_to_half(round_to_odd(y)), memcpy(to, &half, 2); break;
-    default: half = float_to_bf16(round_to_odd(y)), memcpy(to, &half, 2);
+    for (size_t i = 0; i < n; i++) {
+        uint16_t half;
+        float x;
+        double y;
+        if (from->dtype == F64) memcpy(&y, from->data + 8 * i, 8);
+        else y = (double)stored_value(from, i);
+        switch (dtype) {
+        case F64: memcpy(to + 8 * i, &y, 8); break;
+        case F32: x = (float)y, memcpy(to + 4 * i, &x, 4); break;
+        case F16: half = float_to_half(round_to_odd(y)), memcpy(to + 2 * i, &half, 2); break;
+        default: half = float_to_bf16(round_to_odd(y)), memcpy(to + 2 * i, &half, 2);
+        }
     }
 }
 
@@ -2355,71 +2381,47 @@ static Input find_input(const Model *m, const Tensor *t)
 enum { SIDE = 64 }; /* of a block: what it touches in the input and in the output fits into the first cache */
 
 /* A block of the output: element (i, j) comes from element row[i] + j * step of a tensor of the input, and goes to
- * element i * to_row + j * to_col. The inner loop writes neighbours. */
+ * element i * to_row + j * to_col. */
 typedef struct {
     size_t rows, cols, to_row, to_col;
     size_t row[SIDE], step;
 } Block;
 
+/* Any block, in tiles of 16 x 16, which stay in the first cache even where rows are a multiple of a page apart. The
+ * inner loop writes neighbours. */
 static inline void move_block(char *to, const char *from, const Block *b, size_t size)
 {
-    if (b->to_row == 1)
-        for (size_t j = 0; j < b->cols; j++)
-            for (size_t i = 0; i < b->rows; i++)
-                memcpy(to + (i + j * b->to_col) * size, from + (b->row[i] + j * b->step) * size, size);
-    else
-        for (size_t i = 0; i < b->rows; i++)
-            for (size_t j = 0; j < b->cols; j++)
-                memcpy(to + (i * b->to_row + j) * size, from + (b->row[i] + j * b->step) * size, size);
+    enum { TILE = 16 };
+    for (size_t top = 0; top < b->rows; top += TILE)
+        for (size_t left = 0; left < b->cols; left += TILE) {
+            size_t bottom = min_size(b->rows, top + TILE), right = min_size(b->cols, left + TILE);
+            if (b->to_row == 1)
+                for (size_t j = left; j < right; j++)
+                    for (size_t i = top; i < bottom; i++)
+                        memcpy(to + (i + j * b->to_col) * size, from + (b->row[i] + j * b->step) * size, size);
+            else
+                for (size_t i = top; i < bottom; i++)
+                    for (size_t j = left; j < right; j++)
+                        memcpy(to + (i * b->to_row + j) * size, from + (b->row[i] + j * b->step) * size, size);
+        }
 }
 
-/* 4 x 4 elements of 2 bytes are transposed in four registers, which halve the time: swap neighbours, then pairs. */
-static inline void turn_square(char *to, size_t to_step, const char *from, const size_t *row)
+static void copy_block(char *to, const char *from, const Block *b, size_t size)
 {
-    uint64_t x[4], swap;
-    for (int i = 0; i < 4; i++) memcpy(&x[i], from + row[i] * 2, 8);
-    for (int i = 0; i < 4; i += 2) {
-        swap = (x[i] >> 16 ^ x[i + 1]) & 0x0000FFFF0000FFFF;
-        x[i] ^= swap << 16, x[i + 1] ^= swap;
-    }
-    for (int i = 0; i < 2; i++) {
-        swap = (x[i] >> 32 ^ x[i + 2]) & 0xFFFFFFFF;
-        x[i] ^= swap << 32, x[i + 2] ^= swap;
-    }
-    for (int i = 0; i < 4; i++) memcpy(to + i * to_step * 2, &x[i], 8);
-}
-
-static void turn_block(char *to, const char *from, const Block *b)
-{
-    for (size_t j = 0; j < b->cols; j += 4)
-        for (size_t i = 0; i < b->rows; i += 4)
-            turn_square(to + (i + j * b->to_col) * 2, b->to_col, from + j * 2, b->row + i);
-}
-
-static void copy_block(char *to, Dtype dtype, const StoredTensor *from, const Block *b)
-{
-    size_t size = dtype_size[dtype];
-    if (from->dtype != dtype)
-        for (size_t i = 0; i < b->rows; i++)
-            for (size_t j = 0; j < b->cols; j++)
-                store_value(to + (i * b->to_row + j * b->to_col) * size, dtype, from, b->row[i] + j * b->step);
-    else if (b->to_col == 1 && b->step == 1)
-        for (size_t i = 0; i < b->rows; i++)
-            memcpy(to + i * b->to_row * size, from->data + b->row[i] * size, b->cols * size);
-    else if (size == 2 && b->to_row == 1 && b->step == 1 && b->rows % 4 == 0 && b->cols % 4 == 0)
-        turn_block(to, from->data, b);
-    else if (size == 2) move_block(to, from->data, b, 2);
-    else if (size == 4) move_block(to, from->data, b, 4);
-    else move_block(to, from->data, b, 8);
+    if (b->to_col == 1 && b->step == 1)
+        for (size_t i = 0; i < b->rows; i++) memcpy(to + i * b->to_row * size, from + b->row[i] * size, b->cols * size);
+    else if (size == 2) move_block(to, from, b, 2);
+    else if (size == 4) move_block(to, from, b, 4);
+    else move_block(to, from, b, 8);
 }
 
 /* Copies columns col .. col + n - 1 of some rows of the whole tensor. Ranks share rows or columns, never both. */
-static void gather_rows(char *to, Dtype dtype, const Input *in, const size_t *row, size_t rows, size_t to_row,
-                        size_t to_col, size_t col, size_t n)
+static void gather_rows(char *to, const Input *in, const size_t *row, size_t rows, size_t to_row, size_t to_col,
+                        size_t col, size_t n)
 {
     const Model *m = in->m;
     const Tensor *t = &m->part[in->first].tensor[in->index];
-    size_t heads = m->config.H / (size_t)m->how.layout.tp, size = dtype_size[dtype], row_stride;
+    size_t heads = m->config.H / (size_t)m->how.layout.tp, size = dtype_size[input_view(in, 0)->t.dtype], row_stride;
     Block b = {0, 0, to_row, to_col, {0}, 0};
     for (size_t i = 0; i < rows; i += b.rows)
         for (size_t done = 0; done < n; done += b.cols) {
@@ -2437,7 +2439,7 @@ static void gather_rows(char *to, Dtype dtype, const Input *in, const size_t *ro
                 if (t->spec->split == QKV) local = qkv_row(m->how.version, heads, m->config.C / m->config.H, local);
                 b.row[b.rows] = local * row_stride + x * b.step;
             }
-            copy_block(to + (i * to_row + done * to_col) * size, dtype, &v->t, &b);
+            copy_block(to + (i * to_row + done * to_col) * size, v->t.data, &b, size);
         }
 }
 
@@ -2460,11 +2462,12 @@ static int all_finite(const char *data, Dtype dtype, size_t n)
 /* Fills rows first .. last - 1 of what tensor rank r of an arrangement stores of a tensor. Padding of the vocabulary
  * repeats the last token, as Hugging Face's script does: <|endoftext|>, which is improbable within a text. Zeros
  * would be worse: they make logits of 0, GPT-2's are far below, and Megatron's softmax sees the padding. */
-static void fill_rows(char *to, Dtype dtype, const Input *in, const Tensor *t, const Arrangement *a, int r,
-                      size_t first, size_t last)
+static void fill_rows(char *to, const Input *in, const Tensor *t, const Arrangement *a, int r, size_t first,
+                      size_t last)
 {
     int turned = a->conv1d && t->spec->conv1d;
     size_t heads = in->m->config.H / (size_t)a->layout.tp, D = in->m->config.C / in->m->config.H, row[SIDE];
+    size_t size = dtype_size[input_view(in, 0)->t.dtype];
     size_t begin = turned ? 0 : first, end = turned ? t->local_rows : last;
     for (size_t top = begin; top < end; top += SIDE) {
         size_t n = min_size(SIDE, end - top);
@@ -2472,37 +2475,62 @@ static void fill_rows(char *to, Dtype dtype, const Input *in, const Tensor *t, c
             size_t local = t->spec->split == QKV ? qkv_row_stored(a->version, heads, D, top + i) : top + i;
             row[i] = min_size(whole_row(t, r, local), t->rows - 1);
         }
-        if (turned)
-            gather_rows(to + top * dtype_size[dtype], dtype, in, row, n, 1, t->local_rows, whole_col(t, r) + first,
-                        last - first);
+        if (turned) gather_rows(to + top * size, in, row, n, 1, t->local_rows, whole_col(t, r) + first, last - first);
         else
-            gather_rows(to + (top - begin) * t->local_cols * dtype_size[dtype], dtype, in, row, n, t->local_cols, 1,
-                        whole_col(t, r), t->local_cols);
+            gather_rows(to + (top - begin) * t->local_cols * size, in, row, n, t->local_cols, 1, whole_col(t, r),
+                        t->local_cols);
     }
 }
 
-/* Writes what tensor rank r of an arrangement stores of a tensor, some rows at a time, so that they stay cached.
- * Returns the CRC-32 of the bytes if it is wanted. */
-static uint32_t write_tensor(FILE *f, Dtype dtype, const Tensor *t, const Arrangement *a, int r, const Model *m,
-                             int want_crc)
+/* A tensor's place in a file, and the CRC-32 of its bytes there. */
+typedef struct {
+    Dtype dtype;
+    size_t at;
+    uint32_t crc;
+} Output;
+
+static void write_at(const char *path, int fd, const char *data, size_t n, size_t at)
+{
+    while (n) {
+        ssize_t written = pwrite(fd, data, n, (off_t)at);
+        if (written < 0 && errno != EINTR) die("cannot write %s: %s", path, strerror(errno));
+        if (written > 0) data += written, at += (size_t)written, n -= (size_t)written;
+    }
+}
+
+/* Writes what tensor rank r of an arrangement stores of a tensor, some rows at a time, so that they stay cached. */
+static void write_tensor(const char *path, int fd, Output *out, const Tensor *t, const Arrangement *a, int r,
+                         const Model *m, int want_crc)
 {
     Input in = find_input(m, t);
+    StoredTensor from = input_view(&in, 0)->t;
+    Dtype dtype = out->dtype;
     int turned = a->conv1d && t->spec->conv1d;
     size_t rows = turned ? t->local_cols : t->local_rows, cols = turned ? t->local_rows : t->local_cols;
-    size_t step = min_size(rows, max_size((1 << 19) / (cols * dtype_size[dtype]), 16));
-    char *rows_of_it = (char *)xcalloc(step * cols, dtype_size[dtype]), name[NAME_SIZE];
-    uint32_t crc = 0;
+    size_t row_size = cols * dtype_size[dtype], step = min_size(rows, max_size((1 << 19) / row_size, 16));
+    char *values = (char *)xcalloc(step * cols, dtype_size[from.dtype]), *bytes = values, name[NAME_SIZE];
+    if (dtype != from.dtype) bytes = (char *)xcalloc(step, row_size);
+    from.data = values;
     for (size_t first = 0; first < rows; first += step) {
-        size_t n = min_size(step, rows - first), bytes = n * cols * dtype_size[dtype];
-        fill_rows(rows_of_it, dtype, &in, t, a, r, first, first + n);
-        if (!all_finite(rows_of_it, dtype, n * cols))
-            die("%s: %s has a value that is NaN, infinite or too large for %s", input_view(&in, 0)->t.path,
-                tensor_name(name, t), dtype_name[dtype]);
-        if (want_crc) crc = (uint32_t)crc32_z(crc, (const Bytef *)rows_of_it, bytes);
-        fwrite(rows_of_it, 1, bytes, f);
+        size_t n = min_size(step, rows - first);
+        fill_rows(values, &in, t, a, r, first, first + n);
+        if (bytes != values) store_values(bytes, dtype, &from, n * cols);
+        if (!all_finite(bytes, dtype, n * cols))
+            die("%s: %s has a value that is NaN, infinite or too large for %s", from.path, tensor_name(name, t),
+                dtype_name[dtype]);
+        if (want_crc) out->crc = (uint32_t)crc32_z(out->crc, (const Bytef *)bytes, n * row_size);
+        write_at(path, fd, bytes, n * row_size, out->at + first * row_size);
     }
-    free(rows_of_it);
-    return crc;
+    if (bytes != values) free(bytes);
+    free(values);
+}
+
+/* Writes n tensors to their places in a file, each by one core. */
+static void write_tensors(const char *path, FILE *f, Output *out, const Tensor *list, size_t n, const Arrangement *a,
+                          int r, const Model *m, int want_crc)
+{
+#pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < n; i++) write_tensor(path, fileno(f), &out[i], &list[i], a, r, m, want_crc);
 }
 
 /* ================================================================================================================
@@ -2557,6 +2585,7 @@ static void write_safetensors(const char *folder, const char *name, const Tensor
 {
     char *header = NULL, path[PATH_MAX], shape_shown[SHAPE_TEXT], key[NAME_SIZE];
     size_t size = 0, begin = 0;
+    Output *out = (Output *)xcalloc(last - first, sizeof *out);
     FILE *text = open_memory(&header, &size), *f = create_file(join_path(path, folder, name));
     fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (size_t i = first; i < last; i++) {
@@ -2565,6 +2594,7 @@ static void write_safetensors(const char *folder, const char *name, const Tensor
         fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
                 stored_name(key, WEIGHTS, &list[i]), dtype_name[dtype], shape_text(shape_shown, dims, shape), begin,
                 end);
+        out[i - first].dtype = dtype, out[i - first].at = begin;
         begin = end;
     }
     fputc('}', text);
@@ -2574,10 +2604,9 @@ static void write_safetensors(const char *folder, const char *name, const Tensor
     uint64_t length = size;
     fwrite(&length, 8, 1, f);
     fwrite(header, 1, size, f);
-    for (size_t i = first; i < last; i++) {
-        write_tensor(f, output_dtype(o, m, &list[i]), &list[i], a, 0, m, 0);
-    }
-    free(header);
+    for (size_t i = 0; i < last - first; i++) out[i].at += 8 + size;
+    write_tensors(path, f, out, list + first, last - first, a, 0, m, 0);
+    free(header), free(out);
     close_file(f, path);
 }
 
@@ -2732,7 +2761,7 @@ static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int ran
 }
 
 /* The nested dicts of one rank's model; storages are numbered in the order of its tensors. */
-static void put_model(FILE *f, const Part *part, const Dtype *dtype, int stage)
+static void put_model(FILE *f, const Part *part, const Output *out, int stage)
 {
     char name[MAX_NAME];
     const Era *era = &eras[WRITTEN_ERA];
@@ -2742,7 +2771,7 @@ static void put_model(FILE *f, const Part *part, const Dtype *dtype, int stage)
         put_string(f, "embedding"), fputc(EMPTY_DICT, f);
         for (; i < 2; i++) { /* wte, wpe */
             put_string(f, i ? "position_embeddings" : "word_embeddings");
-            fputc(EMPTY_DICT, f), put_string(f, "weight"), put_tensor(f, i, dtype[i], &part->tensor[i]),
+            fputc(EMPTY_DICT, f), put_string(f, "weight"), put_tensor(f, i, out[i].dtype, &part->tensor[i]),
                 fputc(SETITEM, f);
             fputc(SETITEM, f);
         }
@@ -2753,12 +2782,12 @@ static void put_model(FILE *f, const Part *part, const Dtype *dtype, int stage)
     for (; i < part->tensors; i++) {
         const Tensor *t = &part->tensor[i];
         put_string(f, era_name(name, era, t->spec, t->spec->in_layer ? t->layer - first : 0) + prefix);
-        put_tensor(f, i, dtype[i], t);
+        put_tensor(f, i, out[i].dtype, t);
     }
     fputc(SETITEMS, f), fputc(SETITEM, f), fputc(SETITEM, f);
     if (stage > 0 && part->tensor[0].spec->rows == DIM_V) {
         put_string(f, "word_embeddings_for_head"), fputc(EMPTY_DICT, f), put_string(f, "weight");
-        put_tensor(f, 0, dtype[0], &part->tensor[0]);
+        put_tensor(f, 0, out[0].dtype, &part->tensor[0]);
         fputc(SETITEM, f), fputc(SETITEM, f);
     }
 }
@@ -2769,8 +2798,6 @@ typedef struct {
     FILE *f, *directory;
     char *entries; /* of the directory, which comes last */
     size_t size, count, offset;
-    char name[64]; /* of the member that is being written, with its size and place */
-    size_t n, start;
 } ZipWriter;
 
 /* Extra field 1, with the numbers that need more than 32 bits. */
@@ -2784,54 +2811,51 @@ static size_t put_wide_fields(char extra[28], const uint64_t *field, int n)
     return length ? 4 + length : 0;
 }
 
-/* Begins a stored member of n bytes, which start at a multiple of 64. */
-static void zip_begin(ZipWriter *z, const char *member, size_t n)
+/* Where the data of a stored member of n bytes starts, if its local header starts at offset: at a multiple of 64. */
+static size_t zip_data(size_t offset, const char *name, size_t n)
 {
-    char extra[28];
-    uint64_t field[2] = {n, n};
-    z->start = z->offset, z->n = n;
-    snprintf(z->name, sizeof z->name, "archive/%s", member);
-    size_t length = strlen(z->name), wide = put_wide_fields(extra, field, 2);
-    size_t gap = (64 - (z->start + 30 + length + wide + 4) % 64) % 64;
-    fputs("PK\3\4", z->f);
-    put(z->f, 45, 2), put(z->f, 0x0800, 2), put(z->f, 0, 2); /* needs version 4.5 of the format; UTF-8; stored */
-    put(z->f, 0, 2), put(z->f, 0x21, 2), put(z->f, 0, 4);    /* midnight of 1980-01-01; checksum: zip_end() knows */
-    put(z->f, min_size(n, 0xFFFFFFFF), 4), put(z->f, min_size(n, 0xFFFFFFFF), 4);
-    put(z->f, length, 2), put(z->f, wide + 4 + gap, 2);
-    fputs(z->name, z->f);
-    fwrite(extra, 1, wide, z->f);
-    fputs("FB", z->f), put(z->f, gap, 2), fprintf(z->f, "%*s", (int)gap, ""); /* what torch calls its padding */
-    z->offset += 30 + length + wide + 4 + gap + n;
+    return round_up(offset + 30 + strlen(name) + (n >= 0xFFFFFFFF ? 20 : 0) + 4, 64);
 }
 
-/* Ends it: its checksum goes into the local header, and the whole entry into the directory. */
-static void zip_end(ZipWriter *z, uint32_t crc)
+/* Its local header and its entry in the directory; what is written next to z->f is its data. */
+static void zip_add(ZipWriter *z, const char *name, size_t n, uint32_t crc)
 {
     char extra[28];
-    uint64_t field[3] = {z->n, z->n, z->start};
-    size_t wide = put_wide_fields(extra, field, 3);
-    FILE *d = z->directory;
-    fseeko(z->f, (off_t)z->start + 14, SEEK_SET), put(z->f, crc, 4), fseeko(z->f, (off_t)z->offset, SEEK_SET);
+    uint64_t field[3] = {n, n, z->offset};
+    size_t data = zip_data(z->offset, name, n), length = strlen(name), wide = put_wide_fields(extra, field, 2);
+    size_t gap = data - (z->offset + 30 + length + wide + 4);
+    FILE *f = z->f, *d = z->directory;
+    fseeko(f, (off_t)z->offset, SEEK_SET);
+    fputs("PK\3\4", f);
+    put(f, 45, 2), put(f, 0x0800, 2), put(f, 0, 2); /* needs version 4.5 of the format; UTF-8; stored */
+    put(f, 0, 2), put(f, 0x21, 2), put(f, crc, 4);  /* midnight of 1980-01-01; checksum */
+    put(f, min_size(n, 0xFFFFFFFF), 4), put(f, min_size(n, 0xFFFFFFFF), 4);
+    put(f, length, 2), put(f, wide + 4 + gap, 2);
+    fputs(name, f);
+    fwrite(extra, 1, wide, f);
+    fputs("FB", f), put(f, gap, 2), fprintf(f, "%*s", (int)gap, ""); /* what torch calls its padding */
+    wide = put_wide_fields(extra, field, 3);
     fputs("PK\1\2", d);
     put(d, 45, 2), put(d, 45, 2), put(d, 0x0800, 2), put(d, 0, 2), put(d, 0, 2), put(d, 0x21, 2), put(d, crc, 4);
-    put(d, min_size(z->n, 0xFFFFFFFF), 4), put(d, min_size(z->n, 0xFFFFFFFF), 4);
-    put(d, strlen(z->name), 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2), put(d, min_size(z->start, 0xFFFFFFFF), 4);
-    fputs(z->name, d);
+    put(d, min_size(n, 0xFFFFFFFF), 4), put(d, min_size(n, 0xFFFFFFFF), 4);
+    put(d, length, 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2), put(d, min_size(z->offset, 0xFFFFFFFF), 4);
+    fputs(name, d);
     fwrite(extra, 1, wide, d);
     z->count++;
+    z->offset = data + n;
 }
 
-static void zip_add(ZipWriter *z, const char *member, const char *data, size_t n)
+static void zip_add_bytes(ZipWriter *z, const char *name, const char *data, size_t n)
 {
-    zip_begin(z, member, n);
+    zip_add(z, name, n, (uint32_t)crc32_z(0, (const Bytef *)data, n));
     fwrite(data, 1, n, z->f);
-    zip_end(z, (uint32_t)crc32_z(0, (const Bytef *)data, n));
 }
 
 /* The directory, and the three records that lead to it. */
 static void zip_finish(ZipWriter *z, const char *path)
 {
     if (fclose(z->directory)) die("out of memory");
+    fseeko(z->f, (off_t)z->offset, SEEK_SET);
     fwrite(z->entries, 1, z->size, z->f);
     fputs("PK\6\6", z->f), put(z->f, 44, 8), put(z->f, 45, 2), put(z->f, 45, 2), put(z->f, 0, 8);
     put(z->f, z->count, 8), put(z->f, z->count, 8), put(z->f, z->size, 8), put(z->f, z->offset, 8);
@@ -2843,40 +2867,49 @@ static void zip_finish(ZipWriter *z, const char *path)
     free(z->entries);
 }
 
+static char *storage_path(char path[40], size_t key)
+{
+    snprintf(path, 40, "archive/data/%zu", key);
+    return path;
+}
+
 /* One rank's file, into a folder that is there. */
 static void write_rank(Written *w, const char *folder, const Model *m, const Arrangement *a, int rank, const Choices *o)
 {
-    char path[PATH_MAX], member[32], *program = NULL;
+    char path[PATH_MAX], member[40], *program = NULL;
     size_t size = 0;
     ZipWriter z;
     Part part;
     memset(&z, 0, sizeof z), memset(&part, 0, sizeof part);
     part.tensor = list_rank(&part.tensors, &m->config, a, rank);
-    Dtype *dtype = (Dtype *)xcalloc(part.tensors, sizeof *dtype);
-    for (size_t i = 0; i < part.tensors; i++) dtype[i] = output_dtype(o, m, &part.tensor[i]);
+    Output *out = (Output *)xcalloc(part.tensors, sizeof *out);
+    for (size_t i = 0; i < part.tensors; i++) out[i].dtype = output_dtype(o, m, &part.tensor[i]);
     FILE *f = open_memory(&program, &size);
     fputc(PROTO, f), fputc(2, f), fputc(EMPTY_DICT, f), fputc(MARK, f);
-    put_string(f, "args"), put_arguments(f, m, a, rank, dtype[0]);
+    put_string(f, "args"), put_arguments(f, m, a, rank, out[0].dtype);
     if (a->version) put_string(f, "checkpoint_version"), put_real(f, a->version);
     put_count(f, "iteration", 0);
-    put_string(f, "model"), put_model(f, &part, dtype, pp_rank(a->layout, rank));
+    put_string(f, "model"), put_model(f, &part, out, pp_rank(a->layout, rank));
     fputc(SETITEMS, f), fputc(STOP, f);
     if (fclose(f)) die("out of memory");
     z.f = create_file(join_path(path, folder, "model_optim_rng.pt"));
     z.directory = open_memory(&z.entries, &z.size);
-    zip_add(&z, "data.pkl", program, size);
-    zip_add(&z, "byteorder", "little", 6);
+    zip_add_bytes(&z, "archive/data.pkl", program, size);
+    zip_add_bytes(&z, "archive/byteorder", "little", 6);
+    size_t at = z.offset;
     for (size_t i = 0; i < part.tensors; i++) {
-        size_t bytes = part.tensor[i].n * dtype_size[dtype[i]];
-        snprintf(member, sizeof member, "data/%zu", i);
-        zip_begin(&z, member, bytes);
-        zip_end(&z, write_tensor(z.f, dtype[i], &part.tensor[i], a, tp_rank(a->layout, rank), m, 1));
+        size_t bytes = part.tensor[i].n * dtype_size[out[i].dtype];
+        out[i].at = zip_data(at, storage_path(member, i), bytes);
+        at = out[i].at + bytes;
         w->bytes += bytes, w->tensors++;
     }
-    zip_add(&z, "version", "3\n", 2);
+    write_tensors(path, z.f, out, part.tensor, part.tensors, a, tp_rank(a->layout, rank), m, 1);
+    for (size_t i = 0; i < part.tensors; i++)
+        zip_add(&z, storage_path(member, i), part.tensor[i].n * dtype_size[out[i].dtype], out[i].crc);
+    zip_add_bytes(&z, "archive/version", "3\n", 2);
     zip_finish(&z, path);
     w->files++;
-    free(program), free(dtype), free(part.tensor);
+    free(program), free(out), free(part.tensor);
 }
 
 static Written write_megatron(const char *folder, const Model *m, const Choices *o)
