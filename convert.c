@@ -48,17 +48,8 @@ static char *keep_string(const char *s, size_t length)
     return copy;
 }
 
-enum { NAME_SHOWN = 160 };
-
-/* A name from a file, fit to stand in a message of one line. */
-static char *show_name(char shown[NAME_SHOWN], const char *name)
-{
-    size_t n = (size_t)snprintf(shown, NAME_SHOWN, "%s", name);
-    for (char *c = shown; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
-    if (n >= NAME_SHOWN) memcpy(shown + NAME_SHOWN - 3, "..", 2);
-    return shown;
-}
+/* A string of a pickle, without a NUL at its end, for printf's %.*s: end_with() keeps a message on one line. */
+#define SHOW(node) (int)min_size((node)->length, 120), (node)->is.string
 
 /* How an input is read, and what that may still cost, whatever its files say of themselves. */
 typedef struct {
@@ -117,9 +108,7 @@ static int is_zip(Map map) { return map.size >= 4 && !memcmp(map.data, "PK\3\4",
 
 __attribute__((noreturn)) static void bad_zip(const Zip *z, const char *member, const char *what)
 {
-    char shown[NAME_SHOWN];
-    die("%s is a damaged or unsafe zip archive: %s%s%s; fetch it again", z->path, show_name(shown, member),
-        *member ? " " : "", what);
+    die("%s is a damaged or unsafe zip archive: %.120s%s%s; fetch it again", z->path, member, *member ? " " : "", what);
 }
 
 typedef struct {
@@ -686,15 +675,6 @@ static int is_string(const Pickle *p, Ref ref, NodeType type, const char *s)
     return n->type == type && n->length == strlen(s) && !memcmp(n->is.string, s, n->length);
 }
 
-/* A string, fit to stand in a message of one line. */
-static char *show(char shown[NAME_SHOWN], const Node *string)
-{
-    char *copy = keep_string(string->is.string, string->length);
-    show_name(shown, copy);
-    free(copy);
-    return shown;
-}
-
 /* The value under a key of a dict or namespace, or 0. */
 static Ref dict_get(const Pickle *p, Ref dict, const char *key)
 {
@@ -982,15 +962,15 @@ static int compare_keys(const void *a, const void *b)
 static void refuse_duplicate_keys(const Pickle *p, Ref dict)
 {
     size_t n = 0;
-    char shown[NAME_SHOWN];
     const Node **key = (const Node **)xcalloc(p->node[dict].length, sizeof *key);
     for (uint32_t cell = p->node[dict].first; cell; cell = p->cell[p->cell[cell].next].next)
         key[n++] = &p->node[p->cell[cell].value];
     qsort(key, n, sizeof *key, compare_keys);
     for (size_t i = 1; i < n; i++)
-        if (!compare_keys(&key[i - 1], &key[i]))
-            bad_pickle(p, "a dict has the key %s twice",
-                       key[i]->type == N_STRING ? show(shown, key[i]) : node_name[key[i]->type]);
+        if (!compare_keys(&key[i - 1], &key[i])) {
+            if (key[i]->type != N_STRING) bad_pickle(p, "a dict has one %s twice as a key", node_name[key[i]->type]);
+            bad_pickle(p, "a dict has the key %.*s twice", SHOW(key[i]));
+        }
     free(key);
 }
 
@@ -1092,19 +1072,18 @@ static TorchStorage **sort_storages(const Pickle *p)
 static void place_storage(Pickle *p, TorchStorage *const *list, const Node *name)
 {
     TorchStorage key, *wanted = &key;
-    char shown[NAME_SHOWN];
     key.key = name->is.string, key.key_length = name->length;
     if (name->type != N_STRING) die("%s: a key of its list of storages is no string", p->path);
     TorchStorage *const *at =
         (TorchStorage *const *)bsearch(&wanted, list, p->storages, sizeof *list, compare_storages);
-    if (!at) die("%s: storage %s is listed, but belongs to no tensor", p->path, show(shown, name));
-    if ((*at)->data) die("%s: storage %s is listed twice", p->path, show(shown, name));
+    if (!at) die("%s: storage %.*s is listed, but belongs to no tensor", p->path, SHOW(name));
+    if ((*at)->data) die("%s: storage %.*s is listed twice", p->path, SHOW(name));
     size_t count = (size_t)number_at(take(p, 8), 8), bytes = (*at)->n * dtype_size[(*at)->dtype];
     if (count != (*at)->n)
-        die("%s: storage %s begins with a count of %zu elements, but its tensors ask for %zu", p->path,
-            show(shown, name), count, (*at)->n);
+        die("%s: storage %.*s begins with a count of %zu elements, but its tensors ask for %zu", p->path, SHOW(name),
+            count, (*at)->n);
     if (bytes > p->map.size - p->at)
-        die("%s: storage %s needs %zu bytes, but the file ends after %zu: it is cut short", p->path, show(shown, name),
+        die("%s: storage %.*s needs %zu bytes, but the file ends after %zu: it is cut short", p->path, SHOW(name),
             bytes, p->map.size - p->at);
     const char *data = take(p, bytes);
     while (at > list && !compare_storages(at - 1, &wanted)) at--;
@@ -1216,13 +1195,12 @@ static void collect_tensors(Shard *s, Ref dict, char name[MAX_NAME], int depth, 
         die("%s: its dicts are more than %d levels deep, or one contains itself", s->path, MAX_DEPTH);
     for (uint32_t cell = p->node[dict].first, value; cell; cell = p->cell[value].next) {
         const Node *key = &p->node[p->cell[cell].value];
-        char shown[NAME_SHOWN];
         value = p->cell[cell].next;
         if (key->type != N_STRING)
             die("%s: a %s is the name of a tensor in %s", s->path, node_name[key->type], start ? name : "it");
         if (++*steps > p->nodes) die("%s: its dicts contain one another too often", s->path);
         if (start + key->length + 2 > MAX_NAME || memchr(key->is.string, 0, key->length))
-            die("%s: the name %s of a tensor is too long", s->path, show(shown, key));
+            die("%s: the name %.*s of a tensor is too long", s->path, SHOW(key));
         snprintf(name + start, MAX_NAME - start, "%s%.*s", start ? "." : "", (int)key->length, key->is.string);
         const Node *node = &p->node[p->cell[value].value];
         size_t n = strlen(name), extra = sizeof "_extra_state" - 1;
@@ -1234,7 +1212,7 @@ static void collect_tensors(Shard *s, Ref dict, char name[MAX_NAME], int depth, 
             described.t.name = v->t.name;
             *v = described;
         } else
-            die("%s: under the name %s a tensor is expected, not a value of type %s", s->path, show_name(shown, name),
+            die("%s: under the name %.120s a tensor is expected, not a value of type %s", s->path, name,
                 node_name[node->type]);
     }
     name[start] = 0;
@@ -1996,13 +1974,12 @@ static void check_shape(const View *v, const Tensor *t, int conv1d)
     int turned = conv1d && t->spec->conv1d;
     size_t shape[2] = {turned ? t->local_cols : t->local_rows, turned ? t->local_rows : t->local_cols};
     size_t dims = t->spec->cols == ONE ? 1 : 2;
-    char seen[SHAPE_TEXT], wanted[SHAPE_TEXT], name[NAME_SHOWN];
+    char seen[SHAPE_TEXT], wanted[SHAPE_TEXT];
     if (v->t.dims != dims || memcmp(v->t.shape, shape, dims * sizeof *shape))
-        die("%s: tensor %s is %s, but the model's shape asks for %s", v->t.path, show_name(name, v->t.name),
+        die("%s: tensor %.120s is %s, but the model's shape asks for %s", v->t.path, v->t.name,
             shape_text(seen, v->t.dims, v->t.shape), shape_text(wanted, dims, shape));
     if (v->t.dtype > BF16)
-        die("%s: tensor %s is of type %s: real numbers are expected", v->t.path, show_name(name, v->t.name),
-            dtype_name[v->t.dtype]);
+        die("%s: tensor %.120s is of type %s: real numbers are expected", v->t.path, v->t.name, dtype_name[v->t.dtype]);
 }
 
 /* Are two views equal, bit for bit? */
@@ -2022,10 +1999,8 @@ static int same_values(const View *a, const View *b)
 
 static void refuse_difference(const View *a, const View *b, const char *why)
 {
-    char name[NAME_SHOWN], other[NAME_SHOWN];
     if (a && b && a != b && !same_values(a, b))
-        die("%s: tensor %s differs from %s of %s: %s", a->t.path, show_name(name, a->t.name),
-            show_name(other, b->t.name), b->t.path, why);
+        die("%s: tensor %.120s differs from %.120s of %s: %s", a->t.path, a->t.name, b->t.name, b->t.path, why);
 }
 
 /* Finds a tensor for every view of a shard that belongs to this rank. */
@@ -2033,20 +2008,20 @@ static void place_views(Model *m, int rank, const Shard *s)
 {
     Part *part = &m->part[rank];
     Layout layout = m->how.layout;
-    char name[NAME_SHOWN];
     size_t first = (size_t)pp_rank(layout, rank) * (m->config.L / (size_t)layout.pp);
     for (size_t i = 0; i < s->views; i++) {
         const View *v = &s->view[i];
         size_t at = part->tensors;
-        show_name(name, v->t.name);
         if (v->spec && (v->era == HUGGING_FACE) == m->how.conv1d)
             at = find_tensor(part, v->spec, v->spec->in_layer ? first + v->layer : 0);
         if (is_mask(strip_prefix(v->t.name))) continue;
         if (is_head(v->t.name)) {
             refuse_difference(v, part->head, "both would make the logits");
             part->head = v;
-        } else if (at == part->tensors) die("%s: tensor %s has no place in a GPT-2 of this shape", s->path, name);
-        else if (part->view[at]) die("%s: tensor %s is there twice, also as %s", s->path, name, part->view[at]->t.name);
+        } else if (at == part->tensors)
+            die("%s: tensor %.120s has no place in a GPT-2 of this shape", s->path, v->t.name);
+        else if (part->view[at])
+            die("%s: tensor %.120s is there twice, also as %.120s", s->path, v->t.name, part->view[at]->t.name);
         else part->view[at] = v;
     }
 }
@@ -2070,7 +2045,7 @@ static void check_heads(Model *m)
 static void check_parts(const Model *m, const Source *source)
 {
     Layout s = m->how.layout;
-    char name[NAME_SIZE], own[NAME_SHOWN];
+    char name[NAME_SIZE];
     for (int rank = 0; rank < s.tp * s.pp; rank++) {
         const Part *part = &m->part[rank], *first = &m->part[pp_rank(s, rank) * s.tp];
         for (size_t i = 0; i < part->tensors; i++) {
@@ -2081,7 +2056,7 @@ static void check_parts(const Model *m, const Source *source)
                     m->how.conv1d ? m->path : source->shard[rank].path, tensor_name(name, t));
             check_shape(v, t, m->how.conv1d);
             if (v->t.dtype != other->t.dtype)
-                die("%s: tensor %s is of type %s, but of type %s in %s", v->t.path, show_name(own, v->t.name),
+                die("%s: tensor %.120s is of type %s, but of type %s in %s", v->t.path, v->t.name,
                     dtype_name[v->t.dtype], dtype_name[other->t.dtype], other->t.path);
             if (t->spec->split == WHOLE) refuse_difference(v, other, "these are shards of different checkpoints");
         }
@@ -2970,7 +2945,6 @@ static void print_arguments(const Shard *s, int json)
 {
     const Pickle *p = &s->pickle;
     Ref args = p->nodes ? dict_get(p, s->root, "args") : 0;
-    char shown[NAME_SHOWN];
     printf(json ? "\"args\": {" : args ? "args:" : "");
     for (uint32_t cell = args ? p->node[args].first : 0, first = cell, value; cell; cell = p->cell[value].next) {
         const Node *key = &p->node[p->cell[cell].value];
@@ -2978,7 +2952,7 @@ static void print_arguments(const Shard *s, int json)
         if (key->type != N_STRING) continue;
         if (json && cell != first) printf(", ");
         if (json) json_write_string(stdout, key->is.string, key->length), printf(": ");
-        else printf(" %s=", show(shown, key));
+        else putchar(' '), print_bytes(stdout, key->is.string, key->length, 120), putchar('=');
         print_node(p, p->cell[value].value);
     }
     printf(json ? "}, " : args ? "\n" : "");
@@ -2987,7 +2961,7 @@ static void print_arguments(const Shard *s, int json)
 /* Any number of tensors may share a storage: what would be summed up beyond some times the file's size is not. */
 static void print_views(const Shard *s, int json)
 {
-    char name[NAME_SHOWN], shape[SHAPE_TEXT], stride[SHAPE_TEXT], sum[16];
+    char shape[SHAPE_TEXT], stride[SHAPE_TEXT], sum[16];
     size_t left = s->pickle.nodes ? 4 * s->map.size : SIZE_MAX;
     for (size_t i = 0; i < s->zip.members; i++)
         if (s->zip.member[i].method) left += 4 * s->zip.member[i].opened.size;
@@ -3000,7 +2974,9 @@ static void print_views(const Shard *s, int json)
         shape_text(shape, v->t.dims, v->t.shape);
         shape_text(stride, v->t.dims, v->stride);
         if (!json) {
-            printf("  %-72s %-4s %-14s strides %-12s crc32 %s\n", show_name(name, v->t.name), dtype, shape, stride,
+            size_t n = strlen(v->t.name);
+            printf("  "), print_bytes(stdout, v->t.name, n, 160);
+            printf("%*s %-4s %-14s strides %-12s crc32 %s\n", n < 72 ? (int)(72 - n) : 0, "", dtype, shape, stride,
                    sum);
             continue;
         }

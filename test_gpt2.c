@@ -6999,7 +6999,7 @@ static void test_convert_lies(void)
     } lies[] = {
         {"}'a'" TENSOR(6, "#0;(#2;#3;t(#0;#1;t") "s", 6, "overlaps itself"},
         {"}'a'" TENSOR(6, "#7;(#0;t(#1;t") "s", 6, "beyond the 6 elements"},
-        {"}(#1;#2;#1;#3;u", 0, "integer twice"},
+        {"}(#1;#2;#1;#3;u", 0, "one integer twice"},
     };
     static const char swiglu[] = "X\x28\0\0\0apply_residual_connection_post_layernorm\x89";
     char folder[PATH_MAX], path[PATH_MAX], object[4096];
