@@ -377,11 +377,6 @@ typedef struct {
     uint32_t next; /* cell; 0: none */
 } Cell;
 
-typedef struct {
-    uint32_t index;
-    Ref value; /* 0: free */
-} Memo;
-
 /* What a persistent id stands for: numbers beside the pickle. */
 typedef struct {
     const char *key; /* not NUL-terminated */
@@ -399,10 +394,9 @@ typedef struct {
     Node *node;
     Cell *cell;
     Ref *stack;
-    Memo *memo;    /* a hash table with linear probing; its size is a power of two .. */
-    uint64_t salt; /* .. and nobody can know where an index goes, or choose those that collide */
+    Ref *memo; /* by number; 0: nothing is there */
     TorchStorage *storage;
-    size_t nodes, cells, depth, memos, storages;
+    size_t nodes, cells, depth, storages;
     size_t node_room, cell_room, stack_room, memo_room, storage_room;
     Reading *reading;
     FILE *listing; /* NULL: none */
@@ -688,37 +682,21 @@ static Ref dict_get(const Pickle *p, Ref dict, const char *key)
     return 0;
 }
 
-static Memo *memo_slot(const Pickle *p, uint32_t index)
+/* torch numbers what it remembers from 0 up. */
+static void memo_put(Pickle *p, size_t index, Ref value)
 {
-    size_t at = (size_t)(index * p->salt >> 32) & (p->memo_room - 1);
-    while (p->memo[at].value && p->memo[at].index != index) at = (at + 1) & (p->memo_room - 1);
-    return &p->memo[at];
-}
-
-/* Indexes go up to 2^32 - 1: hence a hash table, not an array. */
-static void memo_put(Pickle *p, uint32_t index, Ref value)
-{
-    if (2 * p->memos >= p->memo_room) {
-        Memo *old = p->memo;
-        size_t room = p->memo_room;
-        if (p->memos >= MAX_NODES) bad_pickle(p, "it remembers more than %d objects", MAX_NODES);
-        p->memo_room = max_size(64, 2 * room);
-        if (!room) p->salt = ((uint64_t)(now() * 1e9) ^ (uintptr_t)p) * 0x9E3779B97F4A7C15 | 1;
-        p->memo = (Memo *)xcalloc(p->memo_room, sizeof *p->memo);
-        for (size_t i = 0; i < room; i++)
-            if (old[i].value) *memo_slot(p, old[i].index) = old[i];
-        free(old);
+    if (index >= MAX_NODES) bad_pickle(p, "it remembers more than %d objects", MAX_NODES);
+    for (size_t room = p->memo_room; index >= p->memo_room; room = p->memo_room) {
+        p->memo = (Ref *)grow(p->memo, room, &p->memo_room, sizeof *p->memo);
+        memset(p->memo + room, 0, (p->memo_room - room) * sizeof *p->memo);
     }
-    Memo entry = {index, value}, *slot = memo_slot(p, index);
-    p->memos += !slot->value;
-    *slot = entry;
+    p->memo[index] = value;
 }
 
-static Ref memo_get(const Pickle *p, uint32_t index)
+static Ref memo_get(const Pickle *p, size_t index)
 {
-    Ref value = p->memo_room ? memo_slot(p, index)->value : 0;
-    if (!value) bad_pickle(p, "nothing is remembered under number %u", (unsigned)index);
-    return value;
+    if (index >= p->memo_room || !p->memo[index]) bad_pickle(p, "nothing is remembered under number %zu", index);
+    return p->memo[index];
 }
 
 /* ---- Storages and tensors, as far as the pickle describes them ------------------------------------------------- */
@@ -928,9 +906,9 @@ static void execute(Pickle *p, const Instruction *in)
         p->depth--; /* the mark */
         break;
     case BINPUT:
-    case LONG_BINPUT: memo_put(p, (uint32_t)in->integer, peek(p, 0)); break;
+    case LONG_BINPUT: memo_put(p, (size_t)in->integer, peek(p, 0)); break;
     case BINGET:
-    case LONG_BINGET: push(p, memo_get(p, (uint32_t)in->integer)); break;
+    case LONG_BINGET: push(p, memo_get(p, (size_t)in->integer)); break;
     case REDUCE:
     case NEWOBJ:
         top = pop(p), callable = pop(p), result = call(p, callable, top);
@@ -996,7 +974,7 @@ static Ref run_pickle(Pickle *p, const char *what)
         if (p->node[i].type == N_DICT) refuse_duplicate_keys(p, (Ref)i);
     free(p->stack), free(p->memo);
     p->stack = NULL, p->memo = NULL;
-    p->stack_room = p->memo_room = p->memos = 0;
+    p->stack_room = p->memo_room = 0;
     return result;
 }
 
