@@ -467,22 +467,20 @@ static const Opcode opcodes[] = {
     {NEWOBJ, "NEWOBJ", NO_ARGUMENT, "pop arguments and a class, push a new object of it"},
     {BUILD, "BUILD", NO_ARGUMENT, "pop a state, give it to the object below"},
     {BINPERSID, "BINPERSID", NO_ARGUMENT, "pop an id, push what the file has under it outside of the pickle"},
+    /* So that a refusal can name them: those of older and newer protocols, or never written by torch. */
+#define REFUSED(code, name) {code, name, NO_ARGUMENT, NULL}
+    REFUSED('0', "POP"), REFUSED('1', "POP_MARK"), REFUSED('2', "DUP"), REFUSED('F', "FLOAT"), REFUSED('I', "INT"),
+    REFUSED('L', "LONG"), REFUSED('P', "PERSID"), REFUSED('S', "STRING"), REFUSED('T', "BINSTRING"),
+    REFUSED('U', "SHORT_BINSTRING"), REFUSED('V', "UNICODE"), REFUSED('d', "DICT"), REFUSED('g', "GET"),
+    REFUSED('i', "INST"), REFUSED('l', "LIST"), REFUSED('o', "OBJ"), REFUSED('p', "PUT"), REFUSED(0x82, "EXT1"),
+    REFUSED(0x83, "EXT2"), REFUSED(0x84, "EXT4"), REFUSED(0x8B, "LONG4"), REFUSED('B', "BINBYTES"),
+    REFUSED('C', "SHORT_BINBYTES"), REFUSED(0x8C, "SHORT_BINUNICODE"), REFUSED(0x8D, "BINUNICODE8"),
+    REFUSED(0x8E, "BINBYTES8"), REFUSED(0x8F, "EMPTY_SET"), REFUSED(0x90, "ADDITEMS"), REFUSED(0x91, "FROZENSET"),
+    REFUSED(0x92, "NEWOBJ_EX"), REFUSED(0x93, "STACK_GLOBAL"), REFUSED(0x94, "MEMOIZE"), REFUSED(0x95, "FRAME"),
+    REFUSED(0x96, "BYTEARRAY8"), REFUSED(0x97, "NEXT_BUFFER"), REFUSED(0x98, "READONLY_BUFFER"),
+#undef REFUSED
 };
 enum { N_OPCODES = sizeof opcodes / sizeof *opcodes };
-
-/* The others, so that a refusal can name them: of older and newer protocols, or never written by torch. */
-static const struct {
-    int code;
-    const char *name;
-} refused_opcodes[] = {
-    {'0', "POP"}, {'1', "POP_MARK"}, {'2', "DUP"}, {'F', "FLOAT"}, {'I', "INT"}, {'L', "LONG"}, {'P', "PERSID"},
-    {'S', "STRING"}, {'T', "BINSTRING"}, {'U', "SHORT_BINSTRING"}, {'V', "UNICODE"}, {'d', "DICT"}, {'g', "GET"},
-    {'i', "INST"}, {'l', "LIST"}, {'o', "OBJ"}, {'p', "PUT"}, {0x82, "EXT1"}, {0x83, "EXT2"}, {0x84, "EXT4"},
-    {0x8B, "LONG4"}, {'B', "BINBYTES"}, {'C', "SHORT_BINBYTES"}, {0x8C, "SHORT_BINUNICODE"}, {0x8D, "BINUNICODE8"},
-    {0x8E, "BINBYTES8"}, {0x8F, "EMPTY_SET"}, {0x90, "ADDITEMS"}, {0x91, "FROZENSET"}, {0x92, "NEWOBJ_EX"},
-    {0x93, "STACK_GLOBAL"}, {0x94, "MEMOIZE"}, {0x95, "FRAME"}, {0x96, "BYTEARRAY8"}, {0x97, "NEXT_BUFFER"},
-    {0x98, "READONLY_BUFFER"},
-};
 /* clang-format on */
 
 typedef struct {
@@ -495,12 +493,12 @@ typedef struct {
 
 static const Opcode *find_opcode(const Pickle *p, int code)
 {
-    const char *name = "unknown";
-    for (size_t i = 0; i < N_OPCODES; i++)
-        if (opcodes[i].code == code) return &opcodes[i];
-    for (size_t i = 0; i < sizeof refused_opcodes / sizeof *refused_opcodes; i++)
-        if (refused_opcodes[i].code == code) name = refused_opcodes[i].name;
-    bad_pickle(p, "instruction 0x%02x (%s) is none that torch.save writes in protocol 2", (unsigned)code, name);
+    const Opcode *op = opcodes;
+    while (op < opcodes + N_OPCODES && op->code != code) op++;
+    int known = op < opcodes + N_OPCODES;
+    if (known && op->effect) return op;
+    bad_pickle(p, "instruction 0x%02x (%s) is none that torch.save writes in protocol 2", (unsigned)code,
+               known ? op->name : "unknown");
 }
 
 /* The next n bytes. */
@@ -712,9 +710,14 @@ typedef struct {
     int era;
 } View;
 
-/* torch's name for a storage of each type. */
-static const char *const storage_name[N_DTYPES] = {"Double", "Float", "Half", "BFloat16", "Long",
-                                                   "Int",    "Short", "Char", "Byte",     "Bool"};
+/* What torch calls each type: in the name of a storage, in that of the type, and in short. */
+static const struct {
+    const char *storage, *torch, *option;
+} type_names[N_DTYPES] = {{"Double", "float64", "fp64"}, {"Float", "float32", "fp32"},
+                          {"Half", "float16", "fp16"},   {"BFloat16", "bfloat16", "bf16"},
+                          {"Long", "int64", ""},         {"Int", "int32", ""},
+                          {"Short", "int16", ""},        {"Char", "int8", ""},
+                          {"Byte", "uint8", ""},         {"Bool", "bool", ""}};
 
 /* A whole number from 0 up. */
 static size_t size_of_node(const Pickle *p, Ref ref, const char *what)
@@ -728,7 +731,7 @@ static Dtype storage_dtype(const Pickle *p, Ref name)
 {
     char wanted[64];
     for (int i = 0; i < N_DTYPES; i++) {
-        snprintf(wanted, sizeof wanted, "torch\n%sStorage", storage_name[i]);
+        snprintf(wanted, sizeof wanted, "torch\n%sStorage", type_names[i].storage);
         if (is_string(p, name, N_GLOBAL, wanted)) return (Dtype)i;
     }
     bad_pickle(p, "a storage is of an unknown type");
@@ -2093,7 +2096,6 @@ static void check_agreement(const Source *m)
     /* clang-format off */
     static const char *const names[] = {
         "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "ffn_hidden_size",
-        "padded_vocab_size", "tensor_model_parallel_size", "model_parallel_size", "pipeline_model_parallel_size",
         "layernorm_epsilon", "make_vocab_size_divisible_by", "orig_vocab_size"};
     /* clang-format on */
     const Shard *first = &m->shard[0];
@@ -2515,16 +2517,10 @@ static FILE *open_memory(char **text, size_t *size)
 /* The type to write: by default the one that is there. */
 static Dtype output_dtype(const Choices *o, const Model *m, const Tensor *t)
 {
-    static const char *const names[] = {"fp64", "fp32", "fp16", "bf16"};
     Input in = find_input(m, t);
     for (int i = F32; i <= BF16; i++)
-        if (!strcmp(o->dtype, names[i])) return (Dtype)i;
+        if (!strcmp(o->dtype, type_names[i].option)) return (Dtype)i;
     return input_view(&in, 0)->t.dtype;
-}
-
-static const char *torch_dtype(Dtype dtype)
-{
-    return dtype == F64 ? "float64" : dtype == F32 ? "float32" : dtype == F16 ? "float16" : "bfloat16";
 }
 
 /* What has been written, for the message at the end. */
@@ -2610,7 +2606,8 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
     size_t size, n;
     Tensor *list = list_rank(&n, &m->config, &a, 0);
     int end_of_text = m->config.V > 50256 ? 50256 : -1; /* GPT-2's; of another vocabulary we do not know */
-    char *config = config_text_as(&size, &m->config, m->gelu, torch_dtype(output_dtype(o, m, &list[0])), end_of_text);
+    char *config =
+        config_text_as(&size, &m->config, m->gelu, type_names[output_dtype(o, m, &list[0])].torch, end_of_text);
     write_text(folder, "config.json", config);
     free(config), free(list);
     return write_weights(folder, m, o);
@@ -2660,7 +2657,7 @@ static void put_global(FILE *f, const char *module, const char *name)
 static void put_tensor(FILE *f, size_t key, Dtype dtype, const Tensor *t)
 {
     char name[32], number[32];
-    snprintf(name, sizeof name, "%sStorage", storage_name[dtype]);
+    snprintf(name, sizeof name, "%sStorage", type_names[dtype].storage);
     snprintf(number, sizeof number, "%zu", key);
     put_global(f, "torch._utils", "_rebuild_tensor_v2");
     fputc(MARK, f), fputc(MARK, f);
@@ -2709,7 +2706,7 @@ static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int ran
     put_flag(f, "openai_gelu", c->gelu == GELU_TANH && !(fused && a->version)); /* one of the two, or the erf */
     if (a->version) put_flag(f, "bias_gelu_fusion", fused);                     /* version 0 is of a time before it */
     put_flag(f, "fp16", dtype == F16), put_flag(f, "bf16", dtype == BF16);
-    put_string(f, "params_dtype"), put_global(f, "torch", torch_dtype(dtype));
+    put_string(f, "params_dtype"), put_global(f, "torch", type_names[dtype].torch);
     fputc(SETITEMS, f), fputc(BUILD, f);
 }
 
