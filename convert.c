@@ -2528,22 +2528,20 @@ typedef struct {
     size_t files, tensors, bytes;
 } Written;
 
-/* Writes tensors first .. last - 1 into one safetensors file. */
-static void write_safetensors(const char *folder, const char *name, const Tensor *list, size_t first, size_t last,
-                              const Arrangement *a, const Model *m, const Choices *o)
+/* Writes n tensors, whose types `out` tells, into one safetensors file. */
+static void write_safetensors(const char *path, const Tensor *list, Output *out, size_t n, const Arrangement *a,
+                              const Model *m)
 {
-    char *header = NULL, path[PATH_MAX], shape_shown[SHAPE_TEXT], key[NAME_SIZE];
+    char *header = NULL, shape_shown[SHAPE_TEXT], key[NAME_SIZE];
     size_t size = 0, begin = 0;
-    Output *out = (Output *)xcalloc(last - first, sizeof *out);
-    FILE *text = open_memory(&header, &size), *f = create_file(join_path(path, folder, name));
+    FILE *text = open_memory(&header, &size), *f = create_file(path);
     fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
-    for (size_t i = first; i < last; i++) {
-        Dtype dtype = output_dtype(o, m, &list[i]);
-        size_t shape[2], dims = stored_shape(shape, &list[i]), end = begin + list[i].n * dtype_size[dtype];
+    for (size_t i = 0; i < n; i++) {
+        size_t shape[2], dims = stored_shape(shape, &list[i]), end = begin + list[i].n * dtype_size[out[i].dtype];
         fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
-                stored_name(key, WEIGHTS, &list[i]), dtype_name[dtype], shape_text(shape_shown, dims, shape), begin,
-                end);
-        out[i - first].dtype = dtype, out[i - first].at = begin;
+                stored_name(key, WEIGHTS, &list[i]), dtype_name[out[i].dtype], shape_text(shape_shown, dims, shape),
+                begin, end);
+        out[i].at = begin;
         begin = end;
     }
     fputc('}', text);
@@ -2553,64 +2551,50 @@ static void write_safetensors(const char *folder, const char *name, const Tensor
     uint64_t length = size;
     fwrite(&length, 8, 1, f);
     fwrite(header, 1, size, f);
-    for (size_t i = 0; i < last - first; i++) out[i].at += 8 + size;
-    write_tensors(path, f, out, list + first, last - first, a, 0, m, 0);
-    free(header), free(out);
+    for (size_t i = 0; i < n; i++) out[i].at += 8 + size;
+    write_tensors(path, f, out, list, n, a, 0, m, 0);
+    free(header);
     close_file(f, path);
 }
 
-/* The tensor behind the last one that fits into a file with tensor `first`. */
-static size_t end_of_file(size_t first, const Tensor *list, size_t n, size_t most, const Model *m, const Choices *o)
-{
-    size_t bytes = 0, i = first;
-    for (; i < n; i++) {
-        bytes += list[i].n * dtype_size[output_dtype(o, m, &list[i])];
-        if (i > first && bytes > most) break;
-    }
-    return i;
-}
-
-/* model.safetensors; or, if it would be too large, several files and an index of the tensors in them. */
-static Written write_weights(const char *folder, const Model *m, const Choices *o)
-{
-    static const Layout one = {1, 1, 1};
-    Arrangement a = {one, 0, 1, m->config.V};
-    Written w = {0, 0, 0};
-    size_t most = o->shard_size * 1000000, number = 0;
-    char *index = NULL, name[64], key[NAME_SIZE];
-    size_t size = 0;
-    Tensor *list = list_rank(&w.tensors, &m->config, &a, 0);
-    for (size_t at = 0; at < w.tensors; w.files++) at = end_of_file(at, list, w.tensors, most, m, o);
-    for (size_t i = 0; i < w.tensors; i++) w.bytes += list[i].n * dtype_size[output_dtype(o, m, &list[i])];
-    FILE *text = open_memory(&index, &size);
-    fprintf(text, "{\"metadata\": {\"total_size\": %zu}, \"weight_map\": {", w.bytes);
-    for (size_t at = 0, end; at < w.tensors; at = end) {
-        end = end_of_file(at, list, w.tensors, most, m, o);
-        if (w.files == 1) snprintf(name, sizeof name, "model.safetensors");
-        else snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", ++number, w.files);
-        write_safetensors(folder, name, list, at, end, &a, m, o);
-        for (; at < end; at++)
-            fprintf(text, "%s\"%s\": \"%s\"", at ? ", " : "", stored_name(key, WEIGHTS, &list[at]), name);
-    }
-    fputs("}}\n", text);
-    if (fclose(text)) die("out of memory");
-    if (w.files > 1) write_text(folder, "model.safetensors.index.json", index);
-    free(index), free(list);
-    return w;
-}
-
+/* config.json and model.safetensors; or, if that would be too large, several files and an index of the tensors in them.
+ * The type of the word embedding, the first tensor, stands for that of the model. */
 static Written write_hugging_face(const char *folder, const Model *m, const Choices *o)
 {
     static const Layout one = {1, 1, 1};
     Arrangement a = {one, 0, 1, m->config.V};
-    size_t size, n;
-    Tensor *list = list_rank(&n, &m->config, &a, 0);
+    Written w = {0, 0, 0};
+    size_t size, used = 0;
+    char *text = NULL, path[PATH_MAX], name[64], key[NAME_SIZE];
+    Tensor *list = list_rank(&w.tensors, &m->config, &a, 0);
+    Output *out = (Output *)xcalloc(w.tensors, sizeof *out);
+    size_t *first = (size_t *)xcalloc(w.tensors + 1, sizeof *first); /* tensor of each file; at last, their number */
+    for (size_t i = 0; i < w.tensors; i++) {
+        out[i].dtype = output_dtype(o, m, &list[i]);
+        size_t bytes = list[i].n * dtype_size[out[i].dtype];
+        if (!i || used + bytes > o->shard_size * 1000000) first[w.files++] = i, used = 0;
+        used += bytes, w.bytes += bytes;
+    }
+    first[w.files] = w.tensors;
+
     int end_of_text = m->config.V > 50256 ? 50256 : -1; /* GPT-2's; of another vocabulary we do not know */
-    char *config =
-        config_text_as(&size, &m->config, m->gelu, type_names[output_dtype(o, m, &list[0])].torch, end_of_text);
+    char *config = config_text_as(&size, &m->config, m->gelu, type_names[out[0].dtype].torch, end_of_text);
     write_text(folder, "config.json", config);
-    free(config), free(list);
-    return write_weights(folder, m, o);
+    FILE *index = open_memory(&text, &size);
+    fprintf(index, "{\"metadata\": {\"total_size\": %zu}, \"weight_map\": {", w.bytes);
+    for (size_t i = 0; i < w.files; i++) {
+        if (w.files == 1) snprintf(name, sizeof name, "model.safetensors");
+        else snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", i + 1, w.files);
+        write_safetensors(join_path(path, folder, name), list + first[i], out + first[i], first[i + 1] - first[i], &a,
+                          m);
+        for (size_t j = first[i]; j < first[i + 1]; j++)
+            fprintf(index, "%s\"%s\": \"%s\"", j ? ", " : "", stored_name(key, WEIGHTS, &list[j]), name);
+    }
+    fputs("}}\n", index);
+    if (fclose(index)) die("out of memory");
+    if (w.files > 1) write_text(folder, "model.safetensors.index.json", text);
+    free(config), free(text), free(first), free(out), free(list);
+    return w;
 }
 
 /* ================================================================================================================
