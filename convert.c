@@ -2891,10 +2891,10 @@ static const char *find_era(const Source *s)
 static void print_node(const Pickle *p, Ref ref)
 {
     const Node *n = &p->node[ref];
-    if (n->type == N_INTEGER) printf("%lld", n->is.integer);
+    if (!ref || n->type == N_NONE) printf("null");
+    else if (n->type == N_INTEGER) printf("%lld", n->is.integer);
     else if (n->type == N_REAL && isfinite(n->is.real)) printf("%.12g", n->is.real);
     else if (n->type == N_FLAG) printf(n->is.integer ? "true" : "false");
-    else if (!ref || n->type == N_NONE) printf("null");
     else if (n->type == N_STRING) json_write_string(stdout, n->is.string, n->length);
     else if (n->type == N_GLOBAL) putchar('"'), print_bytes(stdout, n->is.string, n->length, 120), putchar('"');
     else printf("\"(%s)\"", node_name[n->type]);
@@ -2904,12 +2904,13 @@ static void print_arguments(const Shard *s, int json)
 {
     const Pickle *p = &s->pickle;
     Ref args = p->nodes ? dict_get(p, s->root, "args") : 0;
+    int printed = 0;
     printf(json ? "\"args\": {" : args ? "args:" : "");
-    for (uint32_t cell = args ? p->node[args].first : 0, first = cell, value; cell; cell = p->cell[value].next) {
+    for (uint32_t cell = args ? p->node[args].first : 0, value; cell; cell = p->cell[value].next) {
         const Node *key = &p->node[p->cell[cell].value];
         value = p->cell[cell].next;
         if (key->type != N_STRING) continue;
-        if (json && cell != first) printf(", ");
+        if (json && printed++) printf(", ");
         if (json) json_write_string(stdout, key->is.string, key->length), printf(": ");
         else putchar(' '), print_bytes(stdout, key->is.string, key->length, 120), putchar('=');
         print_node(p, p->cell[value].value);
@@ -2955,10 +2956,13 @@ static void inspect(const Choices *o)
     const Pickle *p = &first->pickle;
     Ref version = p->nodes ? dict_get(p, first->root, "checkpoint_version") : 0;
     Ref iteration = p->nodes ? dict_get(p, first->root, "iteration") : 0;
-    const char *text = o->json ? "{\"container\": \"%s\", \"archive\": %s, \"names\": \"%s\", \"tp\": %d, \"pp\": "
-                                 "%d, \"checkpoint_version\": "
-                               : "%s%.0s, names of %s; %d tensor ranks x %d stages; checkpoint_version ";
-    printf(text, s.container, s.archive.members ? "true" : "false", find_era(&s), s.layout.tp, s.layout.pp);
+    if (o->json)
+        printf("{\"container\": \"%s\", \"archive\": %s, \"names\": \"%s\", \"tp\": %d, \"pp\": %d, "
+               "\"checkpoint_version\": ",
+               s.container, s.archive.members ? "true" : "false", find_era(&s), s.layout.tp, s.layout.pp);
+    else
+        printf("%s, names of %s; %d tensor ranks x %d stages; checkpoint_version ", s.container, find_era(&s),
+               s.layout.tp, s.layout.pp);
     print_node(p, version);
     printf(o->json ? ", \"iteration\": " : ", iteration ");
     print_node(p, iteration);

@@ -6808,6 +6808,10 @@ static void test_convert_options(void)
     check_equal("  parameters", json_number(&json, json.value, "parameters", 0, 1e18, -1),
                 (double)count_parameters(&m.config));
     json_free(&json);
+    check_equal("inspect Hugging Face's folder", run_convert("inspect %s --json", folder), 0);
+    json = json_parse(convert_output, strlen(convert_output), "inspect");
+    check_true("  has no version", json_get(&json, json.value, "checkpoint_version")->type == JSON_NULL);
+    json_free(&json);
     check_equal("inspect --pickle", run_convert("inspect %s/megatron --pickle", folder), 0);
     check_true("  lists calls", strstr(convert_output, "REDUCE") &&
                                     strstr(convert_output, "torch._utils._rebuild_tensor_v2 is known: a tensor"));
