@@ -5,12 +5,13 @@
  *     convert gpt2-345m shards --tp 2 --pp 4                 a Megatron checkpoint, cut for eight GPUs
  *     convert inspect megatron_lm_345m_v0.0.zip [--pickle]   what is in it, down to the instructions that build it
  *
- * A checkpoint is read through four layers, each with its chapter. Whoever knows them can read any .pt file:
+ * A checkpoint is read through five layers, each with its chapter. Whoever knows the first three can read any .pt file:
  *
  *     1 zip       an archive of files, with its table of contents at the end
  *     2 pickle    a program for a stack machine that builds Python objects
  *     3 storages  what torch puts beside the pickle: plain numbers, and views of them with strides
- *     4 shards    a folder for each rank of a training run; 5 eras: what Megatron called its tensors, and when
+ *     4 shards    a folder for each rank of a training run
+ *     5 eras      what Megatron called its tensors, and when
  *
  * Chapter 6 learns the shape of the model, 7 places every tensor in it, 8 is the arithmetic of all conversions: where
  * element (row, column) lies in each arrangement. 9 and 10 write, 11 inspects, 12 is the command line.
@@ -84,16 +85,29 @@ static void pay(Reading *r, const char *path, size_t n, size_t size)
  * A local header repeats the entry, but sizes and checksum are 0 there if the writer learnt them too late, as with
  * torch: only the directory counts. What the local header alone knows is where the data begins, since its extra field
  * has a length of its own: torch fills it so that data starts at multiples of 64 bytes and can be used in place.
+ *
+ * An entry of the directory, 46 bytes and what follows them; what is read of it stands at its first byte:
+ *
+ *     0    4    6    8     10     12   14   16  20     24   28     30      32      34   36   38   40   42
+ *     |PK12|made|need|flags|method|time|date|crc|packed|size|name  |extra  |comment|disk|kind|mode ..  |local |
+ *     |    |by  |    |     |      |    |    |   |      |    |length|length |length |    |    |         |header| name,
+ *     extra, comment
+ *
+ * A local header, 30 bytes:
+ *
+ *     0    4    6     8      10   12   14  18     22   26     28
+ *     |PK34|need|flags|method|time|date|crc|packed|size|name  |extra | name, extra, data
+ *     |    |    |     |      |    |    |   |      |    |length|length|
  * ============================================================================================================= */
 
 typedef struct {
     char *name;
     int method;
-    uint32_t crc;            /* 0: unknown; torch can be told not to compute it */
-    size_t packed, size;     /* bytes in the archive, and after inflating */
-    const char *start, *end; /* local header and data, in the map */
-    int wanted;              /* some tensor lies in it */
-    Map opened;              /* its bytes, once asked for */
+    uint32_t crc;                   /* 0: unknown; torch can be told not to compute it */
+    size_t packed, size;            /* bytes in the archive, and after inflating */
+    const char *start, *data, *end; /* local header, data, and the byte behind it, in the map */
+    int wanted;                     /* some tensor lies in it */
+    Map opened;                     /* its bytes, once asked for */
 } Member;
 
 typedef struct {
@@ -196,7 +210,8 @@ static const char *read_member(Member *m, const Zip *z, const char *at, const ch
     if ((number_at(at + 8, 2) | number_at(local + 6, 2)) & ENCRYPTED) bad_zip(z, m->name, "is encrypted");
     if (m->method == 0 && m->packed != m->size) bad_zip(z, m->name, "has two sizes");
     m->start = local;
-    m->end = local + header + m->packed;
+    m->data = local + header;
+    m->end = m->data + m->packed;
     return at + 46 + name + extra + comment;
 }
 
@@ -259,7 +274,6 @@ static Map scratch_memory(const char *folder, size_t n)
 static Map inflate_member(const Zip *z, const Member *m)
 {
     enum { STEP = 1 << 30 }; /* zlib counts in 32 bits */
-    const char *data = m->end - m->packed;
     size_t in = 0, out = 0;
     int status = Z_OK;
     char none;
@@ -272,7 +286,7 @@ static Map inflate_member(const Zip *z, const Member *m)
     if (inflateInit2(&s, -MAX_WBITS) != Z_OK) die("out of memory");
     for (s.next_out = (Bytef *)&none; status == Z_OK; status = inflate(&s, Z_NO_FLUSH)) {
         if (!s.avail_in && in < m->packed) {
-            s.next_in = (Bytef *)(data + in);
+            s.next_in = (Bytef *)(m->data + in);
             in += s.avail_in = (uInt)min_size(STEP, m->packed - in);
         }
         if (!s.avail_out && out < m->size) {
@@ -307,7 +321,7 @@ static Map zip_read(const Zip *z, Member *m)
 {
     if (m->opened.data) return m->opened;
     if (m->method != 0 && m->method != 8) bad_zip(z, m->name, "is compressed by a method other than deflate");
-    Map stored = {m->end - m->packed, m->size};
+    Map stored = {m->data, m->size};
     m->opened = m->method ? inflate_member(z, m) : stored;
     if (m->crc && m->crc != crc_of(m->opened.data, m->size)) bad_zip(z, m->name, "has a wrong checksum");
     return m->opened;
@@ -329,9 +343,11 @@ static void zip_close(Zip *z)
  * A pickle is not data but a program, one byte an instruction, for a machine with a stack and a numbered memo. It
  * builds an object from the inside out and leaves it on the stack:
  *
- *     X 04 00 00 00 'bias'   BINUNICODE   push "bias"
- *     K 07                   BININT1      push 7
- *     s                      SETITEM      the dictionary below them gets "bias": 7
+ *                                                                               the stack, top on the right
+ *     }                      EMPTY_DICT   push an empty dictionary              {}
+ *     X 04 00 00 00 'bias'   BINUNICODE   push "bias"                           {}  "bias"
+ *     K 07                   BININT1      push 7                                {}  "bias"  7
+ *     s                      SETITEM      the dictionary below them gets both   {"bias": 7}
  *
  * Two instructions make it dangerous. GLOBAL pushes anything that Python can import, by name; REDUCE calls what lies
  * on the stack. "os\nsystem" and a string are all that an attacker needs, and torch.load would oblige. That is no
@@ -350,7 +366,9 @@ static void zip_close(Zip *z)
 
 enum { MAX_NODES = 1 << 20, MAX_DEPTH = 40 };
 
-typedef uint32_t Ref; /* number of a node; 0 is the mark, and stands for "none" too */
+/* The number of a node. Node 0 is the mark, and stands for what is missing too: its type is none that anyone looks for,
+ * so that what asks for item 3 of a tuple of 2 needs no test of its own. */
+typedef uint32_t Ref;
 
 /* clang-format off */
 typedef enum {
@@ -383,7 +401,7 @@ typedef struct {
     size_t key_length;
     Dtype dtype;
     size_t n;            /* elements */
-    size_t view, view_n; /* the part of them that is meant, in very old files */
+    size_t view, view_n; /* first element and number of the slice that is meant: in very old files not all of them */
     const char *data;    /* NULL: not found yet */
 } TorchStorage;
 
@@ -752,7 +770,7 @@ static Ref new_storage(Pickle *p, Ref id)
     s.dtype = storage_dtype(p, item_at(p, id, 1));
     s.n = s.view_n = size_of_node(p, item_at(p, id, 4), "the size of a storage");
     if (__builtin_mul_overflow(s.n, dtype_size[s.dtype], &bytes)) bad_pickle(p, "a storage has more than 2^64 bytes");
-    if (n == 6 && p->node[view].type != N_NONE) { /* (key, offset, elements) */
+    if (n == 6 && p->node[view].type != N_NONE) { /* (key, offset, elements): a slice of a root storage */
         s.view = size_of_node(p, item_at(p, view, 1), "the offset of a storage's view");
         s.view_n = size_of_node(p, item_at(p, view, 2), "the size of a storage's view");
         if (s.view > s.n || s.view_n > s.n - s.view) bad_pickle(p, "the view of a storage reaches beyond it");
@@ -998,8 +1016,29 @@ static void pickle_free(Pickle *p)
  *     its transpose        size (4, 3)  stride (1, 4)  offset 0     a e i / b f j / c g k / d h l
  *     its right half       size (3, 2)  stride (4, 1)  offset 2     c d / g h / k l
  *
- * One storage may serve several tensors, and be larger than they: the reader must follow the strides. There are two
- * containers. Until torch 1.5 a file was five pickles and the storages, back to back:
+ * One storage may serve several tensors, and be larger than they: the reader must follow the strides. The program for a
+ * matrix of 16 x 8, as `convert inspect FILE --pickle` lists it, without the words behind each line:
+ *
+ *     GLOBAL      torch._utils._rebuild_tensor_v2     what will be called ..
+ *     MARK                                            .. with these arguments:
+ *     MARK                                            the id of a storage is a tuple of
+ *     BINUNICODE  "storage"
+ *     GLOBAL      torch.FloatStorage                  its type,
+ *     BINUNICODE  "0"                                 its key: the numbers are in NAME/data/0,
+ *     BINUNICODE  "cpu"                               where it was,
+ *     BININT1     128                                 its elements
+ *     TUPLE
+ *     BINPERSID                                       the tuple gives way to the storage
+ *     BININT1     0                                   offset
+ *     BININT1     16, BININT1 8, TUPLE2               size
+ *     BININT1     8, BININT1 1, TUPLE2                stride
+ *     NEWFALSE                                        no gradient is wanted
+ *     GLOBAL      collections.OrderedDict             no hooks: an empty dictionary is made by a call, too
+ *     EMPTY_TUPLE, REDUCE
+ *     TUPLE                                           all arguments
+ *     REDUCE                                          the call
+ *
+ * There are two containers. Until torch 1.5 a file was five pickles and the storages, back to back:
  *
  *     | a magic number | 1001 | {little_endian: ..} | the object | [keys] | count, numbers | count, numbers | ..
  *
@@ -1259,7 +1298,7 @@ static void shard_close(Shard *s)
 }
 
 /* ================================================================================================================
- * Chapter 4. Shards: a file for each rank
+ * Chapter 4. Shards: a file for each rank, and how to find them (chapter 7 joins them)
  *
  *     ROOT/latest_checkpointed_iteration.txt          "release", or the number of an iteration
  *     ROOT/release/                                   or iter_0500000/
@@ -1845,6 +1884,11 @@ static Config config_from_shapes(const Shard *s, Layout layout)
  * Chapter 7. Where the rows of Q, K and V are, and where the model's tensors
  *
  * The weight of Q, K and V is one matrix of 3C rows, and over the years its rows have been stored in three orders.
+ * With s = 0, 1, 2 for Q, K, V, head h of H, and row j of the D rows of a head, row s H D + h D + j of [Q; K; V] is
+ * stored as row
+ *
+ *     version 0   (s H + h) D + j          version 1   (h D + j) 3 + s          version 2, 3   (h 3 + s) D + j
+ *
  * For two heads of two rows each, q01 being row 1 of head 0's Q:
  *
  *     version 0   q00 q01 q10 q11  k00 k01 k10 k11  v00 v01 v10 v11    all of Q, of K, of V: Hugging Face's order too
@@ -1861,8 +1905,17 @@ static Config config_from_shapes(const Shard *s, Layout layout)
  *
  * A file that is read in the wrong order has all the right shapes, and the model says garbage.
  *
- * The other tensors are cut as the paper cuts them [§3]: the table says ROWS or COLS. What is WHOLE every rank has,
- * and all must agree. The vocabulary is padded to a multiple of 128 t, with rows that no token uses.
+ * The other tensors are cut as the paper cuts them [§3]: the table says ROWS (h_to_4h and the word embedding) or COLS
+ * (dense and 4h_to_h); what is WHOLE every rank has, and all must agree. For two ranks:
+ *
+ *            rank 0   rank 1   joined                       rank 0   rank 1   joined
+ *     ROWS     a b      e f      a b                  COLS     a b      c d      a b c d
+ *              c d      g h      c d                           e f      g h      e f g h
+ *                                e f
+ *                                g h
+ *
+ * The vocabulary is padded to a multiple of 128 t, with rows that no token uses. They are the last: of 380 tokens on
+ * two ranks, rank 0 holds 0 .. 255, and rank 1 holds 256 .. 379 and 132 rows of padding.
  * ============================================================================================================= */
 
 /* How a model is laid out in files. */
@@ -1873,15 +1926,16 @@ typedef struct {
     size_t padded; /* rows of the word embedding, on all tensor ranks together */
 } Arrangement;
 
-/* Row of a rank's stored matrix that is row i of [Q; K; V]; it has `heads` heads of D rows each. */
+/* Row of a rank's stored matrix that is row i of its [Q; K; V]; it has `heads` heads of D rows each. */
 static size_t qkv_row(int version, size_t heads, size_t D, size_t i)
 {
-    size_t s = i / (heads * D), h = i / D % heads, j = i % D;
+    size_t s = i / (heads * D), h = i / D % heads, j = i % D; /* part, head, row of the head */
     if (version == 0) return i;
     return version == 1 ? (h * D + j) * 3 + s : (h * 3 + s) * D + j;
 }
 
-/* And the other way: row of [Q; K; V] that is row i of the stored matrix. */
+/* And the other way: row of [Q; K; V] that is row i of the stored matrix. With two heads of two rows, row 4 of version
+ * 2 is v00, row 8 of [Q; K; V]: i / D % 3 = 2 is the part, i / (3 D) = 0 the head, i % D = 0 the row. */
 static size_t qkv_row_stored(int version, size_t heads, size_t D, size_t i)
 {
     if (version == 0) return i;
@@ -1916,7 +1970,8 @@ static Tensor *list_rank(size_t *n, const Config *c, const Arrangement *a, int r
     return list;
 }
 
-/* What a rank holds. */
+/* What a rank holds. The word embedding is tensor 0 of the first and the last stage, the position embedding tensor 1 of
+ * the first: the table begins with them. */
 typedef struct {
     Tensor *tensor;
     const View **view; /* of each */
@@ -2172,8 +2227,8 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
     return o->config || source->folder ? c->V : count_argument(s, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
 }
 
-/* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to another model. `told`
- * is what the input tells of their number, or SIZE_MAX. */
+/* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to another model.
+ * `told` is what the input tells of their number, or SIZE_MAX. */
 static size_t count_tokens(const Shard *s, const Model *m, size_t told, const char *folder)
 {
     Tokenizer *t = tokenizer_open(folder);
@@ -2227,7 +2282,7 @@ static void model_open(Model *m, Source *source, const Choices *o)
     }
     size_t told = find_shape(m, source, o), ranks = (size_t)(source->layout.tp * source->layout.pp);
     m->how.padded = source->folder ? told : rows_of(s, "wte.weight") * (size_t)source->layout.tp;
-    m->config.V = m->how.padded; /* until padding is told from tokens */
+    m->config.V = find_vocabulary(s, m, told, o);
     m->part = (Part *)xcalloc(ranks, sizeof *m->part);
     for (size_t rank = 0; rank < ranks; rank++) {
         size_t wanted = list_tensors(NULL, NULL, &m->config, m->how.layout, (int)rank),
@@ -2243,10 +2298,6 @@ static void model_open(Model *m, Source *source, const Choices *o)
     check_parts(m, source);
     if (m->untied && !m->part[0].head)
         die("%s: \"tie_word_embeddings\" is false, but lm_head.weight is missing", m->path);
-    m->config.V = find_vocabulary(s, m, told, o);
-    for (size_t rank = 0; rank < ranks; rank++)
-        for (size_t i = 0; i < m->part[rank].tensors; i++)
-            if (m->part[rank].tensor[i].spec->rows == DIM_V) m->part[rank].tensor[i].rows = m->config.V;
 }
 
 /* ================================================================================================================
@@ -2257,7 +2308,13 @@ static void model_open(Model *m, Source *source, const Choices *o)
  * twice, for the output and for the input. So one function serves both directions, any split, any version.
  *
  * Why are Hugging Face's matrices transposed? OpenAI wrote the layer as a convolution of width 1, y = x W with W
- * [in, out]; Megatron as PyTorch's Linear, y = x W^T with W [out, in]. The numbers are the same, the other way round.
+ * [in, out]; Megatron as PyTorch's Linear, y = x W^T with W [out, in]. The numbers are the same, the other way round:
+ *
+ *     [out, in] = [2, 3]   a b c     in memory a b c d e f     to go on by an output: 3 elements, by an input: 1
+ *                          d e f
+ *     [in, out] = [3, 2]   a d       in memory a d b e c f     by an output: 1, by an input: 2
+ *                          b e
+ *                          c f
  * ============================================================================================================= */
 
 static uint16_t float_to_bf16(float x) /* to nearest, ties to even; what is not finite stays so */
@@ -2667,7 +2724,13 @@ static void put_fraction(FILE *f, const char *key, real value)
     put_string(f, key), put_real(f, strtod(real_text(text, value), NULL)); /* 0.1, not the float next to it */
 }
 
-/* What Megatron compares with its own arguments on loading, and what we need to find the way back. */
+/* What Megatron compares with its own arguments on loading, and what we need to find the way back. Version 0 is of a
+ * time before bias_gelu_fusion; later, the activation is told by two flags:
+ *
+ *     gelu_new    openai_gelu       the tanh formula
+ *     gelu_fast   bias_gelu_fusion  the same, fused with the bias
+ *     gelu        neither           the erf
+ */
 static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int rank, Dtype dtype)
 {
     const Config *c = &m->config;
@@ -2687,8 +2750,8 @@ static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int ran
     put_fraction(f, "layernorm_epsilon", c->eps), put_fraction(f, "attention_dropout", c->attn_pdrop);
     put_fraction(f, "hidden_dropout", c->resid_pdrop), put_fraction(f, "init_method_std", (real)0.02);
     put_flag(f, "apply_residual_connection_post_layernorm", 0);
-    put_flag(f, "openai_gelu", c->gelu == GELU_TANH && !(fused && a->version)); /* one of the two, or the erf */
-    if (a->version) put_flag(f, "bias_gelu_fusion", fused);                     /* version 0 is of a time before it */
+    put_flag(f, "openai_gelu", c->gelu == GELU_TANH && !(fused && a->version));
+    if (a->version) put_flag(f, "bias_gelu_fusion", fused);
     put_flag(f, "fp16", dtype == F16), put_flag(f, "bf16", dtype == BF16);
     put_string(f, "params_dtype"), put_global(f, "torch", type_names[dtype].torch);
     fputc(SETITEMS, f), fputc(BUILD, f);
@@ -2820,7 +2883,7 @@ static void write_rank(Written *w, const char *folder, const Model *m, const Arr
     for (size_t i = 0; i < part.tensors; i++) out[i].dtype = output_dtype(o, m, &part.tensor[i]);
     FILE *f = open_memory(&program, &size);
     fputc(PROTO, f), fputc(2, f), fputc(EMPTY_DICT, f), fputc(MARK, f);
-    put_string(f, "args"), put_arguments(f, m, a, rank, out[0].dtype);
+    put_string(f, "args"), put_arguments(f, m, a, rank, out[0].dtype); /* the first tensor's type is the model's */
     if (a->version) put_string(f, "checkpoint_version"), put_real(f, a->version);
     put_count(f, "iteration", 0);
     put_string(f, "model"), put_model(f, &part, out, pp_rank(a->layout, rank));
@@ -2989,25 +3052,40 @@ static void inspect(const Choices *o)
  * the child ends before that - bad input, a full disk, Ctrl-C, no memory - its parent is left to clear the folder away.
  * ============================================================================================================= */
 
-enum { CONVERT = 1, INSPECT = 2, TO_MEGATRON = 4, TO_HF = 8, FROM_MEGATRON = 16 };
+/* What an option is for; the last three are conversions of a certain kind. */
+enum { CONVERT = 1, INSPECT = 2, TO_MEGATRON = 5, TO_HF = 9, FROM_MEGATRON = 17 };
 
 /* clang-format off */
 #define AT(field) offsetof(Choices, field)
 static const Option choices[] = {
-    {"--to",                 "FORMAT", "hf or megatron; default: what IN is not", CONVERT, TEXT, AT(to), 0, 0, NULL, 0},
-    {"--dtype",              "TYPE", "keep, fp32, fp16 or bf16", CONVERT, TEXT, AT(dtype), 0, 0, "keep", 0},
-    {"--config",             "FILE", "a config.json with the shape, if IN has no args", CONVERT, TEXT, AT(config), 0, 0, NULL, 0},
-    {"--tokenizer",          "DIR", "copies vocab.json and merges.txt from there", CONVERT, TEXT, AT(tokenizer), 0, 0, NULL, 0},
-    {"--vocab-size",         "N", "how many tokens are real, without padding", CONVERT, COUNT, AT(vocab_size), 1, 1 << 24, NULL, 0},
-    {"--keep-padding",       NULL, "keep the padding of the vocabulary as tokens", CONVERT | FROM_MEGATRON, FLAG, AT(keep_padding), 0, 0, NULL, 0},
-    {"--checkpoint-version", "V", "order of Q, K, V: 0, 1, 2, 3; if IN does not tell", CONVERT | FROM_MEGATRON, NUMBER, AT(checkpoint_version), 0, 3, NULL, 0},
-    {"--tp",                 "P", "write for P tensor ranks", CONVERT | TO_MEGATRON, COUNT, AT(tp), 1, 64, "1", 0},
-    {"--pp",                 "S", "write for S pipeline stages", CONVERT | TO_MEGATRON, COUNT, AT(pp), 1, 64, "1", 0},
-    {"--qkv-version",        "V", "order of Q, K, V to write", CONVERT | TO_MEGATRON, NUMBER, AT(qkv_version), 0, 3, "3", 0},
-    {"--shard-size",         "MB", "a larger model.safetensors is cut", CONVERT | TO_HF, COUNT, AT(shard_size), 1, 1e9, "5000", 0},
-    {"--force",              NULL, "replace OUT, which becomes OUT.old", CONVERT, FLAG, AT(force), 0, 0, NULL, 0},
-    {"--pickle",             NULL, "list the instructions of the pickles", INSPECT, FLAG, AT(pickle), 0, 0, NULL, 0},
-    {"--json",               NULL, "JSON on stdout", CONVERT | INSPECT, FLAG, AT(json), 0, 0, NULL, 0},
+    {"--to",                 "FORMAT",  "hf or megatron; default: what IN is not",
+     CONVERT, TEXT, AT(to), 0, 0, NULL, 0},
+    {"--dtype",              "TYPE",    "keep, fp32, fp16 or bf16",
+     CONVERT, TEXT, AT(dtype), 0, 0, "keep", 0},
+    {"--config",             "FILE",    "a config.json with the shape, if IN has no args",
+     CONVERT, TEXT, AT(config), 0, 0, NULL, 0},
+    {"--tokenizer",          "DIR",     "copies vocab.json and merges.txt from there",
+     CONVERT, TEXT, AT(tokenizer), 0, 0, NULL, 0},
+    {"--vocab-size",         "N",       "how many tokens are real, without padding",
+     CONVERT, COUNT, AT(vocab_size), 1, 1 << 24, NULL, 0},
+    {"--keep-padding",       NULL,      "keep the padding of the vocabulary as tokens",
+     FROM_MEGATRON, FLAG, AT(keep_padding), 0, 0, NULL, 0},
+    {"--checkpoint-version", "V",       "order of Q, K, V: 0, 1, 2, 3; if IN does not tell",
+     FROM_MEGATRON, NUMBER, AT(checkpoint_version), 0, 3, NULL, 0},
+    {"--tp",                 "P",       "write for P tensor ranks",
+     TO_MEGATRON, COUNT, AT(tp), 1, 64, "1", 0},
+    {"--pp",                 "S",       "write for S pipeline stages",
+     TO_MEGATRON, COUNT, AT(pp), 1, 64, "1", 0},
+    {"--qkv-version",        "V",       "order of Q, K, V to write",
+     TO_MEGATRON, NUMBER, AT(qkv_version), 0, 3, "3", 0},
+    {"--shard-size",         "MB",      "a larger model.safetensors is cut",
+     TO_HF, COUNT, AT(shard_size), 1, 1e9, "5000", 0},
+    {"--force",              NULL,      "replace OUT, which becomes OUT.old",
+     CONVERT, FLAG, AT(force), 0, 0, NULL, 0},
+    {"--pickle",             NULL,      "list the instructions of the pickles",
+     INSPECT, FLAG, AT(pickle), 0, 0, NULL, 0},
+    {"--json",               NULL,      "JSON on stdout",
+     CONVERT | INSPECT, FLAG, AT(json), 0, 0, NULL, 0},
 };
 #undef AT
 /* clang-format on */
@@ -3153,10 +3231,11 @@ static void convert(const Choices *o, const char *folder, const SavePaths *out)
     int megatron = !strcmp(to, "megatron");
     for (int i = 0; i < N_CHOICES; i++) {
         const int only = choices[i].commands;
-        if (o->given[i] && only & (megatron ? TO_HF : TO_MEGATRON))
+        if (!o->given[i]) continue;
+        if (only == (megatron ? TO_HF : TO_MEGATRON))
             usage_error("%s is for writing a checkpoint of %s", choices[i].name,
                         megatron ? "Hugging Face's" : "Megatron's");
-        if (o->given[i] && only & FROM_MEGATRON && model.how.conv1d)
+        if (only == FROM_MEGATRON && model.how.conv1d)
             usage_error("%s is for reading a checkpoint of Megatron's", choices[i].name);
     }
     Written w = megatron ? write_megatron(folder, &model, o) : write_hugging_face(folder, &model, o);

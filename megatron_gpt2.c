@@ -4467,7 +4467,9 @@ static char *config_text_as(size_t *size, const Config *c, const char *gelu, con
     fprintf(out, "  \"resid_pdrop\": %s,\n  \"scale_attn_weights\": true,\n", real_text(resid, c->resid_pdrop));
     fprintf(out, "  \"summary_activation\": null,\n  \"summary_first_dropout\": 0.1,\n");
     fprintf(out, "  \"summary_proj_to_labels\": true,\n  \"summary_type\": \"cls_index\",\n");
-    fprintf(out, "  \"summary_use_proj\": true,\n  \"torch_dtype\": \"%s\",\n  \"use_cache\": true,\n", dtype);
+    fprintf(out, "  \"summary_use_proj\": true,\n");
+    if (end_of_text == 50256) fprintf(out, "  \"tokenizer_class\": \"GPT2TokenizerFast\",\n"); /* GPT-2's own */
+    fprintf(out, "  \"torch_dtype\": \"%s\",\n  \"use_cache\": true,\n", dtype);
     fprintf(out, "  \"vocab_size\": %zu\n}\n", c->V);
     if (fclose(out)) die("out of memory");
     return text;

@@ -2405,7 +2405,10 @@ static void test_config(void)
                                     strstr(text, "\"activation_function\": \"gelu\""));
     free(text);
     text = config_text(&size, &c, -1);
-    check_true("without an end of text", strstr(text, "\"bos_token_id\": null,") != NULL);
+    check_true("without an end of text", strstr(text, "\"bos_token_id\": null,") && !strstr(text, "tokenizer_class"));
+    free(text);
+    text = config_text(&size, &c, 50256);
+    check_true("with GPT-2's", strstr(text, "\"tokenizer_class\": \"GPT2TokenizerFast\",") != NULL);
     free(text);
 
 #define SHAPE "\"model_type\":\"gpt2\",\"n_layer\":2,\"n_embd\":8,\"n_head\":2,\"vocab_size\":12"
