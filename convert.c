@@ -1921,9 +1921,9 @@ static Config config_from_shapes(const Shard *s, Layout layout)
 /* How a model is laid out in files. */
 typedef struct {
     Layout layout;
-    int version;   /* order of the rows of Q, K, V */
-    int conv1d;    /* matrices are stored [in, out], for Hugging Face's Conv1D */
-    size_t padded; /* rows of the word embedding, on all tensor ranks together */
+    int version;      /* order of the rows of Q, K, V */
+    int hugging_face; /* matrices are stored [in, out], for Hugging Face's Conv1D */
+    size_t padded;    /* rows of the word embedding, on all tensor ranks together */
 } Arrangement;
 
 /* Row of a rank's stored matrix that is row i of its [Q; K; V]; it has `heads` heads of D rows each. */
@@ -1999,15 +1999,15 @@ static size_t find_tensor(const Part *part, const Spec *spec, size_t layer)
 }
 
 /* Strides of the rows and columns of [out, in]. */
-static void view_strides(size_t *row, size_t *col, const View *v, const Tensor *t, int conv1d)
+static void view_strides(size_t *row, size_t *col, const View *v, const Tensor *t, int hugging_face)
 {
-    int turned = conv1d && t->spec->conv1d;
+    int turned = hugging_face && t->spec->conv1d;
     *row = v->stride[turned], *col = v->t.dims == 2 ? v->stride[!turned] : 0;
 }
 
-static void check_shape(const View *v, const Tensor *t, int conv1d)
+static void check_shape(const View *v, const Tensor *t, int hugging_face)
 {
-    int turned = conv1d && t->spec->conv1d;
+    int turned = hugging_face && t->spec->conv1d;
     size_t shape[2] = {turned ? t->local_cols : t->local_rows, turned ? t->local_rows : t->local_cols};
     size_t dims = t->spec->cols == ONE ? 1 : 2;
     char seen[SHAPE_TEXT], wanted[SHAPE_TEXT];
@@ -2048,7 +2048,7 @@ static void place_views(Model *m, int rank, const Shard *s)
     for (size_t i = 0; i < s->views; i++) {
         const View *v = &s->view[i];
         size_t at = part->tensors;
-        if (v->spec && (v->era == HUGGING_FACE) == m->how.conv1d)
+        if (v->spec && (v->era == HUGGING_FACE) == m->how.hugging_face)
             at = find_tensor(part, v->spec, v->spec->in_layer ? first + v->layer : 0);
         if (is_mask(strip_prefix(v->t.name))) continue;
         if (is_head(v->t.name)) {
@@ -2089,8 +2089,8 @@ static void check_parts(const Model *m, const Source *source)
             const View *v = part->view[i], *other = first->view[i];
             if (!v)
                 die("%s: the tensor that Hugging Face calls %s is missing",
-                    m->how.conv1d ? m->path : source->shard[rank].path, tensor_name(name, t));
-            check_shape(v, t, m->how.conv1d);
+                    m->how.hugging_face ? m->path : source->shard[rank].path, tensor_name(name, t));
+            check_shape(v, t, m->how.hugging_face);
             if (v->t.dtype != other->t.dtype)
                 die("%s: tensor %.120s is of type %s, but of type %s in %s", v->t.path, v->t.name,
                     dtype_name[v->t.dtype], dtype_name[other->t.dtype], other->t.path);
@@ -2209,7 +2209,7 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
     for (size_t i = 0; i < source->shards; i++) refuse_other_models(&source->shard[i]);
     if (o->config || source->folder) {
         m->config = read_shape(m, o->config ? o->config : join_path(path, source->path, "config.json"), &tied);
-        if (!tied && !m->how.conv1d)
+        if (!tied && !m->how.hugging_face)
             die("%s: \"tie_word_embeddings\" is false, but Megatron's GPT-2 ties them", o->config);
         m->untied = !tied;
     } else {
@@ -2273,8 +2273,8 @@ static void model_open(Model *m, Source *source, const Choices *o)
     const View *wte = find_view(s, "wte.weight");
     m->path = source->path;
     m->how.layout = source->layout;
-    m->how.conv1d = source->folder || (wte && wte->era == HUGGING_FACE);
-    if (!m->how.conv1d) {
+    m->how.hugging_face = source->folder || (wte && wte->era == HUGGING_FACE);
+    if (!m->how.hugging_face) {
         m->how.version = find_version(s, o->checkpoint_version);
         check_agreement(source);
         refuse_copies(source);
@@ -2287,13 +2287,13 @@ static void model_open(Model *m, Source *source, const Choices *o)
     for (size_t rank = 0; rank < ranks; rank++) {
         size_t wanted = list_tensors(NULL, NULL, &m->config, m->how.layout, (int)rank),
                views = source->shard[rank].views;
-        if (!m->how.conv1d && 2 * views + 64 < wanted) /* so that a few bytes cannot ask for a long list */
+        if (!m->how.hugging_face && 2 * views + 64 < wanted) /* so that a few bytes cannot ask for a long list */
             die("%s: it holds %zu tensors, but the shape of the model asks for %zu", source->shard[rank].path, views,
                 wanted);
         m->part[rank].tensor = list_rank(&m->part[rank].tensors, &m->config, &m->how, (int)rank);
         m->part[rank].view = (const View **)xcalloc(m->part[rank].tensors, sizeof *m->part[rank].view);
     }
-    for (size_t i = 0; i < source->shards; i++) place_views(m, m->how.conv1d ? 0 : (int)i, &source->shard[i]);
+    for (size_t i = 0; i < source->shards; i++) place_views(m, m->how.hugging_face ? 0 : (int)i, &source->shard[i]);
     check_heads(m);
     check_parts(m, source);
     if (m->untied && !m->part[0].head)
@@ -2444,7 +2444,7 @@ static void gather_rows(char *to, const Input *in, const size_t *row, size_t row
             x -= whole_col(t, rank);
             b.cols = min_size(n - done, t->local_cols - x);
             const View *v = input_view(in, rank);
-            view_strides(&row_stride, &b.step, v, t, m->how.conv1d);
+            view_strides(&row_stride, &b.step, v, t, m->how.hugging_face);
             for (b.rows = 0; i + b.rows < rows; b.rows++) {
                 size_t local = local_row(t, row[i + b.rows], &other);
                 if (t->spec->split != COLS && other != rank) break;
@@ -2477,7 +2477,7 @@ static int all_finite(const char *data, Dtype dtype, size_t n)
 static void fill_rows(char *to, const Input *in, const Tensor *t, const Arrangement *a, int r, size_t first,
                       size_t last)
 {
-    int turned = a->conv1d && t->spec->conv1d;
+    int turned = a->hugging_face && t->spec->conv1d;
     size_t heads = in->m->config.H / (size_t)a->layout.tp, D = in->m->config.C / in->m->config.H, row[SIDE];
     size_t size = dtype_size[input_view(in, 0)->t.dtype];
     size_t begin = turned ? 0 : first, end = turned ? t->local_rows : last;
@@ -2517,7 +2517,7 @@ static void write_tensor(const char *path, int fd, Output *out, const Tensor *t,
     Input in = find_input(m, t);
     StoredTensor from = input_view(&in, 0)->t;
     Dtype dtype = out->dtype;
-    int turned = a->conv1d && t->spec->conv1d;
+    int turned = a->hugging_face && t->spec->conv1d;
     size_t rows = turned ? t->local_cols : t->local_rows, cols = turned ? t->local_rows : t->local_cols;
     size_t row_size = cols * dtype_size[dtype], step = min_size(rows, max_size((1 << 19) / row_size, 16));
     char *values = (char *)xcalloc(step * cols, dtype_size[from.dtype]), *bytes = values, name[NAME_SIZE];
@@ -3204,13 +3204,13 @@ static void print_result(const Choices *o, const Source *s, const Model *m, cons
     if (o->json) {
         printf("{\"from\": \"%s\", \"container\": \"%s\", \"names\": \"%s\", \"tp\": %d, \"pp\": %d, \"version\": "
                "%d, %s, ",
-               m->how.conv1d ? "hf" : "megatron", s->container, find_era(s), s->layout.tp, s->layout.pp, m->how.version,
-               shape);
+               m->how.hugging_face ? "hf" : "megatron", s->container, find_era(s), s->layout.tp, s->layout.pp,
+               m->how.version, shape);
         printf("\"parameters\": %zu, \"to\": \"%s\", \"files\": %zu, \"tensors\": %zu, \"bytes\": %zu}\n",
                count_parameters(c), to, w->files, w->tensors, w->bytes);
     } else {
         printf("read: %s, names of %s, %d x %d ranks%s\n", s->container, find_era(s), s->layout.tp, s->layout.pp,
-               m->how.conv1d         ? ""
+               m->how.hugging_face   ? ""
                : m->how.version == 0 ? ", Q K V of version 0"
                : m->how.version == 1 ? ", Q K V of version 1"
                                      : ", Q K V of version 2 or 3");
@@ -3227,7 +3227,7 @@ static void convert(const Choices *o, const char *folder, const SavePaths *out)
         die("--tokenizer %s: this folder holds no vocab.json", o->tokenizer);
     source_open(&source, o->operand[0], folder, NULL);
     model_open(&model, &source, o);
-    const char *to = o->to ? o->to : model.how.conv1d ? "megatron" : "hf";
+    const char *to = o->to ? o->to : model.how.hugging_face ? "megatron" : "hf";
     int megatron = !strcmp(to, "megatron");
     for (int i = 0; i < N_CHOICES; i++) {
         const int only = choices[i].commands;
@@ -3235,7 +3235,7 @@ static void convert(const Choices *o, const char *folder, const SavePaths *out)
         if (only == (megatron ? TO_HF : TO_MEGATRON))
             usage_error("%s is for writing a checkpoint of %s", choices[i].name,
                         megatron ? "Hugging Face's" : "Megatron's");
-        if (only == FROM_MEGATRON && model.how.conv1d)
+        if (only == FROM_MEGATRON && model.how.hugging_face)
             usage_error("%s is for reading a checkpoint of Megatron's", choices[i].name);
     }
     Written w = megatron ? write_megatron(folder, &model, o) : write_hugging_face(folder, &model, o);
