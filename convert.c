@@ -1058,8 +1058,6 @@ typedef struct {
     Ref root;   /* the object */
     View *view; /* the tensors of the model, in the pickle's order, with full names */
     size_t views, view_room;
-    const char *era; /* what its names tell */
-    int hugging_face;
 } Shard;
 
 /* protocol 2, a long integer of 10 bytes, the magic number, stop: the first pickle of a legacy file */
@@ -1922,7 +1920,7 @@ static Config config_from_shapes(const Shard *s, Layout layout)
 typedef struct {
     Layout layout;
     int version;      /* order of the rows of Q, K, V */
-    int hugging_face; /* matrices are stored [in, out], for Hugging Face's Conv1D */
+    int hugging_face; /* one file of all, where a Conv1D's matrices are stored [in, out]; else Megatron's */
     size_t padded;    /* rows of the word embedding, on all tensor ranks together */
 } Arrangement;
 
@@ -3096,34 +3094,8 @@ __attribute__((noreturn)) static void print_usage(void)
     printf("GPT-2 checkpoints: Megatron-LM's to Hugging Face's, and back.\n\n"
            "  convert IN OUT [options]             IN: a .zip, a .pt, a folder of either kind; OUT: a new folder\n"
            "  convert inspect IN [--pickle]        what is in it\n\n");
-    for (int i = 0; i < N_CHOICES; i++) {
-        char head[40];
-        snprintf(head, sizeof head, "%s %s", choices[i].name, choices[i].argument ? choices[i].argument : "");
-        printf("  %-24s %s", head, choices[i].help);
-        if (choices[i].fallback) printf(" [%s]", choices[i].fallback);
-        putchar('\n');
-    }
+    print_options(choices, N_CHOICES, CONVERT | INSPECT, 24);
     exit(0);
-}
-
-/* One option and its argument at argv[i]; returns the index of the last word used. */
-static int parse_choice(Choices *o, int argc, char **argv, int i)
-{
-    int n = 0;
-    while (n < N_CHOICES && strcmp(choices[n].name, argv[i])) n++;
-    if (n == N_CHOICES) usage_error("there is no option %s", argv[i]);
-    const Option *c = &choices[n];
-    if (!(c->commands & (o->inspect ? INSPECT : CONVERT)))
-        usage_error("%s has no option %s", o->inspect ? "inspect" : "a conversion", c->name);
-    if (o->given[n]++) usage_error("%s is given twice", c->name);
-    if (c->kind == FLAG) {
-        *(int *)(void *)((char *)o + c->field) = 1;
-        return i;
-    }
-    if (i + 1 == argc) usage_error("%s needs %s", c->name, c->argument);
-    const char *wrong = set_option(o, c, argv[i + 1]);
-    if (wrong) usage_error("%s %s: %s from %g to %g is expected", c->name, argv[i + 1], wrong, c->low, c->high);
-    return i + 1;
 }
 
 static int is_one_of(const char *word, const char *const *words)
@@ -3143,7 +3115,9 @@ static void parse_choices(Choices *o, int argc, char **argv)
     o->inspect = argc > 1 && !strcmp(argv[1], "inspect");
     for (int i = 1 + o->inspect; i < argc; i++) {
         if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) print_usage();
-        if (argv[i][0] == '-') i = parse_choice(o, argc, argv, i);
+        if (argv[i][0] == '-')
+            i = parse_option(o, o->given, choices, N_CHOICES, o->inspect ? "inspect" : "a conversion",
+                             o->inspect ? INSPECT : CONVERT, argc, argv, i);
         else if (o->operands == (o->inspect ? 1 : 2)) usage_error("%s is one argument too many", argv[i]);
         else o->operand[o->operands++] = argv[i];
     }

@@ -6735,7 +6735,7 @@ static void test_convert_options(void)
     } wrong[] = {
         {"%s", "IN and OUT", 2},
         {"%s %s/o x", "one argument too many", 2},
-        {"%s %s/o --what", "no option", 2},
+        {"%s %s/o --what", "knows no", 2},
         {"%s %s/o --to pt", "hf or megatron", 2},
         {"%s %s/o --dtype fp8", "fp16", 2},
         {"%s %s/o --tp 0", "--tp 0", 2},
