@@ -7024,6 +7024,11 @@ static void test_convert_lies(void)
     check_true("  is not summed up for all of them", strstr(convert_output, "crc32 -\n") &&
                                                         strncmp(strstr(convert_output, "crc32 "), "crc32 -", 7));
 
+    snprintf(path, sizeof path, "%.4000s/megatron/release/mp_rank_00/model_optim_rng.pt", folder);
+    patch_pickle(path, "openai_gelu", 11, 10, 'x');
+    check_true("args without openai_gelu are of a time of the tanh formula only",
+               run_convert("%s/megatron %s/q", folder, folder) == 0 &&
+                   is_model_like(&m, "F32", join_path(path, folder, "q")));
     snprintf(path, sizeof path, "%.4000s/megatron/release/mp_rank_01/model_optim_rng.pt", folder);
     patch_pickle(path, swiglu, sizeof swiglu - 1, sizeof swiglu - 2, '\x88');
     check_true("the second rank's args tell of another model",
