@@ -86,18 +86,15 @@ static void pay(Reading *r, const char *path, size_t n, size_t size)
  * torch: only the directory counts. What the local header alone knows is where the data begins, since its extra field
  * has a length of its own: torch fills it so that data starts at multiples of 64 bytes and can be used in place.
  *
- * An entry of the directory, 46 bytes and what follows them; what is read of it stands at its first byte:
+ * An entry of the directory, in two rows, and a local header; the numbers are bytes from its start:
  *
- *     0    4    6    8     10     12   14   16  20     24   28     30      32      34   36   38   40   42
- *     |PK12|made|need|flags|method|time|date|crc|packed|size|name  |extra  |comment|disk|kind|mode ..  |local |
- *     |    |by  |    |     |      |    |    |   |      |    |length|length |length |    |    |         |header| name,
- *     extra, comment
+ *      0      4    6    8     10     12   14   16  20     24
+ *     |PK\1\2|made|need|flags|method|time|date|crc|packed|size|
+ *      28          30           32             34   36   38         42           46
+ *     |name length|extra length|comment length|disk|kind|attributes|local header|name, extra, comment
  *
- * A local header, 30 bytes:
- *
- *     0    4    6     8      10   12   14  18     22   26     28
- *     |PK34|need|flags|method|time|date|crc|packed|size|name  |extra | name, extra, data
- *     |    |    |     |      |    |    |   |      |    |length|length|
+ *      0      4    6     8      10   12   14  18     22   26          28           30
+ *     |PK\3\4|need|flags|method|time|date|crc|packed|size|name length|extra length|name, extra, data
  * ============================================================================================================= */
 
 typedef struct {
