@@ -5,12 +5,13 @@
  *     convert gpt2-345m shards --tp 2 --pp 4                 a Megatron checkpoint, cut for eight GPUs
  *     convert inspect megatron_lm_345m_v0.0.zip [--pickle]   what is in it, down to the instructions that build it
  *
- * A checkpoint is read through four layers, each with its chapter. Whoever knows them can read any .pt file:
+ * A checkpoint is read through five layers, each with its chapter. Whoever knows the first three can read any .pt file:
  *
  *     1 zip       an archive of files, with its table of contents at the end
  *     2 pickle    a program for a stack machine that builds Python objects
  *     3 storages  what torch puts beside the pickle: plain numbers, and views of them with strides
- *     4 shards    a folder for each rank of a training run; 5 eras: what Megatron called its tensors, and when
+ *     4 shards    a folder for each rank of a training run
+ *     5 eras      what Megatron called its tensors, and when
  *
  * Chapter 6 learns the shape of the model, 7 places every tensor in it, 8 is the arithmetic of all conversions: where
  * element (row, column) lies in each arrangement. 9 and 10 write, 11 inspects, 12 is the command line.
@@ -23,6 +24,7 @@
 #define main megatron_gpt2_main
 #include "megatron_gpt2.c"
 #undef main
+#include <ftw.h>
 #include <signal.h>
 #include <sys/wait.h>
 #include <zlib.h>
@@ -47,16 +49,24 @@ static char *keep_string(const char *s, size_t length)
     return copy;
 }
 
-enum { NAME_SHOWN = 160 };
+/* A string of a pickle, without a NUL at its end, for printf's %.*s: end_with() keeps a message on one line. */
+#define SHOW(node) (int)min_size((node)->length, 120), (node)->is.string
 
-/* A name from a file, fit to stand in a message of one line. */
-static char *show_name(char shown[NAME_SHOWN], const char *name)
+/* How an input is read, and what that may still cost, whatever its files say of themselves. */
+typedef struct {
+    const char *scratch; /* folder for what must be inflated */
+    FILE *listing;       /* where pickles are listed as they run, or NULL */
+    size_t objects;      /* bytes of memory for what the files describe */
+    long long inflated;  /* bytes to inflate: weights shrink by a tenth, so what shrinks to a 20th is no model */
+} Reading;
+
+enum { MAX_OBJECTS = 1 << 27, MAX_INFLATION = 20, MIN_INFLATED = 1 << 26 };
+
+/* Takes n objects of some size from what objects may cost. */
+static void pay(Reading *r, const char *path, size_t n, size_t size)
 {
-    size_t n = (size_t)snprintf(shown, NAME_SHOWN, "%s", name);
-    for (char *c = shown; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
-    if (n >= NAME_SHOWN) memcpy(shown + NAME_SHOWN - 3, "..", 2);
-    return shown;
+    if (n > r->objects / size) die("%s describes more objects than any checkpoint has: it is damaged or hostile", path);
+    r->objects -= n * size;
 }
 
 /* ================================================================================================================
@@ -75,22 +85,33 @@ static char *show_name(char shown[NAME_SHOWN], const char *name)
  * A local header repeats the entry, but sizes and checksum are 0 there if the writer learnt them too late, as with
  * torch: only the directory counts. What the local header alone knows is where the data begins, since its extra field
  * has a length of its own: torch fills it so that data starts at multiples of 64 bytes and can be used in place.
+ *
+ * An entry of the directory, in two rows, and a local header; the numbers are bytes from its start:
+ *
+ *      0      4    6    8     10     12   14   16  20     24
+ *     |PK\1\2|made|need|flags|method|time|date|crc|packed|size|
+ *      28          30           32             34   36   38         42           46
+ *     |name length|extra length|comment length|disk|kind|attributes|local header|name, extra, comment
+ *
+ *      0      4    6     8      10   12   14  18     22   26          28           30
+ *     |PK\3\4|need|flags|method|time|date|crc|packed|size|name length|extra length|name, extra, data
  * ============================================================================================================= */
 
 typedef struct {
     char *name;
     int method;
-    uint32_t crc;            /* 0: unknown; torch can be told not to compute it */
-    size_t packed, size;     /* bytes in the archive, and after inflating */
-    const char *start, *end; /* local header and data, in the map */
-    Map opened;              /* its bytes, once asked for */
+    uint32_t crc;                   /* 0: unknown; torch can be told not to compute it */
+    size_t packed, size;            /* bytes in the archive, and after inflating */
+    const char *start, *data, *end; /* local header, data, and the byte behind it, in the map */
+    int wanted;                     /* some tensor lies in it */
+    Map opened;                     /* its bytes, once asked for */
 } Member;
 
 typedef struct {
     const char *path;
     Map map;
-    const char *scratch; /* folder for what must be inflated */
-    Member *member;      /* sorted by name */
+    Reading *reading;
+    Member *member; /* sorted by name */
     size_t members;
 } Zip;
 
@@ -98,9 +119,7 @@ static int is_zip(Map map) { return map.size >= 4 && !memcmp(map.data, "PK\3\4",
 
 __attribute__((noreturn)) static void bad_zip(const Zip *z, const char *member, const char *what)
 {
-    char shown[NAME_SHOWN];
-    die("%s is a damaged or unsafe zip archive: %s%s%s; fetch it again", z->path, show_name(shown, member),
-        *member ? " " : "", what);
+    die("%s is a damaged or unsafe zip archive: %.120s%s%s; fetch it again", z->path, member, *member ? " " : "", what);
 }
 
 typedef struct {
@@ -176,11 +195,10 @@ static const char *read_member(Member *m, const Zip *z, const char *at, const ch
     m->size = field[0], m->packed = field[1];
     if (strlen(m->name) != name || is_unsafe_name(m->name))
         bad_zip(z, m->name, "is the name of a member, which could lead out of a folder");
-    if (number_at(at + 4, 2) >> 8 == UNIX && S_ISLNK(number_at(at + 40, 2)))
-        bad_zip(z, m->name, "is a symbolic link");
+    if (number_at(at + 4, 2) >> 8 == UNIX && S_ISLNK(number_at(at + 40, 2))) bad_zip(z, m->name, "is a symbolic link");
 
-    const char *local = z->map.data + field[2];
     if (field[2] > directory || directory - field[2] < 30) bad_zip(z, m->name, "would lie outside the file");
+    const char *local = z->map.data + field[2];
     size_t header = 30 + number_at(local + 26, 2) + number_at(local + 28, 2);
     if (memcmp(local, "PK\3\4", 4) || number_at(local + 26, 2) != name || directory - field[2] < header ||
         memcmp(local + 30, m->name, name) || number_at(local + 8, 2) != (uint64_t)m->method)
@@ -189,7 +207,8 @@ static const char *read_member(Member *m, const Zip *z, const char *at, const ch
     if ((number_at(at + 8, 2) | number_at(local + 6, 2)) & ENCRYPTED) bad_zip(z, m->name, "is encrypted");
     if (m->method == 0 && m->packed != m->size) bad_zip(z, m->name, "has two sizes");
     m->start = local;
-    m->end = local + header + m->packed;
+    m->data = local + header;
+    m->end = m->data + m->packed;
     return at + 46 + name + extra + comment;
 }
 
@@ -204,10 +223,12 @@ static int compare_members(const void *a, const void *b)
     return strcmp(((const Member *)a)->name, ((const Member *)b)->name);
 }
 
-static Zip zip_open(const char *path, Map map, const char *scratch)
+static Zip zip_open(const char *path, Map map, Reading *reading)
 {
-    Zip z = {path, map, scratch, NULL, 0};
+    Zip z = {path, map, reading, NULL, 0};
     Directory d = find_directory(&z);
+    pay(reading, path, d.count, sizeof *z.member);
+    pay(reading, path, d.size, 1); /* for the names */
     const char *at = map.data + d.offset, *end = at + d.size;
     z.member = (Member *)xcalloc(d.count, sizeof *z.member);
     for (; z.members < d.count; z.members++) at = read_member(&z.member[z.members], &z, at, end, d.offset);
@@ -245,23 +266,24 @@ static Map scratch_memory(const char *folder, size_t n)
     return map;
 }
 
-/* Deflate makes at most 1032 bytes of one, so a size beyond that is a lie that costs nothing to see; what is true may
- * still be large, and goes where it can be paged out. */
+/* Deflate makes at most 1032 bytes of one, so a size beyond that is a lie that costs nothing to see. What is true may
+ * still be more than we pay for; and large, so that it goes where it can be paged out. */
 static Map inflate_member(const Zip *z, const Member *m)
 {
     enum { STEP = 1 << 30 }; /* zlib counts in 32 bits */
-    const char *data = m->end - m->packed;
     size_t in = 0, out = 0;
     int status = Z_OK;
     char none;
     z_stream s;
     if (m->size / 1032 > m->packed) bad_zip(z, m->name, "claims to inflate to more than it can");
-    Map map = scratch_memory(z->scratch, m->size);
+    if (__atomic_sub_fetch(&z->reading->inflated, (long long)m->size, __ATOMIC_RELAXED) < 0)
+        bad_zip(z, m->name, "would inflate to far more bytes than a model has");
+    Map map = scratch_memory(z->reading->scratch, m->size);
     memset(&s, 0, sizeof s);
     if (inflateInit2(&s, -MAX_WBITS) != Z_OK) die("out of memory");
     for (s.next_out = (Bytef *)&none; status == Z_OK; status = inflate(&s, Z_NO_FLUSH)) {
         if (!s.avail_in && in < m->packed) {
-            s.next_in = (Bytef *)(data + in);
+            s.next_in = (Bytef *)(m->data + in);
             in += s.avail_in = (uInt)min_size(STEP, m->packed - in);
         }
         if (!s.avail_out && out < m->size) {
@@ -275,15 +297,30 @@ static Map inflate_member(const Zip *z, const Member *m)
     return map;
 }
 
+/* CRC-32 of n bytes, in parts on all cores: zlib makes one checksum of two. */
+static uint32_t crc_of(const char *data, size_t n)
+{
+    enum { PARTS = 64 };
+    size_t step = n / PARTS + 1;
+    uLong part[PARTS], crc = 0;
+#pragma omp parallel for schedule(dynamic) if (step > 1 << 14)
+    for (size_t i = 0; i < PARTS; i++) {
+        size_t at = min_size(i * step, n);
+        part[i] = crc32_z(0, (const Bytef *)data + at, min_size(step, n - at));
+    }
+    for (size_t i = 0; i < PARTS; i++)
+        crc = crc32_combine(crc, part[i], (z_off_t)min_size(step, n - min_size(i * step, n)));
+    return (uint32_t)crc;
+}
+
 /* The bytes of a member, checked against their checksum. */
 static Map zip_read(const Zip *z, Member *m)
 {
     if (m->opened.data) return m->opened;
     if (m->method != 0 && m->method != 8) bad_zip(z, m->name, "is compressed by a method other than deflate");
-    Map stored = {m->end - m->packed, m->size};
+    Map stored = {m->data, m->size};
     m->opened = m->method ? inflate_member(z, m) : stored;
-    if (m->crc && m->crc != crc32_z(0, (const Bytef *)m->opened.data, m->size))
-        bad_zip(z, m->name, "has a wrong checksum");
+    if (m->crc && m->crc != crc_of(m->opened.data, m->size)) bad_zip(z, m->name, "has a wrong checksum");
     return m->opened;
 }
 
@@ -303,9 +340,11 @@ static void zip_close(Zip *z)
  * A pickle is not data but a program, one byte an instruction, for a machine with a stack and a numbered memo. It
  * builds an object from the inside out and leaves it on the stack:
  *
- *     X 04 00 00 00 'bias'   BINUNICODE   push "bias"
- *     K 07                   BININT1      push 7
- *     s                      SETITEM      the dictionary below them gets "bias": 7
+ *                                                                               the stack, top on the right
+ *     }                      EMPTY_DICT   push an empty dictionary              {}
+ *     X 04 00 00 00 'bias'   BINUNICODE   push "bias"                           {}  "bias"
+ *     K 07                   BININT1      push 7                                {}  "bias"  7
+ *     s                      SETITEM      the dictionary below them gets both   {"bias": 7}
  *
  * Two instructions make it dangerous. GLOBAL pushes anything that Python can import, by name; REDUCE calls what lies
  * on the stack. "os\nsystem" and a string are all that an attacker needs, and torch.load would oblige. That is no
@@ -324,7 +363,9 @@ static void zip_close(Zip *z)
 
 enum { MAX_NODES = 1 << 20, MAX_DEPTH = 40 };
 
-typedef uint32_t Ref; /* number of a node; 0 is the mark, and stands for "none" too */
+/* The number of a node. Node 0 is the mark, and stands for what is missing too: its type is none that anyone looks for,
+ * so that what asks for item 3 of a tuple of 2 needs no test of its own. */
+typedef uint32_t Ref;
 
 /* clang-format off */
 typedef enum {
@@ -351,18 +392,13 @@ typedef struct {
     uint32_t next; /* cell; 0: none */
 } Cell;
 
-typedef struct {
-    uint32_t index;
-    Ref value; /* 0: free */
-} Memo;
-
 /* What a persistent id stands for: numbers beside the pickle. */
 typedef struct {
     const char *key; /* not NUL-terminated */
     size_t key_length;
     Dtype dtype;
     size_t n;            /* elements */
-    size_t view, view_n; /* the part of them that is meant, in very old files */
+    size_t view, view_n; /* first element and number of the slice that is meant: in very old files not all of them */
     const char *data;    /* NULL: not found yet */
 } TorchStorage;
 
@@ -373,11 +409,11 @@ typedef struct {
     Node *node;
     Cell *cell;
     Ref *stack;
-    Memo *memo;    /* a hash table with linear probing; its size is a power of two .. */
-    uint64_t salt; /* .. and nobody can know where an index goes, or choose those that collide */
+    Ref *memo; /* by number; 0: nothing is there */
     TorchStorage *storage;
-    size_t nodes, cells, depth, memos, storages;
+    size_t nodes, cells, depth, storages;
     size_t node_room, cell_room, stack_room, memo_room, storage_room;
+    Reading *reading;
     FILE *listing; /* NULL: none */
 } Pickle;
 
@@ -446,22 +482,20 @@ static const Opcode opcodes[] = {
     {NEWOBJ, "NEWOBJ", NO_ARGUMENT, "pop arguments and a class, push a new object of it"},
     {BUILD, "BUILD", NO_ARGUMENT, "pop a state, give it to the object below"},
     {BINPERSID, "BINPERSID", NO_ARGUMENT, "pop an id, push what the file has under it outside of the pickle"},
+    /* So that a refusal can name them: those of older and newer protocols, or never written by torch. */
+#define REFUSED(code, name) {code, name, NO_ARGUMENT, NULL}
+    REFUSED('0', "POP"), REFUSED('1', "POP_MARK"), REFUSED('2', "DUP"), REFUSED('F', "FLOAT"), REFUSED('I', "INT"),
+    REFUSED('L', "LONG"), REFUSED('P', "PERSID"), REFUSED('S', "STRING"), REFUSED('T', "BINSTRING"),
+    REFUSED('U', "SHORT_BINSTRING"), REFUSED('V', "UNICODE"), REFUSED('d', "DICT"), REFUSED('g', "GET"),
+    REFUSED('i', "INST"), REFUSED('l', "LIST"), REFUSED('o', "OBJ"), REFUSED('p', "PUT"), REFUSED(0x82, "EXT1"),
+    REFUSED(0x83, "EXT2"), REFUSED(0x84, "EXT4"), REFUSED(0x8B, "LONG4"), REFUSED('B', "BINBYTES"),
+    REFUSED('C', "SHORT_BINBYTES"), REFUSED(0x8C, "SHORT_BINUNICODE"), REFUSED(0x8D, "BINUNICODE8"),
+    REFUSED(0x8E, "BINBYTES8"), REFUSED(0x8F, "EMPTY_SET"), REFUSED(0x90, "ADDITEMS"), REFUSED(0x91, "FROZENSET"),
+    REFUSED(0x92, "NEWOBJ_EX"), REFUSED(0x93, "STACK_GLOBAL"), REFUSED(0x94, "MEMOIZE"), REFUSED(0x95, "FRAME"),
+    REFUSED(0x96, "BYTEARRAY8"), REFUSED(0x97, "NEXT_BUFFER"), REFUSED(0x98, "READONLY_BUFFER"),
+#undef REFUSED
 };
 enum { N_OPCODES = sizeof opcodes / sizeof *opcodes };
-
-/* The others, so that a refusal can name them: of older and newer protocols, or never written by torch. */
-static const struct {
-    int code;
-    const char *name;
-} refused_opcodes[] = {
-    {'0', "POP"}, {'1', "POP_MARK"}, {'2', "DUP"}, {'F', "FLOAT"}, {'I', "INT"}, {'L', "LONG"}, {'P', "PERSID"},
-    {'S', "STRING"}, {'T', "BINSTRING"}, {'U', "SHORT_BINSTRING"}, {'V', "UNICODE"}, {'d', "DICT"}, {'g', "GET"},
-    {'i', "INST"}, {'l', "LIST"}, {'o', "OBJ"}, {'p', "PUT"}, {0x82, "EXT1"}, {0x83, "EXT2"}, {0x84, "EXT4"},
-    {0x8B, "LONG4"}, {'B', "BINBYTES"}, {'C', "SHORT_BINBYTES"}, {0x8C, "SHORT_BINUNICODE"}, {0x8D, "BINUNICODE8"},
-    {0x8E, "BINBYTES8"}, {0x8F, "EMPTY_SET"}, {0x90, "ADDITEMS"}, {0x91, "FROZENSET"}, {0x92, "NEWOBJ_EX"},
-    {0x93, "STACK_GLOBAL"}, {0x94, "MEMOIZE"}, {0x95, "FRAME"}, {0x96, "BYTEARRAY8"}, {0x97, "NEXT_BUFFER"},
-    {0x98, "READONLY_BUFFER"},
-};
 /* clang-format on */
 
 typedef struct {
@@ -474,12 +508,12 @@ typedef struct {
 
 static const Opcode *find_opcode(const Pickle *p, int code)
 {
-    const char *name = "unknown";
-    for (size_t i = 0; i < N_OPCODES; i++)
-        if (opcodes[i].code == code) return &opcodes[i];
-    for (size_t i = 0; i < sizeof refused_opcodes / sizeof *refused_opcodes; i++)
-        if (refused_opcodes[i].code == code) name = refused_opcodes[i].name;
-    bad_pickle(p, "instruction 0x%02x (%s) is none that torch.save writes in protocol 2", (unsigned)code, name);
+    const Opcode *op = opcodes;
+    while (op < opcodes + N_OPCODES && op->code != code) op++;
+    int known = op < opcodes + N_OPCODES;
+    if (known && op->effect) return op;
+    bad_pickle(p, "instruction 0x%02x (%s) is none that torch.save writes in protocol 2", (unsigned)code,
+               known ? op->name : "unknown");
 }
 
 /* The next n bytes. */
@@ -555,6 +589,7 @@ static void list_instruction(const Pickle *p, size_t at, const Instruction *in)
 static Ref new_node(Pickle *p, NodeType type)
 {
     if (p->nodes >= MAX_NODES || p->storages >= MAX_NODES) bad_pickle(p, "it builds more than %d objects", MAX_NODES);
+    pay(p->reading, p->path, 1, sizeof *p->node);
     p->node = (Node *)grow(p->node, p->nodes, &p->node_room, sizeof *p->node);
     memset(&p->node[p->nodes], 0, sizeof *p->node);
     p->node[p->nodes].type = type;
@@ -597,6 +632,7 @@ static void append(Pickle *p, Ref container, Ref value)
     Cell cell = {value, 0};
     if (!p->cells) p->cells = 1; /* 0 is none */
     if (p->cells >= MAX_NODES) bad_pickle(p, "its containers have more than %d items", MAX_NODES);
+    pay(p->reading, p->path, 1, sizeof *p->cell);
     p->cell = (Cell *)grow(p->cell, p->cells, &p->cell_room, sizeof *p->cell);
     p->cell[p->cells] = cell;
     Node *c = &p->node[container];
@@ -646,15 +682,6 @@ static int is_string(const Pickle *p, Ref ref, NodeType type, const char *s)
     return n->type == type && n->length == strlen(s) && !memcmp(n->is.string, s, n->length);
 }
 
-/* A string, fit to stand in a message of one line. */
-static char *show(char shown[NAME_SHOWN], const Node *string)
-{
-    char *copy = keep_string(string->is.string, string->length);
-    show_name(shown, copy);
-    free(copy);
-    return shown;
-}
-
 /* The value under a key of a dict or namespace, or 0. */
 static Ref dict_get(const Pickle *p, Ref dict, const char *key)
 {
@@ -668,37 +695,21 @@ static Ref dict_get(const Pickle *p, Ref dict, const char *key)
     return 0;
 }
 
-static Memo *memo_slot(const Pickle *p, uint32_t index)
+/* torch numbers what it remembers from 0 up. */
+static void memo_put(Pickle *p, size_t index, Ref value)
 {
-    size_t at = (size_t)(index * p->salt >> 32) & (p->memo_room - 1);
-    while (p->memo[at].value && p->memo[at].index != index) at = (at + 1) & (p->memo_room - 1);
-    return &p->memo[at];
-}
-
-/* Indexes go up to 2^32 - 1: hence a hash table, not an array. */
-static void memo_put(Pickle *p, uint32_t index, Ref value)
-{
-    if (2 * p->memos >= p->memo_room) {
-        Memo *old = p->memo;
-        size_t room = p->memo_room;
-        if (p->memos >= MAX_NODES) bad_pickle(p, "it remembers more than %d objects", MAX_NODES);
-        p->memo_room = max_size(64, 2 * room);
-        if (!room) p->salt = ((uint64_t)(now() * 1e9) ^ (uintptr_t)p) * 0x9E3779B97F4A7C15 | 1;
-        p->memo = (Memo *)xcalloc(p->memo_room, sizeof *p->memo);
-        for (size_t i = 0; i < room; i++)
-            if (old[i].value) *memo_slot(p, old[i].index) = old[i];
-        free(old);
+    if (index >= MAX_NODES) bad_pickle(p, "it remembers more than %d objects", MAX_NODES);
+    for (size_t room = p->memo_room; index >= p->memo_room; room = p->memo_room) {
+        p->memo = (Ref *)grow(p->memo, room, &p->memo_room, sizeof *p->memo);
+        memset(p->memo + room, 0, (p->memo_room - room) * sizeof *p->memo);
     }
-    Memo entry = {index, value}, *slot = memo_slot(p, index);
-    p->memos += !slot->value;
-    *slot = entry;
+    p->memo[index] = value;
 }
 
-static Ref memo_get(const Pickle *p, uint32_t index)
+static Ref memo_get(const Pickle *p, size_t index)
 {
-    Ref value = p->memo_room ? memo_slot(p, index)->value : 0;
-    if (!value) bad_pickle(p, "nothing is remembered under number %u", (unsigned)index);
-    return value;
+    if (index >= p->memo_room || !p->memo[index]) bad_pickle(p, "nothing is remembered under number %zu", index);
+    return p->memo[index];
 }
 
 /* ---- Storages and tensors, as far as the pickle describes them ------------------------------------------------- */
@@ -714,9 +725,14 @@ typedef struct {
     int era;
 } View;
 
-/* torch's name for a storage of each type. */
-static const char *const storage_name[N_DTYPES] = {"Double", "Float", "Half", "BFloat16", "Long",
-                                                   "Int",    "Short", "Char", "Byte",     "Bool"};
+/* What torch calls each type: in the name of a storage, in that of the type, and in short. */
+static const struct {
+    const char *storage, *torch, *option;
+} type_names[N_DTYPES] = {{"Double", "float64", "fp64"}, {"Float", "float32", "fp32"},
+                          {"Half", "float16", "fp16"},   {"BFloat16", "bfloat16", "bf16"},
+                          {"Long", "int64", ""},         {"Int", "int32", ""},
+                          {"Short", "int16", ""},        {"Char", "int8", ""},
+                          {"Byte", "uint8", ""},         {"Bool", "bool", ""}};
 
 /* A whole number from 0 up. */
 static size_t size_of_node(const Pickle *p, Ref ref, const char *what)
@@ -730,7 +746,7 @@ static Dtype storage_dtype(const Pickle *p, Ref name)
 {
     char wanted[64];
     for (int i = 0; i < N_DTYPES; i++) {
-        snprintf(wanted, sizeof wanted, "torch\n%sStorage", storage_name[i]);
+        snprintf(wanted, sizeof wanted, "torch\n%sStorage", type_names[i].storage);
         if (is_string(p, name, N_GLOBAL, wanted)) return (Dtype)i;
     }
     bad_pickle(p, "a storage is of an unknown type");
@@ -751,13 +767,14 @@ static Ref new_storage(Pickle *p, Ref id)
     s.dtype = storage_dtype(p, item_at(p, id, 1));
     s.n = s.view_n = size_of_node(p, item_at(p, id, 4), "the size of a storage");
     if (__builtin_mul_overflow(s.n, dtype_size[s.dtype], &bytes)) bad_pickle(p, "a storage has more than 2^64 bytes");
-    if (n == 6 && p->node[view].type != N_NONE) { /* (key, offset, elements) */
+    if (n == 6 && p->node[view].type != N_NONE) { /* (key, offset, elements): a slice of a root storage */
         s.view = size_of_node(p, item_at(p, view, 1), "the offset of a storage's view");
         s.view_n = size_of_node(p, item_at(p, view, 2), "the size of a storage's view");
         if (s.view > s.n || s.view_n > s.n - s.view) bad_pickle(p, "the view of a storage reaches beyond it");
     }
     Ref ref = new_node(p, N_STORAGE);
     p->node[ref].is.integer = (long long)p->storages;
+    pay(p->reading, p->path, 1, sizeof s);
     p->storage = (TorchStorage *)grow(p->storage, p->storages, &p->storage_room, sizeof s);
     p->storage[p->storages++] = s;
     return ref;
@@ -778,8 +795,7 @@ static View describe_tensor(const Pickle *p, Ref args)
     v.t.path = p->path;
     v.t.dtype = s->dtype;
     v.t.dims = p->node[size].length;
-    if (v.t.dims > MAX_DIMS)
-        bad_pickle(p, "a tensor has %zu dimensions: %d at most are possible", v.t.dims, MAX_DIMS);
+    if (v.t.dims > MAX_DIMS) bad_pickle(p, "a tensor has %zu dimensions: %d at most are possible", v.t.dims, MAX_DIMS);
     if (v.t.dims != p->node[stride].length)
         bad_pickle(p, "a tensor has %zu sizes but %u strides", v.t.dims, p->node[stride].length);
     size_t last = v.offset, step;
@@ -788,12 +804,12 @@ static View describe_tensor(const Pickle *p, Ref args)
     for (size_t i = 0; i < v.t.dims; i++) {
         v.t.shape[i] = size_of_node(p, item_at(p, size, i), "the size of a tensor");
         v.stride[i] = size_of_node(p, item_at(p, stride, i), "the stride of a tensor");
-        wrong |= __builtin_mul_overflow(v.t.n, v.t.shape[i], &v.t.n);
+        wrong |= __builtin_mul_overflow(v.t.n, v.t.shape[i], &v.t.n) || (v.t.shape[i] > 1 && !v.stride[i]);
         if (!v.t.shape[i]) continue;
         wrong |=
             __builtin_mul_overflow(v.t.shape[i] - 1, v.stride[i], &step) || __builtin_add_overflow(last, step, &last);
     }
-    if (wrong || v.t.n > s->view_n || (v.t.n && last >= s->view_n))
+    if (wrong || v.t.n > s->view_n || (v.t.n ? last >= s->view_n : v.offset > s->view_n))
         bad_pickle(p, "a tensor reaches beyond the %zu elements of its storage, or overlaps itself", s->view_n);
     v.offset += s->view;
     v.t.bytes = v.t.n * dtype_size[v.t.dtype];
@@ -908,9 +924,9 @@ static void execute(Pickle *p, const Instruction *in)
         p->depth--; /* the mark */
         break;
     case BINPUT:
-    case LONG_BINPUT: memo_put(p, (uint32_t)in->integer, peek(p, 0)); break;
+    case LONG_BINPUT: memo_put(p, (size_t)in->integer, peek(p, 0)); break;
     case BINGET:
-    case LONG_BINGET: push(p, memo_get(p, (uint32_t)in->integer)); break;
+    case LONG_BINGET: push(p, memo_get(p, (size_t)in->integer)); break;
     case REDUCE:
     case NEWOBJ:
         top = pop(p), callable = pop(p), result = call(p, callable, top);
@@ -926,10 +942,15 @@ static void execute(Pickle *p, const Instruction *in)
     }
 }
 
+/* By type and value. What is neither a number nor a string is a key of its own. */
 static int compare_keys(const void *a, const void *b)
 {
     const Node *x = *(const Node *const *)a, *y = *(const Node *const *)b;
-    int order = memcmp(x->is.string, y->is.string, min_size(x->length, y->length));
+    int order = (x->type > y->type) - (x->type < y->type);
+    if (order) return order;
+    if (x->type < N_STRING) return (x->is.integer > y->is.integer) - (x->is.integer < y->is.integer);
+    if (x->type != N_STRING) return (x > y) - (x < y);
+    order = memcmp(x->is.string, y->is.string, min_size(x->length, y->length));
     return order ? order : (x->length > y->length) - (x->length < y->length);
 }
 
@@ -937,13 +958,15 @@ static int compare_keys(const void *a, const void *b)
 static void refuse_duplicate_keys(const Pickle *p, Ref dict)
 {
     size_t n = 0;
-    char shown[NAME_SHOWN];
     const Node **key = (const Node **)xcalloc(p->node[dict].length, sizeof *key);
     for (uint32_t cell = p->node[dict].first; cell; cell = p->cell[p->cell[cell].next].next)
-        if (p->node[p->cell[cell].value].type == N_STRING) key[n++] = &p->node[p->cell[cell].value];
+        key[n++] = &p->node[p->cell[cell].value];
     qsort(key, n, sizeof *key, compare_keys);
     for (size_t i = 1; i < n; i++)
-        if (!compare_keys(&key[i - 1], &key[i])) bad_pickle(p, "a dict has the key %s twice", show(shown, key[i]));
+        if (!compare_keys(&key[i - 1], &key[i])) {
+            if (key[i]->type != N_STRING) bad_pickle(p, "a dict has one %s twice as a key", node_name[key[i]->type]);
+            bad_pickle(p, "a dict has the key %.*s twice", SHOW(key[i]));
+        }
     free(key);
 }
 
@@ -954,8 +977,6 @@ static Ref run_pickle(Pickle *p, const char *what)
     size_t first = p->nodes;
     if (p->listing) fprintf(p->listing, "%s: a pickle that builds %s\n", p->path, what);
     p->start = p->at;
-    p->depth = p->memos = 0;
-    if (p->memo) memset(p->memo, 0, p->memo_room * sizeof *p->memo);
     if (!p->nodes) new_node(p, N_MARK);
     do {
         size_t at = p->at;
@@ -969,12 +990,15 @@ static Ref run_pickle(Pickle *p, const char *what)
     if (p->depth) bad_pickle(p, "%zu items are left on its stack", p->depth);
     for (size_t i = first; i < p->nodes; i++)
         if (p->node[i].type == N_DICT) refuse_duplicate_keys(p, (Ref)i);
+    free(p->stack), free(p->memo);
+    p->stack = NULL, p->memo = NULL;
+    p->stack_room = p->memo_room = 0;
     return result;
 }
 
 static void pickle_free(Pickle *p)
 {
-    free(p->node), free(p->cell), free(p->stack), free(p->memo), free(p->storage);
+    free(p->node), free(p->cell), free(p->storage);
     memset(p, 0, sizeof *p);
 }
 
@@ -989,8 +1013,29 @@ static void pickle_free(Pickle *p)
  *     its transpose        size (4, 3)  stride (1, 4)  offset 0     a e i / b f j / c g k / d h l
  *     its right half       size (3, 2)  stride (4, 1)  offset 2     c d / g h / k l
  *
- * One storage may serve several tensors, and be larger than they: the reader must follow the strides. There are two
- * containers. Until torch 1.5 a file was five pickles and the storages, back to back:
+ * One storage may serve several tensors, and be larger than they: the reader must follow the strides. The program for a
+ * matrix of 16 x 8, as `convert inspect FILE --pickle` lists it, without the words behind each line:
+ *
+ *     GLOBAL      torch._utils._rebuild_tensor_v2     what will be called ..
+ *     MARK                                            .. with these arguments:
+ *     MARK                                            the id of a storage is a tuple of
+ *     BINUNICODE  "storage"
+ *     GLOBAL      torch.FloatStorage                  its type,
+ *     BINUNICODE  "0"                                 its key: the numbers are in NAME/data/0,
+ *     BINUNICODE  "cpu"                               where it was,
+ *     BININT1     128                                 its elements
+ *     TUPLE
+ *     BINPERSID                                       the tuple gives way to the storage
+ *     BININT1     0                                   offset
+ *     BININT1     16, BININT1 8, TUPLE2               size
+ *     BININT1     8, BININT1 1, TUPLE2                stride
+ *     NEWFALSE                                        no gradient is wanted
+ *     GLOBAL      collections.OrderedDict             no hooks: an empty dictionary is made by a call, too
+ *     EMPTY_TUPLE, REDUCE
+ *     TUPLE                                           all arguments
+ *     REDUCE                                          the call
+ *
+ * There are two containers. Until torch 1.5 a file was five pickles and the storages, back to back:
  *
  *     | a magic number | 1001 | {little_endian: ..} | the object | [keys] | count, numbers | count, numbers | ..
  *
@@ -1003,14 +1048,13 @@ enum { MAX_TENSORS = 1 << 16, MAX_NAME = 1024 };
 /* A file of tensors. */
 typedef struct {
     const char *path;
+    Map map;
     Zip zip;        /* of a zip container */
     char name[256]; /* its NAME */
     Pickle pickle;
     Ref root;   /* the object */
     View *view; /* the tensors of the model, in the pickle's order, with full names */
     size_t views, view_room;
-    const char *era; /* what its names tell */
-    int hugging_face;
 } Shard;
 
 /* protocol 2, a long integer of 10 bytes, the magic number, stop: the first pickle of a legacy file */
@@ -1043,20 +1087,19 @@ static TorchStorage **sort_storages(const Pickle *p)
 static void place_storage(Pickle *p, TorchStorage *const *list, const Node *name)
 {
     TorchStorage key, *wanted = &key;
-    char shown[NAME_SHOWN];
     key.key = name->is.string, key.key_length = name->length;
     if (name->type != N_STRING) die("%s: a key of its list of storages is no string", p->path);
     TorchStorage *const *at =
         (TorchStorage *const *)bsearch(&wanted, list, p->storages, sizeof *list, compare_storages);
-    if (!at) die("%s: storage %s is listed, but belongs to no tensor", p->path, show(shown, name));
-    if ((*at)->data) die("%s: storage %s is listed twice", p->path, show(shown, name));
+    if (!at) die("%s: storage %.*s is listed, but belongs to no tensor", p->path, SHOW(name));
+    if ((*at)->data) die("%s: storage %.*s is listed twice", p->path, SHOW(name));
     size_t count = (size_t)number_at(take(p, 8), 8), bytes = (*at)->n * dtype_size[(*at)->dtype];
     if (count != (*at)->n)
-        die("%s: storage %s begins with a count of %zu elements, but its tensors ask for %zu", p->path,
-            show(shown, name), count, (*at)->n);
+        die("%s: storage %.*s begins with a count of %zu elements, but its tensors ask for %zu", p->path, SHOW(name),
+            count, (*at)->n);
     if (bytes > p->map.size - p->at)
-        die("%s: storage %s needs %zu bytes, but the file ends after %zu: it is cut short", p->path,
-            show(shown, name), bytes, p->map.size - p->at);
+        die("%s: storage %.*s needs %zu bytes, but the file ends after %zu: it is cut short", p->path, SHOW(name),
+            bytes, p->map.size - p->at);
     const char *data = take(p, bytes);
     while (at > list && !compare_storages(at - 1, &wanted)) at--;
     for (; at < list + p->storages && !compare_storages(at, &wanted); at++) ((TorchStorage *)*at)->data = data;
@@ -1138,7 +1181,7 @@ static void open_container(Shard *s)
     }
 }
 
-/* The numbers of a view, checked and inflated when they are first asked for. */
+/* The numbers of a view. */
 static void find_data(Shard *s, View *v)
 {
     TorchStorage *storage = &s->pickle.storage[v->storage];
@@ -1149,6 +1192,7 @@ static void find_data(Shard *s, View *v)
 static View *add_view(Shard *s, const char *name)
 {
     if (s->views >= MAX_TENSORS) die("%s holds more than %d tensors", s->path, MAX_TENSORS);
+    if (s->pickle.reading) pay(s->pickle.reading, s->path, 1, sizeof *s->view + strlen(name));
     s->view = (View *)grow(s->view, s->views, &s->view_room, sizeof *s->view);
     View *v = &s->view[s->views++];
     memset(v, 0, sizeof *v);
@@ -1166,13 +1210,12 @@ static void collect_tensors(Shard *s, Ref dict, char name[MAX_NAME], int depth, 
         die("%s: its dicts are more than %d levels deep, or one contains itself", s->path, MAX_DEPTH);
     for (uint32_t cell = p->node[dict].first, value; cell; cell = p->cell[value].next) {
         const Node *key = &p->node[p->cell[cell].value];
-        char shown[NAME_SHOWN];
         value = p->cell[cell].next;
         if (key->type != N_STRING)
             die("%s: a %s is the name of a tensor in %s", s->path, node_name[key->type], start ? name : "it");
         if (++*steps > p->nodes) die("%s: its dicts contain one another too often", s->path);
         if (start + key->length + 2 > MAX_NAME || memchr(key->is.string, 0, key->length))
-            die("%s: the name %s of a tensor is too long", s->path, show(shown, key));
+            die("%s: the name %.*s of a tensor is too long", s->path, SHOW(key));
         snprintf(name + start, MAX_NAME - start, "%s%.*s", start ? "." : "", (int)key->length, key->is.string);
         const Node *node = &p->node[p->cell[value].value];
         size_t n = strlen(name), extra = sizeof "_extra_state" - 1;
@@ -1184,28 +1227,28 @@ static void collect_tensors(Shard *s, Ref dict, char name[MAX_NAME], int depth, 
             described.t.name = v->t.name;
             *v = described;
         } else
-            die("%s: under the name %s a tensor is expected, not a value of type %s", s->path, show_name(shown, name),
+            die("%s: under the name %.120s a tensor is expected, not a value of type %s", s->path, name,
                 node_name[node->type]);
     }
     name[start] = 0;
 }
 
-/* Opens a file that torch.save has written. It may be a member of an archive; the map stays its owner's. */
-static void shard_open(Shard *s, const char *path, Map map, const char *scratch, FILE *listing)
+/* Opens a file that torch.save has written: s has its path and its map, which stay their owner's. */
+static void shard_open(Shard *s, Reading *reading)
 {
-    memset(s, 0, sizeof *s);
-    s->path = path;
+    const char *path = s->path;
     s->pickle.path = path;
-    s->pickle.map = map;
-    s->pickle.listing = listing;
-    if (is_legacy(map)) open_legacy(s);
+    s->pickle.map = s->map;
+    s->pickle.reading = reading;
+    s->pickle.listing = reading->listing;
+    if (is_legacy(s->map)) open_legacy(s);
     else {
-        if (!is_zip(map))
+        if (!is_zip(s->map))
             die("%s is neither a zip archive nor written by torch.save%s", path,
-                map.size > 20 && !memcmp(map.data, "version https://git-", 20)
+                s->map.size > 20 && !memcmp(s->map.data, "version https://git-", 20)
                     ? "; it is a git-lfs pointer: fetch the file itself with git lfs pull"
                     : "");
-        s->zip = zip_open(path, map, scratch);
+        s->zip = zip_open(path, s->map, reading);
         if (!find_torch_name(s->name, &s->zip)) die("%s is a zip archive without a pickle data.pkl", path);
         open_container(s);
     }
@@ -1218,14 +1261,19 @@ static void shard_open(Shard *s, const char *path, Map map, const char *scratch,
     if (s->pickle.node[model].type != N_DICT)
         die("%s: a dict of tensors is expected, not a %s", path, node_name[s->pickle.node[model].type]);
     collect_tensors(s, model, name, 0, &steps);
+    for (size_t i = 0; i < s->views; i++) {
+        const TorchStorage *storage = &s->pickle.storage[s->view[i].storage];
+        if (!storage->data) storage_member(s, storage)->wanted = 1;
+    }
+#pragma omp parallel for schedule(dynamic) /* the time goes into inflating and checking */
+    for (size_t i = 0; i < s->zip.members; i++)
+        if (s->zip.member[i].wanted) zip_read(&s->zip, &s->zip.member[i]);
     for (size_t i = 0; i < s->views; i++) find_data(s, &s->view[i]);
 }
 
 /* A file of safetensors, or a folder of them, as the same thing. */
-static void shard_from_safetensors(Shard *s, const char *path, const Safetensors *file)
+static void shard_from_safetensors(Shard *s, const Safetensors *file)
 {
-    memset(s, 0, sizeof *s);
-    s->path = path;
     for (size_t i = 0; i < file->tensors; i++) {
         View *v = add_view(s, file->tensor[i].name);
         const char *name = v->t.name;
@@ -1241,10 +1289,11 @@ static void shard_close(Shard *s)
     free(s->view);
     pickle_free(&s->pickle);
     zip_close(&s->zip);
+    free((void *)s->path);
 }
 
 /* ================================================================================================================
- * Chapter 4. Shards: a file for each rank
+ * Chapter 4. Shards: a file for each rank, and how to find them (chapter 7 joins them)
  *
  *     ROOT/latest_checkpointed_iteration.txt          "release", or the number of an iteration
  *     ROOT/release/                                   or iter_0500000/
@@ -1259,157 +1308,22 @@ static void shard_close(Shard *s)
 static const char tracker[] = "latest_checkpointed_iteration.txt";
 enum { MAX_SHARDS = 4096, MAX_TRACKER = 64 };
 
-/* A folder, or a zip archive that is looked into like one. */
+/* The paths in a folder or an archive. */
 typedef struct {
-    const char *path;
-    Map map; /* of an archive */
-    Zip zip;
-    int zipped;
-    char folder[PATH_MAX]; /* the one below it that is meant: "" or "release/" */
-} Tree;
+    char **path; /* sorted */
+    size_t n, room;
+} Paths;
 
-static char *tree_path(char path[PATH_MAX], const Tree *p, const char *name)
+static void list_path(Paths *list, const char *path)
 {
-    if (snprintf(path, PATH_MAX, "%s%s", p->folder, name) >= PATH_MAX) die("a path in %s is too long", p->path);
-    return path;
-}
-
-static int tree_has(const Tree *p, const char *name)
-{
-    char path[PATH_MAX];
-    tree_path(path, p, name);
-    return p->zipped ? zip_find(&p->zip, path) != NULL : file_exists(p->path, path);
-}
-
-/* The bytes of a file; tree_close_file() gives them back. */
-static Map tree_read(const Tree *p, const char *name)
-{
-    char path[PATH_MAX], whole[PATH_MAX];
-    tree_path(path, p, name);
-    return p->zipped ? zip_read(&p->zip, zip_find(&p->zip, path)) : map_file(join_path(whole, p->path, path));
-}
-
-/* A member's bytes belong to the archive. */
-static void tree_close_file(const Tree *p, Map map)
-{
-    if (!p->zipped) unmap_file(map);
-}
-
-static void add_name(char ***list, size_t *n, size_t *room, const char *name, size_t length)
-{
-    *list = (char **)grow(*list, *n, room, sizeof **list);
-    (*list)[(*n)++] = keep_string(name, length);
-}
-
-/* The names in the folder, sorted; each belongs to the caller. */
-static char **tree_names(size_t *n, const Tree *p)
-{
-    char **list = NULL, path[PATH_MAX];
-    size_t room = 0, prefix = strlen(p->folder), kept = 0;
-    DIR *stream = p->zipped ? NULL : opendir(join_path(path, p->path, p->folder));
-    if (!p->zipped && !stream) die("cannot open the folder %s: %s", path, strerror(errno));
-    *n = 0;
-    for (struct dirent *entry; stream && (entry = readdir(stream));)
-        if (entry->d_name[0] != '.') add_name(&list, n, &room, entry->d_name, strlen(entry->d_name));
-    if (stream) closedir(stream);
-    for (size_t i = 0; p->zipped && i < p->zip.members; i++) {
-        const char *name = p->zip.member[i].name;
-        if (strncmp(name, p->folder, prefix) || !name[prefix]) continue;
-        size_t length = strcspn(name + prefix, "/");
-        if (*n && !strncmp(list[*n - 1], name + prefix, length) && !list[*n - 1][length]) continue; /* as before */
-        add_name(&list, n, &room, name + prefix, length);
-    }
-    if (*n) qsort(list, *n, sizeof *list, compare_strings);
-    for (size_t i = 0; i < *n; i++)
-        if (i && !strcmp(list[kept - 1], list[i])) free(list[i]);
-        else list[kept++] = list[i];
-    *n = kept;
-    return list;
-}
-
-static void free_names(char **list, size_t n)
-{
-    while (n) free(list[--n]);
-    free(list);
-}
-
-static void enter(Tree *p, const char *name)
-{
-    char path[PATH_MAX];
-    if (snprintf(path, sizeof path, "%s%s/", p->folder, name) >= PATH_MAX) die("a path in %s is too long", p->path);
-    memcpy(p->folder, path, sizeof path);
+    list->path = (char **)grow(list->path, list->n, &list->room, sizeof *list->path);
+    list->path[list->n++] = keep_string(path, strlen(path));
 }
 
 static int is_iteration(const char *name)
 {
     return !strcmp(name, "release") ||
            (!strncmp(name, "iter_", 5) && name[5] && !name[5 + strspn(name + 5, "0123456789")]);
-}
-
-/* The file that holds a rank's model, or NULL. folder: "" or "mp_rank_00/". */
-static const char *model_file(const Tree *p, const char *folder)
-{
-    static const char *const names[] = {"model_optim_rng.pt", "model_rng.pt"};
-    const char *found = NULL;
-    char path[MAX_NAME];
-    for (int i = 0; i < 2; i++) {
-        snprintf(path, sizeof path, "%.200s%s", folder, names[i]);
-        if (!tree_has(p, path)) continue;
-        if (found)
-            die("%s/%s%s holds both %s and %s: only one can be meant", p->path, p->folder, folder, names[0],
-                names[1]);
-        found = names[i];
-    }
-    return found;
-}
-
-/* Reads the tracker: a word that becomes part of a path, so nothing but the two forms is let through. */
-static void follow_tracker(Tree *p)
-{
-    Map map = tree_read(p, tracker);
-    char word[MAX_TRACKER] = "", name[MAX_TRACKER];
-    size_t n = min_size(map.size, sizeof word - 1);
-    memcpy(word, map.data, n);
-    while (n && strchr(" \r\n", word[n - 1])) word[--n] = 0;
-    size_t digits = strspn(word, "0123456789");
-    int release = !strcmp(word, "release");
-    if (map.size >= MAX_TRACKER || strlen(word) != n || (!release && (!n || digits < n || n > 9 || !atoi(word))))
-        die("%s: %s holds neither \"release\" nor the number of an iteration from 1 up", p->path, tracker);
-    snprintf(name, sizeof name, "iter_%07d", release ? 0 : atoi(word));
-    tree_close_file(p, map);
-    enter(p, release ? "release" : name);
-}
-
-/* Goes down to the folder that holds the ranks' folders, or one rank's file. */
-static void find_iteration(Tree *p)
-{
-    for (int depth = 0; depth < MAX_DEPTH; depth++) {
-        size_t n, ranks = 0, iterations = 0, sharded = 0;
-        const char *last = NULL;
-        if (tree_has(p, tracker)) {
-            follow_tracker(p);
-            continue;
-        }
-        char **name = tree_names(&n, p);
-        for (size_t i = 0; i < n; i++) {
-            ranks += !strncmp(name[i], "mp_rank_", 8);
-            sharded += strstr(name[i], ".distcp") || !strcmp(name[i], "metadata.json");
-            if (is_iteration(name[i])) iterations++, last = name[i];
-        }
-        if (!ranks && !model_file(p, "")) {
-            if (sharded)
-                die("%s/%s is a torch_dist checkpoint: load it in Megatron, and save it with --ckpt-format torch",
-                    p->path, p->folder);
-            if (iterations > 1)
-                die("%s/%s holds several iterations and no %s: name one of them", p->path, p->folder, tracker);
-            if (!iterations && p->zipped && n == 1) last = name[0]; /* archives often hold one folder of everything */
-            if (!last)
-                die("%s/%s holds neither mp_rank_.. folders nor a model_optim_rng.pt: it is no checkpoint", p->path,
-                    p->folder);
-            enter(p, last);
-        } else depth = MAX_DEPTH;
-        free_names(name, n);
-    }
 }
 
 /* The numbers in mp_rank_00 or mp_rank_00_000; returns how many there are, 0 if this is another name. */
@@ -1423,65 +1337,133 @@ static int rank_numbers(const char *name, size_t number[3])
         number[n] = (size_t)atoi(name);
         name += digits;
     }
-    return *name ? 0 : n;
+    return *name && *name != '/' ? 0 : n;
 }
 
-/* A rank's file, below the tree's folder. */
+/* Lists a folder, and those in it that a checkpoint consists of. below: "" or "release/", .. */
+static void list_folder(Paths *list, const char *root, const char *below, int depth)
+{
+    char path[PATH_MAX];
+    size_t number[3];
+    DIR *stream = opendir(join_path(path, root, below));
+    if (!stream && !depth) die("cannot open the folder %s: %s", root, strerror(errno));
+    for (struct dirent *entry; stream && (entry = readdir(stream));) {
+        const char *name = entry->d_name;
+        if (snprintf(path, sizeof path, "%s%s", below, name) >= PATH_MAX - 1) die("a path in %s is too long", root);
+        list_path(list, path);
+        if (depth == 2 || (!is_iteration(name) && !rank_numbers(name, number))) continue;
+        strcat(path, "/");
+        list_folder(list, root, path, depth + 1);
+    }
+    if (stream) closedir(stream);
+}
+
+static const char *base_name(const char *path) { return strrchr(path, '/') ? strrchr(path, '/') + 1 : path; }
+
+/* The bytes of a file below a folder, or in an archive if there is one. */
+static Map read_below(const char *folder, Zip *archive, const char *name)
+{
+    char path[PATH_MAX];
+    return archive->members ? zip_read(archive, zip_find(archive, name)) : map_file(join_path(path, folder, name));
+}
+
+/* Reads a tracker: a word that becomes part of a path, so nothing but the two forms is let through. */
+static void read_tracker(char iteration[MAX_TRACKER], const char *path, Map map)
+{
+    char word[MAX_TRACKER] = "";
+    size_t n = min_size(map.size, sizeof word - 1);
+    memcpy(word, map.data, n);
+    while (n && strchr(" \r\n", word[n - 1])) word[--n] = 0;
+    size_t digits = strspn(word, "0123456789");
+    int release = !strcmp(word, "release");
+    if (map.size >= MAX_TRACKER || strlen(word) != n || (!release && (!n || digits < n || n > 9 || !atoi(word))))
+        die("%s: %s holds neither \"release\" nor the number of an iteration from 1 up", path, tracker);
+    snprintf(iteration, MAX_TRACKER, "iter_%07d", release ? 0 : atoi(word));
+    if (release) memcpy(iteration, word, sizeof word);
+}
+
+/* The folder that the outermost tracker names, with a slash; "" if there is no tracker. */
+static void follow_tracker(char iteration[PATH_MAX], const Paths *list, const char *folder, Zip *archive)
+{
+    const char *found = NULL;
+    char name[MAX_TRACKER];
+    for (size_t i = 0; i < list->n; i++)
+        if (!strcmp(base_name(list->path[i]), tracker) && (!found || strlen(list->path[i]) < strlen(found)))
+            found = list->path[i];
+    *iteration = 0;
+    if (!found) return;
+    Map map = read_below(folder, archive, found);
+    read_tracker(name, folder, map);
+    if (!archive->members) unmap_file(map);
+    if (snprintf(iteration, PATH_MAX, "%.*s%s/", (int)(base_name(found) - found), found, name) >= PATH_MAX)
+        die("a path in %s is too long", folder);
+}
+
+/* A rank's file. */
 typedef struct {
+    const char *path;
+    int numbers; /* in its folder's name; 0: it is no rank's folder */
     size_t tp, pp;
-    char *path;
+    size_t iteration; /* bytes of the path that are the iteration's folder */
 } RankFile;
 
-/* Lists what mp_rank_.. folders hold. Those without a model are the optimizer's, of data ranks. */
-static RankFile *list_ranks(size_t *n, const Tree *p)
+/* Is this a rank's model? Those of another name are the optimizer's, of data ranks. */
+static int find_rank(RankFile *file, const char *path)
 {
-    size_t names, room = 0, number[3];
-    int numbers = 0;
-    char **name = tree_names(&names, p), path[MAX_NAME];
-    RankFile *list = NULL;
-    *n = 0;
-    for (size_t i = 0; i < names; i++) {
-        int here = rank_numbers(name[i], number);
-        snprintf(path, sizeof path, "%.100s/", name[i]);
-        const char *model = here ? model_file(p, path) : NULL;
-        if (!model) continue;
-        if (here == 3 || (numbers && numbers != here))
-            die("%s/%s: %s does not fit its neighbours: all mp_rank_00 or all mp_rank_00_000 is expected", p->path,
-                p->folder, name[i]);
-        numbers = here;
-        strncat(path, model, sizeof path - strlen(path) - 1);
-        list = (RankFile *)grow(list, *n, &room, sizeof *list);
-        RankFile file = {number[0], here == 2 ? number[1] : 0, keep_string(path, strlen(path))};
-        list[(*n)++] = file;
-    }
-    free_names(name, names);
-    return list;
+    const char *base = base_name(path), *parent = base;
+    size_t number[3] = {0, 0, 0};
+    if (strcmp(base, "model_optim_rng.pt") && strcmp(base, "model_rng.pt")) return 0;
+    if (parent > path) parent--;
+    while (parent > path && parent[-1] != '/') parent--;
+    memset(file, 0, sizeof *file);
+    file->path = path;
+    file->numbers = rank_numbers(parent, number);
+    file->tp = number[0];
+    file->pp = file->numbers > 1 ? number[1] : 0;
+    file->iteration = (size_t)((file->numbers ? parent : base) - path);
+    return 1;
 }
 
-/* The ranks' files of a checkpoint, in the order of ranks: all tensor ranks of stage 0 come first. Both the list and
- * the paths in it belong to the caller. */
-static char **find_shards(Tree *p, Layout *layout)
+__attribute__((noreturn)) static void no_checkpoint(const Paths *list, const char *folder, const char *iteration)
 {
-    size_t n, tp = 1, pp = 1;
-    find_iteration(p);
-    RankFile *list = list_ranks(&n, p);
-    const char *alone = model_file(p, "");
-    if (!n && !alone)
-        die("%s/%s: no mp_rank_.. folder holds a model_optim_rng.pt or model_rng.pt", p->path, p->folder);
-    for (size_t i = 0; i < n; i++) tp = max_size(tp, list[i].tp + 1), pp = max_size(pp, list[i].pp + 1);
-    if (n && (n > MAX_SHARDS || tp * pp != n))
-        die("%s/%s: the folders' numbers go up to %zu tensor ranks x %zu stages, but %zu have a model", p->path,
-            p->folder, tp, pp, n);
-    char **file = (char **)xcalloc(tp * pp, sizeof *file);
+    for (size_t i = 0; i < list->n; i++)
+        if (strstr(list->path[i], ".distcp") || !strcmp(base_name(list->path[i]), "metadata.json"))
+            die("%s is a torch_dist checkpoint: load it in Megatron, and save it with --ckpt-format torch", folder);
+    die("%s: no mp_rank_.. folder%s%s holds a model_optim_rng.pt or model_rng.pt: it is no checkpoint", folder,
+        *iteration ? " in " : "", iteration);
+}
+
+/* The ranks' files of a checkpoint, in the order of ranks: all tensor ranks of stage 0 come first. The caller frees the
+ * list. */
+static const char **find_ranks(const Paths *list, Layout *layout, const char *folder, Zip *archive)
+{
+    char iteration[PATH_MAX];
+    size_t n = 0, tp = 1, pp = 1;
+    RankFile *file = (RankFile *)xcalloc(list->n, sizeof *file);
+    follow_tracker(iteration, list, folder, archive);
+    for (size_t i = 0; i < list->n; i++)
+        if (!strncmp(list->path[i], iteration, strlen(iteration))) n += (size_t)find_rank(&file[n], list->path[i]);
+    if (!n) no_checkpoint(list, folder, iteration);
     for (size_t i = 0; i < n; i++) {
-        char **slot = &file[list[i].pp * tp + list[i].tp];
-        if (*slot) die("%s/%s: %s and %s are one and the same rank", p->path, p->folder, *slot, list[i].path);
-        *slot = list[i].path;
+        tp = max_size(tp, file[i].tp + 1), pp = max_size(pp, file[i].pp + 1);
+        if (file[i].iteration != file[0].iteration || strncmp(file[i].path, file[0].path, file[0].iteration))
+            die("%s holds several iterations, of %s and of %s, and no %s: name one of them", folder, file[0].path,
+                file[i].path, tracker);
+        if (file[i].numbers == 3 || file[i].numbers != file[0].numbers)
+            die("%s: %s does not fit its neighbours: all mp_rank_00 or all mp_rank_00_000 is expected", folder,
+                file[i].path);
     }
-    if (!n) file[0] = keep_string(alone, strlen(alone));
-    free(list);
-    layout->tp = (int)tp, layout->pp = (int)pp, layout->dp = 1;
-    return file;
+    if (n > MAX_SHARDS || tp * pp > n)
+        die("%s: the folders' numbers go up to %zu tensor ranks x %zu stages, but %zu have a model", folder, tp, pp, n);
+    const char **ordered = (const char **)xcalloc(tp * pp, sizeof *ordered);
+    for (size_t i = 0; i < n; i++) {
+        const char **slot = &ordered[file[i].pp * tp + file[i].tp];
+        if (*slot) die("%s: %s and %s are of one and the same rank", folder, *slot, file[i].path);
+        *slot = file[i].path;
+    }
+    free(file);
+    layout->tp = (int)tp, layout->pp = (int)pp;
+    return ordered;
 }
 
 /* ---- The input, whatever it is --------------------------------------------------------------------------------- */
@@ -1490,71 +1472,84 @@ static char **find_shards(Tree *p, Layout *layout)
 typedef struct {
     const char *path;
     const char *container; /* in words */
-    Tree tree;
+    Reading reading;
+    Map map;     /* of a file */
+    Zip archive; /* which may be a zip archive of a checkpoint */
     Safetensors safetensors;
     Layout layout;
     int folder; /* of Hugging Face's: it has a config.json */
-    size_t shards;
-    char **file; /* their paths */
-    Map *map;
+    size_t shards, room;
     Shard *shard;
 } Source;
 
-static const char *container_name(Map map) { return is_legacy(map) ? "torch.save, legacy" : "torch.save, zip"; }
-
-static void make_room(Source *s, size_t shards)
+/* Adds a file of tensors, still to be opened. */
+static void add_shard(Source *s, const char *path, Map map)
 {
-    s->shards = shards;
-    s->shard = (Shard *)xcalloc(shards, sizeof *s->shard);
-    s->map = (Map *)xcalloc(shards, sizeof *s->map);
-    if (!s->file) s->file = (char **)xcalloc(shards, sizeof *s->file);
+    s->shard = (Shard *)grow(s->shard, s->shards, &s->room, sizeof *s->shard);
+    Shard *shard = &s->shard[s->shards++];
+    memset(shard, 0, sizeof *shard);
+    shard->path = keep_string(path, strlen(path));
+    shard->map = map;
+}
+
+static Map map_input(Source *s, const char *path)
+{
+    Map map = map_file(path);
+    s->reading.inflated += MAX_INFLATION * (long long)map.size;
+    return map;
+}
+
+static void open_all(Source *s)
+{
+    for (size_t i = 0; i < s->shards; i++) shard_open(&s->shard[i], &s->reading);
+    s->container = is_legacy(s->shard[0].map) ? "torch.save, legacy" : "torch.save, zip";
 }
 
 /* Every tensor must be in the file where the index says, and in no other. */
 static void check_bin_index(const Source *s, const Json *index, const JsonValue *map)
 {
-    size_t tensors = 0;
-    char name[NAME_SHOWN];
-    for (size_t i = 0; i < s->shards; i++) {
-        const char *slash = strrchr(s->file[i], '/');
-        for (size_t j = 0; j < s->shard[i].views; j++, tensors++) {
-            const JsonValue *v = json_get(index, map, s->shard[i].view[j].t.name);
-            if (!v || strcmp(v->string, slash + 1))
-                die("%s: tensor %s is not where %s says", s->file[i], show_name(name, s->shard[i].view[j].t.name),
-                    index->what);
+    Safetensors all = {NULL, 0, NULL, 0};
+    size_t room = 0;
+    for (size_t i = 0; i < s->shards; i++)
+        for (size_t j = 0; j < s->shard[i].views; j++) {
+            all.tensor = (StoredTensor *)grow(all.tensor, all.tensors, &room, sizeof *all.tensor);
+            all.tensor[all.tensors] = s->shard[i].view[j].t;
+            all.tensor[all.tensors++].name = strip_prefix(s->shard[i].view[j].t.name);
         }
-    }
-    if (tensors != map->length)
-        die("%s lists %zu tensors, but its files hold %zu", index->what, map->length, tensors);
+    if (all.tensors) qsort(all.tensor, all.tensors, sizeof *all.tensor, compare_names);
+    check_index(&all, s->path, index, map);
+    free(all.tensor);
 }
 
 /* pytorch_model.bin, or its shards. */
-static void open_bins(Source *s, const char *scratch, FILE *listing)
+static void open_bins(Source *s)
 {
-    static const char whole[] = "pytorch_model.bin", sharded[] = "pytorch_model.bin.index.json";
+    static const char whole[] = "pytorch_model.bin";
     char path[PATH_MAX], what[PATH_MAX];
-    int single = file_exists(s->path, whole);
-    Map text =
-        single ? map_file(join_path(what, s->path, "config.json")) : map_file(join_path(what, s->path, sharded));
+    size_t n;
+    if (file_exists(s->path, whole)) {
+        join_path(path, s->path, whole);
+        add_shard(s, path, map_input(s, path));
+        open_all(s);
+        return;
+    }
+    Map text = map_file(join_path(what, s->path, "pytorch_model.bin.index.json"));
     Json index = json_parse(text.data, text.size, what);
     const JsonValue *map = json_get(&index, index.value, "weight_map");
-    size_t n = 1;
-    const char *one = whole, **name = single ? &one : indexed_files(&n, &index, map);
-    make_room(s, n);
+    const char **name = indexed_files(&n, &index, map);
     for (size_t i = 0; i < n; i++) {
         join_path(path, s->path, name[i]);
-        s->file[i] = keep_string(path, strlen(path));
-        s->map[i] = map_file(path);
-        shard_open(&s->shard[i], s->file[i], s->map[i], scratch, listing);
+        add_shard(s, path, map_input(s, path));
     }
-    s->container = container_name(s->map[0]);
-    if (!single) check_bin_index(s, &index, map), free(name);
+    open_all(s);
+    check_bin_index(s, &index, map);
     json_free(&index);
     unmap_file(text);
+    free(name);
 }
 
 /* A folder of Hugging Face's holds config.json and weights. Returns 0 if this is another one. */
-static int open_hugging_face(Source *s, const char *scratch, FILE *listing)
+static int open_hugging_face(Source *s)
 {
     static const char *const weights[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                                           "pytorch_model.bin.index.json"};
@@ -1564,40 +1559,30 @@ static int open_hugging_face(Source *s, const char *scratch, FILE *listing)
     if (!file_exists(s->path, "config.json")) die("%s holds %s, but no config.json", s->path, weights[found]);
     s->folder = 1;
     if (found < 2) {
-        make_room(s, 1);
-        s->file[0] = keep_string(s->path, strlen(s->path));
+        Map none = {"", 0};
         s->safetensors = safetensors_open(s->path);
         s->container = "safetensors";
-        shard_from_safetensors(&s->shard[0], s->file[0], &s->safetensors);
-    } else open_bins(s, scratch, listing);
+        add_shard(s, s->path, none);
+        shard_from_safetensors(&s->shard[0], &s->safetensors);
+    } else open_bins(s);
     return 1;
 }
 
-/* A file that torch.save has written, alone. */
-static void open_single(Source *s, Map map, const char *scratch, FILE *listing)
-{
-    make_room(s, 1);
-    s->file[0] = keep_string(s->path, strlen(s->path));
-    s->map[0] = map;
-    s->container = container_name(map);
-    shard_open(&s->shard[0], s->file[0], map, scratch, listing);
-}
-
 /* A checkpoint's folder, or an archive of it. */
-static void open_ranks(Source *s, const char *scratch, FILE *listing)
+static void open_ranks(Source *s)
 {
-    char path[PATH_MAX], below[PATH_MAX];
-    s->file = find_shards(&s->tree, &s->layout);
-    make_room(s, (size_t)(s->layout.tp * s->layout.pp));
-    for (size_t i = 0; i < s->shards; i++) {
-        s->map[i] = tree_read(&s->tree, s->file[i]);
-        join_path(path, s->path, tree_path(below, &s->tree, s->file[i]));
-        free(s->file[i]);
-        s->file[i] = keep_string(path, strlen(path));
-        if (listing) fprintf(listing, "%s\n", path);
-        shard_open(&s->shard[i], s->file[i], s->map[i], scratch, listing);
+    char path[PATH_MAX];
+    Paths list = {NULL, 0, 0};
+    for (size_t i = 0; i < s->archive.members; i++) list_path(&list, s->archive.member[i].name);
+    if (!s->archive.members) list_folder(&list, s->path, "", 0);
+    const char **file = find_ranks(&list, &s->layout, s->path, &s->archive);
+    for (int i = 0; i < s->layout.tp * s->layout.pp; i++) {
+        join_path(path, s->path, file[i]);
+        add_shard(s, path, s->archive.members ? read_below(s->path, &s->archive, file[i]) : map_input(s, path));
     }
-    s->container = container_name(s->map[0]);
+    for (size_t i = 0; i < list.n; i++) free(list.path[i]);
+    free(list.path), free(file);
+    open_all(s);
 }
 
 /* Opens what path names, recognised by content. scratch: a folder for what must be inflated; listing: where pickles
@@ -1609,33 +1594,34 @@ static void source_open(Source *s, const char *path, const char *scratch, FILE *
     memset(s, 0, sizeof *s);
     s->path = path;
     s->layout.tp = s->layout.pp = s->layout.dp = 1;
+    s->reading.scratch = scratch, s->reading.listing = listing;
+    s->reading.objects = MAX_OBJECTS, s->reading.inflated = MIN_INFLATED;
     if (stat(path, &st)) die("cannot open %s: %s", path, strerror(errno));
-    s->tree.path = path;
     if (S_ISDIR(st.st_mode)) {
-        if (!open_hugging_face(s, scratch, listing)) open_ranks(s, scratch, listing);
+        if (!open_hugging_face(s)) open_ranks(s);
         return;
     }
-    Map map = map_file(path);
-    s->tree.map = map;
-    if (is_zip(map)) {
-        s->tree.zip = zip_open(path, map, scratch);
-        s->tree.zipped = !find_torch_name(name, &s->tree.zip);
+    s->map = map_input(s, path);
+    if (is_zip(s->map)) s->archive = zip_open(path, s->map, &s->reading);
+    if (s->archive.members && !find_torch_name(name, &s->archive)) {
+        open_ranks(s);
+        return;
     }
-    if (s->tree.zipped) open_ranks(s, scratch, listing);
-    else open_single(s, map, scratch, listing);
+    zip_close(&s->archive);
+    add_shard(s, path, s->map);
+    open_all(s);
 }
 
 static void source_close(Source *s)
 {
     for (size_t i = 0; i < s->shards; i++) {
+        if (!s->map.size) unmap_file(s->shard[i].map); /* else it is in the archive, or is the file itself */
         shard_close(&s->shard[i]);
-        if (!s->tree.map.size) unmap_file(s->map[i]); /* else it is in the archive, or is the file itself */
-        free(s->file[i]);
     }
-    zip_close(&s->tree.zip);
-    unmap_file(s->tree.map);
+    zip_close(&s->archive);
+    unmap_file(s->map);
     if (s->safetensors.file) safetensors_close(&s->safetensors);
-    free(s->shard), free(s->map), free(s->file);
+    free(s->shard);
 }
 
 /* ================================================================================================================
@@ -1893,6 +1879,11 @@ static Config config_from_shapes(const Shard *s, Layout layout)
  * Chapter 7. Where the rows of Q, K and V are, and where the model's tensors
  *
  * The weight of Q, K and V is one matrix of 3C rows, and over the years its rows have been stored in three orders.
+ * With s = 0, 1, 2 for Q, K, V, head h of H, and row j of the D rows of a head, row s H D + h D + j of [Q; K; V] is
+ * stored as row
+ *
+ *     version 0   (s H + h) D + j          version 1   (h D + j) 3 + s          version 2, 3   (h 3 + s) D + j
+ *
  * For two heads of two rows each, q01 being row 1 of head 0's Q:
  *
  *     version 0   q00 q01 q10 q11  k00 k01 k10 k11  v00 v01 v10 v11    all of Q, of K, of V: Hugging Face's order too
@@ -1909,27 +1900,37 @@ static Config config_from_shapes(const Shard *s, Layout layout)
  *
  * A file that is read in the wrong order has all the right shapes, and the model says garbage.
  *
- * The other tensors are cut as the paper cuts them [§3]: the table says ROWS or COLS. What is WHOLE every rank has,
- * and all must agree. The vocabulary is padded to a multiple of 128 t, with rows that no token uses.
+ * The other tensors are cut as the paper cuts them [§3]: the table says ROWS (h_to_4h and the word embedding) or COLS
+ * (dense and 4h_to_h); what is WHOLE every rank has, and all must agree. For two ranks:
+ *
+ *            rank 0   rank 1   joined                       rank 0   rank 1   joined
+ *     ROWS     a b      e f      a b                  COLS     a b      c d      a b c d
+ *              c d      g h      c d                           e f      g h      e f g h
+ *                                e f
+ *                                g h
+ *
+ * The vocabulary is padded to a multiple of 128 t, with rows that no token uses. They are the last: of 380 tokens on
+ * two ranks, rank 0 holds 0 .. 255, and rank 1 holds 256 .. 379 and 132 rows of padding.
  * ============================================================================================================= */
 
 /* How a model is laid out in files. */
 typedef struct {
     Layout layout;
-    int version;   /* order of the rows of Q, K, V */
-    int conv1d;    /* matrices are stored [in, out], for Hugging Face's Conv1D */
-    size_t padded; /* rows of the word embedding, on all tensor ranks together */
+    int version;      /* order of the rows of Q, K, V */
+    int hugging_face; /* one file of all, where a Conv1D's matrices are stored [in, out]; else Megatron's */
+    size_t padded;    /* rows of the word embedding, on all tensor ranks together */
 } Arrangement;
 
-/* Row of a rank's stored matrix that is row i of [Q; K; V]; it has `heads` heads of D rows each. */
+/* Row of a rank's stored matrix that is row i of its [Q; K; V]; it has `heads` heads of D rows each. */
 static size_t qkv_row(int version, size_t heads, size_t D, size_t i)
 {
-    size_t s = i / (heads * D), h = i / D % heads, j = i % D;
+    size_t s = i / (heads * D), h = i / D % heads, j = i % D; /* part, head, row of the head */
     if (version == 0) return i;
     return version == 1 ? (h * D + j) * 3 + s : (h * 3 + s) * D + j;
 }
 
-/* And the other way: row of [Q; K; V] that is row i of the stored matrix. */
+/* And the other way: row of [Q; K; V] that is row i of the stored matrix. With two heads of two rows, row 4 of version
+ * 2 is v00, row 8 of [Q; K; V]: i / D % 3 = 2 is the part, i / (3 D) = 0 the head, i % D = 0 the row. */
 static size_t qkv_row_stored(int version, size_t heads, size_t D, size_t i)
 {
     if (version == 0) return i;
@@ -1964,7 +1965,8 @@ static Tensor *list_rank(size_t *n, const Config *c, const Arrangement *a, int r
     return list;
 }
 
-/* What a rank holds. */
+/* What a rank holds. The word embedding is tensor 0 of the first and the last stage, the position embedding tensor 1 of
+ * the first: the table begins with them. */
 typedef struct {
     Tensor *tensor;
     const View **view; /* of each */
@@ -1981,33 +1983,34 @@ typedef struct {
     Part *part; /* of each rank */
 } Model;
 
-/* Number of rank r's tensor that belongs to this spec and layer. */
+/* Number of a rank's tensor that belongs to this spec and layer; `tensors` if there is none. */
 static size_t find_tensor(const Part *part, const Spec *spec, size_t layer)
 {
-    size_t i = 0;
-    while (i < part->tensors && (part->tensor[i].spec != spec || part->tensor[i].layer != layer)) i++;
-    return i;
+    size_t i = 0, in_layer = 0;
+    for (int j = 0; j < N_SPECS; j++) in_layer += (size_t)specs[j].in_layer;
+    while (i < part->tensors && part->tensor[i].spec != spec) i++; /* in the rank's first layer */
+    if (i < part->tensors) i += (layer - part->tensor[i].layer) * in_layer;
+    return i < part->tensors && part->tensor[i].spec == spec && part->tensor[i].layer == layer ? i : part->tensors;
 }
 
 /* Strides of the rows and columns of [out, in]. */
-static void view_strides(size_t *row, size_t *col, const View *v, const Tensor *t, int conv1d)
+static void view_strides(size_t *row, size_t *col, const View *v, const Tensor *t, int hugging_face)
 {
-    int turned = conv1d && t->spec->conv1d;
+    int turned = hugging_face && t->spec->conv1d;
     *row = v->stride[turned], *col = v->t.dims == 2 ? v->stride[!turned] : 0;
 }
 
-static void check_shape(const View *v, const Tensor *t, int conv1d)
+static void check_shape(const View *v, const Tensor *t, int hugging_face)
 {
-    int turned = conv1d && t->spec->conv1d;
+    int turned = hugging_face && t->spec->conv1d;
     size_t shape[2] = {turned ? t->local_cols : t->local_rows, turned ? t->local_rows : t->local_cols};
     size_t dims = t->spec->cols == ONE ? 1 : 2;
-    char seen[SHAPE_TEXT], wanted[SHAPE_TEXT], name[NAME_SHOWN];
+    char seen[SHAPE_TEXT], wanted[SHAPE_TEXT];
     if (v->t.dims != dims || memcmp(v->t.shape, shape, dims * sizeof *shape))
-        die("%s: tensor %s is %s, but the model's shape asks for %s", v->t.path, show_name(name, v->t.name),
+        die("%s: tensor %.120s is %s, but the model's shape asks for %s", v->t.path, v->t.name,
             shape_text(seen, v->t.dims, v->t.shape), shape_text(wanted, dims, shape));
     if (v->t.dtype > BF16)
-        die("%s: tensor %s is of type %s: real numbers are expected", v->t.path, show_name(name, v->t.name),
-            dtype_name[v->t.dtype]);
+        die("%s: tensor %.120s is of type %s: real numbers are expected", v->t.path, v->t.name, dtype_name[v->t.dtype]);
 }
 
 /* Are two views equal, bit for bit? */
@@ -2027,10 +2030,8 @@ static int same_values(const View *a, const View *b)
 
 static void refuse_difference(const View *a, const View *b, const char *why)
 {
-    char name[NAME_SHOWN], other[NAME_SHOWN];
     if (a && b && a != b && !same_values(a, b))
-        die("%s: tensor %s differs from %s of %s: %s", a->t.path, show_name(name, a->t.name),
-            show_name(other, b->t.name), b->t.path, why);
+        die("%s: tensor %.120s differs from %.120s of %s: %s", a->t.path, a->t.name, b->t.name, b->t.path, why);
 }
 
 /* Finds a tensor for every view of a shard that belongs to this rank. */
@@ -2038,21 +2039,20 @@ static void place_views(Model *m, int rank, const Shard *s)
 {
     Part *part = &m->part[rank];
     Layout layout = m->how.layout;
-    char name[NAME_SHOWN];
     size_t first = (size_t)pp_rank(layout, rank) * (m->config.L / (size_t)layout.pp);
     for (size_t i = 0; i < s->views; i++) {
         const View *v = &s->view[i];
         size_t at = part->tensors;
-        show_name(name, v->t.name);
-        if (v->spec && (v->era == HUGGING_FACE) == m->how.conv1d)
+        if (v->spec && (v->era == HUGGING_FACE) == m->how.hugging_face)
             at = find_tensor(part, v->spec, v->spec->in_layer ? first + v->layer : 0);
         if (is_mask(strip_prefix(v->t.name))) continue;
         if (is_head(v->t.name)) {
             refuse_difference(v, part->head, "both would make the logits");
             part->head = v;
-        } else if (at == part->tensors) die("%s: tensor %s has no place in a GPT-2 of this shape", s->path, name);
+        } else if (at == part->tensors)
+            die("%s: tensor %.120s has no place in a GPT-2 of this shape", s->path, v->t.name);
         else if (part->view[at])
-            die("%s: tensor %s is there twice, also as %s", s->path, name, part->view[at]->t.name);
+            die("%s: tensor %.120s is there twice, also as %.120s", s->path, v->t.name, part->view[at]->t.name);
         else part->view[at] = v;
     }
 }
@@ -2076,7 +2076,7 @@ static void check_heads(Model *m)
 static void check_parts(const Model *m, const Source *source)
 {
     Layout s = m->how.layout;
-    char name[NAME_SIZE], own[NAME_SHOWN];
+    char name[NAME_SIZE];
     for (int rank = 0; rank < s.tp * s.pp; rank++) {
         const Part *part = &m->part[rank], *first = &m->part[pp_rank(s, rank) * s.tp];
         for (size_t i = 0; i < part->tensors; i++) {
@@ -2084,10 +2084,10 @@ static void check_parts(const Model *m, const Source *source)
             const View *v = part->view[i], *other = first->view[i];
             if (!v)
                 die("%s: the tensor that Hugging Face calls %s is missing",
-                    m->how.conv1d ? m->path : source->file[rank], tensor_name(name, t));
-            check_shape(v, t, m->how.conv1d);
+                    m->how.hugging_face ? m->path : source->shard[rank].path, tensor_name(name, t));
+            check_shape(v, t, m->how.hugging_face);
             if (v->t.dtype != other->t.dtype)
-                die("%s: tensor %s is of type %s, but of type %s in %s", v->t.path, show_name(own, v->t.name),
+                die("%s: tensor %.120s is of type %s, but of type %s in %s", v->t.path, v->t.name,
                     dtype_name[v->t.dtype], dtype_name[other->t.dtype], other->t.path);
             if (t->spec->split == WHOLE) refuse_difference(v, other, "these are shards of different checkpoints");
         }
@@ -2123,13 +2123,29 @@ static int same_nodes(const Pickle *p, Ref a, const Pickle *q, Ref b)
     return (x->type != N_INTEGER && x->type != N_REAL) || x->is.integer == y->is.integer; /* one union: bit for bit */
 }
 
+static int compare_files(const void *a, const void *b)
+{
+    Map x = (*(const Shard *const *)a)->map, y = (*(const Shard *const *)b)->map;
+    return x.size == y.size ? memcmp(x.data, y.data, x.size) : x.size > y.size ? 1 : -1;
+}
+
+static void refuse_copies(const Source *m)
+{
+    const Shard **list = (const Shard **)xcalloc(m->shards, sizeof *list);
+    for (size_t i = 0; i < m->shards; i++) list[i] = &m->shard[i];
+    qsort(list, m->shards, sizeof *list, compare_files);
+    for (size_t i = 1; i < m->shards; i++)
+        if (!compare_files(&list[i - 1], &list[i]))
+            die("%s is a copy of %s, although ranks hold different parts", list[i]->path, list[i - 1]->path);
+    free(list);
+}
+
 /* All shards must be of one run, of one iteration, and each in its place. */
 static void check_agreement(const Source *m)
 {
     /* clang-format off */
     static const char *const names[] = {
         "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "ffn_hidden_size",
-        "padded_vocab_size", "tensor_model_parallel_size", "model_parallel_size", "pipeline_model_parallel_size",
         "layernorm_epsilon", "make_vocab_size_divisible_by", "orig_vocab_size"};
     /* clang-format on */
     const Shard *first = &m->shard[0];
@@ -2145,11 +2161,7 @@ static void check_agreement(const Source *m)
             differs = "checkpoint_version";
         for (size_t i = 0; i < sizeof names / sizeof *names; i++)
             if (!same_nodes(p, find_argument(first, names[i]), q, find_argument(s, names[i]))) differs = names[i];
-        if (differs)
-            die("%s and %s disagree on %s: they are of different checkpoints", first->path, s->path, differs);
-        for (size_t i = 0; i < rank; i++)
-            if (m->map[rank].size == m->map[i].size && !memcmp(m->map[rank].data, m->map[i].data, m->map[i].size))
-                die("%s is a copy of %s, although ranks hold different parts", s->path, m->shard[i].path);
+        if (differs) die("%s and %s disagree on %s: they are of different checkpoints", first->path, s->path, differs);
     }
 }
 
@@ -2189,10 +2201,10 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
     const Shard *s = &source->shard[0];
     int has_args = find_argument(s, "num_layers") != 0, tied = 1;
     char path[PATH_MAX];
-    if (has_args) refuse_other_models(s);
+    for (size_t i = 0; i < source->shards; i++) refuse_other_models(&source->shard[i]);
     if (o->config || source->folder) {
         m->config = read_shape(m, o->config ? o->config : join_path(path, source->path, "config.json"), &tied);
-        if (!tied && !m->how.conv1d)
+        if (!tied && !m->how.hugging_face)
             die("%s: \"tie_word_embeddings\" is false, but Megatron's GPT-2 ties them", o->config);
         m->untied = !tied;
     } else {
@@ -2210,13 +2222,14 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
     return o->config || source->folder ? c->V : count_argument(s, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
 }
 
-/* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to another model. */
-static size_t count_tokens(const Shard *s, const Model *m, const char *folder)
+/* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to another model.
+ * `told` is what the input tells of their number, or SIZE_MAX. */
+static size_t count_tokens(const Shard *s, const Model *m, size_t told, const char *folder)
 {
     Tokenizer *t = tokenizer_open(folder);
-    size_t V = (size_t)t->vocabulary, multiple = count_argument(s, "make_vocab_size_divisible_by", 1 << 20, 128);
+    size_t V = t->vocabulary, multiple = count_argument(s, "make_vocab_size_divisible_by", 1 << 20, 128);
     multiple *= (size_t)m->how.layout.tp;
-    if ((V + multiple - 1) / multiple * multiple != m->how.padded)
+    if (told != V && round_up(V, multiple) != m->how.padded)
         die("%s: there are %zu rows for tokens, but the tokenizer's %zu would be padded to a multiple of %zu: give "
             "--vocab-size N",
             m->path, m->how.padded, V, multiple);
@@ -2228,7 +2241,8 @@ static size_t count_tokens(const Shard *s, const Model *m, const char *folder)
 static size_t find_vocabulary(const Shard *s, const Model *m, size_t told, const Choices *o)
 {
     size_t padded = m->how.padded, V = o->keep_padding ? padded : o->vocab_size ? o->vocab_size : told;
-    if (V == SIZE_MAX && o->tokenizer) V = count_tokens(s, m, o->tokenizer);
+    size_t tokens = o->tokenizer && !o->vocab_size ? count_tokens(s, m, told, o->tokenizer) : SIZE_MAX;
+    if (V == SIZE_MAX) V = tokens;
     if (V == SIZE_MAX && padded == padded_vocab(50257, m->how.layout.tp)) V = 50257; /* GPT-2's */
     if (V == SIZE_MAX)
         die("%s: %zu tokens with padding, and how many are real is not told: give --vocab-size N, --tokenizer DIR or "
@@ -2254,34 +2268,31 @@ static void model_open(Model *m, Source *source, const Choices *o)
     const View *wte = find_view(s, "wte.weight");
     m->path = source->path;
     m->how.layout = source->layout;
-    m->how.conv1d = source->folder || (wte && wte->era == HUGGING_FACE);
-    if (!m->how.conv1d) {
+    m->how.hugging_face = source->folder || (wte && wte->era == HUGGING_FACE);
+    if (!m->how.hugging_face) {
         m->how.version = find_version(s, o->checkpoint_version);
         check_agreement(source);
+        refuse_copies(source);
         check_ranks(source);
     }
     size_t told = find_shape(m, source, o), ranks = (size_t)(source->layout.tp * source->layout.pp);
     m->how.padded = source->folder ? told : rows_of(s, "wte.weight") * (size_t)source->layout.tp;
-    m->config.V = m->how.padded; /* until padding is told from tokens */
+    m->config.V = find_vocabulary(s, m, told, o);
     m->part = (Part *)xcalloc(ranks, sizeof *m->part);
     for (size_t rank = 0; rank < ranks; rank++) {
         size_t wanted = list_tensors(NULL, NULL, &m->config, m->how.layout, (int)rank),
                views = source->shard[rank].views;
-        if (!m->how.conv1d && 2 * views + 64 < wanted) /* so that a few bytes cannot ask for a long list */
-            die("%s: it holds %zu tensors, but the shape of the model asks for %zu", source->file[rank], views,
+        if (!m->how.hugging_face && 2 * views + 64 < wanted) /* so that a few bytes cannot ask for a long list */
+            die("%s: it holds %zu tensors, but the shape of the model asks for %zu", source->shard[rank].path, views,
                 wanted);
         m->part[rank].tensor = list_rank(&m->part[rank].tensors, &m->config, &m->how, (int)rank);
         m->part[rank].view = (const View **)xcalloc(m->part[rank].tensors, sizeof *m->part[rank].view);
     }
-    for (size_t i = 0; i < source->shards; i++) place_views(m, m->how.conv1d ? 0 : (int)i, &source->shard[i]);
+    for (size_t i = 0; i < source->shards; i++) place_views(m, m->how.hugging_face ? 0 : (int)i, &source->shard[i]);
     check_heads(m);
     check_parts(m, source);
     if (m->untied && !m->part[0].head)
         die("%s: \"tie_word_embeddings\" is false, but lm_head.weight is missing", m->path);
-    m->config.V = find_vocabulary(s, m, told, o);
-    for (size_t rank = 0; rank < ranks; rank++)
-        for (size_t i = 0; i < m->part[rank].tensors; i++)
-            if (m->part[rank].tensor[i].spec->rows == DIM_V) m->part[rank].tensor[i].rows = m->config.V;
 }
 
 /* ================================================================================================================
@@ -2292,14 +2303,20 @@ static void model_open(Model *m, Source *source, const Choices *o)
  * twice, for the output and for the input. So one function serves both directions, any split, any version.
  *
  * Why are Hugging Face's matrices transposed? OpenAI wrote the layer as a convolution of width 1, y = x W with W
- * [in, out]; Megatron as PyTorch's Linear, y = x W^T with W [out, in]. The numbers are the same, the other way round.
+ * [in, out]; Megatron as PyTorch's Linear, y = x W^T with W [out, in]. The numbers are the same, the other way round:
+ *
+ *     [out, in] = [2, 3]   a b c     in memory a b c d e f     to go on by an output: 3 elements, by an input: 1
+ *                          d e f
+ *     [in, out] = [3, 2]   a d       in memory a d b e c f     by an output: 1, by an input: 2
+ *                          b e
+ *                          c f
  * ============================================================================================================= */
 
-static uint16_t float_to_bf16(float x) /* to nearest, ties to even; no NaN */
+static uint16_t float_to_bf16(float x) /* to nearest, ties to even; what is not finite stays so */
 {
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    return (uint16_t)((isfinite(x) ? bits + 0x7FFF + (bits >> 16 & 1) : bits) >> 16);
 }
 
 static uint16_t float_to_half(float x) /* the same */
@@ -2331,18 +2348,21 @@ static float round_to_odd(double x)
     return y;
 }
 
-static void store_value(char *to, Dtype dtype, const StoredTensor *from, size_t i)
+/* Stores n values as another type. */
+static void store_values(char *to, Dtype dtype, const StoredTensor *from, size_t n)
 {
-    uint16_t half;
-    float x;
-    double y;
-    if (from->dtype == F64) memcpy(&y, from->data + 8 * i, 8);
-    else y = (double)stored_value(from, i);
-    switch (dtype) {
-    case F64: memcpy(to, &y, 8); break;
-    case F32: x = (float)y, memcpy(to, &x, 4); break;
-    case F16: half = float_to_half(round_to_odd(y)), memcpy(to, &half, 2); break;
-    default: half = float_to_bf16(round_to_odd(y)), memcpy(to, &half, 2);
+    for (size_t i = 0; i < n; i++) {
+        uint16_t half;
+        float x;
+        double y;
+        if (from->dtype == F64) memcpy(&y, from->data + 8 * i, 8);
+        else y = (double)stored_value(from, i);
+        switch (dtype) {
+        case F64: memcpy(to + 8 * i, &y, 8); break;
+        case F32: x = (float)y, memcpy(to + 4 * i, &x, 4); break;
+        case F16: half = float_to_half(round_to_odd(y)), memcpy(to + 2 * i, &half, 2); break;
+        default: half = float_to_bf16(round_to_odd(y)), memcpy(to + 2 * i, &half, 2);
+        }
     }
 }
 
@@ -2368,71 +2388,47 @@ static Input find_input(const Model *m, const Tensor *t)
 enum { SIDE = 64 }; /* of a block: what it touches in the input and in the output fits into the first cache */
 
 /* A block of the output: element (i, j) comes from element row[i] + j * step of a tensor of the input, and goes to
- * element i * to_row + j * to_col. The inner loop writes neighbours. */
+ * element i * to_row + j * to_col. */
 typedef struct {
     size_t rows, cols, to_row, to_col;
     size_t row[SIDE], step;
 } Block;
 
+/* Any block, in tiles of 16 x 16, which stay in the first cache even where rows are a multiple of a page apart. The
+ * inner loop writes neighbours. */
 static inline void move_block(char *to, const char *from, const Block *b, size_t size)
 {
-    if (b->to_row == 1)
-        for (size_t j = 0; j < b->cols; j++)
-            for (size_t i = 0; i < b->rows; i++)
-                memcpy(to + (i + j * b->to_col) * size, from + (b->row[i] + j * b->step) * size, size);
-    else
-        for (size_t i = 0; i < b->rows; i++)
-            for (size_t j = 0; j < b->cols; j++)
-                memcpy(to + (i * b->to_row + j) * size, from + (b->row[i] + j * b->step) * size, size);
+    enum { TILE = 16 };
+    for (size_t top = 0; top < b->rows; top += TILE)
+        for (size_t left = 0; left < b->cols; left += TILE) {
+            size_t bottom = min_size(b->rows, top + TILE), right = min_size(b->cols, left + TILE);
+            if (b->to_row == 1)
+                for (size_t j = left; j < right; j++)
+                    for (size_t i = top; i < bottom; i++)
+                        memcpy(to + (i + j * b->to_col) * size, from + (b->row[i] + j * b->step) * size, size);
+            else
+                for (size_t i = top; i < bottom; i++)
+                    for (size_t j = left; j < right; j++)
+                        memcpy(to + (i * b->to_row + j) * size, from + (b->row[i] + j * b->step) * size, size);
+        }
 }
 
-/* 4 x 4 elements of 2 bytes are transposed in four registers, which halve the time: swap neighbours, then pairs. */
-static inline void turn_square(char *to, size_t to_step, const char *from, const size_t *row)
+static void copy_block(char *to, const char *from, const Block *b, size_t size)
 {
-    uint64_t x[4], swap;
-    for (int i = 0; i < 4; i++) memcpy(&x[i], from + row[i] * 2, 8);
-    for (int i = 0; i < 4; i += 2) {
-        swap = (x[i] >> 16 ^ x[i + 1]) & 0x0000FFFF0000FFFF;
-        x[i] ^= swap << 16, x[i + 1] ^= swap;
-    }
-    for (int i = 0; i < 2; i++) {
-        swap = (x[i] >> 32 ^ x[i + 2]) & 0xFFFFFFFF;
-        x[i] ^= swap << 32, x[i + 2] ^= swap;
-    }
-    for (int i = 0; i < 4; i++) memcpy(to + i * to_step * 2, &x[i], 8);
-}
-
-static void turn_block(char *to, const char *from, const Block *b)
-{
-    for (size_t j = 0; j < b->cols; j += 4)
-        for (size_t i = 0; i < b->rows; i += 4)
-            turn_square(to + (i + j * b->to_col) * 2, b->to_col, from + j * 2, b->row + i);
-}
-
-static void copy_block(char *to, Dtype dtype, const StoredTensor *from, const Block *b)
-{
-    size_t size = dtype_size[dtype];
-    if (from->dtype != dtype)
-        for (size_t i = 0; i < b->rows; i++)
-            for (size_t j = 0; j < b->cols; j++)
-                store_value(to + (i * b->to_row + j * b->to_col) * size, dtype, from, b->row[i] + j * b->step);
-    else if (b->to_col == 1 && b->step == 1)
-        for (size_t i = 0; i < b->rows; i++)
-            memcpy(to + i * b->to_row * size, from->data + b->row[i] * size, b->cols * size);
-    else if (size == 2 && b->to_row == 1 && b->step == 1 && b->rows % 4 == 0 && b->cols % 4 == 0)
-        turn_block(to, from->data, b);
-    else if (size == 2) move_block(to, from->data, b, 2);
-    else if (size == 4) move_block(to, from->data, b, 4);
-    else move_block(to, from->data, b, 8);
+    if (b->to_col == 1 && b->step == 1)
+        for (size_t i = 0; i < b->rows; i++) memcpy(to + i * b->to_row * size, from + b->row[i] * size, b->cols * size);
+    else if (size == 2) move_block(to, from, b, 2);
+    else if (size == 4) move_block(to, from, b, 4);
+    else move_block(to, from, b, 8);
 }
 
 /* Copies columns col .. col + n - 1 of some rows of the whole tensor. Ranks share rows or columns, never both. */
-static void gather_rows(char *to, Dtype dtype, const Input *in, const size_t *row, size_t rows, size_t to_row,
-                        size_t to_col, size_t col, size_t n)
+static void gather_rows(char *to, const Input *in, const size_t *row, size_t rows, size_t to_row, size_t to_col,
+                        size_t col, size_t n)
 {
     const Model *m = in->m;
     const Tensor *t = &m->part[in->first].tensor[in->index];
-    size_t heads = m->config.H / (size_t)m->how.layout.tp, size = dtype_size[dtype], row_stride;
+    size_t heads = m->config.H / (size_t)m->how.layout.tp, size = dtype_size[input_view(in, 0)->t.dtype], row_stride;
     Block b = {0, 0, to_row, to_col, {0}, 0};
     for (size_t i = 0; i < rows; i += b.rows)
         for (size_t done = 0; done < n; done += b.cols) {
@@ -2443,14 +2439,14 @@ static void gather_rows(char *to, Dtype dtype, const Input *in, const size_t *ro
             x -= whole_col(t, rank);
             b.cols = min_size(n - done, t->local_cols - x);
             const View *v = input_view(in, rank);
-            view_strides(&row_stride, &b.step, v, t, m->how.conv1d);
+            view_strides(&row_stride, &b.step, v, t, m->how.hugging_face);
             for (b.rows = 0; i + b.rows < rows; b.rows++) {
                 size_t local = local_row(t, row[i + b.rows], &other);
                 if (t->spec->split != COLS && other != rank) break;
                 if (t->spec->split == QKV) local = qkv_row(m->how.version, heads, m->config.C / m->config.H, local);
                 b.row[b.rows] = local * row_stride + x * b.step;
             }
-            copy_block(to + (i * to_row + done * to_col) * size, dtype, &v->t, &b);
+            copy_block(to + (i * to_row + done * to_col) * size, v->t.data, &b, size);
         }
 }
 
@@ -2473,11 +2469,12 @@ static int all_finite(const char *data, Dtype dtype, size_t n)
 /* Fills rows first .. last - 1 of what tensor rank r of an arrangement stores of a tensor. Padding of the vocabulary
  * repeats the last token, as Hugging Face's script does: <|endoftext|>, which is improbable within a text. Zeros
  * would be worse: they make logits of 0, GPT-2's are far below, and Megatron's softmax sees the padding. */
-static void fill_rows(char *to, Dtype dtype, const Input *in, const Tensor *t, const Arrangement *a, int r,
-                      size_t first, size_t last)
+static void fill_rows(char *to, const Input *in, const Tensor *t, const Arrangement *a, int r, size_t first,
+                      size_t last)
 {
-    int turned = a->conv1d && t->spec->conv1d;
+    int turned = a->hugging_face && t->spec->conv1d;
     size_t heads = in->m->config.H / (size_t)a->layout.tp, D = in->m->config.C / in->m->config.H, row[SIDE];
+    size_t size = dtype_size[input_view(in, 0)->t.dtype];
     size_t begin = turned ? 0 : first, end = turned ? t->local_rows : last;
     for (size_t top = begin; top < end; top += SIDE) {
         size_t n = min_size(SIDE, end - top);
@@ -2485,37 +2482,62 @@ static void fill_rows(char *to, Dtype dtype, const Input *in, const Tensor *t, c
             size_t local = t->spec->split == QKV ? qkv_row_stored(a->version, heads, D, top + i) : top + i;
             row[i] = min_size(whole_row(t, r, local), t->rows - 1);
         }
-        if (turned)
-            gather_rows(to + top * dtype_size[dtype], dtype, in, row, n, 1, t->local_rows, whole_col(t, r) + first,
-                        last - first);
+        if (turned) gather_rows(to + top * size, in, row, n, 1, t->local_rows, whole_col(t, r) + first, last - first);
         else
-            gather_rows(to + (top - begin) * t->local_cols * dtype_size[dtype], dtype, in, row, n, t->local_cols, 1,
-                        whole_col(t, r), t->local_cols);
+            gather_rows(to + (top - begin) * t->local_cols * size, in, row, n, t->local_cols, 1, whole_col(t, r),
+                        t->local_cols);
     }
 }
 
-/* Writes what tensor rank r of an arrangement stores of a tensor, some rows at a time, so that they stay cached.
- * Returns the CRC-32 of the bytes if it is wanted. */
-static uint32_t write_tensor(FILE *f, Dtype dtype, const Tensor *t, const Arrangement *a, int r, const Model *m,
-                             int want_crc)
+/* A tensor's place in a file, and the CRC-32 of its bytes there. */
+typedef struct {
+    Dtype dtype;
+    size_t at;
+    uint32_t crc;
+} Output;
+
+static void write_at(const char *path, int fd, const char *data, size_t n, size_t at)
+{
+    while (n) {
+        ssize_t written = pwrite(fd, data, n, (off_t)at);
+        if (written < 0 && errno != EINTR) die("cannot write %s: %s", path, strerror(errno));
+        if (written > 0) data += written, at += (size_t)written, n -= (size_t)written;
+    }
+}
+
+/* Writes what tensor rank r of an arrangement stores of a tensor, some rows at a time, so that they stay cached. */
+static void write_tensor(const char *path, int fd, Output *out, const Tensor *t, const Arrangement *a, int r,
+                         const Model *m, int want_crc)
 {
     Input in = find_input(m, t);
-    int turned = a->conv1d && t->spec->conv1d;
+    StoredTensor from = input_view(&in, 0)->t;
+    Dtype dtype = out->dtype;
+    int turned = a->hugging_face && t->spec->conv1d;
     size_t rows = turned ? t->local_cols : t->local_rows, cols = turned ? t->local_rows : t->local_cols;
-    size_t step = min_size(rows, max_size((1 << 19) / (cols * dtype_size[dtype]), 16));
-    char *rows_of_it = (char *)xcalloc(step * cols, dtype_size[dtype]), name[NAME_SIZE];
-    uint32_t crc = 0;
+    size_t row_size = cols * dtype_size[dtype], step = min_size(rows, max_size((1 << 19) / row_size, 16));
+    char *values = (char *)xcalloc(step * cols, dtype_size[from.dtype]), *bytes = values, name[NAME_SIZE];
+    if (dtype != from.dtype) bytes = (char *)xcalloc(step, row_size);
+    from.data = values;
     for (size_t first = 0; first < rows; first += step) {
-        size_t n = min_size(step, rows - first), bytes = n * cols * dtype_size[dtype];
-        fill_rows(rows_of_it, dtype, &in, t, a, r, first, first + n);
-        if (!all_finite(rows_of_it, dtype, n * cols))
-            die("%s: %s has a value that is NaN, infinite or too large for %s", input_view(&in, 0)->t.path,
-                tensor_name(name, t), dtype_name[dtype]);
-        if (want_crc) crc = (uint32_t)crc32_z(crc, (const Bytef *)rows_of_it, bytes);
-        fwrite(rows_of_it, 1, bytes, f);
+        size_t n = min_size(step, rows - first);
+        fill_rows(values, &in, t, a, r, first, first + n);
+        if (bytes != values) store_values(bytes, dtype, &from, n * cols);
+        if (!all_finite(bytes, dtype, n * cols))
+            die("%s: %s has a value that is NaN, infinite or too large for %s", from.path, tensor_name(name, t),
+                dtype_name[dtype]);
+        if (want_crc) out->crc = (uint32_t)crc32_z(out->crc, (const Bytef *)bytes, n * row_size);
+        write_at(path, fd, bytes, n * row_size, out->at + first * row_size);
     }
-    free(rows_of_it);
-    return crc;
+    if (bytes != values) free(bytes);
+    free(values);
+}
+
+/* Writes n tensors to their places in a file, each by one core. */
+static void write_tensors(const char *path, FILE *f, Output *out, const Tensor *list, size_t n, const Arrangement *a,
+                          int r, const Model *m, int want_crc)
+{
+#pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < n; i++) write_tensor(path, fileno(f), &out[i], &list[i], a, r, m, want_crc);
 }
 
 /* ================================================================================================================
@@ -2547,16 +2569,10 @@ static FILE *open_memory(char **text, size_t *size)
 /* The type to write: by default the one that is there. */
 static Dtype output_dtype(const Choices *o, const Model *m, const Tensor *t)
 {
-    static const char *const names[] = {"fp64", "fp32", "fp16", "bf16"};
     Input in = find_input(m, t);
     for (int i = F32; i <= BF16; i++)
-        if (!strcmp(o->dtype, names[i])) return (Dtype)i;
+        if (!strcmp(o->dtype, type_names[i].option)) return (Dtype)i;
     return input_view(&in, 0)->t.dtype;
-}
-
-static const char *torch_dtype(Dtype dtype)
-{
-    return dtype == F64 ? "float64" : dtype == F32 ? "float32" : dtype == F16 ? "float16" : "bfloat16";
 }
 
 /* What has been written, for the message at the end. */
@@ -2564,20 +2580,20 @@ typedef struct {
     size_t files, tensors, bytes;
 } Written;
 
-/* Writes tensors first .. last - 1 into one safetensors file. */
-static void write_safetensors(const char *folder, const char *name, const Tensor *list, size_t first, size_t last,
-                              const Arrangement *a, const Model *m, const Choices *o)
+/* Writes n tensors, whose types `out` tells, into one safetensors file. */
+static void write_safetensors(const char *path, const Tensor *list, Output *out, size_t n, const Arrangement *a,
+                              const Model *m)
 {
-    char *header = NULL, path[PATH_MAX], shape_shown[SHAPE_TEXT], key[NAME_SIZE];
+    char *header = NULL, shape_shown[SHAPE_TEXT], key[NAME_SIZE];
     size_t size = 0, begin = 0;
-    FILE *text = open_memory(&header, &size), *f = create_file(join_path(path, folder, name));
+    FILE *text = open_memory(&header, &size), *f = create_file(path);
     fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
-    for (size_t i = first; i < last; i++) {
-        Dtype dtype = output_dtype(o, m, &list[i]);
-        size_t shape[2], dims = stored_shape(shape, &list[i]), end = begin + list[i].n * dtype_size[dtype];
+    for (size_t i = 0; i < n; i++) {
+        size_t shape[2], dims = stored_shape(shape, &list[i]), end = begin + list[i].n * dtype_size[out[i].dtype];
         fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
-                stored_name(key, WEIGHTS, &list[i]), dtype_name[dtype], shape_text(shape_shown, dims, shape), begin,
-                end);
+                stored_name(key, WEIGHTS, &list[i]), dtype_name[out[i].dtype], shape_text(shape_shown, dims, shape),
+                begin, end);
+        out[i].at = begin;
         begin = end;
     }
     fputc('}', text);
@@ -2587,64 +2603,50 @@ static void write_safetensors(const char *folder, const char *name, const Tensor
     uint64_t length = size;
     fwrite(&length, 8, 1, f);
     fwrite(header, 1, size, f);
-    for (size_t i = first; i < last; i++) {
-        write_tensor(f, output_dtype(o, m, &list[i]), &list[i], a, 0, m, 0);
-    }
+    for (size_t i = 0; i < n; i++) out[i].at += 8 + size;
+    write_tensors(path, f, out, list, n, a, 0, m, 0);
     free(header);
     close_file(f, path);
 }
 
-/* The tensor behind the last one that fits into a file with tensor `first`. */
-static size_t end_of_file(size_t first, const Tensor *list, size_t n, size_t most, const Model *m, const Choices *o)
-{
-    size_t bytes = 0, i = first;
-    for (; i < n; i++) {
-        bytes += list[i].n * dtype_size[output_dtype(o, m, &list[i])];
-        if (i > first && bytes > most) break;
-    }
-    return i;
-}
-
-/* model.safetensors; or, if it would be too large, several files and an index of the tensors in them. */
-static Written write_weights(const char *folder, const Model *m, const Choices *o)
-{
-    static const Layout one = {1, 1, 1};
-    Arrangement a = {one, 0, 1, m->config.V};
-    Written w = {0, 0, 0};
-    size_t most = o->shard_size * 1000000, number = 0;
-    char *index = NULL, name[64], key[NAME_SIZE];
-    size_t size = 0;
-    Tensor *list = list_rank(&w.tensors, &m->config, &a, 0);
-    for (size_t at = 0; at < w.tensors; w.files++) at = end_of_file(at, list, w.tensors, most, m, o);
-    for (size_t i = 0; i < w.tensors; i++) w.bytes += list[i].n * dtype_size[output_dtype(o, m, &list[i])];
-    FILE *text = open_memory(&index, &size);
-    fprintf(text, "{\"metadata\": {\"total_size\": %zu}, \"weight_map\": {", w.bytes);
-    for (size_t at = 0, end; at < w.tensors; at = end) {
-        end = end_of_file(at, list, w.tensors, most, m, o);
-        if (w.files == 1) snprintf(name, sizeof name, "model.safetensors");
-        else snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", ++number, w.files);
-        write_safetensors(folder, name, list, at, end, &a, m, o);
-        for (; at < end; at++)
-            fprintf(text, "%s\"%s\": \"%s\"", at ? ", " : "", stored_name(key, WEIGHTS, &list[at]), name);
-    }
-    fputs("}}\n", text);
-    if (fclose(text)) die("out of memory");
-    if (w.files > 1) write_text(folder, "model.safetensors.index.json", index);
-    free(index), free(list);
-    return w;
-}
-
+/* config.json and model.safetensors; or, if that would be too large, several files and an index of the tensors in them.
+ * The type of the word embedding, the first tensor, stands for that of the model. */
 static Written write_hugging_face(const char *folder, const Model *m, const Choices *o)
 {
     static const Layout one = {1, 1, 1};
     Arrangement a = {one, 0, 1, m->config.V};
-    size_t size, n;
-    Tensor *list = list_rank(&n, &m->config, &a, 0);
+    Written w = {0, 0, 0};
+    size_t size, used = 0;
+    char *text = NULL, path[PATH_MAX], name[64], key[NAME_SIZE];
+    Tensor *list = list_rank(&w.tensors, &m->config, &a, 0);
+    Output *out = (Output *)xcalloc(w.tensors, sizeof *out);
+    size_t *first = (size_t *)xcalloc(w.tensors + 1, sizeof *first); /* tensor of each file; at last, their number */
+    for (size_t i = 0; i < w.tensors; i++) {
+        out[i].dtype = output_dtype(o, m, &list[i]);
+        size_t bytes = list[i].n * dtype_size[out[i].dtype];
+        if (!i || used + bytes > o->shard_size * 1000000) first[w.files++] = i, used = 0;
+        used += bytes, w.bytes += bytes;
+    }
+    first[w.files] = w.tensors;
+
     int end_of_text = m->config.V > 50256 ? 50256 : -1; /* GPT-2's; of another vocabulary we do not know */
-    char *config = config_text_as(&size, &m->config, m->gelu, torch_dtype(output_dtype(o, m, &list[0])), end_of_text);
+    char *config = config_text_as(&size, &m->config, m->gelu, type_names[out[0].dtype].torch, end_of_text);
     write_text(folder, "config.json", config);
-    free(config), free(list);
-    return write_weights(folder, m, o);
+    FILE *index = open_memory(&text, &size);
+    fprintf(index, "{\"metadata\": {\"total_size\": %zu}, \"weight_map\": {", w.bytes);
+    for (size_t i = 0; i < w.files; i++) {
+        if (w.files == 1) snprintf(name, sizeof name, "model.safetensors");
+        else snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", i + 1, w.files);
+        write_safetensors(join_path(path, folder, name), list + first[i], out + first[i], first[i + 1] - first[i], &a,
+                          m);
+        for (size_t j = first[i]; j < first[i + 1]; j++)
+            fprintf(index, "%s\"%s\": \"%s\"", j ? ", " : "", stored_name(key, WEIGHTS, &list[j]), name);
+    }
+    fputs("}}\n", index);
+    if (fclose(index)) die("out of memory");
+    if (w.files > 1) write_text(folder, "model.safetensors.index.json", text);
+    free(config), free(text), free(first), free(out), free(list);
+    return w;
 }
 
 /* ================================================================================================================
@@ -2691,7 +2693,7 @@ static void put_global(FILE *f, const char *module, const char *name)
 static void put_tensor(FILE *f, size_t key, Dtype dtype, const Tensor *t)
 {
     char name[32], number[32];
-    snprintf(name, sizeof name, "%sStorage", storage_name[dtype]);
+    snprintf(name, sizeof name, "%sStorage", type_names[dtype].storage);
     snprintf(number, sizeof number, "%zu", key);
     put_global(f, "torch._utils", "_rebuild_tensor_v2");
     fputc(MARK, f), fputc(MARK, f);
@@ -2709,10 +2711,7 @@ static void put_tensor(FILE *f, size_t key, Dtype dtype, const Tensor *t)
     fputc(EMPTY_TUPLE, f), fputc(REDUCE, f), fputc(TUPLE, f), fputc(REDUCE, f);
 }
 
-static void put_flag(FILE *f, const char *key, int value)
-{
-    put_string(f, key), fputc(value ? NEWTRUE : NEWFALSE, f);
-}
+static void put_flag(FILE *f, const char *key, int value) { put_string(f, key), fputc(value ? NEWTRUE : NEWFALSE, f); }
 static void put_count(FILE *f, const char *key, size_t value) { put_string(f, key), put_integer(f, value); }
 static void put_fraction(FILE *f, const char *key, real value)
 {
@@ -2720,7 +2719,13 @@ static void put_fraction(FILE *f, const char *key, real value)
     put_string(f, key), put_real(f, strtod(real_text(text, value), NULL)); /* 0.1, not the float next to it */
 }
 
-/* What Megatron compares with its own arguments on loading, and what we need to find the way back. */
+/* What Megatron compares with its own arguments on loading, and what we need to find the way back. Version 0 is of a
+ * time before bias_gelu_fusion; later, the activation is told by two flags:
+ *
+ *     gelu_new    openai_gelu       the tanh formula
+ *     gelu_fast   bias_gelu_fusion  the same, fused with the bias
+ *     gelu        neither           the erf
+ */
 static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int rank, Dtype dtype)
 {
     const Config *c = &m->config;
@@ -2740,15 +2745,15 @@ static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int ran
     put_fraction(f, "layernorm_epsilon", c->eps), put_fraction(f, "attention_dropout", c->attn_pdrop);
     put_fraction(f, "hidden_dropout", c->resid_pdrop), put_fraction(f, "init_method_std", (real)0.02);
     put_flag(f, "apply_residual_connection_post_layernorm", 0);
-    put_flag(f, "openai_gelu", c->gelu == GELU_TANH && !(fused && a->version)); /* one of the two, or the erf */
-    if (a->version) put_flag(f, "bias_gelu_fusion", fused);                     /* version 0 is of a time before it */
+    put_flag(f, "openai_gelu", c->gelu == GELU_TANH && !(fused && a->version));
+    if (a->version) put_flag(f, "bias_gelu_fusion", fused);
     put_flag(f, "fp16", dtype == F16), put_flag(f, "bf16", dtype == BF16);
-    put_string(f, "params_dtype"), put_global(f, "torch", torch_dtype(dtype));
+    put_string(f, "params_dtype"), put_global(f, "torch", type_names[dtype].torch);
     fputc(SETITEMS, f), fputc(BUILD, f);
 }
 
 /* The nested dicts of one rank's model; storages are numbered in the order of its tensors. */
-static void put_model(FILE *f, const Part *part, const Dtype *dtype, int stage)
+static void put_model(FILE *f, const Part *part, const Output *out, int stage)
 {
     char name[MAX_NAME];
     const Era *era = &eras[WRITTEN_ERA];
@@ -2758,7 +2763,7 @@ static void put_model(FILE *f, const Part *part, const Dtype *dtype, int stage)
         put_string(f, "embedding"), fputc(EMPTY_DICT, f);
         for (; i < 2; i++) { /* wte, wpe */
             put_string(f, i ? "position_embeddings" : "word_embeddings");
-            fputc(EMPTY_DICT, f), put_string(f, "weight"), put_tensor(f, i, dtype[i], &part->tensor[i]),
+            fputc(EMPTY_DICT, f), put_string(f, "weight"), put_tensor(f, i, out[i].dtype, &part->tensor[i]),
                 fputc(SETITEM, f);
             fputc(SETITEM, f);
         }
@@ -2769,12 +2774,12 @@ static void put_model(FILE *f, const Part *part, const Dtype *dtype, int stage)
     for (; i < part->tensors; i++) {
         const Tensor *t = &part->tensor[i];
         put_string(f, era_name(name, era, t->spec, t->spec->in_layer ? t->layer - first : 0) + prefix);
-        put_tensor(f, i, dtype[i], t);
+        put_tensor(f, i, out[i].dtype, t);
     }
     fputc(SETITEMS, f), fputc(SETITEM, f), fputc(SETITEM, f);
     if (stage > 0 && part->tensor[0].spec->rows == DIM_V) {
         put_string(f, "word_embeddings_for_head"), fputc(EMPTY_DICT, f), put_string(f, "weight");
-        put_tensor(f, 0, dtype[0], &part->tensor[0]);
+        put_tensor(f, 0, out[0].dtype, &part->tensor[0]);
         fputc(SETITEM, f), fputc(SETITEM, f);
     }
 }
@@ -2785,8 +2790,6 @@ typedef struct {
     FILE *f, *directory;
     char *entries; /* of the directory, which comes last */
     size_t size, count, offset;
-    char name[64]; /* of the member that is being written, with its size and place */
-    size_t n, start;
 } ZipWriter;
 
 /* Extra field 1, with the numbers that need more than 32 bits. */
@@ -2800,55 +2803,51 @@ static size_t put_wide_fields(char extra[28], const uint64_t *field, int n)
     return length ? 4 + length : 0;
 }
 
-/* Begins a stored member of n bytes, which start at a multiple of 64. */
-static void zip_begin(ZipWriter *z, const char *member, size_t n)
+/* Where the data of a stored member of n bytes starts, if its local header starts at offset: at a multiple of 64. */
+static size_t zip_data(size_t offset, const char *name, size_t n)
 {
-    char extra[28];
-    uint64_t field[2] = {n, n};
-    z->start = z->offset, z->n = n;
-    snprintf(z->name, sizeof z->name, "archive/%s", member);
-    size_t length = strlen(z->name), wide = put_wide_fields(extra, field, 2);
-    size_t gap = (64 - (z->start + 30 + length + wide + 4) % 64) % 64;
-    fputs("PK\3\4", z->f);
-    put(z->f, 45, 2), put(z->f, 0x0800, 2), put(z->f, 0, 2); /* needs version 4.5 of the format; UTF-8; stored */
-    put(z->f, 0, 2), put(z->f, 0x21, 2), put(z->f, 0, 4);    /* midnight of 1980-01-01; checksum: zip_end() knows */
-    put(z->f, min_size(n, 0xFFFFFFFF), 4), put(z->f, min_size(n, 0xFFFFFFFF), 4);
-    put(z->f, length, 2), put(z->f, wide + 4 + gap, 2);
-    fputs(z->name, z->f);
-    fwrite(extra, 1, wide, z->f);
-    fputs("FB", z->f), put(z->f, gap, 2), fprintf(z->f, "%*s", (int)gap, ""); /* what torch calls its padding */
-    z->offset += 30 + length + wide + 4 + gap + n;
+    return round_up(offset + 30 + strlen(name) + (n >= 0xFFFFFFFF ? 20 : 0) + 4, 64);
 }
 
-/* Ends it: its checksum goes into the local header, and the whole entry into the directory. */
-static void zip_end(ZipWriter *z, uint32_t crc)
+/* Its local header and its entry in the directory; what is written next to z->f is its data. */
+static void zip_add(ZipWriter *z, const char *name, size_t n, uint32_t crc)
 {
     char extra[28];
-    uint64_t field[3] = {z->n, z->n, z->start};
-    size_t wide = put_wide_fields(extra, field, 3);
-    FILE *d = z->directory;
-    fseeko(z->f, (off_t)z->start + 14, SEEK_SET), put(z->f, crc, 4), fseeko(z->f, (off_t)z->offset, SEEK_SET);
+    uint64_t field[3] = {n, n, z->offset};
+    size_t data = zip_data(z->offset, name, n), length = strlen(name), wide = put_wide_fields(extra, field, 2);
+    size_t gap = data - (z->offset + 30 + length + wide + 4);
+    FILE *f = z->f, *d = z->directory;
+    fseeko(f, (off_t)z->offset, SEEK_SET);
+    fputs("PK\3\4", f);
+    put(f, 45, 2), put(f, 0x0800, 2), put(f, 0, 2); /* needs version 4.5 of the format; UTF-8; stored */
+    put(f, 0, 2), put(f, 0x21, 2), put(f, crc, 4);  /* midnight of 1980-01-01; checksum */
+    put(f, min_size(n, 0xFFFFFFFF), 4), put(f, min_size(n, 0xFFFFFFFF), 4);
+    put(f, length, 2), put(f, wide + 4 + gap, 2);
+    fputs(name, f);
+    fwrite(extra, 1, wide, f);
+    fputs("FB", f), put(f, gap, 2), fprintf(f, "%*s", (int)gap, ""); /* what torch calls its padding */
+    wide = put_wide_fields(extra, field, 3);
     fputs("PK\1\2", d);
     put(d, 45, 2), put(d, 45, 2), put(d, 0x0800, 2), put(d, 0, 2), put(d, 0, 2), put(d, 0x21, 2), put(d, crc, 4);
-    put(d, min_size(z->n, 0xFFFFFFFF), 4), put(d, min_size(z->n, 0xFFFFFFFF), 4);
-    put(d, strlen(z->name), 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2),
-        put(d, min_size(z->start, 0xFFFFFFFF), 4);
-    fputs(z->name, d);
+    put(d, min_size(n, 0xFFFFFFFF), 4), put(d, min_size(n, 0xFFFFFFFF), 4);
+    put(d, length, 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2), put(d, min_size(z->offset, 0xFFFFFFFF), 4);
+    fputs(name, d);
     fwrite(extra, 1, wide, d);
     z->count++;
+    z->offset = data + n;
 }
 
-static void zip_add(ZipWriter *z, const char *member, const char *data, size_t n)
+static void zip_add_bytes(ZipWriter *z, const char *name, const char *data, size_t n)
 {
-    zip_begin(z, member, n);
+    zip_add(z, name, n, (uint32_t)crc32_z(0, (const Bytef *)data, n));
     fwrite(data, 1, n, z->f);
-    zip_end(z, (uint32_t)crc32_z(0, (const Bytef *)data, n));
 }
 
 /* The directory, and the three records that lead to it. */
 static void zip_finish(ZipWriter *z, const char *path)
 {
     if (fclose(z->directory)) die("out of memory");
+    fseeko(z->f, (off_t)z->offset, SEEK_SET);
     fwrite(z->entries, 1, z->size, z->f);
     fputs("PK\6\6", z->f), put(z->f, 44, 8), put(z->f, 45, 2), put(z->f, 45, 2), put(z->f, 0, 8);
     put(z->f, z->count, 8), put(z->f, z->count, 8), put(z->f, z->size, 8), put(z->f, z->offset, 8);
@@ -2860,41 +2859,49 @@ static void zip_finish(ZipWriter *z, const char *path)
     free(z->entries);
 }
 
-/* One rank's file, into a folder that is there. */
-static void write_rank(Written *w, const char *folder, const Model *m, const Arrangement *a, int rank,
-                       const Choices *o)
+static char *storage_path(char path[40], size_t key)
 {
-    char path[PATH_MAX], member[32], *program = NULL;
+    snprintf(path, 40, "archive/data/%zu", key);
+    return path;
+}
+
+/* One rank's file, into a folder that is there. */
+static void write_rank(Written *w, const char *folder, const Model *m, const Arrangement *a, int rank, const Choices *o)
+{
+    char path[PATH_MAX], member[40], *program = NULL;
     size_t size = 0;
     ZipWriter z;
     Part part;
     memset(&z, 0, sizeof z), memset(&part, 0, sizeof part);
     part.tensor = list_rank(&part.tensors, &m->config, a, rank);
-    Dtype *dtype = (Dtype *)xcalloc(part.tensors, sizeof *dtype);
-    for (size_t i = 0; i < part.tensors; i++) dtype[i] = output_dtype(o, m, &part.tensor[i]);
+    Output *out = (Output *)xcalloc(part.tensors, sizeof *out);
+    for (size_t i = 0; i < part.tensors; i++) out[i].dtype = output_dtype(o, m, &part.tensor[i]);
     FILE *f = open_memory(&program, &size);
     fputc(PROTO, f), fputc(2, f), fputc(EMPTY_DICT, f), fputc(MARK, f);
-    put_string(f, "args"), put_arguments(f, m, a, rank, dtype[0]);
+    put_string(f, "args"), put_arguments(f, m, a, rank, out[0].dtype); /* the first tensor's type is the model's */
     if (a->version) put_string(f, "checkpoint_version"), put_real(f, a->version);
     put_count(f, "iteration", 0);
-    put_string(f, "model"), put_model(f, &part, dtype, pp_rank(a->layout, rank));
+    put_string(f, "model"), put_model(f, &part, out, pp_rank(a->layout, rank));
     fputc(SETITEMS, f), fputc(STOP, f);
     if (fclose(f)) die("out of memory");
     z.f = create_file(join_path(path, folder, "model_optim_rng.pt"));
     z.directory = open_memory(&z.entries, &z.size);
-    zip_add(&z, "data.pkl", program, size);
-    zip_add(&z, "byteorder", "little", 6);
+    zip_add_bytes(&z, "archive/data.pkl", program, size);
+    zip_add_bytes(&z, "archive/byteorder", "little", 6);
+    size_t at = z.offset;
     for (size_t i = 0; i < part.tensors; i++) {
-        size_t bytes = part.tensor[i].n * dtype_size[dtype[i]];
-        snprintf(member, sizeof member, "data/%zu", i);
-        zip_begin(&z, member, bytes);
-        zip_end(&z, write_tensor(z.f, dtype[i], &part.tensor[i], a, tp_rank(a->layout, rank), m, 1));
+        size_t bytes = part.tensor[i].n * dtype_size[out[i].dtype];
+        out[i].at = zip_data(at, storage_path(member, i), bytes);
+        at = out[i].at + bytes;
         w->bytes += bytes, w->tensors++;
     }
-    zip_add(&z, "version", "3\n", 2);
+    write_tensors(path, z.f, out, part.tensor, part.tensors, a, tp_rank(a->layout, rank), m, 1);
+    for (size_t i = 0; i < part.tensors; i++)
+        zip_add(&z, storage_path(member, i), part.tensor[i].n * dtype_size[out[i].dtype], out[i].crc);
+    zip_add_bytes(&z, "archive/version", "3\n", 2);
     zip_finish(&z, path);
     w->files++;
-    free(program), free(dtype), free(part.tensor);
+    free(program), free(out), free(part.tensor);
 }
 
 static Written write_megatron(const char *folder, const Model *m, const Choices *o)
@@ -2942,10 +2949,10 @@ static const char *find_era(const Source *s)
 static void print_node(const Pickle *p, Ref ref)
 {
     const Node *n = &p->node[ref];
-    if (n->type == N_INTEGER) printf("%lld", n->is.integer);
+    if (!ref || n->type == N_NONE) printf("null");
+    else if (n->type == N_INTEGER) printf("%lld", n->is.integer);
     else if (n->type == N_REAL && isfinite(n->is.real)) printf("%.12g", n->is.real);
     else if (n->type == N_FLAG) printf(n->is.integer ? "true" : "false");
-    else if (!ref || n->type == N_NONE) printf("null");
     else if (n->type == N_STRING) json_write_string(stdout, n->is.string, n->length);
     else if (n->type == N_GLOBAL) putchar('"'), print_bytes(stdout, n->is.string, n->length, 120), putchar('"');
     else printf("\"(%s)\"", node_name[n->type]);
@@ -2955,38 +2962,45 @@ static void print_arguments(const Shard *s, int json)
 {
     const Pickle *p = &s->pickle;
     Ref args = p->nodes ? dict_get(p, s->root, "args") : 0;
-    char shown[NAME_SHOWN];
+    int printed = 0;
     printf(json ? "\"args\": {" : args ? "args:" : "");
-    for (uint32_t cell = args ? p->node[args].first : 0, first = cell, value; cell; cell = p->cell[value].next) {
+    for (uint32_t cell = args ? p->node[args].first : 0, value; cell; cell = p->cell[value].next) {
         const Node *key = &p->node[p->cell[cell].value];
         value = p->cell[cell].next;
         if (key->type != N_STRING) continue;
-        if (json && cell != first) printf(", ");
+        if (json && printed++) printf(", ");
         if (json) json_write_string(stdout, key->is.string, key->length), printf(": ");
-        else printf(" %s=", show(shown, key));
+        else putchar(' '), print_bytes(stdout, key->is.string, key->length, 120), putchar('=');
         print_node(p, p->cell[value].value);
     }
     printf(json ? "}, " : args ? "\n" : "");
 }
 
+/* Any number of tensors may share a storage: what would be summed up beyond some times the file's size is not. */
 static void print_views(const Shard *s, int json)
 {
-    char name[NAME_SHOWN], shape[SHAPE_TEXT], stride[SHAPE_TEXT];
+    char shape[SHAPE_TEXT], stride[SHAPE_TEXT], sum[16];
+    size_t left = s->pickle.nodes ? 4 * s->map.size : SIZE_MAX;
+    for (size_t i = 0; i < s->zip.members; i++)
+        if (s->zip.member[i].method) left += 4 * s->zip.member[i].opened.size;
     for (size_t i = 0; i < s->views; i++) {
         const View *v = &s->view[i];
         const char *dtype = dtype_name[v->t.dtype];
-        uint32_t crc = checksum(v, 0, 0, 0);
+        left = v->t.bytes <= left ? left - v->t.bytes : 0;
+        if (left) snprintf(sum, sizeof sum, "%08x", (unsigned)checksum(v, 0, 0, 0));
+        else strcpy(sum, "-");
         shape_text(shape, v->t.dims, v->t.shape);
         shape_text(stride, v->t.dims, v->stride);
         if (!json) {
-            printf("  %-72s %-4s %-14s strides %-12s crc32 %08x\n", show_name(name, v->t.name), dtype, shape, stride,
-                   (unsigned)crc);
+            size_t n = strlen(v->t.name);
+            printf("  "), print_bytes(stdout, v->t.name, n, 160);
+            printf("%*s %-4s %-14s strides %-12s crc32 %s\n", n < 72 ? (int)(72 - n) : 0, "", dtype, shape, stride,
+                   sum);
             continue;
         }
         printf(i ? ", {\"name\": " : "{\"name\": ");
         json_write_string(stdout, v->t.name, strlen(v->t.name));
-        printf(", \"dtype\": \"%s\", \"shape\": %s, \"strides\": %s, \"crc32\": \"%08x\"}", dtype, shape, stride,
-               (unsigned)crc);
+        printf(", \"dtype\": \"%s\", \"shape\": %s, \"strides\": %s, \"crc32\": \"%s\"}", dtype, shape, stride, sum);
     }
 }
 
@@ -3000,10 +3014,13 @@ static void inspect(const Choices *o)
     const Pickle *p = &first->pickle;
     Ref version = p->nodes ? dict_get(p, first->root, "checkpoint_version") : 0;
     Ref iteration = p->nodes ? dict_get(p, first->root, "iteration") : 0;
-    const char *text = o->json ? "{\"container\": \"%s\", \"archive\": %s, \"names\": \"%s\", \"tp\": %d, \"pp\": "
-                                 "%d, \"checkpoint_version\": "
-                               : "%s%.0s, names of %s; %d tensor ranks x %d stages; checkpoint_version ";
-    printf(text, s.container, s.tree.zipped ? "true" : "false", find_era(&s), s.layout.tp, s.layout.pp);
+    if (o->json)
+        printf("{\"container\": \"%s\", \"archive\": %s, \"names\": \"%s\", \"tp\": %d, \"pp\": %d, "
+               "\"checkpoint_version\": ",
+               s.container, s.archive.members ? "true" : "false", find_era(&s), s.layout.tp, s.layout.pp);
+    else
+        printf("%s, names of %s; %d tensor ranks x %d stages; checkpoint_version ", s.container, find_era(&s),
+               s.layout.tp, s.layout.pp);
     print_node(p, version);
     printf(o->json ? ", \"iteration\": " : ", iteration ");
     print_node(p, iteration);
@@ -3013,9 +3030,9 @@ static void inspect(const Choices *o)
     for (size_t i = 0; i < s.shards; i++) {
         if (o->json) {
             printf(i ? ", {\"path\": " : "{\"path\": ");
-            json_write_string(stdout, s.file[i], strlen(s.file[i]));
+            json_write_string(stdout, s.shard[i].path, strlen(s.shard[i].path));
             printf(", \"tensors\": [");
-        } else printf("%s\n", s.file[i]);
+        } else printf("%s\n", s.shard[i].path);
         print_views(&s.shard[i], o->json);
         if (o->json) printf("]}");
     }
@@ -3027,28 +3044,43 @@ static void inspect(const Choices *o)
  * Chapter 12. Command line
  *
  * The work is done by a child process in a new folder beside OUT, which takes OUT's name when it is whole. However
- * the child ends - bad input, a full disk, Ctrl-C, no memory - its parent is left to clear the folder away.
+ * the child ends before that - bad input, a full disk, Ctrl-C, no memory - its parent is left to clear the folder away.
  * ============================================================================================================= */
 
-enum { CONVERT = 1, INSPECT = 2, TO_MEGATRON = 4 };
+/* What an option is for; the last three are conversions of a certain kind. */
+enum { CONVERT = 1, INSPECT = 2, TO_MEGATRON = 5, TO_HF = 9, FROM_MEGATRON = 17 };
 
 /* clang-format off */
 #define AT(field) offsetof(Choices, field)
 static const Option choices[] = {
-    {"--to",                 "FORMAT", "hf or megatron; default: what IN is not", CONVERT, TEXT, AT(to), 0, 0, NULL, 0},
-    {"--dtype",              "TYPE", "keep, fp32, fp16 or bf16", CONVERT, TEXT, AT(dtype), 0, 0, "keep", 0},
-    {"--config",             "FILE", "a config.json with the shape, if IN has no args", CONVERT, TEXT, AT(config), 0, 0, NULL, 0},
-    {"--tokenizer",          "DIR", "copies vocab.json and merges.txt from there", CONVERT, TEXT, AT(tokenizer), 0, 0, NULL, 0},
-    {"--vocab-size",         "N", "how many tokens are real, without padding", CONVERT, COUNT, AT(vocab_size), 1, 1 << 24, NULL, 0},
-    {"--keep-padding",       NULL, "keep the padding of the vocabulary as tokens", CONVERT, FLAG, AT(keep_padding), 0, 0, NULL, 0},
-    {"--checkpoint-version", "V", "order of Q, K, V: 0, 1, 2, 3; if IN does not tell", CONVERT, NUMBER, AT(checkpoint_version), 0, 3, NULL, 0},
-    {"--tp",                 "P", "write for P tensor ranks", CONVERT | TO_MEGATRON, COUNT, AT(tp), 1, 64, "1", 0},
-    {"--pp",                 "S", "write for S pipeline stages", CONVERT | TO_MEGATRON, COUNT, AT(pp), 1, 64, "1", 0},
-    {"--qkv-version",        "V", "order of Q, K, V to write", CONVERT | TO_MEGATRON, NUMBER, AT(qkv_version), 0, 3, "3", 0},
-    {"--shard-size",         "MB", "a larger model.safetensors is cut", CONVERT, COUNT, AT(shard_size), 1, 1e9, "5000", 0},
-    {"--force",              NULL, "replace OUT, if convert has written it", CONVERT, FLAG, AT(force), 0, 0, NULL, 0},
-    {"--pickle",             NULL, "list the instructions of the pickles", INSPECT, FLAG, AT(pickle), 0, 0, NULL, 0},
-    {"--json",               NULL, "JSON on stdout", CONVERT | INSPECT, FLAG, AT(json), 0, 0, NULL, 0},
+    {"--to",                 "FORMAT",  "hf or megatron; default: what IN is not",
+     CONVERT, TEXT, AT(to), 0, 0, NULL, 0},
+    {"--dtype",              "TYPE",    "keep, fp32, fp16 or bf16",
+     CONVERT, TEXT, AT(dtype), 0, 0, "keep", 0},
+    {"--config",             "FILE",    "a config.json with the shape, if IN has no args",
+     CONVERT, TEXT, AT(config), 0, 0, NULL, 0},
+    {"--tokenizer",          "DIR",     "copies vocab.json and merges.txt from there",
+     CONVERT, TEXT, AT(tokenizer), 0, 0, NULL, 0},
+    {"--vocab-size",         "N",       "how many tokens are real, without padding",
+     CONVERT, COUNT, AT(vocab_size), 1, 1 << 24, NULL, 0},
+    {"--keep-padding",       NULL,      "keep the padding of the vocabulary as tokens",
+     FROM_MEGATRON, FLAG, AT(keep_padding), 0, 0, NULL, 0},
+    {"--checkpoint-version", "V",       "order of Q, K, V: 0, 1, 2, 3; if IN does not tell",
+     FROM_MEGATRON, NUMBER, AT(checkpoint_version), 0, 3, NULL, 0},
+    {"--tp",                 "P",       "write for P tensor ranks",
+     TO_MEGATRON, COUNT, AT(tp), 1, 64, "1", 0},
+    {"--pp",                 "S",       "write for S pipeline stages",
+     TO_MEGATRON, COUNT, AT(pp), 1, 64, "1", 0},
+    {"--qkv-version",        "V",       "order of Q, K, V to write",
+     TO_MEGATRON, NUMBER, AT(qkv_version), 0, 3, "3", 0},
+    {"--shard-size",         "MB",      "a larger model.safetensors is cut",
+     TO_HF, COUNT, AT(shard_size), 1, 1e9, "5000", 0},
+    {"--force",              NULL,      "replace OUT, which becomes OUT.old",
+     CONVERT, FLAG, AT(force), 0, 0, NULL, 0},
+    {"--pickle",             NULL,      "list the instructions of the pickles",
+     INSPECT, FLAG, AT(pickle), 0, 0, NULL, 0},
+    {"--json",               NULL,      "JSON on stdout",
+     CONVERT | INSPECT, FLAG, AT(json), 0, 0, NULL, 0},
 };
 #undef AT
 /* clang-format on */
@@ -3059,34 +3091,8 @@ __attribute__((noreturn)) static void print_usage(void)
     printf("GPT-2 checkpoints: Megatron-LM's to Hugging Face's, and back.\n\n"
            "  convert IN OUT [options]             IN: a .zip, a .pt, a folder of either kind; OUT: a new folder\n"
            "  convert inspect IN [--pickle]        what is in it\n\n");
-    for (int i = 0; i < N_CHOICES; i++) {
-        char head[40];
-        snprintf(head, sizeof head, "%s %s", choices[i].name, choices[i].argument ? choices[i].argument : "");
-        printf("  %-24s %s", head, choices[i].help);
-        if (choices[i].fallback) printf(" [%s]", choices[i].fallback);
-        putchar('\n');
-    }
+    print_options(choices, N_CHOICES, CONVERT | INSPECT, 24);
     exit(0);
-}
-
-/* One option and its argument at argv[i]; returns the index of the last word used. */
-static int parse_choice(Choices *o, int argc, char **argv, int i)
-{
-    int n = 0;
-    while (n < N_CHOICES && strcmp(choices[n].name, argv[i])) n++;
-    if (n == N_CHOICES) usage_error("there is no option %s", argv[i]);
-    const Option *c = &choices[n];
-    if (!(c->commands & (o->inspect ? INSPECT : CONVERT)))
-        usage_error("%s has no option %s", o->inspect ? "inspect" : "a conversion", c->name);
-    if (o->given[n]++) usage_error("%s is given twice", c->name);
-    if (c->kind == FLAG) {
-        *(int *)(void *)((char *)o + c->field) = 1;
-        return i;
-    }
-    if (i + 1 == argc) usage_error("%s needs %s", c->name, c->argument);
-    const char *wrong = set_option(o, c, argv[i + 1]);
-    if (wrong) usage_error("%s %s: %s from %g to %g is expected", c->name, argv[i + 1], wrong, c->low, c->high);
-    return i + 1;
 }
 
 static int is_one_of(const char *word, const char *const *words)
@@ -3106,7 +3112,9 @@ static void parse_choices(Choices *o, int argc, char **argv)
     o->inspect = argc > 1 && !strcmp(argv[1], "inspect");
     for (int i = 1 + o->inspect; i < argc; i++) {
         if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) print_usage();
-        if (argv[i][0] == '-') i = parse_choice(o, argc, argv, i);
+        if (argv[i][0] == '-')
+            i = parse_option(o, o->given, choices, N_CHOICES, o->inspect ? "inspect" : "a conversion",
+                             o->inspect ? INSPECT : CONVERT, argc, argv, i);
         else if (o->operands == (o->inspect ? 1 : 2)) usage_error("%s is one argument too many", argv[i]);
         else o->operand[o->operands++] = argv[i];
     }
@@ -3122,80 +3130,36 @@ static void parse_choices(Choices *o, int argc, char **argv)
 
 /* ---- The folder OUT -------------------------------------------------------------------------------------------- */
 
-/* What a conversion writes. */
-static int is_output(const char *name)
-{
-    size_t n = strlen(name);
-    return !strncmp(name, "mp_rank_", 8) || !strcmp(name, "release") || !strcmp(name, "model_optim_rng.pt") ||
-           !strcmp(name, tracker) || !strcmp(name, "config.json") || !strcmp(name, "vocab.json") ||
-           !strcmp(name, "merges.txt") || !strcmp(name, "model.safetensors.index.json") ||
-           (!strncmp(name, "model", 5) && n > 12 && !strcmp(name + n - 12, ".safetensors"));
-}
-
-/* Looks for something in a folder that no conversion writes: returns 1, and its path, if there is. If `delete`,
- * deletes the folder and all that one does write; nothing else is ever deleted. */
-static int clear_folder(char path[PATH_MAX], const char *folder, int delete, int depth)
-{
-    DIR *stream = opendir(folder);
-    int foreign = 0;
-    for (struct dirent *entry; stream && !foreign && (entry = readdir(stream));) {
-        char below[PATH_MAX];
-        struct stat st;
-        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
-        if (snprintf(path, PATH_MAX, "%s/%s", folder, entry->d_name) >= PATH_MAX || lstat(path, &st)) foreign = 1;
-        else if (!is_output(entry->d_name) || depth > 2) foreign = 1;
-        else if (S_ISDIR(st.st_mode)) {
-            memcpy(below, path, sizeof below);
-            foreign = clear_folder(path, below, delete, depth + 1);
-        } else if (!S_ISREG(st.st_mode)) foreign = 1;
-        else if (delete) unlink(path);
-    }
-    if (stream) closedir(stream);
-    if (delete) rmdir(folder);
-    return foreign;
-}
-
-/* Is `path` the folder, or in it? */
-static int lies_in(const char *path, const char *folder)
-{
-    char *whole = realpath(path, NULL);
-    size_t n = strlen(folder);
-    int inside = whole && !strncmp(whole, folder, n) && (!whole[n] || whole[n] == '/');
-    free(whole);
-    return inside;
-}
-
 static void check_output(const SavePaths *out, const Choices *o)
 {
-    char path[PATH_MAX];
-    struct stat st, here;
-    if (lstat(out->dir, &st)) return;
-    if (!o->force) die("%s exists already: choose another name, or give --force to replace it", o->operand[1]);
-    if (!S_ISDIR(st.st_mode)) die("%s is not a folder: choose another name", o->operand[1]);
-    if (lies_in(o->operand[0], out->dir))
-        die("%s lies in %s: choose another name for the output", o->operand[0], o->operand[1]);
-    if (!stat(".", &here) && same_place(&st, &here))
-        die("%s is the working folder: choose another name", o->operand[1]);
-    if (clear_folder(path, out->dir, 0, 0))
-        die("%s is in the way, and not written by convert: choose another name", path);
+    const char *name = o->operand[1];
+    struct stat st;
+    if (!o->force && !lstat(out->dir, &st))
+        die("%s exists already: choose another name, or give --force, which moves it to %s", name, out->old);
+    if (o->force && !lstat(out->dir, &st) && !file_exists(out->dir, "config.json") && !file_exists(out->dir, tracker))
+        die("%s holds neither config.json nor %s, so it is no model to replace: choose another name", name, tracker);
+    if (o->force && !lstat(out->old, &st)) die("%s is there, but --force needs the name: move it away", out->old);
 }
 
-/* The new folder takes its place; what --force replaces is deleted. */
-static void put_output(const char *temporary, const SavePaths *out)
+/* The new folder takes its name. Nothing is deleted: what --force replaces becomes OUT.old, and rename() replaces no
+ * folder that holds something, in case another program has made OUT meanwhile. */
+static void put_output(const char *temporary, const SavePaths *out, int force)
 {
-    char path[PATH_MAX];
     mode_t mask = umask(0);
     umask(mask);
     chmod(temporary, 0777 & ~mask);
-    if (rename(temporary, out->dir) && exchange_folders(temporary, out->dir)) {
-        clear_folder(path, out->dir, 1, 0);
-        if (rename(temporary, out->dir)) {
-            int error = errno;
-            clear_folder(path, temporary, 1, 0);
-            die("cannot rename %s to %s: %s", temporary, out->dir, strerror(error));
-        }
-    }
-    clear_folder(path, temporary, 1, 0);
+    int moved = force && !rename(out->dir, out->old);
+    if (force && !moved && errno != ENOENT) die("cannot rename %s to %s: %s", out->dir, out->old, strerror(errno));
+    if (!rename(temporary, out->dir)) return;
+    int error = errno;
+    if (moved) rename(out->old, out->dir);
+    die("cannot rename %s to %s: %s", temporary, out->dir, strerror(error));
+}
+
+static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *place)
+{
+    (void)st, (void)type, (void)place;
+    return remove(path);
 }
 
 /* ---- The work -------------------------------------------------------------------------------------------------- */
@@ -3211,13 +3175,13 @@ static void print_result(const Choices *o, const Source *s, const Model *m, cons
     if (o->json) {
         printf("{\"from\": \"%s\", \"container\": \"%s\", \"names\": \"%s\", \"tp\": %d, \"pp\": %d, \"version\": "
                "%d, %s, ",
-               m->how.conv1d ? "hf" : "megatron", s->container, find_era(s), s->layout.tp, s->layout.pp,
+               m->how.hugging_face ? "hf" : "megatron", s->container, find_era(s), s->layout.tp, s->layout.pp,
                m->how.version, shape);
         printf("\"parameters\": %zu, \"to\": \"%s\", \"files\": %zu, \"tensors\": %zu, \"bytes\": %zu}\n",
                count_parameters(c), to, w->files, w->tensors, w->bytes);
     } else {
         printf("read: %s, names of %s, %d x %d ranks%s\n", s->container, find_era(s), s->layout.tp, s->layout.pp,
-               m->how.conv1d         ? ""
+               m->how.hugging_face   ? ""
                : m->how.version == 0 ? ", Q K V of version 0"
                : m->how.version == 1 ? ", Q K V of version 1"
                                      : ", Q K V of version 2 or 3");
@@ -3226,7 +3190,7 @@ static void print_result(const Choices *o, const Source *s, const Model *m, cons
     }
 }
 
-static void convert(const Choices *o, const char *folder)
+static void convert(const Choices *o, const char *folder, const SavePaths *out)
 {
     Source source;
     Model model;
@@ -3234,22 +3198,34 @@ static void convert(const Choices *o, const char *folder)
         die("--tokenizer %s: this folder holds no vocab.json", o->tokenizer);
     source_open(&source, o->operand[0], folder, NULL);
     model_open(&model, &source, o);
-    const char *to = o->to ? o->to : model.how.conv1d ? "megatron" : "hf";
+    const char *to = o->to ? o->to : model.how.hugging_face ? "megatron" : "hf";
     int megatron = !strcmp(to, "megatron");
-    for (int i = 0; i < N_CHOICES; i++)
-        if (o->given[i] && choices[i].commands & TO_MEGATRON && !megatron)
-            usage_error("%s is for writing Megatron's checkpoints", choices[i].name);
+    for (int i = 0; i < N_CHOICES; i++) {
+        const int only = choices[i].commands;
+        if (!o->given[i]) continue;
+        if (only == (megatron ? TO_HF : TO_MEGATRON))
+            usage_error("%s is for writing a checkpoint of %s", choices[i].name,
+                        megatron ? "Hugging Face's" : "Megatron's");
+        if (only == FROM_MEGATRON && model.how.hugging_face)
+            usage_error("%s is for reading a checkpoint of Megatron's", choices[i].name);
+    }
     Written w = megatron ? write_megatron(folder, &model, o) : write_hugging_face(folder, &model, o);
     if (o->tokenizer) copy_tokenizer(folder, o->tokenizer);
+    put_output(folder, out, o->force);
     print_result(o, &source, &model, to, &w);
     model_close(&model);
     source_close(&source);
 }
 
+static pid_t child;
+static void pass_on(int signal_number) { kill(child, signal_number); }
+
 int CONVERT_MAIN(int argc, char **argv)
 {
     static Choices o;
-    char temporary[PATH_MAX], path[PATH_MAX];
+    static const int stops[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
+    enum { STOPS = sizeof stops / sizeof *stops };
+    char temporary[PATH_MAX];
     int status = 0;
     parse_choices(&o, argc, argv);
     if (o.inspect) {
@@ -3259,30 +3235,28 @@ int CONVERT_MAIN(int argc, char **argv)
     }
     SavePaths out = save_paths(o.operand[1]);
     check_output(&out, &o);
+    sigset_t blocked, before; /* until it is clear who gets them */
+    sigemptyset(&blocked);
+    for (int i = 0; i < STOPS; i++) sigaddset(&blocked, stops[i]);
+    sigprocmask(SIG_BLOCK, &blocked, &before);
+    signal(SIGCHLD, SIG_DFL); /* ignored, as it may have been, it would keep the child's fate from us */
     snprintf(temporary, sizeof temporary, "%.*s.XXXXXX", PATH_MAX - 8, out.dir);
     if (!mkdtemp(temporary)) die("cannot create a folder beside %s: %s", out.dir, strerror(errno));
-    sigset_t signals; /* while we wait for the child, which alone may be stopped by them */
-    int stopped;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGCHLD), sigaddset(&signals, SIGINT), sigaddset(&signals, SIGTERM),
-        sigaddset(&signals, SIGHUP);
-    sigprocmask(SIG_BLOCK, &signals, NULL);
     fflush(stdout);
-    pid_t child = fork();
+    child = fork();
+    for (int i = 0; child > 0 && i < STOPS; i++) signal(stops[i], pass_on);
+    sigprocmask(SIG_SETMASK, &before, NULL);
     if (child == 0) {
-        sigprocmask(SIG_UNBLOCK, &signals, NULL);
-        convert(&o, temporary);
+        convert(&o, temporary, &out);
         if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s", strerror(errno));
         return 0;
     }
-    while (child > 0 && waitpid(child, &status, WNOHANG) == 0)
-        if (!sigwait(&signals, &stopped) && stopped != SIGCHLD) kill(child, SIGTERM);
-    if (child > 0 && !status) {
-        put_output(temporary, &out);
-        return 0;
+    int error = errno; /* of fork() */
+    while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR) {
     }
-    clear_folder(path, temporary, 1, 0);
-    if (child < 0) die("cannot start another process: %s", strerror(errno));
-    if (WIFSIGNALED(status)) die("stopped by signal %d; nothing is written", WTERMSIG(status));
-    return WEXITSTATUS(status);
+    int unfinished = !access(temporary, F_OK);
+    if (unfinished) nftw(temporary, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    if (child < 0) die("cannot start another process: %s", strerror(error));
+    if (WIFSIGNALED(status) && unfinished) die("stopped by signal %d; nothing is written", WTERMSIG(status));
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
 }

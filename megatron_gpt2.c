@@ -4467,7 +4467,9 @@ static char *config_text_as(size_t *size, const Config *c, const char *gelu, con
     fprintf(out, "  \"resid_pdrop\": %s,\n  \"scale_attn_weights\": true,\n", real_text(resid, c->resid_pdrop));
     fprintf(out, "  \"summary_activation\": null,\n  \"summary_first_dropout\": 0.1,\n");
     fprintf(out, "  \"summary_proj_to_labels\": true,\n  \"summary_type\": \"cls_index\",\n");
-    fprintf(out, "  \"summary_use_proj\": true,\n  \"torch_dtype\": \"%s\",\n  \"use_cache\": true,\n", dtype);
+    fprintf(out, "  \"summary_use_proj\": true,\n");
+    if (end_of_text == 50256) fprintf(out, "  \"tokenizer_class\": \"GPT2TokenizerFast\",\n"); /* GPT-2's own */
+    fprintf(out, "  \"torch_dtype\": \"%s\",\n  \"use_cache\": true,\n", dtype);
     fprintf(out, "  \"vocab_size\": %zu\n}\n", c->V);
     if (fclose(out)) die("out of memory");
     return text;
@@ -5982,6 +5984,19 @@ static const Option options[] = {
 /* clang-format on */
 enum { N_OPTIONS = sizeof options / sizeof *options };
 
+/* Lists the options that one of these commands has; the first column is so wide. */
+static void print_options(const Option *table, int n, int bits, int width)
+{
+    for (const Option *o = table; o < table + n; o++) {
+        char head[40];
+        if (!(o->commands & bits)) continue;
+        snprintf(head, sizeof head, "%s %s", o->name, o->argument ? o->argument : "");
+        printf("  %-*s %s", width, head, o->help);
+        if (o->fallback && *o->fallback) printf(" [%s]", o->fallback);
+        putchar('\n');
+    }
+}
+
 static void print_help(const Command *only) /* NULL: of all commands */
 {
     printf("Megatron-LM GPT-2 (arXiv 1909.08053) in one C file.\n\n");
@@ -5989,15 +6004,7 @@ static void print_help(const Command *only) /* NULL: of all commands */
         if (!only || only == &commands[i])
             printf("  megatron_gpt2 %-8s %-60s %s\n", commands[i].name, commands[i].arguments, commands[i].what);
     printf(only ? "\n" : "\n  megatron_gpt2 COMMAND --help lists the options of one command.\n\n");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *o = &options[i];
-        char head[40];
-        if (only && !(o->commands & only->bit)) continue;
-        snprintf(head, sizeof head, "%s %s", o->name, o->argument ? o->argument : "");
-        printf("  %-20s %s", head, o->help);
-        if (o->fallback && *o->fallback) printf(" [%s]", o->fallback);
-        putchar('\n');
-    }
+    print_options(options, N_OPTIONS, only ? only->bit : ALL, 20);
 }
 
 /* Stores the text of an option's argument; says what is wrong with it, or NULL. */
@@ -6016,6 +6023,27 @@ static const char *set_option(void *o, const Option *option, const char *text)
     else if (x != floor(x)) return "a whole number";
     else *(size_t *)(void *)field = (size_t)x;
     return NULL;
+}
+
+/* Stores the option at argv[i] in o, unless it takes PATHS, and counts it in given[] by its number in the table. command:
+ * the name and bit of the one that is given options. Returns the index of the last word used. */
+static int parse_option(void *o, unsigned char *given, const Option *table, int n, const char *command, int bit,
+                        int argc, char **argv, int i)
+{
+    int number = 0;
+    while (number < n && strcmp(table[number].name, argv[i])) number++;
+    if (number == n) usage_error("%s knows no %s", command, argv[i]);
+    const Option *option = &table[number];
+    if (!(option->commands & bit)) usage_error("%s has no option %s", command, option->name);
+    if (given[number]++) usage_error("%s is given twice", option->name);
+    if (option->kind == FLAG) *(int *)(void *)((char *)o + option->field) = 1;
+    else if (i + 1 == argc) usage_error("%s needs %s", option->name, option->argument);
+    if (option->kind == FLAG || option->kind == PATHS) return i;
+    const char *wrong = set_option(o, option, argv[++i]);
+    if (wrong)
+        usage_error("%s %s: %s from %.16g to %.16g is expected", option->name, argv[i], wrong, option->low,
+                    option->high);
+    return i;
 }
 
 static int option_index(const char *name)
@@ -6047,23 +6075,11 @@ static int parse_options(Options *o, int argc, char **argv)
             o->operand[o->operands++] = argv[i];
             continue;
         }
-        if (n < 0) usage_error("%s knows no %s", o->command->name, argv[i]);
-        const Option *option = &options[n];
-        if (!(option->commands & o->command->bit)) usage_error("%s has no option %s", o->command->name, option->name);
-        if (o->given[n]) usage_error("%s is given twice", option->name);
-        o->given[n] = 1;
-        if (option->kind == FLAG) *(int *)(void *)((char *)o + option->field) = 1;
-        else if (i + 1 == argc) usage_error("%s needs %s", option->name, option->argument);
-        else if (option->kind == PATHS)
-            for (; i + 1 < argc && strncmp(argv[i + 1], "--", 2); i++) {
-                if (o->n_paths == MAX_PATHS) usage_error("more than %d paths; name their folder instead", MAX_PATHS);
-                o->paths[o->n_paths++] = argv[i + 1];
-            }
-        else {
-            const char *wrong = set_option(o, option, argv[++i]);
-            if (wrong)
-                usage_error("%s %s: %s from %.16g to %.16g is expected", option->name, argv[i], wrong, option->low,
-                            option->high);
+        i = parse_option(o, o->given, options, N_OPTIONS, o->command->name, o->command->bit, argc, argv, i);
+        if (options[n].kind != PATHS) continue;
+        for (; i + 1 < argc && strncmp(argv[i + 1], "--", 2); i++) {
+            if (o->n_paths == MAX_PATHS) usage_error("more than %d paths; name their folder instead", MAX_PATHS);
+            o->paths[o->n_paths++] = argv[i + 1];
         }
     }
     return 1;

@@ -14,6 +14,7 @@
 
 #include <signal.h>
 #include <sys/resource.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 /* ---- The harness ----------------------------------------------------------------------------------------------- */
@@ -2404,7 +2405,10 @@ static void test_config(void)
                                     strstr(text, "\"activation_function\": \"gelu\""));
     free(text);
     text = config_text(&size, &c, -1);
-    check_true("without an end of text", strstr(text, "\"bos_token_id\": null,") != NULL);
+    check_true("without an end of text", strstr(text, "\"bos_token_id\": null,") && !strstr(text, "tokenizer_class"));
+    free(text);
+    text = config_text(&size, &c, 50256);
+    check_true("with GPT-2's", strstr(text, "\"tokenizer_class\": \"GPT2TokenizerFast\",") != NULL);
     free(text);
 
 #define SHAPE "\"model_type\":\"gpt2\",\"n_layer\":2,\"n_embd\":8,\"n_head\":2,\"vocab_size\":12"
@@ -6571,7 +6575,8 @@ static void test_convert_fixtures(void)
                 check_true(name->string, status == 0 && is_expected(out, json_get(&json, f, "expected")->string));
             else { /* h04 as fp16, so the same bytes as if we had rounded it */ char other[PATH_MAX];
                 snprintf(other, sizeof other, "%.4000s/reference", path);
-                run_convert("%s/hf/h04_pytorch_bin_fp32 %s --to hf --dtype fp16 --force", fixtures, other);
+                if (!file_exists(path, "reference"))
+                    run_convert("%s/hf/h04_pytorch_bin_fp32 %s --to hf --dtype fp16", fixtures, other);
                 check_true(name->string,
                            status == 0 && !run_command("cmp -s %s/model.safetensors %s/model.safetensors", out, other));
             }
@@ -6632,7 +6637,7 @@ static const char *const refusals[][2] = {
     {"b75", "8388608"},
     {"b77", "outside"},
     {"b78", "TorchScript"},
-    {"b80", "neither mp_rank_"},
+    {"b80", "no mp_rank_"},
     {"b81", "out of a folder"},
     {"b83", "inflate"},
     {"b84", "symbolic link"},
@@ -6755,7 +6760,8 @@ static void test_convert_damage(void)
         if (next_random(&draw, 5) == 0) n = next_random(&draw, (uint32_t)n);
         put_file(folder, "damaged.pt", bytes, n);
         run_command("mv %s/damaged.pt %s", folder, path);
-        int status = run_convert("%s/megatron %s/out --force", folder, folder);
+        run_command("rm -rf %s/out", folder);
+        int status = run_convert("%s/megatron %s/out", folder, folder);
         refused += status == 1;
         if (status == 0 ? *convert_error != 0 : status != 1 || !says("convert: ") || count_names(folder, "out."))
             wrong++;
@@ -6775,7 +6781,7 @@ static void test_convert_options(void)
     } wrong[] = {
         {"%s", "IN and OUT", 2},
         {"%s %s/o x", "one argument too many", 2},
-        {"%s %s/o --what", "no option", 2},
+        {"%s %s/o --what", "knows no", 2},
         {"%s %s/o --to pt", "hf or megatron", 2},
         {"%s %s/o --dtype fp8", "fp16", 2},
         {"%s %s/o --tp 0", "--tp 0", 2},
@@ -6792,12 +6798,17 @@ static void test_convert_options(void)
         {"%s %s/o --tp 3", "does not divide 4 heads", 1},
         {"%s %s/o --pp 3", "does not divide 2 layers", 1},
         {"%s %s/o --tokenizer /", "vocab.json", 1},
+        {"%s %s/o --tokenizer dev/reference/bpe", "257 rows", 1},
+        {"%s %s/o --keep-padding", "for reading", 2},
+        {"%s %s/o --checkpoint-version 1", "for reading", 2},
+        {"%s %s/o --shard-size 9", "for writing", 2},
         {"%s %s/o --to hf --vocab-size 258", "257", 1},
         {"%s/nothing %s/o", "cannot open", 1},
         {"%s/config.json %s/o", "neither a zip archive nor", 1},
         {"%s %s/absent/o", "cannot create", 1},
         {"%s %s/megatron", "exists already", 1},
-        {"%s %s --force", "lies in", 1},
+        {"%s %s/megatron/release --force", "no model to replace", 1},
+        {"%s %s/config.json --force", "no model to replace", 1},
     };
     char folder[PATH_MAX], words[4 * PATH_MAX], what[128], path[PATH_MAX];
     if (!have_convert()) return;
@@ -6813,15 +6824,14 @@ static void test_convert_options(void)
         check_true(what, status == wrong[i].status && says(wrong[i].reason) && !count_names(folder, "o") &&
                              count_names(folder, "megatron") == 1);
     }
-    check_equal("--force replaces what convert has written", run_convert("%s %s/megatron --force", folder, folder), 0);
-    check_equal("  and nothing stays beside it", (double)count_names(folder, "megatron"), 1);
+    run_command("touch %s/megatron/release/mine", folder);
+    check_equal("--force replaces a checkpoint", run_convert("%s %s/megatron --force", folder, folder), 0);
     check_true("  with another cut", file_exists(folder, "megatron/release/mp_rank_00") &&
                                          !file_exists(folder, "megatron/release/mp_rank_01"));
-    run_command("touch %s/megatron/release/mine", folder);
-    check_true("--force keeps what the user has put there",
-               run_convert("%s %s/megatron --force", folder, folder) == 1 && says("mine") &&
-                   file_exists(folder, "megatron/release/mine"));
-    run_command("rm %s/megatron/release/mine", folder);
+    check_true("  keeps the old one, and what the user has put there", file_exists(folder, "megatron.old/release/mine") &&
+                                                                            count_names(folder, "megatron") == 2);
+    check_true("  which must be moved away first", run_convert("%s %s/megatron --force", folder, folder) == 1 &&
+                                                       says("megatron.old is there") && count_names(folder, "megatron") == 2);
 
     check_equal("one rank's folder alone", run_convert("%s/megatron/release/mp_rank_00 %s/back", folder, folder), 0);
     check_true("  is the model", is_model_like(&m, "F32", join_path(path, folder, "back")));
@@ -6847,12 +6857,67 @@ static void test_convert_options(void)
     check_equal("  parameters", json_number(&json, json.value, "parameters", 0, 1e18, -1),
                 (double)count_parameters(&m.config));
     json_free(&json);
+    check_equal("inspect Hugging Face's folder", run_convert("inspect %s --json", folder), 0);
+    json = json_parse(convert_output, strlen(convert_output), "inspect");
+    check_true("  has no version", json_get(&json, json.value, "checkpoint_version")->type == JSON_NULL);
+    json_free(&json);
     check_equal("inspect --pickle", run_convert("inspect %s/megatron --pickle", folder), 0);
     check_true("  lists calls", strstr(convert_output, "REDUCE") &&
                                     strstr(convert_output, "torch._utils._rebuild_tensor_v2 is known: a tensor"));
     check_equal("megatron_gpt2 loads what convert wrote",
                 run_command("./megatron_gpt2 generate --model %s/back --prompt ab --tokens 3 >/dev/null 2>&1", folder),
                 0);
+    free_plain(&m);
+    remove_checkpoint_folder(folder);
+}
+
+/* Converts while SIGCHLD is ignored, as the program that calls convert may do; sends SIGTERM after some milliseconds, if
+ * any. Returns the exit status, 128 if a signal has ended it. */
+static int stop_convert(const char *in, const char *out, unsigned after)
+{
+    char path[PATH_MAX];
+    int status;
+    pid_t pid = fork();
+    if (pid == 0) {
+        signal(SIGCHLD, SIG_IGN);
+        alarm(60);
+        if (!freopen(join_path(path, SCRATCH, "convert.err"), "w", stdout) || dup2(1, 2) < 0) _exit(3);
+        execl("./convert", "convert", in, out, "--to", "hf", (char *)NULL);
+        _exit(3);
+    }
+    if (after) usleep(1000 * after), kill(pid, SIGTERM);
+    waitpid(pid, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+}
+
+/* However a conversion ends, OUT is whole or not there, and nothing stays beside it. */
+static void test_convert_ends(void)
+{
+    char folder[PATH_MAX], path[PATH_MAX], out[PATH_MAX];
+    int right = 1;
+    if (!have_convert()) return;
+    PlainModel m = plain_model(make_config(2, 256, 4, 64, 4000));
+    make_checkpoint_folder(folder);
+    put_model(folder, "model.safetensors", &m, "", NULL, NULL, NULL, 0);
+    put_config(folder, &m.config);
+    check_equal("SIGCHLD is ignored", stop_convert(folder, join_path(out, folder, "a"), 0), 0);
+    check_true("  and OUT is whole", is_model_like(&m, "F32", out));
+    check_true("  or not there, as the status says",
+               stop_convert(join_path(path, folder, "config.json"), join_path(out, folder, "b"), 0) == 1 &&
+                   !count_names(folder, "b"));
+    join_path(out, folder, "x");
+    for (unsigned delay = 1; delay <= 31; delay += 2) { /* before, in and after the work */
+        int status = stop_convert(folder, out, delay), whole = file_exists(folder, "x");
+        right &= count_names(folder, "x") == (size_t)whole && (whole ? is_model_like(&m, "F32", out) : status != 0);
+        run_command("rm -rf %s/x*", folder);
+    }
+    check_true("SIGTERM at any time", right);
+    check_equal("of four that write to one OUT, one succeeds",
+                run_command("test $(for i in 1 2 3 4; do { ./convert %s %s/y --to hf 2>/dev/null | grep -c written: & } "
+                            "done | grep -c 1) = 1",
+                            folder, folder),
+                0);
+    check_true("  and it is whole", count_names(folder, "y") == 1 && is_model_like(&m, "F32", join_path(path, folder, "y")));
     free_plain(&m);
     remove_checkpoint_folder(folder);
 }
@@ -6875,6 +6940,13 @@ static unsigned char *put_zip_header(unsigned char *to, const char *name, size_t
     return to + strlen(name);
 }
 
+/* The record that says where the directory is. */
+static unsigned char *put_zip_end(unsigned char *to, size_t entries, size_t length, size_t directory)
+{
+    to = put_bytes(put_bytes(put_bytes(to, 0x06054B50, 4), 0, 4), entries, 2);
+    return put_bytes(put_bytes(put_bytes(put_bytes(to, entries, 2), length, 4), directory, 4), 0, 2);
+}
+
 /* Archives that no writer makes: one member inside another; a directory that is longer than its count. What convert
  * itself writes has the right checksums in both places. */
 static void test_convert_zip(void)
@@ -6891,9 +6963,7 @@ static void test_convert_zip(void)
         at = put_zip_header(directory, "a", what == 0 ? n : 0, 0, &zero);
         at = put_zip_header(at, model, 0, 0, &place);
         size_t length = (size_t)(at - directory);
-        at = put_bytes(put_bytes(put_bytes(at, 0x06054B50, 4), 0, 4), what == 1 ? 1 : 2, 2);
-        at = put_bytes(
-            put_bytes(put_bytes(put_bytes(at, what == 1 ? 1 : 2, 2), length, 4), (uint64_t)(directory - zip), 4), 0, 2);
+        at = put_zip_end(at, what == 1 ? 1 : 2, length, (size_t)(directory - zip));
         put_file(folder, "odd.zip", zip, (size_t)(at - zip));
         int status = run_convert("%s/odd.zip %s/o", folder, folder);
         static const char *const reasons[] = {"overlaps another", "more entries", "neither a zip archive nor"};
@@ -6910,6 +6980,206 @@ static void test_convert_zip(void)
     unmap_file(map);
     free_plain(&m);
     remove_checkpoint_folder(folder);
+}
+
+/* Writes a pickle from its instructions, one character each, save 'text' for a string, #7; for a number, and @module name;
+ * for a global. */
+static void put_pickle(FILE *f, const char *program)
+{
+    fputs("\x80\2", f);
+    for (const char *at = program; *at; at++) {
+        int end = *at == '\'' ? '\'' : ';';
+        if (*at != '\'' && *at != '#' && *at != '@') {
+            fputc(*at, f);
+            continue;
+        }
+        const char *word = at + 1;
+        at = strchr(word, end);
+        uint32_t n = (uint32_t)(end == ';' ? atoi(word) : at - word);
+        if (word[-1] == '@') fprintf(f, "c%.*s\n%.*s\n", (int)strcspn(word, " "), word,
+                                     (int)(at - strchr(word, ' ') - 1), strchr(word, ' ') + 1);
+        else {
+            fputc(end == ';' ? 'J' : 'X', f);
+            fwrite(&n, 4, 1, f);
+            if (end != ';') fwrite(word, 1, n, f);
+        }
+    }
+    fputc('.', f);
+}
+
+/* A legacy file of torch's: this object, and a storage '0' of n floats. */
+static void put_legacy(const char *folder, const char *name, const char *object, uint32_t n)
+{
+    char path[PATH_MAX];
+    FILE *f = fopen(join_path(path, folder, name), "wb");
+    if (!f) die("cannot write %s", path);
+    fwrite("\x80\2\x8A\x0A\x6C\xFC\x9C\x46\xF9\x20\x6A\xA8\x50\x19.", 1, 15, f);
+    put_pickle(f, "#1001;"), put_pickle(f, "}'little_endian'\x88s"), put_pickle(f, object);
+    put_pickle(f, n ? "]'0'a" : "]");
+    uint64_t count = n;
+    if (n) fwrite(&count, 8, 1, f);
+    for (float x = 1; n--; x++) fwrite(&x, 4, 1, f);
+    if (fclose(f)) die("cannot write %s", path);
+}
+
+#define TENSOR(n, place)                                                                                                \
+    "@torch._utils _rebuild_tensor_v2;(('storage'@torch FloatStorage;'0''cpu'#" #n ";tQ" place                             \
+    "\x89@collections OrderedDict;)RtR"
+
+/* Changes bytes of the pickle of a file that convert has written, whose checksum then says that it is unknown. */
+static void patch_pickle(const char *path, const char *seen, size_t n, size_t at, char byte)
+{
+    FILE *f = fopen(path, "r+b");
+    Map map = map_file(path);
+    const char *found = (const char *)memmem(map.data, map.size, seen, n), *entry = map.data;
+    while ((entry = (const char *)memmem(entry, (size_t)(map.data + map.size - entry), "PK\1\2", 4)))
+        if (!memcmp(entry + 46, "archive/data.pkl", 16)) break;
+        else entry += 4;
+    if (!f || !found || !entry) die("%s is not what this test expects", path);
+    fseek(f, found - map.data + (long)at, SEEK_SET), fputc(byte, f);
+    fseek(f, entry - map.data + 16, SEEK_SET), fwrite("\0\0\0", 1, 4, f);
+    unmap_file(map);
+    fclose(f);
+}
+
+/* What a file may not say. */
+static void test_convert_lies(void)
+{
+    static const struct {
+        const char *object;
+        uint32_t n;
+        const char *reason;
+    } lies[] = {
+        {"}'a'" TENSOR(6, "#0;(#2;#3;t(#0;#1;t") "s", 6, "overlaps itself"},
+        {"}'a'" TENSOR(6, "#7;(#0;t(#1;t") "s", 6, "beyond the 6 elements"},
+        {"}(#1;#2;#1;#3;u", 0, "one integer twice"},
+    };
+    static const char swiglu[] = "X\x28\0\0\0apply_residual_connection_post_layernorm\x89";
+    char folder[PATH_MAX], path[PATH_MAX], object[4096];
+    unsigned char *zip;
+    if (!have_convert()) return;
+    PlainModel m = small_checkpoint(folder);
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        put_legacy(folder, "lie.pt", lies[i].object, lies[i].n);
+        check_true(lies[i].reason, run_convert("inspect %s/lie.pt", folder) == 1 && says(lies[i].reason));
+    }
+    snprintf(object, sizeof object, "}'a'%sq%cs", TENSOR(1000, "#0;(#1000;t(#1;t"), 1); /* under nine names */
+    for (char name = 'b'; name <= 'i'; name++) snprintf(object + strlen(object), 16, "'%c'h%cs", name, 1);
+    put_legacy(folder, "many.pt", object, 1000);
+    check_equal("a storage of many tensors", run_convert("inspect %s/many.pt", folder), 0);
+    check_true("  is not summed up for all of them", strstr(convert_output, "crc32 -\n") &&
+                                                        strncmp(strstr(convert_output, "crc32 "), "crc32 -", 7));
+
+    snprintf(path, sizeof path, "%.4000s/megatron/release/mp_rank_00/model_optim_rng.pt", folder);
+    patch_pickle(path, "openai_gelu", 11, 10, 'x');
+    check_true("args without openai_gelu are of a time of the tanh formula only",
+               run_convert("%s/megatron %s/q", folder, folder) == 0 &&
+                   is_model_like(&m, "F32", join_path(path, folder, "q")));
+    snprintf(path, sizeof path, "%.4000s/megatron/release/mp_rank_01/model_optim_rng.pt", folder);
+    patch_pickle(path, swiglu, sizeof swiglu - 1, sizeof swiglu - 2, '\x88');
+    check_true("the second rank's args tell of another model",
+               run_convert("%s/megatron %s/o", folder, folder) == 1 && says("post_layernorm"));
+
+    size_t nodes = 500000; /* in each of 12 files: more than a checkpoint can have */
+    char *junk = (char *)xcalloc(nodes + 64, 1);
+    snprintf(junk, 64, "}'model'}s'junk'(");
+    size_t n = strlen(junk);
+    memset(junk + n, '}', nodes), memcpy(junk + n + nodes, "ts", 3);
+    put_legacy(folder, "junk.pt", junk, 0);
+    free(junk);
+    run_command("cd %s && for i in 00 01 02 03 04 05 06 07 08 09 10 11; do mkdir -p junk/mp_rank_$i; ln junk.pt "
+                "junk/mp_rank_$i/model_optim_rng.pt; done",
+                folder);
+    check_true("objects beyond measure", run_convert("%s/junk %s/o", folder, folder) == 1 && says("more objects"));
+
+    size_t bytes = 70000, zero = 0; /* that claim to inflate to 70 MB */
+    zip = (unsigned char *)xcalloc(bytes + 512, 1);
+    static const char model[] = "release/mp_rank_00/model_optim_rng.pt";
+    unsigned char *directory = put_zip_header(zip, model, bytes, 0, NULL) + bytes;
+    unsigned char *at = put_zip_header(directory, model, bytes, 0, &zero);
+    zip[8] = directory[10] = 8;
+    put_bytes(directory + 24, 1000 * bytes, 4);
+    at = put_zip_end(at, 1, (size_t)(at - directory), (size_t)(directory - zip));
+    put_file(folder, "bomb.zip", zip, (size_t)(at - zip));
+    free(zip);
+    check_true("an archive that inflates beyond measure",
+               run_convert("%s/bomb.zip %s/o", folder, folder) == 1 && says("far more bytes"));
+
+    run_command("rm -rf %s/megatron", folder);
+    run_convert("%s %s/megatron", folder, folder);
+    snprintf(path, sizeof path, "%.4000s/megatron/%s", folder, model);
+    Map map = map_file(path);
+    zip = (unsigned char *)xcalloc(map.size + 1024, 1);
+    snprintf(path, sizeof path, "345M/%s", model);
+    at = put_zip_header(zip, path, map.size, 0, NULL);
+    memcpy(at, map.data, map.size);
+    size_t second = (size_t)(at + map.size - zip);
+    directory = put_zip_header(zip + second, "README", 0, 0, NULL);
+    at = put_zip_header(put_zip_header(directory, path, map.size, 0, &zero), "README", 0, 0, &second);
+    at = put_zip_end(at, 2, (size_t)(at - directory), (size_t)(directory - zip));
+    put_file(folder, "beside.zip", zip, (size_t)(at - zip));
+    unmap_file(map);
+    free(zip);
+    check_true("an archive with something beside the checkpoint",
+               run_convert("%s/beside.zip %s/p", folder, folder) == 0 &&
+                   is_model_like(&m, "F32", join_path(path, folder, "p")));
+
+    uint32_t nan = 0xFFFFFFFF;
+    memcpy(&m.tensor[3].x[5], &nan, 4);
+    put_model(folder, "model.safetensors", &m, "", NULL, NULL, NULL, 0);
+    check_true("a NaN that rounding would make 0",
+               run_convert("%s %s/o --to hf --dtype bf16", folder, folder) == 1 && says("NaN"));
+    check_equal("nothing is written", (double)count_names(folder, "o"), 0);
+    free_plain(&m);
+    remove_checkpoint_folder(folder);
+}
+
+/* Processor time of all commands so far. */
+static double command_seconds(void)
+{
+    struct rusage u;
+    getrusage(RUSAGE_CHILDREN, &u);
+    return (double)u.ru_utime.tv_sec + 1e-6 * (double)u.ru_utime.tv_usec;
+}
+
+/* Four times as many tensors take four times as long, not sixteen times. */
+static void test_convert_many(void)
+{
+    char folder[PATH_MAX], path[PATH_MAX];
+    double seconds_of[2][2];
+    if (!have_convert()) return;
+    for (int more = 0; more < 2; more++) {
+        size_t names = more ? 60000 : 15000;
+        PlainModel m = plain_model(make_config(more ? 4096 : 1024, 2, 1, 2, 3));
+        make_checkpoint_folder(folder);
+        put_config(folder, &m.config);
+        put_model(folder, "model.safetensors", &m, "", NULL, NULL, NULL, 0);
+        double start = command_seconds();
+        run_command("./convert %s %s/o --to hf >%s/said", folder, folder, folder);
+        seconds_of[0][more] = command_seconds() - start;
+        check_true("many layers", file_exists(folder, "o"));
+        free_plain(&m);
+
+        char *object = (char *)xcalloc(names + 20, 24);
+        FILE *f = fopen(join_path(path, folder, "pytorch_model.bin.index.json"), "w");
+        size_t n = (size_t)sprintf(object, "}'a'%sq%cs(", TENSOR(1, "#0;(#1;t(#1;t"), 1);
+        fprintf(f, "{\"weight_map\": {\"a\": \"x.bin\"");
+        for (size_t i = 0; i < names; i++) {
+            n += (size_t)sprintf(object + n, "'%zu'h%c", i, 1);
+            fprintf(f, ", \"%zu\": \"x.bin\"", i);
+        }
+        fprintf(f, "}}");
+        fclose(f);
+        strcpy(object + n, "u");
+        put_legacy(folder, "x.bin", object, 1);
+        free(object);
+        start = command_seconds();
+        run_command("rm %s/model.safetensors; ./convert inspect %s >%s/said", folder, folder, folder);
+        seconds_of[1][more] = command_seconds() - start;
+        remove_checkpoint_folder(folder);
+    }
+    check("layers: time of 4096 to that of 1024", seconds_of[0][1] / seconds_of[0][0], 9);
+    check("an index: time of 60,000 names to that of 15,000", seconds_of[1][1] / seconds_of[1][0], 9);
 }
 
 /* A model that is larger than --shard-size becomes several files with an index. */
@@ -7069,7 +7339,10 @@ static const Test tests[] = {
     {"convert_malformed", "every malformed one is refused in one line", test_convert_malformed, 1, 0},
     {"convert_damage", "truncated and altered files", test_convert_damage, 1, 0},
     {"convert_options", "options and refusals of the command line", test_convert_options, 1, 0},
+    {"convert_ends", "signals, and several at once", test_convert_ends, 1, 0},
     {"convert_zip", "what a zip file may not do", test_convert_zip, 1, 0},
+    {"convert_lies", "what a file may not say", test_convert_lies, 1, 0},
+    {"convert_many", "no time that grows with the square", test_convert_many, 1, 0},
     {"convert_shards", "what shards must agree on", test_convert_shards, 1, 0},
     {"convert_logits",     "PyTorch's logits after a conversion", test_convert_logits, 1, 0},
     {"paper_data",         "P51 P55, with ../shared/data", test_paper_data, 1, 0},
