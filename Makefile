@@ -49,10 +49,14 @@ debug:
 debug-threads:
 	$(MAKE) -B test OPT="$(SANITIZE)" OPENMP= EXTRA="-fsanitize=thread $(EXTRA)"
 
+# Random input for every reader, FUZZ_SECONDS for each; needs clang and its fuzzer's runtime.
+fuzz:
+	sh dev/fuzz/run.sh
+
 format:
-	clang-format -i megatron_gpt2.c convert.c test_gpt2.c
+	clang-format -i megatron_gpt2.c convert.c test_gpt2.c dev/fuzz/fuzz.c
 
 clean:
-	rm -rf megatron_gpt2 convert test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double
+	rm -rf megatron_gpt2 convert test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double fuzz_scratch
 
-.PHONY: all demo test debug debug-threads format clean
+.PHONY: all demo test debug debug-threads fuzz format clean
