@@ -179,8 +179,8 @@ static const char *read_member(Member *m, const Zip *z, const char *at, const ch
     if (number_at(at + 4, 2) >> 8 == UNIX && S_ISLNK(number_at(at + 40, 2)))
         bad_zip(z, m->name, "is a symbolic link");
 
-    const char *local = z->map.data + field[2];
     if (field[2] > directory || directory - field[2] < 30) bad_zip(z, m->name, "would lie outside the file");
+    const char *local = z->map.data + field[2];
     size_t header = 30 + number_at(local + 26, 2) + number_at(local + 28, 2);
     if (memcmp(local, "PK\3\4", 4) || number_at(local + 26, 2) != name || directory - field[2] < header ||
         memcmp(local + 30, m->name, name) || number_at(local + 8, 2) != (uint64_t)m->method)
