@@ -14,6 +14,7 @@
 
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <sanitizer/asan_interface.h>
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -21,6 +22,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <zlib.h>
 
 /* ---- What is replaced ------------------------------------------------------------------------------------------ */
 
@@ -92,6 +94,27 @@ static void *fuzz_mmap(size_t n, int protection, int fd)
     return p; /* what is mapped to be written is new, and full of zeros */
 }
 
+/* zlib is compiled without the address sanitizer: what it may touch is checked here. */
+static void fuzz_touch(const void *p, size_t n)
+{
+    if (__asan_region_is_poisoned((void *)p, n)) fuzz_finding("zlib would leave its memory");
+}
+
+static unsigned long fuzz_crc32(unsigned long crc, const Bytef *p, size_t n)
+{
+    fuzz_touch(p, n);
+    return crc32_z(crc, p, n);
+}
+
+static int fuzz_inflate(z_stream *s, int flush)
+{
+    fuzz_touch(s->next_in, s->avail_in);
+    fuzz_touch(s->next_out, s->avail_out);
+    return inflate(s, flush);
+}
+
+#define crc32_z(crc, p, n) fuzz_crc32(crc, p, n)
+#define inflate(s, flush) fuzz_inflate(s, flush)
 #define _exit(status) ((void)(status), fuzz_exit())
 #define pause() break /* of the loop in which a second speaker would wait for the program's end */
 #define calloc(n, size) fuzz_calloc(n, size)
@@ -129,6 +152,26 @@ static void gather(const Model *m, const Choices *o, const Arrangement *a)
     }
 }
 
+/* Says without the programs' help that what a file announces lies where it may. */
+static void check_zip(const Zip *z)
+{
+    for (size_t i = 0; i < z->members; i++) {
+        const Member *m = &z->member[i];
+        promise((size_t)(m->end - z->map.data) < z->map.size && m->packed < (size_t)(m->end - m->start),
+                "a member is not in its archive");
+    }
+}
+
+static void check_views(const Shard *s)
+{
+    for (size_t i = 0; i < s->views && s->pickle.storages; i++) {
+        const View *v = &s->view[i];
+        size_t last = v->offset;
+        for (size_t d = 0; d < v->t.dims; d++) last += (v->t.shape[d] - 1) * v->stride[d];
+        promise(!v->t.n || last < s->pickle.storage[v->storage].n, "a tensor is not in its storage");
+    }
+}
+
 /* A checkpoint of any kind: inspected, then converted, back into Megatron's form for up to 2 x 2 ranks too. */
 static void read_checkpoint(const char *path)
 {
@@ -140,6 +183,8 @@ static void read_checkpoint(const char *path)
     o.dtype = "keep", o.keep_padding = 1, o.checkpoint_version = -1;
     source_open(&s, path, scratch_folder, stat(path, &st) || st.st_size % 4 ? NULL : nowhere);
     identify_all(&s);
+    check_zip(&s.tree.zip);
+    for (size_t i = 0; i < s.shards; i++) check_zip(&s.shard[i].zip), check_views(&s.shard[i]);
     if (!s.folder && !find_argument(&s.shard[0], "num_layers")) o.config = shape;
     print_arguments(&s.shard[0], 1);
     for (size_t i = 0; i < s.shards; i++) print_views(&s.shard[i], 1);
@@ -416,6 +461,26 @@ static void run_reader(void (*reader)(const char *path), const char *path)
         promise(!fuzz_blocks, "memory is not given back");
     }
     while (fuzz_blocks) fuzz_free(fuzz_block[fuzz_blocks - 1].p);
+}
+
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most); /* libFuzzer's own: several changes of any kind */
+
+/* Every other input differs from the one that it is made from in one byte only, and mostly by 1. Sizes and offsets
+ * that are wrong look like that, and libFuzzer alone hardly ever leaves all else as it was. */
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed)
+{
+    uint64_t draw = seed * 0x9E3779B97F4A7C15;
+    uint8_t *byte = data + (draw >> 24) % (size ? size : 1);
+    if (!size || draw >> 63) return LLVMFuzzerMutate(data, size, most);
+    switch (draw >> 60) {
+    case 0: *byte = 0; break;
+    case 1: *byte = 0xFF; break;
+    case 2: *byte ^= 0x80; break;
+    case 3:
+    case 4: --*byte; break;
+    default: ++*byte;
+    }
+    return size;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

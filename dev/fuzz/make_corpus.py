@@ -126,9 +126,8 @@ def zipped(members, deflate=False, crc=True, wide=False, comment=b""):
 
 def container(it, **how):
     program, storages = pickled(it)
-    members = [("a/data.pkl", program), ("a/byteorder", b"little")]
-    members += [("a/data/%d" % i, s.data) for i, s in enumerate(storages)]
-    return zipped(members + [("a/version", b"3\n")], **how)
+    members = [("a/data.pkl", program), ("a/byteorder", b"little"), ("a/version", b"3\n")]
+    return zipped(members + [("a/data/%d" % i, s.data) for i, s in enumerate(storages)], **how)
 
 
 # ---- Models ------------------------------------------------------------------------------------------------------
@@ -288,6 +287,9 @@ def main():
     put("pickle", "hugging_face", config(), json.dumps({"weight_map": weights}), bins("transformer."))
     put("pickle", "mask", bins("", mask=True))
     put("pickle", "strides", legacy({"model": {"x": {"y": tensor((2, 3), strides=(1, 2)), "z": tensor((0,))}}}))
+    put("pickle", "small", legacy({"y": tensor((2, 3), strides=(1, 2))}))
+    put("zip", "small", container({"y": tensor((2, 3))}, crc=False))
+    put("zip", "small_deflated", container({"y": tensor((20, 3))}, deflate=True, crc=False))
     put("zip", "core", container(core()))
     put("zip", "no_checksums", container(megatron(), crc=False))
     put("zip", "deflated", container(megatron(), deflate=True))
