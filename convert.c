@@ -322,7 +322,7 @@ static void zip_close(Zip *z)
  * bounded in depth and in steps, because a dictionary can hold itself, or itself twice, and so on 30 times.
  * ============================================================================================================= */
 
-enum { MAX_NODES = 1 << 20, MAX_DEPTH = 40 };
+enum { MAX_NODES = 1 << 20, MAX_DEPTH = 40, MAX_NAME = 1024 };
 
 typedef uint32_t Ref; /* number of a node; 0 is the mark, and stands for "none" too */
 
@@ -744,7 +744,8 @@ static Ref new_storage(Pickle *p, Ref id)
     size_t bytes, n = p->node[id].length;
     memset(&s, 0, sizeof s);
     if (p->node[id].type != N_TUPLE || n < 5 || n > 6 || !is_string(p, item_at(p, id, 0), N_STRING, "storage") ||
-        p->node[key].type != N_STRING || p->node[item_at(p, id, 3)].type != N_STRING)
+        p->node[key].type != N_STRING || p->node[key].length > 32 /* they are small numbers */ ||
+        p->node[item_at(p, id, 3)].type != N_STRING)
         bad_pickle(p, "a persistent id is not ('storage', type, key, location, elements)");
     s.key = p->node[key].is.string;
     s.key_length = p->node[key].length;
@@ -939,8 +940,12 @@ static void refuse_duplicate_keys(const Pickle *p, Ref dict)
     size_t n = 0;
     char shown[NAME_SHOWN];
     const Node **key = (const Node **)xcalloc(p->node[dict].length, sizeof *key);
-    for (uint32_t cell = p->node[dict].first; cell; cell = p->cell[p->cell[cell].next].next)
-        if (p->node[p->cell[cell].value].type == N_STRING) key[n++] = &p->node[p->cell[cell].value];
+    for (uint32_t cell = p->node[dict].first; cell; cell = p->cell[p->cell[cell].next].next) {
+        const Node *name = &p->node[p->cell[cell].value];
+        if (name->type != N_STRING) continue;
+        if (name->length > MAX_NAME) bad_pickle(p, "a dict has a key of %u bytes", name->length); /* slow to compare */
+        key[n++] = name;
+    }
     qsort(key, n, sizeof *key, compare_keys);
     for (size_t i = 1; i < n; i++)
         if (!compare_keys(&key[i - 1], &key[i])) bad_pickle(p, "a dict has the key %s twice", show(shown, key[i]));
@@ -998,7 +1003,7 @@ static void pickle_free(Pickle *p)
  * NAME/byteorder and more.
  * ============================================================================================================= */
 
-enum { MAX_TENSORS = 1 << 16, MAX_NAME = 1024 };
+enum { MAX_TENSORS = 1 << 16 };
 
 /* A file of tensors. */
 typedef struct {
@@ -1094,7 +1099,6 @@ static Member *torch_member(const Shard *s, const char *what)
 static Member *storage_member(const Shard *s, const TorchStorage *storage)
 {
     char path[SHOWN];
-    if (storage->key_length > 32) return NULL; /* they are small numbers */
     snprintf(path, sizeof path, "data/%.*s", (int)storage->key_length, storage->key);
     return torch_member(s, path);
 }
