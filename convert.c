@@ -1222,7 +1222,12 @@ static void shard_open(Shard *s, const char *path, Map map, const char *scratch,
     if (s->pickle.node[model].type != N_DICT)
         die("%s: a dict of tensors is expected, not a %s", path, node_name[s->pickle.node[model].type]);
     collect_tensors(s, model, name, 0, &steps);
-    for (size_t i = 0; i < s->views; i++) find_data(s, &s->view[i]);
+    size_t all = 0, there = s->zip.members ? 0 : map.size;
+    for (size_t i = 0; i < s->views; i++) find_data(s, &s->view[i]), all += s->view[i].t.bytes;
+    for (size_t i = 0; i < s->zip.members; i++)
+        if (s->zip.member[i].opened.data) there += s->zip.member[i].size;
+    if (all > 4 * there) /* tied weights are there twice; 65536 views of one storage would keep us busy for hours */
+        die("%s: its tensors have %zu bytes, but are views of only %zu", path, all, there);
 }
 
 /* A file of safetensors, or a folder of them, as the same thing. */

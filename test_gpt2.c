@@ -6721,6 +6721,62 @@ static void test_convert_damage(void)
     remove_checkpoint_folder(folder);
 }
 
+static void put_text(FILE *f, const char *start, size_t n) /* a string in a pickle: start, filled up to n bytes */
+{
+    size_t length = strlen(start);
+    fputc('X', f), fwrite(&n, 4, 1, f), fputs(start, f);
+    for (size_t i = length; i < n; i++) fputc('a', f);
+}
+
+/* Files of one or two megabytes that would keep us busy for a minute, and larger ones of their kind for hours. */
+static void test_convert_bombs(void)
+{
+    static const char head[] = "\x80\2\x8a\nl\xfc\x9c"
+                               "F\xf9 j\xa8P\x19.\x80\2M\xe9\3.\x80\2}X\r\0\0\0little_endian\x88s.\x80\2";
+    static const char *const what[] = {"20000 keys that are one long string", "20000 storages with one long name",
+                                       "60000 tensors that are one storage"};
+    static const char *const reasons[] = {"a key of 1048576 bytes", "persistent id", "but are views of only"};
+    enum { LONG = 1 << 20 };
+    char folder[PATH_MAX], path[PATH_MAX], name[16];
+    if (!have_convert()) return;
+    make_checkpoint_folder(folder);
+    for (int kind = 0; kind < 3; kind++) {
+        FILE *f = fopen(join_path(path, folder, "bomb.pt"), "wb");
+        if (!f) die("cannot create %s", path);
+        uint64_t n = LONG / 2;
+        fwrite(head, 1, sizeof head - 1, f);
+        if (kind == 0) {
+            fputs("}(", f), put_text(f, "", LONG), fwrite("q\0N", 1, 3, f);
+            for (int i = 1; i < 20000; i++) fwrite("h\0N", 1, 3, f);
+            fputs("u.", f);
+        } else { /* memo 0: a persistent id; 1: the arguments of a tensor */
+            fputs(kind == 1 ? "](" : "}(", f);
+            if (kind == 2) put_text(f, "x", 1), fputs("ctorch._utils\n_rebuild_tensor_v2\n(", f);
+            fputc('(', f), put_text(f, "storage", 7), fputs("ctorch\nHalfStorage\n", f);
+            put_text(f, "0", kind == 1 ? LONG : 1), put_text(f, "cpu", 3);
+            fputc('J', f), fwrite(&n, 4, 1, f), fwrite("tq\0Q", 1, 4, f);
+            for (int i = 1; kind == 1 && i < 20000; i++) fwrite("h\0Q", 1, 3, f);
+            if (kind == 2) {
+                fwrite("K\0J", 1, 3, f), fwrite(&n, 4, 1, f), fputs("\x85K\1\x85tq\1R", f);
+                for (int i = 0; i < 60000; i++) {
+                    snprintf(name, sizeof name, "%05d", i);
+                    put_text(f, name, 5), fputs("ctorch._utils\n_rebuild_tensor_v2\nh\1R", f);
+                }
+            }
+            fputs(kind == 1 ? "e." : "u.", f);
+        }
+        fputs("\x80\2](", f), put_text(f, "0", 1), fputs("e.", f);
+        fwrite(&n, 8, 1, f);
+        for (size_t i = 0; i < LONG; i++) fputc(0, f);
+        fclose(f);
+        double start = now();
+        int status = run_convert("inspect %s", path);
+        check_true(what[kind], status == 1 && says(reasons[kind]) && now() - start < 5);
+        if (!says(reasons[kind])) printf("      it says: %s\n", convert_error);
+    }
+    remove_checkpoint_folder(folder);
+}
+
 static void test_convert_options(void)
 {
     static const struct {
@@ -7021,6 +7077,7 @@ static const Test tests[] = {
     {"convert_fixtures", "every checkpoint of ../shared/fixtures", test_convert_fixtures, 1, 0},
     {"convert_malformed", "every malformed one is refused in one line", test_convert_malformed, 1, 0},
     {"convert_damage", "truncated and altered files", test_convert_damage, 1, 0},
+    {"convert_bombs", "small files that ask for much work", test_convert_bombs, 1, 0},
     {"convert_options", "options and refusals of the command line", test_convert_options, 1, 0},
     {"convert_zip", "what a zip file may not do", test_convert_zip, 1, 0},
     {"convert_shards", "what shards must agree on", test_convert_shards, 1, 0},
