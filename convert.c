@@ -1596,6 +1596,7 @@ static void open_single(Source *s, Map map, const char *scratch, FILE *listing)
 static void open_ranks(Source *s, const char *scratch, FILE *listing)
 {
     char path[PATH_MAX], below[PATH_MAX];
+    size_t objects = 0;
     s->file = find_shards(&s->tree, &s->layout);
     make_room(s, (size_t)(s->layout.tp * s->layout.pp));
     for (size_t i = 0; i < s->shards; i++) {
@@ -1605,6 +1606,9 @@ static void open_ranks(Source *s, const char *scratch, FILE *listing)
         s->file[i] = keep_string(path, strlen(path));
         if (listing) fprintf(listing, "%s\n", path);
         shard_open(&s->shard[i], s->file[i], s->map[i], scratch, listing);
+        const Pickle *p = &s->shard[i].pickle;
+        objects += p->node_room + p->cell_room + p->stack_room + p->memo_room; /* a million of them deflate to 1 kB */
+        if (objects > 8 * MAX_NODES) die("%s: its pickles build too many objects for one checkpoint", s->path);
     }
     s->container = container_name(s->map[0]);
 }
@@ -2132,6 +2136,25 @@ static int same_nodes(const Pickle *p, Ref a, const Pickle *q, Ref b)
     return (x->type != N_INTEGER && x->type != N_REAL) || x->is.integer == y->is.integer; /* one union: bit for bit */
 }
 
+static int compare_files(const void *a, const void *b)
+{
+    const Map *x = *(const Map *const *)a, *y = *(const Map *const *)b;
+    return x->size == y->size ? memcmp(x->data, y->data, x->size) : x->size < y->size ? -1 : 1;
+}
+
+/* Sorted, copies are neighbours: to compare thousands of shards each with each could take hours. */
+static void refuse_copies(const Source *m)
+{
+    const Map **file = (const Map **)xcalloc(m->shards, sizeof *file);
+    for (size_t i = 0; i < m->shards; i++) file[i] = &m->map[i];
+    qsort(file, m->shards, sizeof *file, compare_files);
+    for (size_t i = 1; i < m->shards; i++)
+        if (!compare_files(&file[i - 1], &file[i]))
+            die("%s is a copy of %s, although ranks hold different parts", m->file[file[i] - m->map],
+                m->file[file[i - 1] - m->map]);
+    free(file);
+}
+
 /* All shards must be of one run, of one iteration, and each in its place. */
 static void check_agreement(const Source *m)
 {
@@ -2156,10 +2179,8 @@ static void check_agreement(const Source *m)
             if (!same_nodes(p, find_argument(first, names[i]), q, find_argument(s, names[i]))) differs = names[i];
         if (differs)
             die("%s and %s disagree on %s: they are of different checkpoints", first->path, s->path, differs);
-        for (size_t i = 0; i < rank; i++)
-            if (m->map[rank].size == m->map[i].size && !memcmp(m->map[rank].data, m->map[i].data, m->map[i].size))
-                die("%s is a copy of %s, although ranks hold different parts", s->path, m->shard[i].path);
     }
+    refuse_copies(m);
 }
 
 /* The args of every shard must fit to where it lies. */

@@ -6737,7 +6737,7 @@ static void test_convert_bombs(void)
                                        "60000 tensors that are one storage"};
     static const char *const reasons[] = {"a key of 1048576 bytes", "persistent id", "but are views of only"};
     enum { LONG = 1 << 20 };
-    char folder[PATH_MAX], path[PATH_MAX], name[16];
+    char folder[PATH_MAX], path[PATH_MAX], copy[PATH_MAX], name[16];
     if (!have_convert()) return;
     make_checkpoint_folder(folder);
     for (int kind = 0; kind < 3; kind++) {
@@ -6774,6 +6774,19 @@ static void test_convert_bombs(void)
         check_true(what[kind], status == 1 && says(reasons[kind]) && now() - start < 5);
         if (!says(reasons[kind])) printf("      it says: %s\n", convert_error);
     }
+    for (int rank = 0; rank < 4; rank++) { /* four ranks of a million objects each */
+        snprintf(path, sizeof path, "%.4000s/bomb/mp_rank_%02d", folder, rank);
+        run_command("mkdir -p %s", path);
+        FILE *f = fopen(join_path(copy, path, "model_optim_rng.pt"), "wb");
+        if (!f) die("cannot create %s", copy);
+        fwrite(head, 1, sizeof head - 1, f);
+        fputs("}(", f), put_text(f, "model", 5), fputc('}', f), put_text(f, "x", 1), fputc('(', f);
+        for (int i = 0; i < 1000000; i++) fputc('N', f);
+        fputs("tu.\x80\2].", f), fputc(rank, f);
+        fclose(f);
+    }
+    int status = run_convert("inspect %s/bomb", folder);
+    check_true("four million objects", status == 1 && says("too many objects"));
     remove_checkpoint_folder(folder);
 }
 
