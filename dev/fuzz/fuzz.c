@@ -379,7 +379,8 @@ static const Files checkpoints[PARTS] = {
     {"one.pt", {"one.pt"}},
     {"tp", {"tp/mp_rank_00" RANK, "tp/mp_rank_01" RANK}},
     {"bin", {"bin/config.json", "bin/pytorch_model.bin.index.json", "bin/a"}},
-    {"grid", {"grid/mp_rank_00_000" RANK, "grid/mp_rank_01_000" RANK, "grid/mp_rank_00_001" RANK, "grid/mp_rank_01_001" RANK}}};
+    {"grid", {"grid/mp_rank_00_000" RANK, "grid/mp_rank_01_000" RANK, "grid/mp_rank_00_001" RANK,
+              "grid/mp_rank_01_001" RANK}}};
 static const Files models[PARTS] = {
     {"one", {"one"}},
     {"whole", {"whole/config.json", "whole/model.safetensors"}},

@@ -190,7 +190,8 @@ def megatron(body="encoder", tp=1, pp=1, rank=0, stage=0, L=1, **more):
 def core():
     """Megatron-Core with TransformerEngine; what it adds to a state dict; strides."""
     names = {"input_layernorm": "self_attention.linear_qkv.layer_norm_",
-             "attention.query_key_value": "self_attention.linear_qkv.", "attention.dense": "self_attention.linear_proj.",
+             "attention.query_key_value": "self_attention.linear_qkv.",
+             "attention.dense": "self_attention.linear_proj.",
              "post_attention_layernorm": "mlp.linear_fc1.layer_norm_", "mlp.dense_h_to_4h": "mlp.linear_fc1.",
              "mlp.dense_4h_to_h": "mlp.linear_fc2."}
 
@@ -315,7 +316,8 @@ def main():
     put("json", "deep", " " + 39 * "[" + '{"k":\t0}' + 39 * "]" + "\r\n")
     put("json", "number", "-12345678901234567890.5e-300")
     put("config", "full", config(bos_token_id=4, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False))
-    put("config", "least", '{"model_type":"gpt2","n_ctx":1024,"n_layer":24,"n_embd":1024,"n_head":16,"vocab_size":50257}')
+    put("config", "least",
+        '{"model_type":"gpt2","n_ctx":1024,"n_layer":24,"n_embd":1024,"n_head":16,"vocab_size":50257}')
     put("config", "largest", config(n_positions=1 << 20, n_layer=1 << 12, n_embd=1 << 17, n_head=1 << 12,
                                     vocab_size=1 << 24, n_inner=1 << 20, tie_word_embeddings=False, n_ctx=None))
     tokens = [byte_character(b) for b in range(256)]
@@ -329,7 +331,8 @@ def main():
     put("dataset", "index_16", *indexed(2, [[1, 2, 3, 256], [], [7] * 9, [5, 256]]))
     put("dataset", "index_32", *indexed(4, [[65, 66, 67], [256], [0, 255, 1, 2, 3, 4]]))
     put("dataset", "lambada", '{"text": "He went to the house"}\n\n{"x": 1, "text": " two\\u00a0words "}\n')
-    put("dataset", "wikitext", " \n = = Title = = \n \" It 's ( a ) \" , 1 @,@ 000 @-@ 5 @.@ 5 \u00b0 : N s ' [ x ] ; { } ! ? . \n")
+    put("dataset", "wikitext",
+        " \n = = Title = = \n \" It 's ( a ) \" , 1 @,@ 000 @-@ 5 @.@ 5 \u00b0 : N s ' [ x ] ; { } ! ? . \n")
 
 
 main()
