@@ -54,10 +54,14 @@ BENCH   ?= $(patsubst dev/bench/%.sh,%,$(wildcard dev/bench/*.sh))
 bench: all
 	@for part in $(BENCH); do sh dev/bench/$$part.sh $(BENCHFLAGS) || exit 1; done
 
+# Random input for every reader, FUZZ_SECONDS for each; needs clang and its fuzzer's runtime.
+fuzz:
+	sh dev/fuzz/run.sh
+
 format:
-	clang-format -i megatron_gpt2.c convert.c test_gpt2.c
+	clang-format -i megatron_gpt2.c convert.c test_gpt2.c dev/fuzz/fuzz.c
 
 clean:
-	rm -rf megatron_gpt2 convert test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double bench_scratch
+	rm -rf megatron_gpt2 convert test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double bench_scratch fuzz_scratch
 
-.PHONY: all demo test debug debug-threads bench format clean
+.PHONY: all demo test debug debug-threads fuzz bench format clean

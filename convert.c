@@ -361,7 +361,7 @@ static void zip_close(Zip *z)
  * bounded in depth and in steps, because a dictionary can hold itself, or itself twice, and so on 30 times.
  * ============================================================================================================= */
 
-enum { MAX_NODES = 1 << 20, MAX_DEPTH = 40 };
+enum { MAX_NODES = 1 << 20, MAX_DEPTH = 40, MAX_NAME = 1024 };
 
 /* The number of a node. Node 0 is the mark, and stands for what is missing too: its type is none that anyone looks for,
  * so that what asks for item 3 of a tuple of 2 needs no test of its own. */
@@ -760,7 +760,8 @@ static Ref new_storage(Pickle *p, Ref id)
     size_t bytes, n = p->node[id].length;
     memset(&s, 0, sizeof s);
     if (p->node[id].type != N_TUPLE || n < 5 || n > 6 || !is_string(p, item_at(p, id, 0), N_STRING, "storage") ||
-        p->node[key].type != N_STRING || p->node[item_at(p, id, 3)].type != N_STRING)
+        p->node[key].type != N_STRING || p->node[key].length > 32 /* they are small numbers */ ||
+        p->node[item_at(p, id, 3)].type != N_STRING)
         bad_pickle(p, "a persistent id is not ('storage', type, key, location, elements)");
     s.key = p->node[key].is.string;
     s.key_length = p->node[key].length;
@@ -959,8 +960,12 @@ static void refuse_duplicate_keys(const Pickle *p, Ref dict)
 {
     size_t n = 0;
     const Node **key = (const Node **)xcalloc(p->node[dict].length, sizeof *key);
-    for (uint32_t cell = p->node[dict].first; cell; cell = p->cell[p->cell[cell].next].next)
-        key[n++] = &p->node[p->cell[cell].value];
+    for (uint32_t cell = p->node[dict].first; cell; cell = p->cell[p->cell[cell].next].next) {
+        const Node *name = &p->node[p->cell[cell].value];
+        if (name->type == N_STRING && name->length > MAX_NAME) /* slow to compare */
+            bad_pickle(p, "a dict has a key of %u bytes", name->length);
+        key[n++] = name;
+    }
     qsort(key, n, sizeof *key, compare_keys);
     for (size_t i = 1; i < n; i++)
         if (!compare_keys(&key[i - 1], &key[i])) {
@@ -1043,7 +1048,7 @@ static void pickle_free(Pickle *p)
  * NAME/byteorder and more.
  * ============================================================================================================= */
 
-enum { MAX_TENSORS = 1 << 16, MAX_NAME = 1024 };
+enum { MAX_TENSORS = 1 << 16 };
 
 /* A file of tensors. */
 typedef struct {
@@ -1137,7 +1142,6 @@ static Member *torch_member(const Shard *s, const char *what)
 static Member *storage_member(const Shard *s, const TorchStorage *storage)
 {
     char path[SHOWN];
-    if (storage->key_length > 32) return NULL; /* they are small numbers */
     snprintf(path, sizeof path, "data/%.*s", (int)storage->key_length, storage->key);
     return torch_member(s, path);
 }
@@ -1268,7 +1272,11 @@ static void shard_open(Shard *s, Reading *reading)
 #pragma omp parallel for schedule(dynamic) /* the time goes into inflating and checking */
     for (size_t i = 0; i < s->zip.members; i++)
         if (s->zip.member[i].wanted) zip_read(&s->zip, &s->zip.member[i]);
-    for (size_t i = 0; i < s->views; i++) find_data(s, &s->view[i]);
+    size_t all = 0, there = s->zip.members ? 0 : s->map.size;
+    for (size_t i = 0; i < s->views; i++) find_data(s, &s->view[i]), all += s->view[i].t.bytes;
+    for (size_t i = 0; i < s->zip.members; i++) there += s->zip.member[i].wanted ? s->zip.member[i].size : 0;
+    if (all > 4 * there) /* tied weights are there twice; 65536 views of one storage would keep us busy for hours */
+        die("%s: its tensors have %zu bytes, but are views of only %zu", path, all, there);
 }
 
 /* A file of safetensors, or a folder of them, as the same thing. */
@@ -2976,31 +2984,25 @@ static void print_arguments(const Shard *s, int json)
     printf(json ? "}, " : args ? "\n" : "");
 }
 
-/* Any number of tensors may share a storage: what would be summed up beyond some times the file's size is not. */
 static void print_views(const Shard *s, int json)
 {
-    char shape[SHAPE_TEXT], stride[SHAPE_TEXT], sum[16];
-    size_t left = s->pickle.nodes ? 4 * s->map.size : SIZE_MAX;
-    for (size_t i = 0; i < s->zip.members; i++)
-        if (s->zip.member[i].method) left += 4 * s->zip.member[i].opened.size;
+    char shape[SHAPE_TEXT], stride[SHAPE_TEXT];
     for (size_t i = 0; i < s->views; i++) {
         const View *v = &s->view[i];
         const char *dtype = dtype_name[v->t.dtype];
-        left = v->t.bytes <= left ? left - v->t.bytes : 0;
-        if (left) snprintf(sum, sizeof sum, "%08x", (unsigned)checksum(v, 0, 0, 0));
-        else strcpy(sum, "-");
+        unsigned sum = (unsigned)checksum(v, 0, 0, 0);
         shape_text(shape, v->t.dims, v->t.shape);
         shape_text(stride, v->t.dims, v->stride);
         if (!json) {
             size_t n = strlen(v->t.name);
             printf("  "), print_bytes(stdout, v->t.name, n, 160);
-            printf("%*s %-4s %-14s strides %-12s crc32 %s\n", n < 72 ? (int)(72 - n) : 0, "", dtype, shape, stride,
+            printf("%*s %-4s %-14s strides %-12s crc32 %08x\n", n < 72 ? (int)(72 - n) : 0, "", dtype, shape, stride,
                    sum);
             continue;
         }
         printf(i ? ", {\"name\": " : "{\"name\": ");
         json_write_string(stdout, v->t.name, strlen(v->t.name));
-        printf(", \"dtype\": \"%s\", \"shape\": %s, \"strides\": %s, \"crc32\": \"%s\"}", dtype, shape, stride, sum);
+        printf(", \"dtype\": \"%s\", \"shape\": %s, \"strides\": %s, \"crc32\": \"%08x\"}", dtype, shape, stride, sum);
     }
 }
 

@@ -6773,6 +6773,75 @@ static void test_convert_damage(void)
     remove_checkpoint_folder(folder);
 }
 
+static void put_text(FILE *f, const char *start, size_t n) /* a string in a pickle: start, filled up to n bytes */
+{
+    size_t length = strlen(start);
+    fputc('X', f), fwrite(&n, 4, 1, f), fputs(start, f);
+    for (size_t i = length; i < n; i++) fputc('a', f);
+}
+
+/* Files of one or two megabytes that would keep us busy for a minute, and larger ones of their kind for hours. */
+static void test_convert_bombs(void)
+{
+    static const char head[] = "\x80\2\x8a\nl\xfc\x9c"
+                               "F\xf9 j\xa8P\x19.\x80\2M\xe9\3.\x80\2}X\r\0\0\0little_endian\x88s.\x80\2";
+    static const char *const what[] = {"20000 keys that are one long string", "20000 storages with one long name",
+                                       "60000 tensors that are one storage"};
+    static const char *const reasons[] = {"a key of 1048576 bytes", "persistent id", "but are views of only"};
+    enum { LONG = 1 << 20 };
+    char folder[PATH_MAX], path[PATH_MAX], copy[PATH_MAX], name[16];
+    if (!have_convert()) return;
+    make_checkpoint_folder(folder);
+    for (int kind = 0; kind < 3; kind++) {
+        FILE *f = fopen(join_path(path, folder, "bomb.pt"), "wb");
+        if (!f) die("cannot create %s", path);
+        uint64_t n = LONG / 2;
+        fwrite(head, 1, sizeof head - 1, f);
+        if (kind == 0) {
+            fputs("}(", f), put_text(f, "", LONG), fwrite("q\0N", 1, 3, f);
+            for (int i = 1; i < 20000; i++) fwrite("h\0N", 1, 3, f);
+            fputs("u.", f);
+        } else { /* memo 0: a persistent id; 1: the arguments of a tensor */
+            fputs(kind == 1 ? "](" : "}(", f);
+            if (kind == 2) put_text(f, "x", 1), fputs("ctorch._utils\n_rebuild_tensor_v2\n(", f);
+            fputc('(', f), put_text(f, "storage", 7), fputs("ctorch\nHalfStorage\n", f);
+            put_text(f, "0", kind == 1 ? LONG : 1), put_text(f, "cpu", 3);
+            fputc('J', f), fwrite(&n, 4, 1, f), fwrite("tq\0Q", 1, 4, f);
+            for (int i = 1; kind == 1 && i < 20000; i++) fwrite("h\0Q", 1, 3, f);
+            if (kind == 2) {
+                fwrite("K\0J", 1, 3, f), fwrite(&n, 4, 1, f), fputs("\x85K\1\x85tq\1R", f);
+                for (int i = 0; i < 60000; i++) {
+                    snprintf(name, sizeof name, "%05d", i);
+                    put_text(f, name, 5), fputs("ctorch._utils\n_rebuild_tensor_v2\nh\1R", f);
+                }
+            }
+            fputs(kind == 1 ? "e." : "u.", f);
+        }
+        fputs("\x80\2](", f), put_text(f, "0", 1), fputs("e.", f);
+        fwrite(&n, 8, 1, f);
+        for (size_t i = 0; i < LONG; i++) fputc(0, f);
+        fclose(f);
+        double start = now();
+        int status = run_convert("inspect %s", path);
+        check_true(what[kind], status == 1 && says(reasons[kind]) && now() - start < 5);
+        if (!says(reasons[kind])) printf("      it says: %s\n", convert_error);
+    }
+    for (int rank = 0; rank < 4; rank++) { /* four ranks of a million objects each */
+        snprintf(path, sizeof path, "%.4000s/bomb/mp_rank_%02d", folder, rank);
+        run_command("mkdir -p %s", path);
+        FILE *f = fopen(join_path(copy, path, "model_optim_rng.pt"), "wb");
+        if (!f) die("cannot create %s", copy);
+        fwrite(head, 1, sizeof head - 1, f);
+        fputs("}(", f), put_text(f, "model", 5), fputc('}', f), put_text(f, "x", 1), fputc('(', f);
+        for (int i = 0; i < 1000000; i++) fputc('N', f);
+        fputs("tu.\x80\2].", f), fputc(rank, f);
+        fclose(f);
+    }
+    int status = run_convert("inspect %s/bomb", folder);
+    check_true("four million objects", status == 1 && says("too many objects"));
+    remove_checkpoint_folder(folder);
+}
+
 static void test_convert_options(void)
 {
     static const struct {
@@ -6828,10 +6897,11 @@ static void test_convert_options(void)
     check_equal("--force replaces a checkpoint", run_convert("%s %s/megatron --force", folder, folder), 0);
     check_true("  with another cut", file_exists(folder, "megatron/release/mp_rank_00") &&
                                          !file_exists(folder, "megatron/release/mp_rank_01"));
-    check_true("  keeps the old one, and what the user has put there", file_exists(folder, "megatron.old/release/mine") &&
-                                                                            count_names(folder, "megatron") == 2);
+    check_true("  keeps the old one, and what the user has put there",
+               file_exists(folder, "megatron.old/release/mine") && count_names(folder, "megatron") == 2);
     check_true("  which must be moved away first", run_convert("%s %s/megatron --force", folder, folder) == 1 &&
-                                                       says("megatron.old is there") && count_names(folder, "megatron") == 2);
+                                                       says("megatron.old is there") &&
+                                                       count_names(folder, "megatron") == 2);
 
     check_equal("one rank's folder alone", run_convert("%s/megatron/release/mp_rank_00 %s/back", folder, folder), 0);
     check_true("  is the model", is_model_like(&m, "F32", join_path(path, folder, "back")));
@@ -6912,12 +6982,14 @@ static void test_convert_ends(void)
         run_command("rm -rf %s/x*", folder);
     }
     check_true("SIGTERM at any time", right);
-    check_equal("of four that write to one OUT, one succeeds",
-                run_command("test $(for i in 1 2 3 4; do { ./convert %s %s/y --to hf 2>/dev/null | grep -c written: & } "
-                            "done | grep -c 1) = 1",
-                            folder, folder),
-                0);
-    check_true("  and it is whole", count_names(folder, "y") == 1 && is_model_like(&m, "F32", join_path(path, folder, "y")));
+    check_equal(
+        "of four that write to one OUT, one succeeds",
+        run_command("test $(for i in 1 2 3 4; do { ./convert %s %s/y --to hf 2>/dev/null | grep -c written: & } "
+                    "done | grep -c 1) = 1",
+                    folder, folder),
+        0);
+    check_true("  and it is whole",
+               count_names(folder, "y") == 1 && is_model_like(&m, "F32", join_path(path, folder, "y")));
     free_plain(&m);
     remove_checkpoint_folder(folder);
 }
@@ -6996,8 +7068,9 @@ static void put_pickle(FILE *f, const char *program)
         const char *word = at + 1;
         at = strchr(word, end);
         uint32_t n = (uint32_t)(end == ';' ? atoi(word) : at - word);
-        if (word[-1] == '@') fprintf(f, "c%.*s\n%.*s\n", (int)strcspn(word, " "), word,
-                                     (int)(at - strchr(word, ' ') - 1), strchr(word, ' ') + 1);
+        if (word[-1] == '@')
+            fprintf(f, "c%.*s\n%.*s\n", (int)strcspn(word, " "), word, (int)(at - strchr(word, ' ') - 1),
+                    strchr(word, ' ') + 1);
         else {
             fputc(end == ';' ? 'J' : 'X', f);
             fwrite(&n, 4, 1, f);
@@ -7022,8 +7095,8 @@ static void put_legacy(const char *folder, const char *name, const char *object,
     if (fclose(f)) die("cannot write %s", path);
 }
 
-#define TENSOR(n, place)                                                                                                \
-    "@torch._utils _rebuild_tensor_v2;(('storage'@torch FloatStorage;'0''cpu'#" #n ";tQ" place                             \
+#define TENSOR(n, place)                                                                                               \
+    "@torch._utils _rebuild_tensor_v2;(('storage'@torch FloatStorage;'0''cpu'#" #n ";tQ" place                         \
     "\x89@collections OrderedDict;)RtR"
 
 /* Changes bytes of the pickle of a file that convert has written, whose checksum then says that it is unknown. */
@@ -7066,9 +7139,7 @@ static void test_convert_lies(void)
     snprintf(object, sizeof object, "}'a'%sq%cs", TENSOR(1000, "#0;(#1000;t(#1;t"), 1); /* under nine names */
     for (char name = 'b'; name <= 'i'; name++) snprintf(object + strlen(object), 16, "'%c'h%cs", name, 1);
     put_legacy(folder, "many.pt", object, 1000);
-    check_equal("a storage of many tensors", run_convert("inspect %s/many.pt", folder), 0);
-    check_true("  is not summed up for all of them", strstr(convert_output, "crc32 -\n") &&
-                                                        strncmp(strstr(convert_output, "crc32 "), "crc32 -", 7));
+    check_true("a storage of many tensors", run_convert("inspect %s/many.pt", folder) == 1 && says("but are views of"));
 
     snprintf(path, sizeof path, "%.4000s/megatron/release/mp_rank_00/model_optim_rng.pt", folder);
     patch_pickle(path, "openai_gelu", 11, 10, 'x');
@@ -7338,6 +7409,7 @@ static const Test tests[] = {
     {"convert_fixtures", "every checkpoint of ../shared/fixtures", test_convert_fixtures, 1, 0},
     {"convert_malformed", "every malformed one is refused in one line", test_convert_malformed, 1, 0},
     {"convert_damage", "truncated and altered files", test_convert_damage, 1, 0},
+    {"convert_bombs", "small files that ask for much work", test_convert_bombs, 1, 0},
     {"convert_options", "options and refusals of the command line", test_convert_options, 1, 0},
     {"convert_ends", "signals, and several at once", test_convert_ends, 1, 0},
     {"convert_zip", "what a zip file may not do", test_convert_zip, 1, 0},
