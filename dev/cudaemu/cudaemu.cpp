@@ -9,6 +9,7 @@
 
 #include <assert.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -44,19 +45,19 @@ __thread dim3 blockDim, gridDim;
 namespace cudaemu
 {
 
-constexpr int MAX_THREADS = 1024;             /* of a block */
-constexpr size_t SHARED_DEFAULT = 48 << 10;   /* bytes of shared memory a block may have without asking .. */
-constexpr size_t SHARED_OPTIN = 227 << 10;    /* .. and with cudaFuncSetAttribute */
-constexpr size_t SHARED_GAP = 32;             /* unused bytes around shared variables, for ASan and the checker */
+constexpr int MAX_THREADS = 1024;           /* of a block */
+constexpr size_t SHARED_DEFAULT = 48 << 10; /* bytes of shared memory a block may have without asking .. */
+constexpr size_t SHARED_OPTIN = 227 << 10;  /* .. and with cudaFuncSetAttribute */
+constexpr size_t SHARED_GAP = 32;           /* unused bytes around shared variables, for ASan and the checker */
 constexpr size_t DEVICE_MEMORY = (size_t)16 << 30;
-constexpr int POISON = 0xFF;                  /* fresh memory: every float, bf16 and fp16 of such bytes is a NaN */
+constexpr int POISON = 0xFF; /* fresh memory: every float, bf16 and fp16 of such bytes is a NaN */
 
-/* ---- 1. Messages ------------------------------------------------------------------------------------------------------ */
+/* ---- 1. Messages ------------------------------------------------------------------------------------------------- */
 
 struct Block;
 struct Thread;
-static __thread Block *block;   /* the block that this OS thread runs, if any, */
-static __thread Thread *self;   /* and the CUDA thread of it */
+static __thread Block *block; /* the block that this OS thread runs, if any, */
+static __thread Thread *self; /* and the CUDA thread of it */
 
 static void describe_running(char *text, size_t size); /* "kernel k (f.cu:12), block (..), thread (..): " or "" */
 
@@ -69,12 +70,14 @@ void fail(Site at, const char *format, ...)
     va_end(args);
     describe_running(running, sizeof running);
     if (at.file) snprintf(place, sizeof place, "%s:%d: ", at.file, at.line);
+    static int spoken; /* several ranks may fail at once: the first speaks, the others wait for the end */
+    while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
     fflush(stdout);
     fprintf(stderr, "cudaemu: %s%s%s\n", place, running, message);
     _exit(1); /* not exit(): other ranks still run */
 }
 
-/* ---- 2. Fibers: stacks of their own within one OS thread --------------------------------------------------------------- */
+/* ---- 2. Fibers: stacks of their own within one OS thread --------------------------------------------------------- */
 
 constexpr size_t STACK = 256 << 10; /* address space; pages come when touched */
 
@@ -99,17 +102,18 @@ __asm__(".text\n.p2align 4\n.globl cudaemu_switch\ncudaemu_switch:\n"
         "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
         "movq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
         "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
-constexpr int FRAME = 8, ENTRY = 6; /* words from the new stack pointer to an aligned top; index of the return address */
+constexpr int FRAME = 8, ENTRY = 6; /* words from the new stack pointer to the top; where the return address lies */
 #else
 /* The same for AAPCS64: x19-x30 and the low halves of v8-v15. */
-__asm__(".text\n.p2align 4\n.globl cudaemu_switch\ncudaemu_switch:\n"
-        "sub sp,sp,#160\n"
-        "stp x19,x20,[sp]\nstp x21,x22,[sp,#16]\nstp x23,x24,[sp,#32]\nstp x25,x26,[sp,#48]\nstp x27,x28,[sp,#64]\n"
-        "stp x29,x30,[sp,#80]\nstp d8,d9,[sp,#96]\nstp d10,d11,[sp,#112]\nstp d12,d13,[sp,#128]\nstp d14,d15,[sp,#144]\n"
-        "mov x9,sp\nstr x9,[x0]\nmov sp,x1\n"
-        "ldp x19,x20,[sp]\nldp x21,x22,[sp,#16]\nldp x23,x24,[sp,#32]\nldp x25,x26,[sp,#48]\nldp x27,x28,[sp,#64]\n"
-        "ldp x29,x30,[sp,#80]\nldp d8,d9,[sp,#96]\nldp d10,d11,[sp,#112]\nldp d12,d13,[sp,#128]\nldp d14,d15,[sp,#144]\n"
-        "add sp,sp,#160\nret\n");
+__asm__(
+    ".text\n.p2align 4\n.globl cudaemu_switch\ncudaemu_switch:\n"
+    "sub sp,sp,#160\n"
+    "stp x19,x20,[sp]\nstp x21,x22,[sp,#16]\nstp x23,x24,[sp,#32]\nstp x25,x26,[sp,#48]\nstp x27,x28,[sp,#64]\n"
+    "stp x29,x30,[sp,#80]\nstp d8,d9,[sp,#96]\nstp d10,d11,[sp,#112]\nstp d12,d13,[sp,#128]\nstp d14,d15,[sp,#144]\n"
+    "mov x9,sp\nstr x9,[x0]\nmov sp,x1\n"
+    "ldp x19,x20,[sp]\nldp x21,x22,[sp,#16]\nldp x23,x24,[sp,#32]\nldp x25,x26,[sp,#48]\nldp x27,x28,[sp,#64]\n"
+    "ldp x29,x30,[sp,#80]\nldp d8,d9,[sp,#96]\nldp d10,d11,[sp,#112]\nldp d12,d13,[sp,#128]\nldp d14,d15,[sp,#144]\n"
+    "add sp,sp,#160\nret\n");
 constexpr int FRAME = 20, ENTRY = 11;
 #endif
 #endif
@@ -117,8 +121,8 @@ constexpr int FRAME = 20, ENTRY = 11;
 static Fiber *fiber_new(int number)
 {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    char *base = (char *)mmap(nullptr, page + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                              -1, 0);
+    char *base =
+        (char *)mmap(nullptr, page + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) fail({nullptr, 0}, "out of memory for the stack of a CUDA thread");
     mprotect(base, page, PROT_NONE);
     Fiber *f = new Fiber();
@@ -166,7 +170,7 @@ static void fiber_switch(Fiber *from, Fiber *to)
 #endif
 }
 
-/* ---- 3. Blocks and warps: one OS thread's state, and the scheduler ------------------------------------------------------ */
+/* ---- 3. Blocks and warps: one OS thread's state, and the scheduler ----------------------------------------------- */
 
 struct AsyncCopy {
     void *shared;
@@ -182,8 +186,8 @@ struct Thread {
     bool done;
     const char *waits_in; /* null: it does not wait */
     Site waits_at;
-    std::vector<AsyncCopy> copies;  /* cp.async not yet landed, */
-    std::vector<size_t> groups;     /* and how many of them each commit closed */
+    std::vector<AsyncCopy> copies; /* cp.async not yet landed, */
+    std::vector<size_t> groups;    /* and how many of them each commit closed */
 };
 
 /* Lanes of a warp that wait in the same operation with the same mask. */
@@ -202,9 +206,9 @@ struct Warp {
 
 struct Launch {
     Config config;
-    const void *kernel;
     std::function<void()> thread;
     int device;
+    size_t dynamic_allowed; /* bytes of dynamic shared memory by cudaFuncSetAttribute */
 };
 
 struct SharedVariable {
@@ -224,14 +228,14 @@ struct Block {
     int barrier_came, barrier_votes, barrier_result;
     Thread *barrier_waiting[MAX_THREADS];
     Site barrier_at;
-    Fiber host;                    /* the OS thread's own stack */
+    Fiber host; /* the OS thread's own stack */
     Fiber *running;
     std::vector<Fiber *> fibers, idle;
     std::vector<Meeting *> spare;
-    char *memory;                  /* shared memory: dynamic part, then the variables in order of appearance */
-    size_t used, charged;          /* bytes with and without gaps */
+    char *memory;         /* shared memory: dynamic part, then the variables in order of appearance */
+    size_t used, charged; /* bytes with and without gaps */
     std::vector<SharedVariable> variables;
-    int device;
+    char fault_stack[32768]; /* for on_fault: the thread's own may be full */
     ~Block()
     {
         for (Fiber *f : fibers) fiber_delete(f);
@@ -349,8 +353,8 @@ static void leave()
     }
 }
 
-/* Runs threads of the block that have not started, one after the other for as long as none has to wait: a kernel without
- * barriers is a plain loop. Then passes on to whoever is ready. */
+/* Runs threads of the block that have not started, one after the other for as long as none has to wait: a kernel
+ * without barriers is a plain loop. Then passes on to whoever is ready. */
 static void fiber_main()
 {
     Fiber *me = block->running;
@@ -471,7 +475,7 @@ void fence() { in_kernel("__threadfence", {nullptr, 0}); }
 
 static void *shared_alloc(Block *b, size_t size, Site at)
 {
-    auto limit = std::max(SHARED_DEFAULT, b->launch->config.shared);
+    size_t limit = b->launch->config.shared <= b->launch->dynamic_allowed ? SHARED_OPTIN : SHARED_DEFAULT;
     b->charged += size;
     if (b->charged > limit)
         fail(at, "%zu bytes of shared memory, %zu of them dynamic; this kernel may have %zu", b->charged,
@@ -533,10 +537,40 @@ void copy_async_wait(int pending)
     t->groups.erase(t->groups.begin(), t->groups.begin() + (ptrdiff_t)groups);
 }
 
-/* ---- 4. Launches --------------------------------------------------------------------------------------------------------- */
+/* ---- 4. Launches ------------------------------------------------------------------------------------------------- */
 
 static std::mutex attributes_lock;
-static std::map<const void *, size_t> max_dynamic_shared; /* what cudaFuncSetAttribute allowed */
+static auto &max_dynamic_shared = *new std::map<const void *, size_t>(); /* what cudaFuncSetAttribute allowed */
+
+/* A kernel that touches memory it does not have, or its stack's guard page: the line, then the default action. */
+static void on_fault(int signal, siginfo_t *info, void *)
+{
+    struct sigaction standard = {};
+    standard.sa_handler = SIG_DFL;
+    sigaction(signal, &standard, nullptr);
+    if (!block || !block->running) return; /* not a kernel's: the instruction runs again and ends the program */
+    const char *stack = block->running->stack, *p = (const char *)info->si_addr;
+    fail({nullptr, 0}, p >= stack - 65536 && p < stack ? "its stack overflows" : "memory fault at address %p",
+         info->si_addr);
+}
+
+static void watch_faults(Block *b)
+{
+#ifdef CUDAEMU_ASAN
+    (void)b; /* ASan explains faults itself */
+#else
+    stack_t alternative = {};
+    alternative.ss_sp = b->fault_stack;
+    alternative.ss_size = sizeof b->fault_stack;
+    sigaltstack(&alternative, nullptr);
+    for (int signal : {SIGSEGV, SIGBUS}) {
+        struct sigaction old, ours = {};
+        ours.sa_sigaction = on_fault;
+        ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        if (!sigaction(signal, nullptr, &old) && old.sa_handler == SIG_DFL) sigaction(signal, &ours, nullptr);
+    }
+#endif
+}
 
 /* The state of one OS thread that runs blocks, kept from launch to launch. */
 static Block *this_block()
@@ -546,6 +580,7 @@ static Block *this_block()
         mine.reset(new Block());
         mine->memory = (char *)aligned_alloc(128, 2 * SHARED_OPTIN);
         if (!mine->memory) fail({nullptr, 0}, "out of memory");
+        watch_faults(mine.get());
     }
     return mine.get();
 }
@@ -557,7 +592,6 @@ static void run_launch(Launch *launch)
     if (outer) fail(c.at, "a kernel launches a kernel");
     block = b;
     b->launch = launch;
-    b->device = launch->device;
     b->count = (int)(c.block.x * c.block.y * c.block.z);
     blockDim = c.block;
     gridDim = c.grid;
@@ -590,18 +624,27 @@ void submit(const Config &c, const void *kernel, std::function<void()> thread)
     dim3 b = c.block, g = c.grid;
     uint64_t threads = (uint64_t)b.x * b.y * b.z;
     if (threads == 0 || threads > MAX_THREADS || b.x > 1024 || b.y > 1024 || b.z > 64)
-        fail(c.at, "kernel %s: a block of (%u,%u,%u) threads; it may have 1 to 1024, z at most 64", c.name, b.x, b.y, b.z);
+        fail(c.at, "kernel %s: a block of (%u,%u,%u) threads; it may have 1 to 1024, z at most 64", c.name, b.x, b.y,
+             b.z);
     if (g.x == 0 || g.y == 0 || g.z == 0 || g.x > 0x7FFFFFFF || g.y > 65535 || g.z > 65535)
         fail(c.at, "kernel %s: a grid of (%u,%u,%u) blocks; x is 1 to 2^31-1, y and z are 1 to 65535", c.name, g.x, g.y,
              g.z);
-    if (c.shared > SHARED_DEFAULT) {
+    size_t allowed = 0;
+    {
         std::lock_guard<std::mutex> hold(attributes_lock);
-        auto allowed = max_dynamic_shared.find(kernel);
-        if (allowed == max_dynamic_shared.end() || c.shared > allowed->second)
-            fail(c.at, "kernel %s: %zu bytes of dynamic shared memory; more than 48 KB need cudaFuncSetAttribute"
-                 "(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), at most 227 KB", c.name, c.shared);
+        auto a = max_dynamic_shared.find(kernel);
+        if (a != max_dynamic_shared.end()) allowed = a->second;
     }
-    auto launch = std::make_shared<Launch>(Launch{c, kernel, std::move(thread), stream_device(c.stream)});
+    if (c.shared > SHARED_DEFAULT && c.shared > allowed)
+        fail(c.at,
+             "kernel %s: %zu bytes of dynamic shared memory; more than 48 KB need cudaFuncSetAttribute"
+             "(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), at most 227 KB",
+             c.name, c.shared);
+    int device = stream_device(c.stream);
+    if (device != current_device)
+        fail(c.at, "kernel %s: its stream belongs to device %d, but the current device is %d", c.name, device,
+             current_device);
+    auto launch = std::make_shared<Launch>(Launch{c, std::move(thread), device, allowed});
     enqueue(c.stream, c.name, c.at, [launch] { run_launch(launch.get()); });
 }
 
@@ -622,7 +665,7 @@ cudaError_t max_active_blocks(int *blocks, const void *, int threads, size_t sha
     return cudaSuccess;
 }
 
-/* ---- 5. Memory ------------------------------------------------------------------------------------------------------------- */
+/* ---- 5. Memory --------------------------------------------------------------------------------------------------- */
 
 struct Allocation {
     size_t size;
@@ -631,8 +674,9 @@ struct Allocation {
     char *base;
 };
 static std::mutex memory_lock;
-static std::map<const char *, Allocation> allocations; /* by the byte after the last: the one that holds p is the first
-                                                          whose end lies beyond p */
+/* By the byte after the last: the one that holds p is the first whose end lies beyond p. This and other state is never
+ * destroyed: other ranks may still run while the program exits. */
+static auto &allocations = *new std::map<const char *, Allocation>();
 static size_t device_used[64];
 
 static const Allocation *find_allocation(const void *p) /* with memory_lock held */
@@ -649,8 +693,8 @@ static void need_device(const void *p, size_t size, const char *what, Site at)
     const Allocation *a = find_allocation(p);
     if (!a || a->device < 0) fail(at, "%s: %p is no device memory", what, p);
     if ((const char *)p + size > a->base + a->size)
-        fail(at, "%s: %zu bytes from %p pass the end of an allocation of %zu bytes (%s:%d) by %zu", what, size, p, a->size,
-             a->at.file, a->at.line, (size_t)((const char *)p + size - (a->base + a->size)));
+        fail(at, "%s: %zu bytes from %p pass the end of an allocation of %zu bytes (%s:%d) by %zu", what, size, p,
+             a->size, a->at.file, a->at.line, (size_t)((const char *)p + size - (a->base + a->size)));
 }
 
 static void need_host(const void *p, size_t size, const char *what, Site at)
@@ -700,7 +744,7 @@ static void deallocate(void *p, bool of_device, const char *what, Site at)
     free(p);
 }
 
-/* ---- 6. Streams and events ----------------------------------------------------------------------------------------------- */
+/* ---- 6. Streams and events --------------------------------------------------------------------------------------- */
 
 static bool lazy()
 {
@@ -729,12 +773,14 @@ struct CUstream_st {
     int device;
     bool blocking; /* ordered with the device's default stream */
     bool busy;     /* some OS thread runs the first piece of work */
+    bool destroyed;
     std::deque<std::function<void()>> work;
     uint64_t enqueued, done; /* pieces of work so far */
 };
 
 /* A record of an event is a place in a stream: behind its first `count` pieces of work. */
 struct CUevent_st {
+    int device;
     cudaStream_t stream;
     uint64_t count;
     timespec when;
@@ -745,12 +791,12 @@ namespace cudaemu
 
 /* Streams live as long as the program, so that an event may outlast its stream. */
 static std::mutex streams_lock;
-static std::condition_variable streams_moved;
-static std::vector<std::unique_ptr<CUstream_st>> streams;
+static auto &streams_moved = *new std::condition_variable();
+static auto &streams = *new std::vector<std::unique_ptr<CUstream_st>>();
 
 static cudaStream_t new_stream(int device, bool blocking) /* with streams_lock held */
 {
-    streams.emplace_back(new CUstream_st{device, blocking, false, {}, 0, 0});
+    streams.emplace_back(new CUstream_st{device, blocking, false, false, {}, 0, 0});
     return streams.back().get();
 }
 
@@ -805,20 +851,20 @@ static void push(cudaStream_t s, std::function<void()> work) /* with streams_loc
     s->enqueued++;
 }
 
-/* Puts work at the end of a stream. The default stream waits for all blocking streams of its device, and they for it. */
+/* Puts work at the end of a stream. The default stream waits for all blocking streams of its device, they for it. */
 static void enqueue(cudaStream_t stream, const char *what, Site at, std::function<void()> work)
 {
     if (block) fail(at, "%s: called inside a kernel", what);
     cudaStream_t s = resolve(stream);
-    if (s->device != current_device)
-        fail(at, "%s: the stream belongs to device %d, but the current device is %d", what, s->device, current_device);
+    if (s->destroyed) fail(at, "%s: the stream has been destroyed", what);
     uint64_t count;
     {
         std::lock_guard<std::mutex> hold(streams_lock);
         cudaStream_t first = default_stream(s->device);
         if (s == first) {
             for (auto &other : streams)
-                if (other.get() != s && other->device == s->device && other->blocking && other->done < other->enqueued) {
+                if (other.get() != s && other->device == s->device && other->blocking &&
+                    other->done < other->enqueued) {
                     cudaStream_t o = other.get();
                     uint64_t upto = o->enqueued;
                     push(s, [o, upto] { drain(o, upto); });
@@ -859,7 +905,12 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
     drain(s, enqueued(s));
     return cudaSuccess;
 }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
+cudaError_t cudaStreamDestroy(cudaStream_t stream)
+{
+    cudaStreamSynchronize(stream); /* the real one only promises to finish the work some time */
+    stream->destroyed = true;
+    return cudaSuccess;
+}
 cudaError_t cudaStreamQuery(cudaStream_t stream)
 {
     cudaStream_t s = resolve(stream);
@@ -876,6 +927,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream)
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned)
 {
     *event = new CUevent_st();
+    (*event)->device = current_device;
     return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
@@ -887,8 +939,10 @@ cudaError_t cudaEventDestroy(cudaEvent_t event)
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
-    enqueue(stream, "cudaEventRecord", {nullptr, 0}, [event] { clock_gettime(CLOCK_MONOTONIC, &event->when); });
     cudaStream_t s = resolve(stream);
+    if (event->device != s->device)
+        fail({nullptr, 0}, "cudaEventRecord: an event of device %d in a stream of device %d", event->device, s->device);
+    enqueue(s, "cudaEventRecord", {nullptr, 0}, [event] { clock_gettime(CLOCK_MONOTONIC, &event->when); });
     std::lock_guard<std::mutex> hold(streams_lock);
     event->stream = s;
     event->count = s->enqueued;
@@ -932,7 +986,7 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEve
     return cudaSuccess;
 }
 
-/* ---- 7. Allocating and copying ---------------------------------------------------------------------------------------------- */
+/* ---- 7. Allocating and copying ----------------------------------------------------------------------------------- */
 
 cudaError_t cudaMalloc(void **p, size_t size, Site at) { return allocate(p, size, current_device, at); }
 cudaError_t cudaMallocAsync(void **p, size_t size, cudaStream_t stream, Site at)
@@ -985,8 +1039,9 @@ static void copy(void *to, const void *from, size_t size, cudaMemcpyKind kind, c
                  Site at)
 {
     if (kind == cudaMemcpyDefault)
-        kind = is_device(to) ? is_device(from) ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice
-                             : is_device(from) ? cudaMemcpyDeviceToHost : cudaMemcpyHostToHost;
+        kind = is_device(to)     ? is_device(from) ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice
+               : is_device(from) ? cudaMemcpyDeviceToHost
+                                 : cudaMemcpyHostToHost;
     auto need_to = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice ? need_device : need_host;
     auto need_from = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice ? need_device : need_host;
     need_to(to, size, what, at);
@@ -1007,6 +1062,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyK
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind kind, Site at)
 {
     copy(to, from, size, kind, nullptr, "cudaMemcpy", at);
+    if (is_device(to) && is_device(from)) return cudaSuccess; /* the real one does not wait either */
     return cudaStreamSynchronize(nullptr);
 }
 cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device, size_t size,
@@ -1016,15 +1072,15 @@ cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int f
         std::lock_guard<std::mutex> hold(memory_lock);
         const Allocation *t = find_allocation(to), *f = find_allocation(from);
         if (size && (!t || t->device != to_device)) fail(at, "cudaMemcpyPeer: %p is not on device %d", to, to_device);
-        if (size && (!f || f->device != from_device)) fail(at, "cudaMemcpyPeer: %p is not on device %d", from, from_device);
+        if (size && (!f || f->device != from_device))
+            fail(at, "cudaMemcpyPeer: %p is not on device %d", from, from_device);
     }
     copy(to, from, size, cudaMemcpyDeviceToDevice, stream, "cudaMemcpyPeer", at);
     return cudaSuccess;
 }
 cudaError_t cudaMemcpyPeer(void *to, int to_device, const void *from, int from_device, size_t size, Site at)
 {
-    cudaMemcpyPeerAsync(to, to_device, from, from_device, size, nullptr, at);
-    return cudaStreamSynchronize(nullptr);
+    return cudaMemcpyPeerAsync(to, to_device, from, from_device, size, nullptr, at);
 }
 cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t stream, Site at)
 {
@@ -1037,7 +1093,7 @@ cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t stream,
 }
 cudaError_t cudaMemset(void *p, int byte, size_t size, Site at) { return cudaMemsetAsync(p, byte, size, nullptr, at); }
 
-/* ---- 8. Devices -------------------------------------------------------------------------------------------------------------- */
+/* ---- 8. Devices -------------------------------------------------------------------------------------------------- */
 
 namespace cudaemu
 {
@@ -1109,7 +1165,8 @@ cudaError_t cudaDeviceSynchronize()
 cudaError_t cudaDeviceReset() { return cudaDeviceSynchronize(); }
 cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer)
 {
-    if (device < 0 || device >= device_count() || peer < 0 || peer >= device_count()) return error(cudaErrorInvalidDevice);
+    if (device < 0 || device >= device_count() || peer < 0 || peer >= device_count())
+        return error(cudaErrorInvalidDevice);
     *can = device != peer;
     return cudaSuccess;
 }
@@ -1163,7 +1220,7 @@ cudaError_t cudaRuntimeGetVersion(int *version)
 }
 cudaError_t cudaDriverGetVersion(int *version) { return cudaRuntimeGetVersion(version); }
 
-/* ---- 9. Matrix products ------------------------------------------------------------------------------------------------------ */
+/* ---- 9. Matrix products ------------------------------------------------------------------------------------------ */
 
 namespace cudaemu
 {
@@ -1291,8 +1348,7 @@ static void multiply(bool ta, bool tb, size_t m, size_t n, size_t k, float alpha
         bool of_a = e.kind == CUBLASLT_EPILOGUE_BGRADA;
         for (size_t i = 0; i < (of_a ? m : n); i++) {
             float sum = 0;
-            for (size_t l = 0; l < k; l++)
-                sum += of_a ? ta ? a.at(l, i) : a.at(i, l) : tb ? b.at(i, l) : b.at(l, i);
+            for (size_t l = 0; l < k; l++) sum += of_a ? ta ? a.at(l, i) : a.at(i, l) : tb ? b.at(i, l) : b.at(l, i);
             store(e.bias, e.bias_type, i, sum);
         }
     }
@@ -1326,7 +1382,8 @@ static void need_product(const Product &p, const char *what, Site at)
         need_matrix(p.d.plus(of(p.stride_d)), "D", what, at);
         if (p.e.aux.p) need_matrix(p.e.aux.plus(of(p.stride_aux)), "aux", what, at);
         if (p.e.bias)
-            need_device(p.e.bias, (p.e.kind == CUBLASLT_EPILOGUE_BGRADB ? p.n : p.m) * type_size(p.e.bias_type), what, at);
+            need_device(p.e.bias, (p.e.kind == CUBLASLT_EPILOGUE_BGRADB ? p.n : p.m) * type_size(p.e.bias_type), what,
+                        at);
     }
 }
 
@@ -1349,12 +1406,14 @@ static bool is_float_type(cudaDataType t) { return t == CUDA_R_32F || t == CUDA_
 
 } // namespace cudaemu
 
-/* ---- 10. cuBLAS and cuBLASLt -------------------------------------------------------------------------------------------------- */
+/* ---- 10. cuBLAS and cuBLASLt ------------------------------------------------------------------------------------- */
 
 struct cublasContext {
+    int device;
     cudaStream_t stream;
 };
-struct cublasLtContext {};
+struct cublasLtContext {
+};
 struct cublasLtMatmulDescOpaque {
     int ta, tb, epilogue, bias_type, aux_type;
     void *bias, *aux;
@@ -1366,11 +1425,12 @@ struct cublasLtMatrixLayoutOpaque {
     int64_t ld, stride;
     int batch;
 };
-struct cublasLtMatmulPreferenceOpaque {};
+struct cublasLtMatmulPreferenceOpaque {
+};
 
 cublasStatus_t cublasCreate(cublasHandle_t *handle)
 {
-    *handle = new cublasContext();
+    *handle = new cublasContext{current_device, nullptr};
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasDestroy(cublasHandle_t handle)
@@ -1380,6 +1440,7 @@ cublasStatus_t cublasDestroy(cublasHandle_t handle)
 }
 cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t stream)
 {
+    if (stream && stream->device != handle->device) return CUBLAS_STATUS_INVALID_VALUE;
     handle->stream = stream;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -1402,7 +1463,8 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                                           long long stride_b, const void *beta, void *c, cudaDataType c_type, int ldc,
                                           long long stride_c, int batch, cublasComputeType_t, cublasGemmAlgo_t, Site at)
 {
-    if (m < 0 || n < 0 || k < 0 || batch < 0 || !handle) return CUBLAS_STATUS_INVALID_VALUE;
+    if (m < 0 || n < 0 || k < 0 || batch < 0 || !handle || handle->device != current_device)
+        return CUBLAS_STATUS_INVALID_VALUE;
     if (lda < std::max(1, ta ? k : m) || ldb < std::max(1, tb ? n : k) || ldc < std::max(1, m))
         return CUBLAS_STATUS_INVALID_VALUE;
     if (!is_float_type(a_type) || a_type != b_type || !is_float_type(c_type) ||
@@ -1573,7 +1635,8 @@ static cublasStatus_t lt_product(Product *p, cublasLtMatmulDesc_t desc, cublasLt
         cudaDataType type = desc->aux_type < 0 ? d->type : (cudaDataType)desc->aux_type;
         p->e.aux = {desc->aux, type, p->m, p->n, (size_t)desc->aux_ld};
         if (!desc->aux || desc->aux_ld < (int64_t)p->m) return CUBLAS_STATUS_INVALID_VALUE;
-        if (desc->aux_ld % 8 || (uintptr_t)desc->aux % 16) return CUBLAS_STATUS_NOT_SUPPORTED; /* as the documentation */
+        if (desc->aux_ld % 8 || (uintptr_t)desc->aux % 16)
+            return CUBLAS_STATUS_NOT_SUPPORTED; /* as the documentation */
         if (type != d->type) return CUBLAS_STATUS_NOT_SUPPORTED;
     }
     return CUBLAS_STATUS_SUCCESS;

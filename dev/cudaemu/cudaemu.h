@@ -84,7 +84,10 @@ enum cudaMemcpyKind {
     cudaMemcpyDeviceToDevice,
     cudaMemcpyDefault
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout
+};
 enum {
     cudaStreamDefault = 0,
     cudaStreamNonBlocking = 1,
@@ -109,7 +112,7 @@ struct cudaDeviceProp {
     int maxThreadsDim[3], maxGridSize[3], l2CacheSize, memoryBusWidth, unifiedAddressing;
 };
 
-/* ---- The engine's side: what the macros and templates below call ---------------------------------------------------- */
+/* ---- The engine's side: what the macros and templates below call ------------------------------------------------- */
 
 namespace cudaemu
 {
@@ -128,7 +131,8 @@ struct Config { /* what stands between <<< and >>> */
     size_t shared;
     cudaStream_t stream;
     Site at;
-    template <class... Args> std::tuple<Config, std::tuple<typename std::decay<Args>::type...>> operator()(Args &&...args)
+    template <class... Args>
+    std::tuple<Config, std::tuple<typename std::decay<Args>::type...>> operator()(Args &&...args)
     {
         return {*this, std::tuple<typename std::decay<Args>::type...>(std::forward<Args>(args)...)};
     }
@@ -144,7 +148,8 @@ void submit(const Config &config, const void *kernel, std::function<void()> thre
 template <class... Params, class... Args>
 void operator<<(void (*kernel)(Params...), std::tuple<Config, std::tuple<Args...>> call)
 {
-    static_assert(sizeof...(Params) == sizeof...(Args), "a kernel launch has as many arguments as the kernel parameters");
+    static_assert(sizeof...(Params) == sizeof...(Args),
+                  "a kernel launch has as many arguments as the kernel parameters");
     std::tuple<typename std::decay<Params>::type...> params(std::move(std::get<1>(call)));
     submit(std::get<0>(call), (const void *)kernel, [kernel, params] { std::apply(kernel, params); });
 }
@@ -226,7 +231,7 @@ inline unsigned ballot(unsigned mask, bool predicate, const char *name, Site at)
     typedef T name##_shared_type;                                                                                      \
     name##_shared_type *name = (name##_shared_type *)cudaemu::dynamic_shared(alignof(name##_shared_type))
 
-/* ---- Device side: synchronisation, warps, atomics ------------------------------------------------------------------- */
+/* ---- Device side: synchronisation, warps, atomics ---------------------------------------------------------------- */
 
 inline void __syncthreads(cudaemu::Site at = cudaemu::here()) { cudaemu::barrier(false, at); }
 inline int __syncthreads_count(int p, cudaemu::Site at = cudaemu::here()) { return cudaemu::barrier(p, at); }
@@ -235,12 +240,12 @@ inline int __syncthreads_and(int p, cudaemu::Site at = cudaemu::here()) { return
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, cudaemu::Site at = cudaemu::here())
 {
     static char slot;
-    cudaemu::warp(mask, &slot, [](void *const *, unsigned, cudaemu::Site) {}, "__syncwarp", at);
+    cudaemu::warp(
+        mask, &slot, [](void *const *, unsigned, cudaemu::Site) {}, "__syncwarp", at);
 }
 
 /* Shuffles within segments of width lanes, a power of two: a lane whose source is outside takes its own value. */
-template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, cudaemu::Site at = cudaemu::here())
+template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32, cudaemu::Site at = cudaemu::here())
 {
     int l = cudaemu::lane();
     return cudaemu::shuffle(mask, value, (l & ~(width - 1)) | (source & (width - 1)), "__shfl_sync", at);
@@ -305,7 +310,8 @@ inline int atomicCAS(int *p, int compare, int v)
 inline int atomicMax(int *p, int v)
 {
     int old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
     return old;
 }
 inline void __threadfence() { cudaemu::fence(); }
@@ -313,7 +319,7 @@ inline void __threadfence_block() { cudaemu::fence(); }
 inline void __threadfence_system() { cudaemu::fence(); }
 inline void __trap() { cudaemu::fail({nullptr, 0}, "__trap"); }
 
-/* ---- Device side: arithmetic ---------------------------------------------------------------------------------------- */
+/* ---- Device side: arithmetic ------------------------------------------------------------------------------------- */
 
 template <class T> T __ldg(const T *p) { return *p; }
 template <class T> T __ldcs(const T *p) { return *p; }
@@ -343,10 +349,26 @@ inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y)
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline unsigned __float_as_uint(float x) { unsigned u; return memcpy(&u, &x, 4), u; }
-inline int __float_as_int(float x) { int u; return memcpy(&u, &x, 4), u; }
-inline float __uint_as_float(unsigned u) { float x; return memcpy(&x, &u, 4), x; }
-inline float __int_as_float(int u) { float x; return memcpy(&x, &u, 4), x; }
+inline unsigned __float_as_uint(float x)
+{
+    unsigned u;
+    return memcpy(&u, &x, 4), u;
+}
+inline int __float_as_int(float x)
+{
+    int u;
+    return memcpy(&u, &x, 4), u;
+}
+inline float __uint_as_float(unsigned u)
+{
+    float x;
+    return memcpy(&x, &u, 4), x;
+}
+inline float __int_as_float(int u)
+{
+    float x;
+    return memcpy(&x, &u, 4), x;
+}
 inline int min(int x, int y) { return x < y ? x : y; }
 inline int max(int x, int y) { return x > y ? x : y; }
 inline unsigned min(unsigned x, unsigned y) { return x < y ? x : y; }
@@ -360,7 +382,7 @@ inline float max(float x, float y) { return fmaxf(x, y); }
 inline double min(double x, double y) { return fmin(x, y); }
 inline double max(double x, double y) { return fmax(x, y); }
 
-/* ---- 16-bit floats: all roundings to nearest, ties to even; every NaN becomes 0x7FFF, as on the GPU --------------------- */
+/* ---- 16-bit floats: all roundings to nearest, ties to even; every NaN becomes 0x7FFF, as on the GPU -------------- */
 
 namespace cudaemu
 {
@@ -422,7 +444,11 @@ inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {v.x, v.y}; }
 inline float __low2float(__nv_bfloat162 v) { return v.x; }
 inline float __high2float(__nv_bfloat162 v) { return v.y; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
-inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) { __nv_bfloat16 x; return x.bits = u, x; }
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u)
+{
+    __nv_bfloat16 x;
+    return x.bits = u, x;
+}
 inline __half __float2half(float x) { return __half(x); }
 inline __half __float2half_rn(float x) { return __half(x); }
 inline float __half2float(__half x) { return x; }
@@ -433,9 +459,13 @@ inline float2 __half22float2(__half2 v) { return {v.x, v.y}; }
 inline float __low2float(__half2 v) { return v.x; }
 inline float __high2float(__half2 v) { return v.y; }
 inline unsigned short __half_as_ushort(__half x) { return x.bits; }
-inline __half __ushort_as_half(unsigned short u) { __half x; return x.bits = u, x; }
+inline __half __ushort_as_half(unsigned short u)
+{
+    __half x;
+    return x.bits = u, x;
+}
 
-/* ---- PTX of tensor cores, under the names that the .cu gives its wrappers ----------------------------------------------- */
+/* ---- PTX of tensor cores, under the names that the .cu gives its wrappers ---------------------------------------- */
 
 namespace cudaemu
 {
@@ -522,7 +552,7 @@ inline void cp_async_16(void *shared, const void *global, bool valid = true, cud
 inline void cp_async_commit() { cudaemu::copy_async_commit(); }
 template <int N> void cp_async_wait() { cudaemu::copy_async_wait(N); } /* all but the latest N groups have landed */
 
-/* ---- Host API: memory, streams, events, devices ------------------------------------------------------------------------- */
+/* ---- Host API: memory, streams, events, devices ------------------------------------------------------------------ */
 
 cudaError_t cudaMalloc(void **p, size_t size, cudaemu::Site at = cudaemu::here());
 cudaError_t cudaMallocAsync(void **p, size_t size, cudaStream_t stream, cudaemu::Site at = cudaemu::here());
@@ -550,8 +580,8 @@ cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t stream 
                             cudaemu::Site at = cudaemu::here());
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind kind,
                        cudaemu::Site at = cudaemu::here());
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind,
-                            cudaStream_t stream = nullptr, cudaemu::Site at = cudaemu::here());
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t stream = nullptr,
+                            cudaemu::Site at = cudaemu::here());
 cudaError_t cudaMemcpyPeer(void *to, int to_device, const void *from, int from_device, size_t size,
                            cudaemu::Site at = cudaemu::here());
 cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device, size_t size,
@@ -602,7 +632,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, F *kernel
     return cudaemu::max_active_blocks(blocks, (const void *)kernel, threads, shared);
 }
 
-/* ---- cuBLAS: column-major, sums in float -------------------------------------------------------------------------------- */
+/* ---- cuBLAS: column-major, sums in float ------------------------------------------------------------------------- */
 
 typedef enum { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_16BF = 14 } cudaDataType;
 typedef cudaDataType cudaDataType_t;
@@ -651,7 +681,7 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                                           long long stride_c, int batch, cublasComputeType_t compute,
                                           cublasGemmAlgo_t algo, cudaemu::Site at = cudaemu::here());
 
-/* ---- cuBLASLt: D = epilogue(alpha op(A) op(B) + beta C) ------------------------------------------------------------------ */
+/* ---- cuBLASLt: D = epilogue(alpha op(A) op(B) + beta C) ---------------------------------------------------------- */
 
 typedef enum {
     CUBLASLT_MATMUL_DESC_COMPUTE_TYPE = 0,
