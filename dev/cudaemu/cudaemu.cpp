@@ -155,9 +155,19 @@ static void fiber_delete(Fiber *f)
     delete f;
 }
 
+#ifdef CUDAEMU_ASAN
+static __thread Fiber *previous; /* the fiber that switched to the running one */
+
+static void fiber_entered(void *fake)
+{
+    __sanitizer_finish_switch_fiber(fake, &previous->bottom, &previous->size);
+}
+#endif
+
 static void fiber_switch(Fiber *from, Fiber *to)
 {
 #ifdef CUDAEMU_ASAN
+    previous = from;
     __sanitizer_start_switch_fiber(&from->fake, to->bottom, to->size);
 #endif
 #ifdef CUDAEMU_UCONTEXT
@@ -166,7 +176,7 @@ static void fiber_switch(Fiber *from, Fiber *to)
     cudaemu_switch(&from->sp, to->sp);
 #endif
 #ifdef CUDAEMU_ASAN
-    __sanitizer_finish_switch_fiber(from->fake, nullptr, nullptr);
+    fiber_entered(from->fake);
 #endif
 }
 
@@ -359,7 +369,7 @@ static void fiber_main()
 {
     Fiber *me = block->running;
 #ifdef CUDAEMU_ASAN
-    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+    fiber_entered(nullptr);
 #endif
     for (;;) {
         Block *b = block;
@@ -394,11 +404,11 @@ static void run_block(Block *b)
     b->variables.clear();
     b->charged = b->launch->config.shared;
     b->used = (b->charged + SHARED_GAP + 127) / 128 * 128;
-    if (b->charged) memset(b->memory, POISON, b->charged);
 #ifdef CUDAEMU_ASAN
     ASAN_POISON_MEMORY_REGION(b->memory + b->charged, 2 * SHARED_OPTIN - b->charged);
     ASAN_UNPOISON_MEMORY_REGION(b->memory, b->charged);
 #endif
+    if (b->charged) memset(b->memory, POISON, b->charged);
     for (int i = 0; i < b->count; i += 32)
         b->warps[i / 32].live = b->count - i >= 32 ? 0xFFFFFFFFu : (1u << (b->count - i)) - 1;
     for (int i = 0; i < b->count; i++) {
@@ -475,11 +485,12 @@ void fence() { in_kernel("__threadfence", {nullptr, 0}); }
 
 static void *shared_alloc(Block *b, size_t size, Site at)
 {
-    size_t limit = b->launch->config.shared <= b->launch->dynamic_allowed ? SHARED_OPTIN : SHARED_DEFAULT;
+    size_t dynamic = b->launch->config.shared, allowed = b->launch->dynamic_allowed;
+    size_t limit = allowed && dynamic <= allowed ? SHARED_OPTIN : SHARED_DEFAULT;
     b->charged += size;
     if (b->charged > limit)
-        fail(at, "%zu bytes of shared memory, %zu of them dynamic; this kernel may have %zu", b->charged,
-             b->launch->config.shared, limit);
+        fail(at, "%zu bytes of shared memory, %zu of them dynamic; this kernel may have %zu", b->charged, dynamic,
+             limit);
     char *p = b->memory + b->used;
     b->used = (b->used + size + SHARED_GAP + 127) / 128 * 128;
 #ifdef CUDAEMU_ASAN
@@ -542,6 +553,9 @@ void copy_async_wait(int pending)
 static std::mutex attributes_lock;
 static auto &max_dynamic_shared = *new std::map<const void *, size_t>(); /* what cudaFuncSetAttribute allowed */
 
+#ifdef CUDAEMU_ASAN
+static void watch_faults(Block *) {} /* ASan explains faults itself */
+#else
 /* A kernel that touches memory it does not have, or its stack's guard page: the line, then the default action. */
 static void on_fault(int signal, siginfo_t *info, void *)
 {
@@ -556,9 +570,6 @@ static void on_fault(int signal, siginfo_t *info, void *)
 
 static void watch_faults(Block *b)
 {
-#ifdef CUDAEMU_ASAN
-    (void)b; /* ASan explains faults itself */
-#else
     stack_t alternative = {};
     alternative.ss_sp = b->fault_stack;
     alternative.ss_size = sizeof b->fault_stack;
@@ -569,8 +580,8 @@ static void watch_faults(Block *b)
         ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
         if (!sigaction(signal, nullptr, &old) && old.sa_handler == SIG_DFL) sigaction(signal, &ours, nullptr);
     }
-#endif
 }
+#endif
 
 /* The state of one OS thread that runs blocks, kept from launch to launch. */
 static Block *this_block()

@@ -483,10 +483,10 @@ inline void mma_combine(void *const slots[32], unsigned mask, Site at)
     for (int l = 0; l < 32; l++) {
         const Mma *m = (const Mma *)slots[l];
         int g = l / 4, t = l % 4 * 2;
-        for (int half = 0; half < 2; half++) { /* the low half of a register comes first */
+        for (int high = 0; high < 2; high++) { /* the low half of a register comes first */
             for (int r = 0; r < 4; r++)
-                a[g + r % 2 * 8][t + r / 2 * 8 + half] = m->to_float((uint16_t)(m->a[r] >> 16 * half));
-            for (int r = 0; r < 2; r++) b[t + r * 8 + half][g] = m->to_float((uint16_t)(m->b[r] >> 16 * half));
+                a[g + r % 2 * 8][t + r / 2 * 8 + high] = m->to_float((uint16_t)(m->a[r] >> 16 * high));
+            for (int r = 0; r < 2; r++) b[t + r * 8 + high][g] = m->to_float((uint16_t)(m->b[r] >> 16 * high));
         }
     }
     for (int l = 0; l < 32; l++) {
