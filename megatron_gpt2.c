@@ -69,7 +69,11 @@ typedef real act; /* weights, activations and their gradients; the CUDA twin may
 #define PROGRAM "megatron_gpt2" /* whose messages these are: convert.c includes this file */
 #endif
 
-static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+#ifndef HOST_DEVICE
+#define HOST_DEVICE /* the twin: what its kernels call, too */
+#endif
+
+static inline HOST_DEVICE size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 static size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
 static size_t round_up(size_t n, size_t d) { return (n + d - 1) / d * d; }
@@ -186,7 +190,7 @@ static int file_exists(const char *folder, const char *name)
  * key and a counter. There is no state to save, and any rank, in any layout, in any order, draws the same number for
  * the same (seed, site, step, index): masks and initial weights do not depend on how the model is cut.
  * DEVIATION from [App. B.2], where each GPU owns a generator: see drop() in chapter 5. */
-static inline void philox(uint32_t out[4], uint64_t seed, uint64_t block, uint32_t site, uint32_t step)
+static inline HOST_DEVICE void philox(uint32_t out[4], uint64_t seed, uint64_t block, uint32_t site, uint32_t step)
 {
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     uint32_t c0 = (uint32_t)block, c1 = (uint32_t)(block >> 32), c2 = site, c3 = step;
@@ -324,6 +328,10 @@ static void *device_calloc(size_t bytes)
 }
 
 static void device_free(void *p) { free(p); }
+static double device_memory(void) /* bytes that there are in all */
+{
+    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+}
 static void device_select(int rank, int ranks) { (void)rank, (void)ranks; } /* the twin: which GPU is this rank's */
 static void device_synchronize(void) {}                                     /* the twin: wait for this rank's stream */
 static void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
@@ -1477,13 +1485,21 @@ static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op)
     leave(c);
 }
 
+/* n elements of another rank's array, or of this one's. A DOUBLE_ARRAY is a few scalars in the host's memory; all others
+ * are the device's. */
+static void copy_array(void *to, const void *from, size_t n, Type type)
+{
+    if (type == DOUBLE_ARRAY) memmove(to, from, n * type_size(type));
+    else device_copy(to, from, n * type_size(type));
+}
+
 /* out[r * n + i] = x[i] of rank r. */
 static void all_gather(Comm *c, void *out, void *x, size_t n, Type type)
 {
     size_t bytes = n * type_size(type);
     if (c->size > 1) meet(c, "all_gather", x, n, type);
     for (int r = 0; r < c->size; r++)
-        device_copy((char *)out + r * bytes, c->size > 1 ? c->board->post[r].x : x, bytes);
+        copy_array((char *)out + r * bytes, c->size > 1 ? c->board->post[r].x : x, n, type);
     if (c->size > 1) leave(c);
 }
 
@@ -1492,7 +1508,7 @@ static void broadcast(Comm *c, void *x, size_t n, Type type, int root)
 {
     if (c->size == 1) return;
     meet(c, "broadcast", x, n, type);
-    if (c->rank != root) device_copy(x, c->board->post[root].x, n * type_size(type));
+    if (c->rank != root) copy_array(x, c->board->post[root].x, n, type);
     leave(c);
 }
 
@@ -2306,6 +2322,19 @@ static Rank *rank_create(Comm *world, const RankOptions *o)
     k->host = (real *)xcalloc(2 * k->B * k->T, sizeof *k->host);
     k->host_ids = (int *)xcalloc(2 * k->B * k->T, sizeof *k->host_ids);
     return k;
+}
+
+/* The float weights behind narrower ones start as copies of these, as Megatron's do (code A fp16.py). Does nothing where
+ * there are none. */
+static void start_master(Rank *k)
+{
+    for (size_t i = 0; k->master && i < k->tensors; i++) {
+        const Tensor *t = &k->tensor[i];
+        real *slice = (real *)xcalloc(t->n, sizeof *slice);
+        act_download(slice, k->weights + t->offset, t->n);
+        device_upload(k->master + t->offset, slice, t->n * sizeof *slice);
+        free(slice);
+    }
 }
 
 /* Every rank of the world calls it. */
@@ -6134,11 +6163,12 @@ static int padding(const Tokenizer *t) { return t->end_of_text >= 0 ? t->end_of_
 /* Dies if the ranks of a training run, which are all on this machine, cannot fit into its memory. */
 static void check_memory(const RankOptions *o)
 {
-    double total = 0, have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    double total = 0, have = device_memory();
     for (int r = 0; r < world_size(o->layout); r++) {
         size_t elements;
         list_tensors(NULL, &elements, &o->config, o->layout, r);
         total += (double)elements * (2 * sizeof(act) + 2 * sizeof(real));
+        if (sizeof(act) < sizeof(real)) total += (double)elements * sizeof(real);
         total +=
             (double)activation_bytes(&o->config, o->layout, r, o->micro_batch, o->seq, o->recompute, o->micro_batches);
     }
@@ -6331,7 +6361,7 @@ static void train_rank(Comm *world, void *arg)
     int skipped_in_a_row = 0, stop = 0;
 
     if (run->model) load_weights(&shards, run->model);
-    else init_params(k->weights, k->tensor, k->tensors, &k->config, o->seed, k->tp.rank);
+    else init_params(k->weights, k->tensor, k->tensors, &k->config, o->seed, k->tp.rank), start_master(k);
     if (run->trainer) load_moments(&shards, run->trainer);
 
     while (p.step < o->steps && !stop) {
