@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -45,12 +46,25 @@ __thread dim3 blockDim, gridDim;
 namespace cudaemu
 {
 
+#ifdef CUDACHECK
+#define PROGRAM "cudacheck"
+constexpr size_t SHARED_GAP = 128; /* unused bytes behind shared variables: who strays there is caught */
+#else
+#define PROGRAM "cudaemu"
+constexpr size_t SHARED_GAP = 32; /* ASan watches them */
+#endif
 constexpr int MAX_THREADS = 1024;           /* of a block */
 constexpr size_t SHARED_DEFAULT = 48 << 10; /* bytes of shared memory a block may have without asking .. */
 constexpr size_t SHARED_OPTIN = 227 << 10;  /* .. and with cudaFuncSetAttribute */
-constexpr size_t SHARED_GAP = 32;           /* unused bytes around shared variables, for ASan and the checker */
 constexpr size_t DEVICE_MEMORY = (size_t)16 << 30;
 constexpr int POISON = 0xFF; /* fresh memory: every float, bf16 and fp16 of such bytes is a NaN */
+
+/* The checker, cudacheck.cpp, includes this file and hears of what happens; otherwise nothing does. */
+#ifdef CUDACHECK
+#define CHECKED(call) call
+#else
+#define CHECKED(call) ((void)0)
+#endif
 
 /* ---- 1. Messages ------------------------------------------------------------------------------------------------- */
 
@@ -73,7 +87,7 @@ void fail(Site at, const char *format, ...)
     static int spoken; /* several ranks may fail at once: the first speaks, the others wait for the end */
     while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
     fflush(stdout);
-    fprintf(stderr, "cudaemu: %s%s%s\n", place, running, message);
+    fprintf(stderr, "%s: %s%s%s\n", PROGRAM, place, running, message);
     _exit(1); /* not exit(): other ranks still run */
 }
 
@@ -158,10 +172,7 @@ static void fiber_delete(Fiber *f)
 #ifdef CUDAEMU_ASAN
 static __thread Fiber *previous; /* the fiber that switched to the running one */
 
-static void fiber_entered(void *fake)
-{
-    __sanitizer_finish_switch_fiber(fake, &previous->bottom, &previous->size);
-}
+static void fiber_entered(void *fake) { __sanitizer_finish_switch_fiber(fake, &previous->bottom, &previous->size); }
 #endif
 
 static void fiber_switch(Fiber *from, Fiber *to)
@@ -216,7 +227,9 @@ struct Warp {
 
 struct Launch {
     Config config;
-    std::function<void()> thread;
+    void (*call)(void *bound); /* runs the kernel's text with the arguments it is bound to */
+    std::shared_ptr<void> bound;
+    size_t bound_size;
     int device;
     size_t dynamic_allowed; /* bytes of dynamic shared memory by cudaFuncSetAttribute */
 };
@@ -226,6 +239,7 @@ struct SharedVariable {
     const char *name;
     char *at;
     size_t size;
+    Site declared;
 };
 
 struct Block {
@@ -253,6 +267,18 @@ struct Block {
         free(memory);
     }
 };
+
+#ifdef CUDACHECK
+static void check_block(Block *b); /* the block's first thread is about to run */
+static void check_pause();         /* the running thread stops for others, or leaves the kernel */
+static void check_barrier();       /* all threads of the block have met */
+static void check_lanes(unsigned mask);
+static void check_fence();
+static void check_quiet(bool on); /* from here on, or no longer, accesses are the engine's own */
+static void check_shared(const SharedVariable &v);
+static void check_copy_issued(const AsyncCopy &c);
+static void check_copy_landed(const AsyncCopy &c);
+#endif
 
 static std::string name_thread(const Thread *t)
 {
@@ -313,6 +339,7 @@ static void wait_in(const char *name, Site at)
     Fiber *from = b->running;
     self->waits_in = name;
     self->waits_at = at;
+    CHECKED(check_pause());
     if (b->ready_head != b->ready_tail) {
         Thread *t = b->ready[b->ready_head++ % MAX_THREADS];
         run_on(t);
@@ -332,7 +359,9 @@ static void wait_in(const char *name, Site at)
 
 static void meet(Warp *w, Meeting *m) /* all have come */
 {
+    CHECKED(check_quiet(true));
     m->combine(m->slots, m->came, m->at);
+    CHECKED(check_quiet(false));
     w->meetings.erase(std::find(w->meetings.begin(), w->meetings.end(), m));
     block->spare.push_back(m);
 }
@@ -348,6 +377,7 @@ static void wake_meeting(const Thread *last, const Meeting *m)
 static void leave()
 {
     Thread *t = self;
+    CHECKED(check_pause());
     t->done = true;
     block->exited++;
     if (block->barrier_came)
@@ -377,7 +407,7 @@ static void fiber_main()
             Thread *t = &b->threads[b->started++];
             t->fiber = me;
             run_on(t);
-            b->launch->thread();
+            b->launch->call(b->launch->bound.get());
             leave();
         }
         b->idle.push_back(me);
@@ -409,6 +439,8 @@ static void run_block(Block *b)
     ASAN_UNPOISON_MEMORY_REGION(b->memory, b->charged);
 #endif
     if (b->charged) memset(b->memory, POISON, b->charged);
+    CHECKED(check_block(b));
+    CHECKED(check_shared({nullptr, "dynamic shared memory", b->memory, b->charged, b->launch->config.at}));
     for (int i = 0; i < b->count; i += 32)
         b->warps[i / 32].live = b->count - i >= 32 ? 0xFFFFFFFFu : (1u << (b->count - i)) - 1;
     for (int i = 0; i < b->count; i++) {
@@ -447,6 +479,7 @@ int barrier(bool predicate, Site at)
     } else {
         b->barrier_came = 0;
         b->barrier_result = b->barrier_votes;
+        CHECKED(check_barrier());
         for (int i = 0; i < b->count - 1; i++) wake(b->barrier_waiting[i]);
     }
     return b->barrier_result;
@@ -481,7 +514,17 @@ void warp(unsigned mask, void *slot, Combine combine, const char *name, Site at)
     }
 }
 
-void fence() { in_kernel("__threadfence", {nullptr, 0}); }
+void sync_lanes(void *const *, unsigned mask, Site)
+{
+    CHECKED(check_lanes(mask));
+    (void)mask;
+}
+
+void fence()
+{
+    in_kernel("__threadfence", {nullptr, 0});
+    CHECKED(check_fence());
+}
 
 static void *shared_alloc(Block *b, size_t size, Site at)
 {
@@ -507,7 +550,8 @@ void *shared(const void *tag, size_t size, const char *name, Site at)
     for (const SharedVariable &v : b->variables)
         if (v.tag == tag) return v.at;
     char *p = (char *)shared_alloc(b, size, at);
-    b->variables.push_back({tag, name, p, size});
+    b->variables.push_back({tag, name, p, size, at});
+    CHECKED(check_shared(b->variables.back()));
     return p;
 }
 
@@ -523,6 +567,7 @@ void copy_async(void *to, const void *from, bool valid, Site at)
     in_kernel("cp.async", at);
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16) fail(at, "cp.async: both addresses must be multiples of 16");
     self->copies.push_back({to, from, valid, at});
+    CHECKED(check_copy_issued(self->copies.back()));
 }
 
 void copy_async_commit()
@@ -543,6 +588,7 @@ void copy_async_wait(int pending)
         const AsyncCopy &c = t->copies[i];
         if (c.valid) memcpy(c.shared, c.global, 16);
         else memset(c.shared, 0, 16);
+        CHECKED(check_copy_landed(c));
     }
     t->copies.erase(t->copies.begin(), t->copies.begin() + (ptrdiff_t)landing);
     t->groups.erase(t->groups.begin(), t->groups.begin() + (ptrdiff_t)groups);
@@ -627,10 +673,10 @@ static void run_launch(Launch *launch)
 }
 
 static int stream_device(cudaStream_t stream);
-static void enqueue(cudaStream_t stream, const char *what, Site at, std::function<void()> work);
+static uint64_t enqueue(cudaStream_t stream, const char *what, Site at, std::function<void()> work);
 static thread_local int current_device;
 
-void submit(const Config &c, const void *kernel, std::function<void()> thread)
+void submit(const Config &c, const void *kernel, void (*call)(void *), std::shared_ptr<void> bound, size_t bound_size)
 {
     dim3 b = c.block, g = c.grid;
     uint64_t threads = (uint64_t)b.x * b.y * b.z;
@@ -655,7 +701,7 @@ void submit(const Config &c, const void *kernel, std::function<void()> thread)
     if (device != current_device)
         fail(c.at, "kernel %s: its stream belongs to device %d, but the current device is %d", c.name, device,
              current_device);
-    auto launch = std::make_shared<Launch>(Launch{c, std::move(thread), device, allowed});
+    auto launch = std::make_shared<Launch>(Launch{c, call, std::move(bound), bound_size, device, allowed});
     enqueue(c.stream, c.name, c.at, [launch] { run_launch(launch.get()); });
 }
 
@@ -684,6 +730,10 @@ struct Allocation {
     Site at;
     char *base;
 };
+#ifdef CUDACHECK
+static char *check_allocate(size_t size, int device, Site at); /* device memory, at addresses never used before */
+static void check_free(const Allocation &a, Site at);
+#endif
 static std::mutex memory_lock;
 /* By the byte after the last: the one that holds p is the first whose end lies beyond p. This and other state is never
  * destroyed: other ranks may still run while the program exits. */
@@ -727,7 +777,11 @@ static cudaError_t allocate(void **p, size_t size, int device, Site at)
     std::lock_guard<std::mutex> hold(memory_lock);
     if (device >= 0 && (size > DEVICE_MEMORY || device_used[device] + size > DEVICE_MEMORY))
         return cudaErrorMemoryAllocation;
+#ifdef CUDACHECK
+    char *base = device >= 0 ? check_allocate(size, device, at) : (char *)malloc(size);
+#else
     char *base = (char *)aligned_alloc(256, (size + 255) / 256 * 256);
+#endif
     if (!base) return cudaErrorMemoryAllocation;
     memset(base, POISON, size);
 #ifdef CUDAEMU_ASAN
@@ -751,16 +805,28 @@ static void deallocate(void *p, bool of_device, const char *what, Site at)
 #ifdef CUDAEMU_ASAN
     ASAN_UNPOISON_MEMORY_REGION(a->base, (a->size + 255) / 256 * 256);
 #endif
-    allocations.erase(a->base + a->size);
+    const char *end = a->base + a->size;
+#ifdef CUDACHECK
+    if (of_device) check_free(*a, at);
+    else free(p);
+#else
     free(p);
+#endif
+    allocations.erase(end);
 }
 
 /* ---- 6. Streams and events --------------------------------------------------------------------------------------- */
+
+static std::mutex peers_lock;
+static bool peer_enabled[64][64]; /* [device][peer]: kernels on device may touch memory of peer */
 
 static bool lazy()
 {
     static const bool on = [] {
         const char *e = getenv("CUDAEMU_ASYNC");
+#ifdef CUDACHECK
+        if (!e) return true;
+#endif
         return e && atoi(e);
     }();
     return on;
@@ -781,6 +847,7 @@ static int device_count()
 using namespace cudaemu;
 
 struct CUstream_st {
+    int index; /* in the list of all streams */
     int device;
     bool blocking; /* ordered with the device's default stream */
     bool busy;     /* some OS thread runs the first piece of work */
@@ -790,11 +857,15 @@ struct CUstream_st {
 };
 
 /* A record of an event is a place in a stream: behind its first `count` pieces of work. */
-struct CUevent_st {
-    int device;
+struct Record {
     cudaStream_t stream;
     uint64_t count;
     timespec when;
+    std::vector<uint64_t> clock; /* for the checker: how much of each stream is done by then */
+};
+struct CUevent_st {
+    int device;
+    std::shared_ptr<Record> last; /* null: never recorded */
 };
 
 namespace cudaemu
@@ -807,7 +878,7 @@ static auto &streams = *new std::vector<std::unique_ptr<CUstream_st>>();
 
 static cudaStream_t new_stream(int device, bool blocking) /* with streams_lock held */
 {
-    streams.emplace_back(new CUstream_st{device, blocking, false, false, {}, 0, 0});
+    streams.emplace_back(new CUstream_st{(int)streams.size(), device, blocking, false, false, {}, 0, 0});
     return streams.back().get();
 }
 
@@ -850,11 +921,28 @@ static void drain(cudaStream_t s, uint64_t count)
     }
 }
 
-static uint64_t enqueued(cudaStream_t s)
+static uint64_t done_count(cudaStream_t s)
 {
     std::lock_guard<std::mutex> hold(streams_lock);
-    return s->enqueued;
+    return s->done;
 }
+
+static std::shared_ptr<Record> last_record(cudaEvent_t event)
+{
+    std::lock_guard<std::mutex> hold(streams_lock);
+    return event->last;
+}
+
+#ifdef CUDACHECK
+/* Wraps work, the stream's piece number `count`, so that the checker knows when it runs and what comes before it. */
+static std::function<void()> check_work(cudaStream_t s, uint64_t count, const char *what, Site at,
+                                        std::function<void()> work);
+static void check_recorded(Record *r);                     /* inside the record's work */
+static void check_waited(cudaStream_t s, const Record &r); /* the stream s goes on after the record */
+static void check_joined(cudaStream_t s, cudaStream_t of); /* the stream s goes on after what `of` has done */
+static void check_synchronized(const Record &r);           /* the host goes on after the record, */
+static void check_synchronized(cudaStream_t s);            /* .. after what the stream has done */
+#endif
 
 static void push(cudaStream_t s, std::function<void()> work) /* with streams_lock held */
 {
@@ -862,8 +950,9 @@ static void push(cudaStream_t s, std::function<void()> work) /* with streams_loc
     s->enqueued++;
 }
 
-/* Puts work at the end of a stream. The default stream waits for all blocking streams of its device, they for it. */
-static void enqueue(cudaStream_t stream, const char *what, Site at, std::function<void()> work)
+/* Puts work at the end of a stream; returns which piece of its work it is. The default stream waits for all blocking
+ * streams of its device, and they for it. */
+static uint64_t enqueue(cudaStream_t stream, const char *what, Site at, std::function<void()> work)
 {
     if (block) fail(at, "%s: called inside a kernel", what);
     cudaStream_t s = resolve(stream);
@@ -872,22 +961,27 @@ static void enqueue(cudaStream_t stream, const char *what, Site at, std::functio
     {
         std::lock_guard<std::mutex> hold(streams_lock);
         cudaStream_t first = default_stream(s->device);
+        auto wait_for = [s](cudaStream_t other) {
+            if (other->done == other->enqueued) return;
+            uint64_t upto = other->enqueued;
+            push(s, [s, other, upto] {
+                drain(other, upto);
+                CHECKED(check_joined(s, other));
+                (void)s;
+            });
+        };
         if (s == first) {
             for (auto &other : streams)
-                if (other.get() != s && other->device == s->device && other->blocking &&
-                    other->done < other->enqueued) {
-                    cudaStream_t o = other.get();
-                    uint64_t upto = o->enqueued;
-                    push(s, [o, upto] { drain(o, upto); });
-                }
-        } else if (s->blocking && first->done < first->enqueued) {
-            uint64_t upto = first->enqueued;
-            push(s, [first, upto] { drain(first, upto); });
+                if (other.get() != s && other->device == s->device && other->blocking) wait_for(other.get());
+        } else if (s->blocking) {
+            wait_for(first);
         }
+        CHECKED(work = check_work(s, s->enqueued + 1, what, at, std::move(work)));
         push(s, std::move(work));
         count = s->enqueued;
     }
     if (!lazy()) drain(s, count);
+    return count;
 }
 
 static void synchronize_device(int device)
@@ -898,7 +992,10 @@ static void synchronize_device(int device)
         for (auto &s : streams)
             if (s->device == device) all.emplace_back(s.get(), s->enqueued);
     }
-    for (auto &s : all) drain(s.first, s.second);
+    for (auto &s : all) {
+        drain(s.first, s.second);
+        CHECKED(check_synchronized(s.first));
+    }
 }
 
 } // namespace cudaemu
@@ -913,26 +1010,40 @@ cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWith
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
     cudaStream_t s = resolve(stream);
-    drain(s, enqueued(s));
+    uint64_t count;
+    {
+        std::lock_guard<std::mutex> hold(streams_lock);
+        count = s->enqueued;
+    }
+    drain(s, count);
+    CHECKED(check_synchronized(s));
     return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
-    cudaStreamSynchronize(stream); /* the real one only promises to finish the work some time */
-    stream->destroyed = true;
+    uint64_t count;
+    {
+        std::lock_guard<std::mutex> hold(streams_lock);
+        stream->destroyed = true;
+        count = stream->enqueued;
+    }
+    drain(stream, count); /* the real one only promises to finish the work some time */
     return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream)
 {
     cudaStream_t s = resolve(stream);
-    uint64_t done;
+    uint64_t done, count;
     {
         std::lock_guard<std::mutex> hold(streams_lock);
-        if (s->done == s->enqueued) return cudaSuccess;
-        done = s->done;
+        done = s->done, count = s->enqueued;
     }
-    drain(s, done + 1); /* who polls a lazy stream must see it move */
-    return cudaErrorNotReady;
+    if (done < count) {
+        drain(s, done + 1); /* who polls a lazy stream must see it move */
+        return cudaErrorNotReady;
+    }
+    CHECKED(check_synchronized(s));
+    return cudaSuccess;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned)
@@ -944,8 +1055,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned)
 cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
-    cudaEventSynchronize(event); /* its time may yet be written */
-    delete event;
+    delete event; /* who waits for its record still holds that */
     return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
@@ -953,47 +1063,62 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
     cudaStream_t s = resolve(stream);
     if (event->device != s->device)
         fail({nullptr, 0}, "cudaEventRecord: an event of device %d in a stream of device %d", event->device, s->device);
-    enqueue(s, "cudaEventRecord", {nullptr, 0}, [event] { clock_gettime(CLOCK_MONOTONIC, &event->when); });
+    auto record = std::make_shared<Record>();
+    record->stream = s;
+    uint64_t count = enqueue(s, "cudaEventRecord", {nullptr, 0}, [record] {
+        clock_gettime(CLOCK_MONOTONIC, &record->when);
+        CHECKED(check_recorded(record.get()));
+    });
     std::lock_guard<std::mutex> hold(streams_lock);
-    event->stream = s;
-    event->count = s->enqueued;
+    record->count = count;
+    event->last = record;
     return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
-    cudaStream_t s = resolve(stream), of;
+    cudaStream_t s = resolve(stream);
     uint64_t count;
     {
         std::lock_guard<std::mutex> hold(streams_lock);
-        of = event->stream, count = event->count;
-        if (!of || of->done >= count) return cudaSuccess;
-        push(s, [of, count] { drain(of, count); });
+        std::shared_ptr<Record> record = event->last;
+        if (!record) return cudaSuccess;
+        push(s, [s, record] {
+            drain(record->stream, record->count);
+            CHECKED(check_waited(s, *record));
+            (void)s;
+        });
+        count = s->enqueued;
     }
-    if (!lazy()) drain(s, enqueued(s));
+    if (!lazy()) drain(s, count);
     return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
-    if (event->stream) drain(event->stream, event->count);
+    std::shared_ptr<Record> record = last_record(event);
+    if (!record) return cudaSuccess;
+    drain(record->stream, record->count);
+    CHECKED(check_synchronized(*record));
     return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t event)
 {
-    if (!event->stream) return cudaSuccess;
-    uint64_t done;
-    {
-        std::lock_guard<std::mutex> hold(streams_lock);
-        done = event->stream->done;
+    std::shared_ptr<Record> record = last_record(event);
+    if (!record) return cudaSuccess;
+    uint64_t done = done_count(record->stream);
+    if (done < record->count) {
+        drain(record->stream, done + 1); /* who polls must see it move */
+        return cudaErrorNotReady;
     }
-    if (done >= event->count) return cudaSuccess;
-    drain(event->stream, done + 1);
-    return cudaErrorNotReady;
+    CHECKED(check_synchronized(*record));
+    return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end)
 {
-    if (!start->stream || !end->stream) return cudaErrorInvalidValue;
-    *milliseconds = (float)((double)(end->when.tv_sec - start->when.tv_sec) * 1e3 +
-                            (double)(end->when.tv_nsec - start->when.tv_nsec) * 1e-6);
+    std::shared_ptr<Record> a = last_record(start), b = last_record(end);
+    if (!a || !b) return cudaErrorInvalidValue;
+    if (done_count(a->stream) < a->count || done_count(b->stream) < b->count) return cudaErrorNotReady;
+    *milliseconds =
+        (float)((double)(b->when.tv_sec - a->when.tv_sec) * 1e3 + (double)(b->when.tv_nsec - a->when.tv_nsec) * 1e-6);
     return cudaSuccess;
 }
 
@@ -1039,6 +1164,13 @@ cudaError_t cudaMemGetInfo(size_t *free, size_t *total)
 
 namespace cudaemu
 {
+#ifdef CUDACHECK
+enum Touch { READS, COPIES, WRITES };
+static void check_range(const void *p, size_t size, Touch touch, const char *what, Site at); /* device memory */
+static void check_copied(void *to, const void *from, size_t size); /* `to` is now as well written as `from` */
+static void check_host(const void *p, size_t size, Touch touch, cudaStream_t s, uint64_t count, Site at);
+#endif
+
 static bool is_device(const void *p)
 {
     std::lock_guard<std::mutex> hold(memory_lock);
@@ -1057,11 +1189,22 @@ static void copy(void *to, const void *from, size_t size, cudaMemcpyKind kind, c
     auto need_from = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice ? need_device : need_host;
     need_to(to, size, what, at);
     need_from(from, size, what, at);
-    enqueue(stream, what, at, [=] {
+    stream = resolve(stream);
+    uint64_t count = enqueue(stream, what, at, [=] {
         need_to(to, size, what, at); /* it may have been freed since */
         need_from(from, size, what, at);
+#ifdef CUDACHECK
+        if (need_from == need_device) check_range(from, size, COPIES, what, at);
+        if (need_to == need_device) check_range(to, size, WRITES, what, at);
+        if (kind == cudaMemcpyDeviceToDevice) check_copied(to, from, size);
+#endif
         memmove(to, from, size);
     });
+#ifdef CUDACHECK
+    if (need_from == need_host) check_host(from, size, READS, stream, count, at);
+    if (need_to == need_host) check_host(to, size, WRITES, stream, count, at);
+#endif
+    (void)count;
 }
 } // namespace cudaemu
 
@@ -1098,6 +1241,7 @@ cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t stream,
     need_device(p, size, "cudaMemset", at);
     enqueue(stream, "cudaMemset", at, [=] {
         need_device(p, size, "cudaMemset", at);
+        CHECKED(check_range(p, size, WRITES, "cudaMemset", at));
         memset(p, byte, size);
     });
     return cudaSuccess;
@@ -1110,9 +1254,6 @@ namespace cudaemu
 {
 static thread_local cudaError_t last_error;
 static cudaError_t error(cudaError_t e) { return last_error = e; }
-
-static std::mutex peers_lock;
-static bool peer_enabled[64][64]; /* [device][peer]: kernels on device may touch memory of peer */
 } // namespace cudaemu
 
 cudaError_t cudaSetDevice(int device)
@@ -1375,27 +1516,32 @@ struct Product {
     Epilogue e;
 };
 
-static void need_matrix(const Matrix &x, const char *name, const char *what, Site at)
+/* Calls f(matrix or vector, name, whether it is written) for all that the product touches in batch number i. */
+template <class F> static void for_operands(const Product &p, int i, F f)
 {
-    char text[128];
-    snprintf(text, sizeof text, "%s: matrix %s", what, name);
-    if (x.ld < x.rows) fail(at, "%s has %zu rows but a leading dimension of %zu", text, x.rows, x.ld);
-    if (x.rows && x.cols) need_device(x.p, ((x.cols - 1) * x.ld + x.rows) * type_size(x.type), text, at);
+    auto of = [i](long long stride) { return (size_t)(stride * i); };
+    bool derives = p.e.kind == CUBLASLT_EPILOGUE_DGELU || p.e.kind == CUBLASLT_EPILOGUE_DGELU_BGRAD;
+    bool gradient = p.e.kind >= CUBLASLT_EPILOGUE_DGELU_BGRAD;
+    f(p.a.plus(of(p.stride_a)), "A", false);
+    f(p.b.plus(of(p.stride_b)), "B", false);
+    if (p.beta != 0) f(p.c.plus(of(p.stride_c)), "C", false);
+    if (p.e.aux.p) f(p.e.aux.plus(of(p.stride_aux)), "aux", !derives);
+    if (p.e.bias) {
+        size_t n = p.e.kind == CUBLASLT_EPILOGUE_BGRADB ? p.n : p.m;
+        f(Matrix{p.e.bias, p.e.bias_type, n, 1, n}, "bias", gradient);
+    }
+    f(p.d.plus(of(p.stride_d)), "D", true);
 }
 
 static void need_product(const Product &p, const char *what, Site at)
 {
-    for (int i = 0; i < p.batch; i += std::max(1, p.batch - 1)) {
-        auto of = [i](long long stride) { return (size_t)(stride * i); };
-        need_matrix(p.a.plus(of(p.stride_a)), "A", what, at);
-        need_matrix(p.b.plus(of(p.stride_b)), "B", what, at);
-        if (p.beta != 0) need_matrix(p.c.plus(of(p.stride_c)), "C", what, at);
-        need_matrix(p.d.plus(of(p.stride_d)), "D", what, at);
-        if (p.e.aux.p) need_matrix(p.e.aux.plus(of(p.stride_aux)), "aux", what, at);
-        if (p.e.bias)
-            need_device(p.e.bias, (p.e.kind == CUBLASLT_EPILOGUE_BGRADB ? p.n : p.m) * type_size(p.e.bias_type), what,
-                        at);
-    }
+    for (int i = 0; i < p.batch; i += std::max(1, p.batch - 1))
+        for_operands(p, i, [&](const Matrix &x, const char *name, bool) {
+            char text[128];
+            snprintf(text, sizeof text, "%s: matrix %s", what, name);
+            if (x.ld < x.rows) fail(at, "%s has %zu rows but a leading dimension of %zu", text, x.rows, x.ld);
+            if (x.rows && x.cols) need_device(x.p, ((x.cols - 1) * x.ld + x.rows) * type_size(x.type), text, at);
+        });
 }
 
 static void submit_product(const Product &p, const char *what, cudaStream_t stream, Site at)
@@ -1404,6 +1550,12 @@ static void submit_product(const Product &p, const char *what, cudaStream_t stre
     enqueue(stream, what, at, [p, what, at] {
         need_product(p, what, at);
         for (int i = 0; i < p.batch; i++) {
+#ifdef CUDACHECK
+            for_operands(p, i, [&](const Matrix &x, const char *name, bool written) {
+                for (size_t j = 0; j < x.cols; j++)
+                    check_range(x.plus(j * x.ld).p, x.rows * type_size(x.type), written ? WRITES : READS, name, at);
+            });
+#endif
             auto of = [i](long long stride) { return (size_t)(stride * i); };
             Epilogue e = p.e;
             if (e.aux.p) e.aux = e.aux.plus(of(p.stride_aux));

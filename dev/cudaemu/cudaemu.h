@@ -18,7 +18,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
-#include <functional>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -142,16 +142,21 @@ inline Config launch(const char *name, dim3 grid, dim3 block, size_t shared = 0,
 {
     return {name, grid, block, shared, stream, at};
 }
-void submit(const Config &config, const void *kernel, std::function<void()> thread);
+void submit(const Config &config, const void *kernel, void (*call)(void *bound), std::shared_ptr<void> bound,
+            size_t bound_size);
 
 /* kernel << launch(..)(args): the arguments become the kernel's parameters at once, as in CUDA. */
+template <class... Params> struct Bound {
+    void (*kernel)(Params...);
+    std::tuple<typename std::decay<Params>::type...> params;
+    static void call(void *bound) { std::apply(((Bound *)bound)->kernel, ((Bound *)bound)->params); }
+};
 template <class... Params, class... Args>
 void operator<<(void (*kernel)(Params...), std::tuple<Config, std::tuple<Args...>> call)
 {
-    static_assert(sizeof...(Params) == sizeof...(Args),
-                  "a kernel launch has as many arguments as the kernel parameters");
-    std::tuple<typename std::decay<Params>::type...> params(std::move(std::get<1>(call)));
-    submit(std::get<0>(call), (const void *)kernel, [kernel, params] { std::apply(kernel, params); });
+    static_assert(sizeof...(Params) == sizeof...(Args), "a launch has as many arguments as the kernel has parameters");
+    auto bound = std::make_shared<Bound<Params...>>(Bound<Params...>{kernel, std::move(std::get<1>(call))});
+    submit(std::get<0>(call), (const void *)kernel, Bound<Params...>::call, bound, sizeof *bound);
 }
 
 /* The block's shared memory: the variable that tag stands for, the same for all threads of the block. */
@@ -166,7 +171,8 @@ void fence();
  * came) for all of them. Returns when that is done. A lane that does not take part has a null slot. */
 typedef void (*Combine)(void *const slots[32], unsigned mask, Site at);
 void warp(unsigned mask, void *slot, Combine combine, const char *name, Site at);
-int lane(); /* of the running thread, in its warp */
+void sync_lanes(void *const slots[32], unsigned mask, Site at); /* the combine of __syncwarp */
+int lane();                                                     /* of the running thread, in its warp */
 
 void copy_async(void *shared, const void *global, bool valid, Site at); /* 16 bytes: seen only after the wait */
 void copy_async_commit();
@@ -240,8 +246,7 @@ inline int __syncthreads_and(int p, cudaemu::Site at = cudaemu::here()) { return
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, cudaemu::Site at = cudaemu::here())
 {
     static char slot;
-    cudaemu::warp(
-        mask, &slot, [](void *const *, unsigned, cudaemu::Site) {}, "__syncwarp", at);
+    cudaemu::warp(mask, &slot, cudaemu::sync_lanes, "__syncwarp", at);
 }
 
 /* Shuffles within segments of width lanes, a power of two: a lane whose source is outside takes its own value. */
