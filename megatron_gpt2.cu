@@ -1390,12 +1390,574 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
         else LAUNCH((kernel<64, false>), grid, ATTENTION_THREADS, __VA_ARGS__);                                        \
     } while (0)
 
-/* ---- (The tensor cores' attention, for act of 16 bits and D = 64, 96, 128, goes here.) --------------------------- */
+/* ---- The same on tensor cores, for act of 16 bits and heads of 64, 96 or 128 ------------------------------------- */
+
+#if defined PRECISION_BF16 || defined PRECISION_FP16
+/* Flash attention: the online softmax of megatron_gpt2.c with its products on tensor cores. A block of four warps owns
+ * some rows of one head and streams the other side past them. A warp works on 16 M of the rows by itself, and meets
+ * the others only where shared memory changes hands. No kernel writes what two blocks own:
+ *
+ *     forward    a block owns queries, keys stream past    S = Q K', O = dropout(P) V
+ *     dQ         a block owns queries, keys stream past    S, dP = dO V', dQ = dS K
+ *     dK, dV     a block owns keys, queries stream past    S', dP', dV = dropout(P)' dO, dK = dS' Q
+ *
+ * Backward makes seven products where one kernel would make five, but each sum has one order, and needs no atomics.
+ *
+ * One instruction multiplies tiles, C (16,8) += A (16,16) B (16,8). Of these lane 4 g + t of the warp holds
+ *
+ *                 columns                        columns                             column
+ *              2t    2t+1                2t, 2t+1   2t+8, 2t+9                          g
+ *     row g    c[0]  c[1]       row g      a[0]        a[2]       rows 2t,   2t+1     b[0]
+ *     row g+8  c[2]  c[3]       row g+8    a[1]        a[3]       rows 2t+8, 2t+9     b[1]
+ *
+ * c in float, a and b two act a word. So two tiles of C side by side, rounded to act, are one of A: the softmax goes
+ * from S to P V in registers. A matrix c (16 M, N) in registers is c[M][N / 8][4].
+ *
+ * Dropout wants four neighbouring columns in one lane, since that is what a call of philox gives. So the rows that
+ * stream past are stored, of every 16, in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15: as columns 2t and 2t+1 of a
+ * tile and of the next one, a lane meets 4t .. 4t+3. Sums over them do not care. */
+
+#ifdef __CUDACC__
+#ifdef PRECISION_BF16
+#define ACT_NAME "bf16"
+#else
+#define ACT_NAME "f16"
+#endif
+
+/* d += a b, one tile. */
+template <typename T>
+static __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t *b)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." ACT_NAME "." ACT_NAME ".f32"
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+static __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+/* Four tiles of 8 x 8 act from shared memory: r[i] = columns 2t and 2t+1 of row g of tile i. Lane l tells where row
+ * l % 8 of tile l / 8 begins. */
+static __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const act *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+/* The same, but rows 2t and 2t+1 of column g. */
+static __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const act *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+/* Copies 16 bytes to shared memory while the thread goes on; zeros, and nothing is read, where not valid. */
+static __device__ inline void cp_async_16(void *to, const void *from, bool valid)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+/* Ends a group of this thread's copies; waits until all but its latest N groups have come. */
+static __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> static __device__ inline void cp_async_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+#endif
+
+enum { FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP };
+
+/* Rows in shared memory are padded by 16 bytes: so the eight that ldmatrix reads together are in different banks. */
+template <int D> struct Row {
+    enum { SIZE = D + 8 };
+};
+
+/* How much a kernel does at a time. M: tiles of 16 rows a warp owns. N: columns of S in registers. STREAM: rows in one
+ * of the stream's two stages. KEEP: the owned rows stay in registers too. BLOCKS: so many should find room on an SM. */
+template <int D, bool DROP> struct FlashForward {
+    enum { M = 2, N = D == 64 || (D == 96 && !DROP) ? 64 : 32, STREAM = N, KEEP = D == 64 && !DROP, BLOCKS = 2 };
+    enum { ROWS = FLASH_WARPS * 16 * M, BYTES = (ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act) };
+};
+template <int D, bool DROP> struct FlashBackwardQ {
+    enum { M = D == 64 ? 2 : 1, N = 32, STREAM = D < 128 ? 64 : 32, KEEP = D == 64, BLOCKS = D == 64 ? 2 : 3 };
+    enum { ROWS = FLASH_WARPS * 16 * M, BYTES = (2 * ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act) };
+};
+template <int D, bool DROP> struct FlashBackwardKV {
+    enum { M = 1, N = 32, STREAM = D < 128 ? 64 : 32, KEEP = D == 64 && !DROP, BLOCKS = D == 64 ? 3 : 2 };
+    enum { ROWS = FLASH_WARPS * 16 * M, BYTES = (2 * ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act) };
+};
+
+/* Where this lane's c[m][n][e] is in the matrix; columns in the order of the stream. */
+static __device__ inline int row_of(int m, int e) { return 16 * m + threadIdx.x % WARP / 4 + 8 * (e / 2); }
+static __device__ inline int column_of(int n, int e)
+{
+    return 16 * (n / 2) + 4 * (threadIdx.x % 4) + 2 * (n % 2) + e % 2;
+}
+
+/* Two numbers as one word of a tile, x at the lower address. */
+static __device__ inline uint32_t pack(float x, float y)
+{
+#ifdef PRECISION_BF16
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+#else
+    const __half2 pair = __floats2half2_rn(x, y);
+#endif
+    uint32_t word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+}
+
+/* Starts the copy of COUNT rows of D numbers to shared memory. A thread takes 16 bytes of every eighth or sixteenth
+ * row, always the same columns. */
+template <int D, int COUNT, bool STREAMED> static __device__ inline void load_rows(act *to, Rows from)
+{
+    enum { ACROSS = D / 8, DOWN = D == 64 ? 16 : 8 }; /* ACROSS * DOWN threads; at D = 96 the last warp has none */
+    const int r0 = threadIdx.x / ACROSS, c = threadIdx.x % ACROSS * 8;
+    if (r0 >= DOWN) return;
+    const act *at = from.p + r0 * from.row + c;
+#pragma unroll
+    for (int i = 0; i < COUNT; i += DOWN, at += DOWN * from.row) {
+        const int r = i + r0, place = STREAMED ? (r & ~15) | (r & 2) << 2 | (r & 12) >> 1 | (r & 1) : r;
+        cp_async_16(to + place * Row<D>::SIZE + c, at, r < from.rows);
+    }
+}
+
+/* Two matrices, one behind the other, as one group to wait for. */
+template <int D, int COUNT, bool STREAMED> static __device__ inline void load_pair(act *to, Rows x, Rows y)
+{
+    load_rows<D, COUNT, STREAMED>(to, x);
+    load_rows<D, COUNT, STREAMED>(to + COUNT * Row<D>::SIZE, y);
+    cp_async_commit();
+}
+
+/* a = the 16 M rows at `rows`, 16 columns. */
+template <int M, int D> static __device__ inline void load_tiles(uint32_t (&a)[M][4], const act *rows)
+{
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int m = 0; m < M; m++) ldmatrix_x4(a[m], rows + (16 * m + lane % 16) * Row<D>::SIZE + lane / 16 * 8);
+}
+
+/* The owned side of a product over D: kept in registers, or read again from shared memory each time. */
+template <int M, int D, bool KEEP> struct Owned {
+    const act *rows;
+    uint32_t a[KEEP ? D / 16 : 1][M][4];
+
+    __device__ explicit Owned(const act *rows_) : rows(rows_)
+    {
+#pragma unroll
+        for (int k = 0; KEEP && k < D / 16; k++) load_tiles<M, D>(a[k], rows + 16 * k);
+    }
+};
+
+/* c (16M,N) = a (16M,D) b', b (N,D) in shared memory. */
+template <int M, int N, int D, bool KEEP>
+static __device__ inline void multiply_nt(float (&c)[M][N / 8][4], Owned<M, D, KEEP> &a, const act *b)
+{
+    const int lane = threadIdx.x % WARP;
+    b += (lane % 8 + lane / 16 * 8) * Row<D>::SIZE + lane / 8 % 2 * 8;
+    memset(c, 0, sizeof c);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        uint32_t(&tile)[M][4] = a.a[KEEP ? k : 0];
+        if (!KEEP) load_tiles<M, D>(tile, a.rows + 16 * k);
+#pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            uint32_t word[4]; /* two tiles of B: columns 16n .. 16n+15 of c */
+            ldmatrix_x4(word, b + 16 * n * Row<D>::SIZE + 16 * k);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_m16n8k16<act>(c[m][2 * n], tile[m], word);
+                mma_m16n8k16<act>(c[m][2 * n + 1], tile[m], word + 2);
+            }
+        }
+    }
+}
+
+/* c (16M,D) += a (16M,N), rounded to act, times b (N,D) in shared memory. */
+template <int M, int N, int D>
+static __device__ inline void multiply_nn(float (&c)[M][D / 8][4], const float (&a)[M][N / 8][4], const act *b)
+{
+    const int lane = threadIdx.x % WARP;
+    b += lane % 16 * Row<D>::SIZE + lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < N / 16; k++) {
+        uint32_t tile[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *pair = &a[m][2 * k + i / 2][i % 2 * 2];
+                tile[m][i] = pack(pair[0], pair[1]);
+            }
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) {
+            uint32_t word[4];
+            ldmatrix_x4_trans(word, b + 16 * k * Row<D>::SIZE + 16 * n);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_m16n8k16<act>(c[m][2 * n], tile[m], word);
+                mma_m16n8k16<act>(c[m][2 * n + 1], tile[m], word + 2);
+            }
+        }
+    }
+}
+
+/* Scores of keys after their query become -infinity. ahead: first key - first query of s, whose rows are queries, or
+ * keys. */
+template <bool ROWS_ARE_KEYS, int M, int TILES>
+static __device__ inline void mask_future(float (&s)[M][TILES][4], int ahead)
+{
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int below = row_of(m, e) - column_of(n, e); /* query - key, or key - query, less ahead */
+                if (ROWS_ARE_KEYS ? ahead + below > 0 : ahead > below) s[m][n][e] = -INFINITY;
+            }
+}
+
+/* Which elements of c (16M,N) dropout keeps: bit 4n + e of keep[m] is for c[m][n][e]. Row 0, column 0 of c has this
+ * index, and a row T numbers. */
+template <int M, int N>
+static __device__ inline void keep_by_rows(uint32_t (&keep)[M], const Mask &mask, uint64_t index, int T)
+{
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        keep[m] = 0;
+#pragma unroll 1
+        for (int n = 0; n < N / 8; n += 2)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                const uint64_t at = index + (uint64_t)row_of(m, e) * T + column_of(n, 0);
+                const uint32_t bits = keep_four(mask, at); /* two in tile n, two in the next */
+                keep[m] |= ((bits & 3) | (bits & 12) << 2) << (4 * n + e);
+            }
+    }
+}
+
+/* The same for c (16,N) of a transposed matrix, a column of which has T numbers. Four neighbouring numbers of a column
+ * are in four lanes, of one t and neighbouring g, which hold four such groups of each tile: each lane draws one of
+ * them for all. */
+template <int N>
+static __device__ inline void keep_by_columns(uint32_t (&keep)[1], const Mask &mask, uint64_t index, int T)
+{
+    const int lane = threadIdx.x % WARP, mine = lane / 4 % 4;
+    uint32_t drawn = 0;
+#pragma unroll 1
+    for (int n = 0; n < N / 8; n++) {
+        const uint64_t at = index + (uint64_t)column_of(n, mine) * T + lane / 16 * 4 + mine / 2 * 8;
+        drawn |= keep_four(mask, at) << 4 * n;
+    }
+    keep[0] = 0;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const uint32_t other = __shfl_sync(ALL_LANES, drawn, (lane & ~12) | e << 2);
+        keep[0] |= (other >> mine & 0x11111111) << e;
+    }
+}
+
+/* The rows of c (16M,D) times factor, from row `valid` on none, to global memory by way of the warp's own rows in
+ * shared memory: 16 bytes a lane. */
+template <int M, int D>
+static __device__ inline void write_rows(act *to, size_t to_row, int valid, const float (&c)[M][D / 8][4], float factor,
+                                         act *rows)
+{
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                const uint32_t word = pack(c[m][n][e] * factor, c[m][n][e + 1] * factor);
+                memcpy(rows + row_of(m, e) * Row<D>::SIZE + 8 * n + threadIdx.x % 4 * 2, &word, sizeof word);
+            }
+    __syncwarp();
+    for (int i = threadIdx.x % WARP; i < 16 * M * (D / 8); i += WARP) {
+        const int r = i / (D / 8), column = i % (D / 8) * 8;
+        if (r < valid) *(uint4 *)(to + r * to_row + column) = *(const uint4 *)(rows + r * Row<D>::SIZE + column);
+    }
+}
+
+static const float LOG2_E = 1.44269504f;
+
+/* out (B,T,H*D), lse (B,H,T), of qkv (B,T,3*H*D), as attention_forward has them. Grid: heads of all sequences, then
+ * blocks of queries, the longest first: the last to start are short. */
+template <int D, bool DROP>
+static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::BLOCKS)
+    flash_forward_kernel(act *out, real *lse, const act *qkv, int T, int H, Mask mask)
+{
+    typedef FlashForward<D, DROP> Size;
+    enum { M = Size::M, N = Size::N, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
+    extern __shared__ float4 shared[];
+    act *const queries = (act *)shared, *const stream = queries + ROWS * ROW;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, b = blockIdx.x / H, h = blockIdx.x % H;
+    const int i0 = (gridDim.y - 1 - blockIdx.y) * ROWS, first = i0 + warp * 16 * M, keys = min(i0 + ROWS, T);
+    const size_t C = (size_t)H * D;
+    const act *const q = qkv + (size_t)b * T * 3 * C + h * D, *const k = q + C, *const v = k + C;
+    const float scale = 1 / sqrtf(D), scale2 = scale * LOG2_E;
+    mask.d = head_dropout(mask.d, b, h, T);
+
+    load_rows<D, ROWS, false>(queries, rows_from(q, 3 * C, i0, T));
+    load_pair<D, N, true>(stream, rows_from(k, 3 * C, 0, T), rows_from(v, 3 * C, 0, T));
+    cp_async_wait<0>();
+    __syncthreads();
+    Owned<M, D, Size::KEEP> owned(queries + warp * 16 * M * ROW);
+
+    float o[M][D / 8][4] = {}, top[M][2], sum[M][2] = {}; /* of a lane's rows; sum is of its columns only */
+    for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
+    for (int j0 = 0, stage = 0; j0 < keys; j0 += N, stage ^= 1) {
+        const act *const k_rows = stream + stage * 2 * N * ROW, *const v_rows = k_rows + N * ROW;
+        cp_async_wait<0>();
+        __syncthreads(); /* this stage has come, and everyone is done with the other */
+        if (j0 + N < keys)
+            load_pair<D, N, true>(stream + (stage ^ 1) * 2 * N * ROW, rows_from(k, 3 * C, j0 + N, T),
+                                  rows_from(v, 3 * C, j0 + N, T));
+        if (j0 > first + 16 * M - 1) continue; /* the future of all this warp's queries */
+
+        uint32_t keep[M];
+        float s[M][N / 8][4];
+        if (DROP) keep_by_rows<M, N>(keep, mask, mask.d.first + (uint64_t)first * T + j0, T);
+        multiply_nt<M, N, D>(s, owned, k_rows);
+        if (j0 + N - 1 > first) mask_future<false>(s, j0 - first);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) { /* row_of(m, 2 * half) */
+                float old = top[m][half], now = old;
+#pragma unroll
+                for (int n = 0; n < N / 8; n++) now = fmaxf(now, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                now = fmaxf(now, __shfl_xor_sync(ALL_LANES, now, 1));
+                now = fmaxf(now, __shfl_xor_sync(ALL_LANES, now, 2));
+                const float shrink = exp2f((old - now) * scale2);
+                top[m][half] = now;
+                sum[m][half] *= shrink;
+#pragma unroll
+                for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) {
+                        const float p = exp2f(s[m][n][e] * scale2 - now * scale2);
+                        sum[m][half] += p; /* the softmax is of all scores: dropout comes after it */
+                        s[m][n][e] = DROP && !(keep[m] >> (4 * n + e) & 1) ? 0 : p;
+                    }
+#pragma unroll
+                for (int n = 0; n < D / 8; n++) o[m][n][2 * half] *= shrink, o[m][n][2 * half + 1] *= shrink;
+            }
+        multiply_nn<M, N, D>(o, s, v_rows);
+    }
+
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = first + row_of(m, 2 * half);
+            float all = sum[m][half];
+            all += __shfl_xor_sync(ALL_LANES, all, 1);
+            all += __shfl_xor_sync(ALL_LANES, all, 2);
+            if (lane % 4 == 0 && i < T) lse[(size_t)blockIdx.x * T + i] = top[m][half] * scale + logf(all);
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) o[m][n][2 * half] *= 1 / all, o[m][n][2 * half + 1] *= 1 / all;
+        }
+    write_rows<M, D>(out + ((size_t)b * T + first) * C + h * D, C, T - first, o, DROP ? mask.scale : 1,
+                     queries + warp * 16 * M * ROW);
+}
+
+/* Scores s become the dropped-out P but for its factor 1/(1-p), and dp = dO V' becomes dS, at c[m][n][e]. */
+template <bool DROP>
+static __device__ inline void flash_softmax_backward(float &s, float &dp, float scale2, float lse2, float delta,
+                                                     bool keep, float keep_scale)
+{
+    const float p = exp2f(s * scale2 - lse2);
+    if (DROP) dp = keep ? dp * keep_scale : 0;
+    s = DROP && !keep ? 0 : p;
+    dp = p * (dp - delta);
+}
+
+/* dq of dqkv (B,T,3*H*D). Grid as flash_forward_kernel's. */
+template <int D, bool DROP>
+static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardQ<D, DROP>::BLOCKS)
+    flash_backward_q_kernel(act *dqkv, const real *delta, const act *dout, const real *lse, const act *qkv, int T,
+                            int H, Mask mask)
+{
+    typedef FlashBackwardQ<D, DROP> Size;
+    enum { M = Size::M, N = Size::N, STREAM = Size::STREAM, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
+    extern __shared__ float4 shared[];
+    act *const queries = (act *)shared, *const gradients = queries + ROWS * ROW, *const stream = gradients + ROWS * ROW;
+    const int warp = threadIdx.x / WARP, b = blockIdx.x / H, h = blockIdx.x % H;
+    const int i0 = (gridDim.y - 1 - blockIdx.y) * ROWS, first = i0 + warp * 16 * M, keys = min(i0 + ROWS, T);
+    const size_t C = (size_t)H * D, head = (size_t)b * T * 3 * C + h * D;
+    const act *const q = qkv + head, *const k = q + C, *const v = k + C, *const go = dout + (size_t)b * T * C + h * D;
+    const float scale = 1 / sqrtf(D), scale2 = scale * LOG2_E, keep_scale = DROP ? mask.scale : 1;
+    mask.d = head_dropout(mask.d, b, h, T);
+
+    load_pair<D, ROWS, false>(queries, rows_from(q, 3 * C, i0, T), rows_from(go, C, i0, T));
+    load_pair<D, STREAM, true>(stream, rows_from(k, 3 * C, 0, T), rows_from(v, 3 * C, 0, T));
+    float lse2[M][2], row_delta[M][2];
+    for (int m = 0; m < M; m++)
+        for (int half = 0; half < 2; half++) {
+            const int i = first + row_of(m, 2 * half);
+            lse2[m][half] = i < T ? lse[(size_t)blockIdx.x * T + i] * LOG2_E : 0;
+            row_delta[m][half] = i < T ? delta[(size_t)blockIdx.x * T + i] : 0;
+        }
+    cp_async_wait<0>();
+    __syncthreads();
+    Owned<M, D, Size::KEEP> owned_q(queries + warp * 16 * M * ROW), owned_do(gradients + warp * 16 * M * ROW);
+
+    float dq[M][D / 8][4] = {};
+    for (int first_key = 0, stage = 0; first_key < keys; first_key += STREAM, stage ^= 1) {
+        const act *const k_rows = stream + stage * 2 * STREAM * ROW, *const v_rows = k_rows + STREAM * ROW;
+        const int next_key = first_key + STREAM;
+        cp_async_wait<0>();
+        __syncthreads(); /* this stage has come, and everyone is done with the other */
+        if (next_key < keys)
+            load_pair<D, STREAM, true>(stream + (stage ^ 1) * 2 * STREAM * ROW, rows_from(k, 3 * C, next_key, T),
+                                       rows_from(v, 3 * C, next_key, T));
+        for (int j = 0; j < STREAM && first_key + j < first + 16 * M; j += N) {
+            const int j0 = first_key + j;
+            uint32_t keep[M];
+            float s[M][N / 8][4], dp[M][N / 8][4];
+            if (DROP) keep_by_rows<M, N>(keep, mask, mask.d.first + (uint64_t)first * T + j0, T);
+            multiply_nt<M, N, D>(s, owned_q, k_rows + j * ROW);
+            multiply_nt<M, N, D>(dp, owned_do, v_rows + j * ROW);
+            if (j0 + N - 1 > first) mask_future<false>(s, j0 - first);
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        flash_softmax_backward<DROP>(s[m][n][e], dp[m][n][e], scale2, lse2[m][e / 2],
+                                                     row_delta[m][e / 2], DROP && (keep[m] >> (4 * n + e) & 1),
+                                                     keep_scale);
+            multiply_nn<M, N, D>(dq, dp, k_rows + j * ROW);
+        }
+    }
+    write_rows<M, D>(dqkv + head + first * 3 * C, 3 * C, T - first, dq, scale, queries + warp * 16 * M * ROW);
+}
+
+/* lse, times log2(e), and delta of query i of this block's head; zeros from T on. */
+static __device__ inline float2 query_statistics(const real *lse, const real *delta, int i, int T)
+{
+    const size_t at = (size_t)blockIdx.x * T + i;
+    return i < T ? make_float2(lse[at] * LOG2_E, delta[at]) : make_float2(0, 0);
+}
+
+/* dk and dv of dqkv. Grid: heads of all sequences, then blocks of keys: the first ones are the longest. */
+template <int D, bool DROP>
+static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardKV<D, DROP>::BLOCKS)
+    flash_backward_kv_kernel(act *dqkv, const real *delta, const act *dout, const real *lse, const act *qkv, int T,
+                             int H, Mask mask)
+{
+    typedef FlashBackwardKV<D, DROP> Size;
+    enum { M = Size::M, N = Size::N, STREAM = Size::STREAM, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
+    extern __shared__ float4 shared[];
+    __shared__ float4 statistics[2][STREAM / 2]; /* of two queries of a stage: lse, delta, lse, delta */
+    act *const keys = (act *)shared, *const values = keys + ROWS * ROW, *const stream = values + ROWS * ROW;
+    const int warp = threadIdx.x / WARP, b = blockIdx.x / H, h = blockIdx.x % H;
+    const int j0 = blockIdx.y * ROWS, first = j0 + warp * 16 * M;
+    const size_t C = (size_t)H * D, head = (size_t)b * T * 3 * C + h * D;
+    const act *const q = qkv + head, *const k = q + C, *const v = k + C, *const go = dout + (size_t)b * T * C + h * D;
+    const float scale = 1 / sqrtf(D), scale2 = scale * LOG2_E, keep_scale = DROP ? mask.scale : 1;
+    mask.d = head_dropout(mask.d, b, h, T);
+
+    load_pair<D, ROWS, false>(keys, rows_from(k, 3 * C, j0, T), rows_from(v, 3 * C, j0, T));
+    load_pair<D, STREAM, true>(stream, rows_from(q, 3 * C, j0, T), rows_from(go, C, j0, T));
+    float2 next = query_statistics(lse, delta, j0 + threadIdx.x, T);
+    cp_async_wait<0>();
+    __syncthreads();
+    Owned<M, D, Size::KEEP> owned_k(keys + warp * 16 * M * ROW), owned_v(values + warp * 16 * M * ROW);
+
+    float dk[M][D / 8][4] = {}, dv[M][D / 8][4] = {};
+    for (int first_query = j0, stage = 0; first_query < T; first_query += STREAM, stage ^= 1) {
+        const act *const q_rows = stream + stage * 2 * STREAM * ROW, *const go_rows = q_rows + STREAM * ROW;
+        const int next_query = first_query + STREAM;
+        if (threadIdx.x < STREAM) ((float2 *)statistics[stage])[threadIdx.x] = next;
+        cp_async_wait<0>();
+        __syncthreads(); /* this stage has come, and everyone is done with the other */
+        if (next_query < T) {
+            load_pair<D, STREAM, true>(stream + (stage ^ 1) * 2 * STREAM * ROW, rows_from(q, 3 * C, next_query, T),
+                                       rows_from(go, C, next_query, T));
+            next = query_statistics(lse, delta, next_query + threadIdx.x, T);
+        }
+#pragma unroll
+        for (int i = 0; i < STREAM; i += N) {
+            const int i0 = first_query + i;
+            if (i0 + N <= first) continue; /* the past of all this warp's keys */
+            uint32_t keep[M];
+            float s[M][N / 8][4], dp[M][N / 8][4];
+            if (DROP) keep_by_columns<N>(keep, mask, mask.d.first + (uint64_t)i0 * T + first, T);
+            multiply_nt<M, N, D>(s, owned_k, q_rows + i * ROW);
+            multiply_nt<M, N, D>(dp, owned_v, go_rows + i * ROW);
+            if (first + 16 * M - 1 > i0) mask_future<true>(s, first - i0);
+#pragma unroll
+            for (int n = 0; n < N / 8; n++) {
+                const float4 two = statistics[stage][(i + column_of(n, 0)) / 2];
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        flash_softmax_backward<DROP>(s[m][n][e], dp[m][n][e], scale2, e % 2 ? two.z : two.x,
+                                                     e % 2 ? two.w : two.y, DROP && (keep[m] >> (4 * n + e) & 1),
+                                                     keep_scale);
+            }
+            multiply_nn<M, N, D>(dv, s, go_rows + i * ROW);
+            multiply_nn<M, N, D>(dk, dp, q_rows + i * ROW);
+        }
+    }
+    act *const to = dqkv + head + first * 3 * C;
+    write_rows<M, D>(to + C, 3 * C, T - first, dk, scale, keys + warp * 16 * M * ROW);
+    write_rows<M, D>(to + 2 * C, 3 * C, T - first, dv, keep_scale, values + warp * 16 * M * ROW);
+}
+
+/* Starts a kernel above with its shared memory, more than a kernel has unasked. */
+#define LAUNCH_FLASH(kernel, Size, B, T, H, ...)                                                                       \
+    do {                                                                                                               \
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Size::BYTES));            \
+        const dim3 grid(blocks((B) * (H), 1), blocks(T, Size::ROWS));                                                  \
+        LAUNCH_SHARED(kernel, grid, FLASH_THREADS, Size::BYTES, __VA_ARGS__, (int)(T), (int)(H), mask);                \
+    } while (0)
+
+template <int D, bool DROP>
+static void flash_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, Mask mask)
+{
+    typedef FlashForward<D, DROP> Size;
+    LAUNCH_FLASH((flash_forward_kernel<D, DROP>), Size, B, T, H, out, lse, qkv);
+}
+
+template <int D, bool DROP>
+static void flash_backward(act *dqkv, const real *delta, const act *dout, const real *lse, const act *qkv, size_t B,
+                           size_t T, size_t H, Mask mask)
+{
+    typedef FlashBackwardQ<D, DROP> SizeQ;
+    typedef FlashBackwardKV<D, DROP> SizeKV;
+    LAUNCH_FLASH((flash_backward_q_kernel<D, DROP>), SizeQ, B, T, H, dqkv, delta, dout, lse, qkv);
+    LAUNCH_FLASH((flash_backward_kv_kernel<D, DROP>), SizeKV, B, T, H, dqkv, delta, dout, lse, qkv);
+}
+
+/* Whether f<D, DROP> was called: there are three head sizes. */
+#define FLASH_BY_SIZE(f, D, drop, ...)                                                                                 \
+    ((D) == 64    ? ((drop) ? f<64, true>(__VA_ARGS__) : f<64, false>(__VA_ARGS__), true)                              \
+     : (D) == 96  ? ((drop) ? f<96, true>(__VA_ARGS__) : f<96, false>(__VA_ARGS__), true)                              \
+     : (D) == 128 ? ((drop) ? f<128, true>(__VA_ARGS__) : f<128, false>(__VA_ARGS__), true)                            \
+                  : false)
+#else
+#define FLASH_BY_SIZE(...) false
+#endif
 
 static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
 {
     const bool vectors = D % 4 == 0 && ((uintptr_t)out | (uintptr_t)qkv) % 16 == 0;
-    LAUNCH_ATTENTION(attention_forward_kernel, vectors, B, T, H, D, out, lse, qkv, (int)T, (int)H, (int)D, make_mask(d));
+    const Mask m = make_mask(d);
+    if (vectors && FLASH_BY_SIZE(flash_forward, D, d.p > 0, out, lse, qkv, B, T, H, m)) return;
+    LAUNCH_ATTENTION(attention_forward_kernel, vectors, B, T, H, D, out, lse, qkv, (int)T, (int)H, (int)D, m);
 }
 
 static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out, const real *lse, const act *qkv,
@@ -1404,6 +1966,7 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
     const bool vectors = D % 4 == 0 && ((uintptr_t)dqkv | (uintptr_t)dout | (uintptr_t)qkv) % 16 == 0;
     const Mask m = make_mask(d);
     LAUNCH(attention_delta_kernel, blocks(B * T * H, 256 / WARP), 256, delta, dout, out, B * T * H, T, H, D);
+    if (vectors && FLASH_BY_SIZE(flash_backward, D, d.p > 0, dqkv, delta, dout, lse, qkv, B, T, H, m)) return;
     LAUNCH_ATTENTION(attention_backward_q_kernel, vectors, B, T, H, D, dqkv, delta, dout, lse, qkv, (int)T, (int)H,
                      (int)D, m);
     LAUNCH_ATTENTION(attention_backward_kv_kernel, vectors, B, T, H, D, dqkv, delta, dout, lse, qkv, (int)T, (int)H,
