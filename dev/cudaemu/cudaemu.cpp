@@ -242,6 +242,10 @@ struct SharedVariable {
     Site declared;
 };
 
+#ifdef CUDACHECK
+static void check_end(); /* of an OS thread that has run blocks */
+#endif
+
 struct Block {
     Launch *launch;
     Thread threads[MAX_THREADS];
@@ -262,6 +266,7 @@ struct Block {
     char fault_stack[32768]; /* for on_fault: the thread's own may be full */
     ~Block()
     {
+        CHECKED(check_end());
         for (Fiber *f : fibers) fiber_delete(f);
         for (Meeting *m : spare) delete m;
         free(memory);
@@ -276,7 +281,7 @@ static void check_lanes(unsigned mask);
 static void check_fence();
 static void check_quiet(bool on); /* from here on, or no longer, accesses are the engine's own */
 static void check_shared(const SharedVariable &v);
-static void check_copy_issued(const AsyncCopy &c);
+static void check_copy_issued(const AsyncCopy &c, const void *pc);
 static void check_copy_landed(const AsyncCopy &c);
 #endif
 
@@ -567,7 +572,7 @@ void copy_async(void *to, const void *from, bool valid, Site at)
     in_kernel("cp.async", at);
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16) fail(at, "cp.async: both addresses must be multiples of 16");
     self->copies.push_back({to, from, valid, at});
-    CHECKED(check_copy_issued(self->copies.back()));
+    CHECKED(check_copy_issued(self->copies.back(), __builtin_return_address(0)));
 }
 
 void copy_async_commit()
@@ -962,7 +967,7 @@ static uint64_t enqueue(cudaStream_t stream, const char *what, Site at, std::fun
         std::lock_guard<std::mutex> hold(streams_lock);
         cudaStream_t first = default_stream(s->device);
         auto wait_for = [s](cudaStream_t other) {
-            if (other->done == other->enqueued) return;
+            if (!other->enqueued) return;
             uint64_t upto = other->enqueued;
             push(s, [s, other, upto] {
                 drain(other, upto);
@@ -1166,7 +1171,8 @@ namespace cudaemu
 {
 #ifdef CUDACHECK
 enum Touch { READS, COPIES, WRITES };
-static void check_range(const void *p, size_t size, Touch touch, const char *what, Site at); /* device memory */
+/* A copy or a product touches device memory; peers: of another device only with peer access. */
+static void check_range(const void *p, size_t size, Touch touch, bool peers, const char *what);
 static void check_copied(void *to, const void *from, size_t size); /* `to` is now as well written as `from` */
 static void check_host(const void *p, size_t size, Touch touch, cudaStream_t s, uint64_t count, Site at);
 #endif
@@ -1194,8 +1200,8 @@ static void copy(void *to, const void *from, size_t size, cudaMemcpyKind kind, c
         need_to(to, size, what, at); /* it may have been freed since */
         need_from(from, size, what, at);
 #ifdef CUDACHECK
-        if (need_from == need_device) check_range(from, size, COPIES, what, at);
-        if (need_to == need_device) check_range(to, size, WRITES, what, at);
+        if (need_from == need_device) check_range(from, size, COPIES, false, what);
+        if (need_to == need_device) check_range(to, size, WRITES, false, what);
         if (kind == cudaMemcpyDeviceToDevice) check_copied(to, from, size);
 #endif
         memmove(to, from, size);
@@ -1241,7 +1247,7 @@ cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t stream,
     need_device(p, size, "cudaMemset", at);
     enqueue(stream, "cudaMemset", at, [=] {
         need_device(p, size, "cudaMemset", at);
-        CHECKED(check_range(p, size, WRITES, "cudaMemset", at));
+        CHECKED(check_range(p, size, WRITES, true, "cudaMemset"));
         memset(p, byte, size);
     });
     return cudaSuccess;
@@ -1553,7 +1559,7 @@ static void submit_product(const Product &p, const char *what, cudaStream_t stre
 #ifdef CUDACHECK
             for_operands(p, i, [&](const Matrix &x, const char *name, bool written) {
                 for (size_t j = 0; j < x.cols; j++)
-                    check_range(x.plus(j * x.ld).p, x.rows * type_size(x.type), written ? WRITES : READS, name, at);
+                    check_range(x.plus(j * x.ld).p, x.rows * type_size(x.type), written ? WRITES : READS, true, name);
             });
 #endif
             auto of = [i](long long stride) { return (size_t)(stride * i); };
