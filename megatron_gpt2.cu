@@ -185,6 +185,13 @@ static Gpu *gpu(void)
     } while (0)
 #define LAUNCH(kernel, grid, block, ...) LAUNCH_SHARED(kernel, grid, block, 0, __VA_ARGS__)
 
+/* A kernel whose blocks have one of N rows of C numbers each, and whose threads take W neighbours of each blockDim W. */
+#define LAUNCH_ROWS(kernel, by_packs, N, C, ...)                                                                       \
+    do {                                                                                                               \
+        if (by_packs) LAUNCH(kernel<WIDE>, blocks(N, 1), row_threads(C, WIDE), __VA_ARGS__);                           \
+        else LAUNCH(kernel<1>, blocks(N, 1), row_threads(C, 1), __VA_ARGS__);                                          \
+    } while (0)
+
 /* Blocks of `each` that n things need, for a grid's x dimension. */
 static unsigned blocks(size_t n, size_t each)
 {
@@ -506,7 +513,8 @@ static uint32_t alignment_of(const void *a, const void *b, const void *c, const 
     return (uint32_t)(all & -all);
 }
 
-static void set_attribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t name, const void *value, size_t size)
+static void set_attribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t name, const void *value,
+                          size_t size)
 {
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(desc, name, value, size));
 }
@@ -588,8 +596,8 @@ static ProductPlan *find_plan(const Product *p, const act *bias, const act *aux)
 
 /* c (M,N) [+]= a b, and the epilogue; a is (M,K), or (K,M) if transposed, b (K,N), or (N,K). bias (N) and aux (M,N) are
  * the epilogue's, or NULL. False, and nothing done, if cuBLASLt cannot do it. */
-static bool matmul_epilogue(act *c, const act *a, bool a_transposed, const act *b, bool b_transposed, size_t M, size_t N,
-                            size_t K, bool add, cublasLtEpilogue_t epilogue, const act *bias, act *aux)
+static bool matmul_epilogue(act *c, const act *a, bool a_transposed, const act *b, bool b_transposed, size_t M,
+                            size_t N, size_t K, bool add, cublasLtEpilogue_t epilogue, const act *bias, act *aux)
 {
     const float one = 1, beta = add;
     Product p;
@@ -617,10 +625,10 @@ static void matmul(act *c, const act *a, bool a_transposed, const act *b, bool b
         CUBLAS_CHECK(cublasCreate(&g->blas));
         CUBLAS_CHECK(cublasSetStream(g->blas, g->stream));
     }
-    CUBLAS_CHECK(cublasGemmEx(g->blas, b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                              (int)N, (int)M, (int)K, &one, b, ACT_TYPE, (int)(b_transposed ? K : N), a, ACT_TYPE,
-                              (int)(a_transposed ? M : K), &beta, c, ACT_TYPE, (int)N, COMPUTE_TYPE,
-                              CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmEx(g->blas, b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
+                              a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, (int)N, (int)M, (int)K, &one, b, ACT_TYPE,
+                              (int)(b_transposed ? K : N), a, ACT_TYPE, (int)(a_transposed ? M : K), &beta, c, ACT_TYPE,
+                              (int)N, COMPUTE_TYPE, CUBLAS_GEMM_DEFAULT));
 }
 
 /* ---- Linear layers [§3 eq.1, eq.3] ------------------------------------------------------------------------------- */
@@ -632,7 +640,8 @@ static bool gelu_fits(Gelu kind, size_t columns) { return !FULL_PRECISION && kin
 /* y (N,O) = x + b (O), then gelu of it if with_gelu; pre (N,O) gets what gelu is taken of, or is NULL. x may be y or pre.
  * A block has a row, a thread W neighbouring columns. */
 template <int W>
-static __global__ void bias_gelu_kernel(act *y, act *pre, const act *x, const act *b, size_t O, bool with_gelu, Gelu kind)
+static __global__ void bias_gelu_kernel(act *y, act *pre, const act *x, const act *b, size_t O, bool with_gelu,
+                                        Gelu kind)
 {
     for (size_t o = threadIdx.x * W; o < O; o += blockDim.x * W) {
         const size_t at = blockIdx.x * O + o;
@@ -650,9 +659,7 @@ static __global__ void bias_gelu_kernel(act *y, act *pre, const act *x, const ac
 
 static void bias_gelu(act *y, act *pre, const act *x, const act *b, size_t N, size_t O, bool with_gelu, Gelu kind)
 {
-    if (wide(O, y, pre, x, b))
-        LAUNCH(bias_gelu_kernel<WIDE>, blocks(N, 1), row_threads(O, WIDE), y, pre, x, b, O, with_gelu, kind);
-    else LAUNCH(bias_gelu_kernel<1>, blocks(N, 1), row_threads(O, 1), y, pre, x, b, O, with_gelu, kind);
+    LAUNCH_ROWS(bias_gelu_kernel, wide(O, y, pre, x, b), N, O, y, pre, x, b, O, with_gelu, kind);
 }
 
 /* dx (N,I) *= gelu'(pre). A block has a row, a thread W neighbouring columns. */
@@ -685,8 +692,8 @@ static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act 
     if (db) add_column_sums(db, NULL, dy, N, O, make_mask(none));
 }
 
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b, size_t N, size_t I, size_t O,
-                                Gelu kind)
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b, size_t N, size_t I,
+                                size_t O, Gelu kind)
 {
     const cublasLtEpilogue_t epilogue = pre ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_BIAS;
     if (gelu_fits(kind, O) && matmul_epilogue(y, x, false, w, true, N, O, I, false, epilogue, b, pre)) return;
@@ -696,14 +703,13 @@ static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, co
     bias_gelu(y, b ? pre : NULL, sum, b, N, O, true, kind);
 }
 
-static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre, const act *w, size_t N,
-                                 size_t I, size_t O, Gelu kind)
+static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre, const act *w,
+                                 size_t N, size_t I, size_t O, Gelu kind)
 {
-    if (!gelu_fits(kind, I) || !matmul_epilogue(dpre, dz, false, w, false, N, I, O, false, CUBLASLT_EPILOGUE_DGELU, NULL,
-                                                (act *)pre)) {
+    if (!gelu_fits(kind, I) ||
+        !matmul_epilogue(dpre, dz, false, w, false, N, I, O, false, CUBLASLT_EPILOGUE_DGELU, NULL, (act *)pre)) {
         matmul(dpre, dz, false, w, false, N, I, O, false);
-        if (wide(I, dpre, pre)) LAUNCH(gelu_slope_kernel<WIDE>, blocks(N, 1), row_threads(I, WIDE), dpre, pre, I, kind);
-        else LAUNCH(gelu_slope_kernel<1>, blocks(N, 1), row_threads(I, 1), dpre, pre, I, kind);
+        LAUNCH_ROWS(gelu_slope_kernel, wide(I, dpre, pre), N, I, dpre, pre, I, kind);
     }
     matmul(dw, dz, true, y, false, O, I, N, true);
 }
@@ -725,9 +731,7 @@ static __global__ void token_embedding_forward_kernel(act *x, const int *tokens,
 
 static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C, size_t v0, size_t Vp)
 {
-    if (wide(C, x, wte))
-        LAUNCH(token_embedding_forward_kernel<WIDE>, blocks(N, 1), row_threads(C, WIDE), x, tokens, wte, C, v0, Vp);
-    else LAUNCH(token_embedding_forward_kernel<1>, blocks(N, 1), row_threads(C, 1), x, tokens, wte, C, v0, Vp);
+    LAUNCH_ROWS(token_embedding_forward_kernel, wide(C, x, wte), N, C, x, tokens, wte, C, v0, Vp);
 }
 
 enum { SORT_TILE = 256 };
@@ -815,9 +819,7 @@ static __global__ void position_embedding_forward_kernel(act *x, const act *wpe,
 static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C, size_t past, Dropout d)
 {
     const Mask m = make_mask(d);
-    if (wide(C, x, wpe))
-        LAUNCH(position_embedding_forward_kernel<WIDE>, blocks(B * T, 1), row_threads(C, WIDE), x, wpe, T, C, past, m);
-    else LAUNCH(position_embedding_forward_kernel<1>, blocks(B * T, 1), row_threads(C, 1), x, wpe, T, C, past, m);
+    LAUNCH_ROWS(position_embedding_forward_kernel, wide(C, x, wpe), B * T, C, x, wpe, T, C, past, m);
 }
 
 /* A block has a position t, a thread W neighbouring columns of it, in all sequences. */
@@ -844,9 +846,7 @@ static __global__ void position_embedding_backward_kernel(act *dx, act *dwpe, si
 static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C, Dropout d)
 {
     const Mask m = make_mask(d);
-    if (wide(C, dx, dwpe))
-        LAUNCH(position_embedding_backward_kernel<WIDE>, blocks(T, 1), row_threads(C, WIDE), dx, dwpe, B, T, C, m);
-    else LAUNCH(position_embedding_backward_kernel<1>, blocks(T, 1), row_threads(C, 1), dx, dwpe, B, T, C, m);
+    LAUNCH_ROWS(position_embedding_backward_kernel, wide(C, dx, dwpe), T, C, dx, dwpe, B, T, C, m);
 }
 
 /* ---- LayerNorm --------------------------------------------------------------------------------------------------- */
@@ -888,8 +888,8 @@ static __device__ void layernorm_row(act *y, real *mean, real *rstd, const act *
 
 /* A block has a row. */
 template <int W>
-static __global__ void layernorm_forward_kernel(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b,
-                                                size_t C, real eps)
+static __global__ void layernorm_forward_kernel(act *y, real *mean, real *rstd, const act *x, const act *g,
+                                                const act *b, size_t C, real eps)
 {
     const size_t n = blockIdx.x;
     layernorm_row<W>(y + n * C, mean + n, rstd + n, x + n * C, g, b, C, eps);
@@ -898,9 +898,7 @@ static __global__ void layernorm_forward_kernel(act *y, real *mean, real *rstd, 
 static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t N,
                               size_t C, real eps)
 {
-    if (wide(C, y, x, g, b))
-        LAUNCH(layernorm_forward_kernel<WIDE>, blocks(N, 1), row_threads(C, WIDE), y, mean, rstd, x, g, b, C, eps);
-    else LAUNCH(layernorm_forward_kernel<1>, blocks(N, 1), row_threads(C, 1), y, mean, rstd, x, g, b, C, eps);
+    LAUNCH_ROWS(layernorm_forward_kernel, wide(C, y, x, g, b), N, C, y, mean, rstd, x, g, b, C, eps);
 }
 
 /* dx as in megatron_gpt2.c, and part (gridDim,2,C) = sums of dg and of db over this block's rows, every gridDim-th one. A
@@ -908,7 +906,8 @@ static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, cons
  * column W p + i stands at i packs + p, so that lanes use different banks. */
 template <int W>
 static __global__ void layernorm_backward_kernel(act *dx, real *part, const act *dy, const act *x, const act *g,
-                                                 const real *mean, const real *rstd, const act *dres, size_t N, size_t C)
+                                                 const real *mean, const real *rstd, const act *dres, size_t N,
+                                                 size_t C)
 {
     extern __shared__ float4 shared[];
     const size_t packs = C / W;
@@ -959,8 +958,9 @@ static void layernorm_backward_of(act *dx, real *part, const act *dy, const act 
                                   const real *rstd, const act *dres, size_t N, size_t C, size_t chunks)
 {
     const size_t bytes = 2 * C * sizeof(real);
-    if (bytes > 48 << 10 && cudaFuncSetAttribute(layernorm_backward_kernel<W>,
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) != cudaSuccess)
+    if (bytes > 48 << 10 &&
+        cudaFuncSetAttribute(layernorm_backward_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) !=
+            cudaSuccess)
         die("a hidden size of %zu: LayerNorm's backward pass keeps 8 bytes a column in a GPU's shared memory, which is "
             "too small for it",
             C);
@@ -1012,16 +1012,15 @@ static void bias_dropout_add_forward(act *out, const act *y, const act *bias, co
                                      Dropout d)
 {
     const Mask m = make_mask(d);
-    if (wide(C, out, y, bias, residual))
-        LAUNCH(bias_dropout_add_forward_kernel<WIDE>, blocks(N, 1), row_threads(C, WIDE), out, y, bias, residual, C, m);
-    else LAUNCH(bias_dropout_add_forward_kernel<1>, blocks(N, 1), row_threads(C, 1), out, y, bias, residual, C, m);
+    LAUNCH_ROWS(bias_dropout_add_forward_kernel, wide(C, out, y, bias, residual), N, C, out, y, bias, residual, C, m);
 }
 
 /* A block has a row. LayerNorm reads res as it was rounded for backward, each thread what it wrote itself. */
 template <int W>
-static __global__ void bias_dropout_add_layernorm_forward_kernel(act *ln, act *res, real *mean, real *rstd, const act *y,
-                                                                 const act *bias, const act *residual, const act *g,
-                                                                 const act *b, size_t C, real eps, Mask mask)
+static __global__ void bias_dropout_add_layernorm_forward_kernel(act *ln, act *res, real *mean, real *rstd,
+                                                                 const act *y, const act *bias, const act *residual,
+                                                                 const act *g, const act *b, size_t C, real eps,
+                                                                 Mask mask)
 {
     const size_t n = blockIdx.x, at = n * C;
     bias_dropout_add_row<W>(res + at, y + at, bias, residual + at, C, mask, at);
@@ -1033,12 +1032,8 @@ static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, re
                                                real eps, Dropout d)
 {
     const Mask m = make_mask(d);
-    if (wide(C, ln, res, y, bias, residual, g, b))
-        LAUNCH(bias_dropout_add_layernorm_forward_kernel<WIDE>, blocks(N, 1), row_threads(C, WIDE), ln, res, mean, rstd,
-               y, bias, residual, g, b, C, eps, m);
-    else
-        LAUNCH(bias_dropout_add_layernorm_forward_kernel<1>, blocks(N, 1), row_threads(C, 1), ln, res, mean, rstd, y,
-               bias, residual, g, b, C, eps, m);
+    LAUNCH_ROWS(bias_dropout_add_layernorm_forward_kernel, wide(C, ln, res, y, bias, residual, g, b), N, C, ln, res,
+                mean, rstd, y, bias, residual, g, b, C, eps, m);
 }
 
 static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C, Dropout d)
@@ -1086,28 +1081,29 @@ static __device__ inline Rows rows_from(const act *head, size_t row, int first, 
  * different banks. */
 struct AttentionShared {
     union {
-        float4 ab[2][SIDE][CHUNK / 4 + 1];  /* columns of a and b on their way into a product over D */
-        float4 v64[CHUNK][64 / 4 + 1];      /* .. or rows of v into a product over 64 */
+        float4 ab[2][SIDE][CHUNK / 4 + 1]; /* columns of a and b on their way into a product over D */
+        float4 v64[CHUNK][64 / 4 + 1];     /* .. or rows of v into a product over 64 */
         float4 v128[CHUNK][128 / 4 + 1];
     };
     float4 p[SIDE][SIDE / 4 + 1];
     uint16_t keep[SIDE][SIDE / 16]; /* dropout's bits of 64 queries x 64 keys */
 };
 
-/* Four numbers of row r, from column c on; zeros where there are none. VECTORS: rows begin at a multiple of four. */
-template <bool VECTORS> static __device__ inline float4 load_four(const Rows &m, int r, int c, int columns)
+/* Four numbers of row r, from column c on; zeros where there are none. At once where rows begin at multiples of four. */
+static __device__ inline float4 load_four(const Rows &m, int r, int c, int columns, bool vectors)
 {
     real x[4] = {};
     const act *from = m.p + r * m.row + c;
-    if (VECTORS && r < m.rows && c < columns) load(x, from);
-    for (int i = 0; !VECTORS && i < 4; i++)
-        if (r < m.rows && c + i < columns) x[i] = to_real(from[i]);
+    if (vectors && r < m.rows && c < columns) load(x, from);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (!vectors && r < m.rows && c + i < columns) x[i] = to_real(from[i]);
     return make_float4(x[0], x[1], x[2], x[3]);
 }
 
 /* s (64,64) = a (64,D) b' (D,64). */
-template <bool VECTORS>
-static __device__ void multiply_rows(real (&s)[4][4], AttentionShared &shared, const Rows &a, const Rows &b, int D)
+static __device__ inline void multiply_rows(real (&s)[4][4], AttentionShared &shared, const Rows &a, const Rows &b,
+                                            int D, bool vectors)
 {
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 #pragma unroll
@@ -1116,8 +1112,8 @@ static __device__ void multiply_rows(real (&s)[4][4], AttentionShared &shared, c
         __syncthreads(); /* all are done with what stood there */
         for (int i = threadIdx.x; i < SIDE * CHUNK / 4; i += ATTENTION_THREADS) {
             const int r = i / (CHUNK / 4), c = i % (CHUNK / 4);
-            shared.ab[0][r][c] = load_four<VECTORS>(a, r, c0 + 4 * c, D);
-            shared.ab[1][r][c] = load_four<VECTORS>(b, r, c0 + 4 * c, D);
+            shared.ab[0][r][c] = load_four(a, r, c0 + 4 * c, D, vectors);
+            shared.ab[1][r][c] = load_four(b, r, c0 + 4 * c, D, vectors);
         }
         __syncthreads();
 #pragma unroll 2
@@ -1145,16 +1141,18 @@ static __device__ inline void put(AttentionShared &shared, const real (&p)[4][4]
 }
 
 /* o (64,COLUMNS) += shared.p (64,64) v (64,COLUMNS), of whose columns `columns` exist. It begins with a barrier. */
-template <int COLUMNS, bool VECTORS>
-static __device__ void accumulate(float4 (&o)[4][COLUMNS / 64], AttentionShared &shared, const Rows &v, int columns)
+template <int COLUMNS>
+static __device__ inline void accumulate(float4 (&o)[4][COLUMNS / 64], AttentionShared &shared, const Rows &v,
+                                         int columns, bool vectors)
 {
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-    float4(*const tile)[COLUMNS / 4 + 1] = (float4(*)[COLUMNS / 4 + 1])(COLUMNS == 64 ? (void *)shared.v64 : shared.v128);
-    for (int k0 = 0; k0 < SIDE; k0 += CHUNK) {
+    float4(*const tile)[COLUMNS / 4 + 1] =
+        (float4(*)[COLUMNS / 4 + 1])(COLUMNS == 64 ? (void *)shared.v64 : shared.v128);
+    for (int k0 = 0; k0 < SIDE && k0 < v.rows; k0 += CHUNK) {
         __syncthreads(); /* p has come, and all are done with what stood in tile */
         for (int i = threadIdx.x; i < CHUNK * COLUMNS / 4; i += ATTENTION_THREADS) {
             const int r = i / (COLUMNS / 4), c = i % (COLUMNS / 4);
-            tile[r][c] = load_four<VECTORS>(v, k0 + r, 4 * c, columns);
+            tile[r][c] = load_four(v, k0 + r, 4 * c, columns, vectors);
         }
         __syncthreads();
 #pragma unroll 2
@@ -1178,9 +1176,9 @@ static __device__ void accumulate(float4 (&o)[4][COLUMNS / 64], AttentionShared 
 }
 
 /* to (64,COLUMNS), rows to_row apart = o times factor[row], where rows and columns exist. */
-template <int COLUMNS, bool VECTORS>
-static __device__ void write_columns(act *to, size_t to_row, const float4 (&o)[4][COLUMNS / 64], const real (&factor)[4],
-                                     int rows, int columns)
+template <int COLUMNS>
+static __device__ inline void write_columns(act *to, size_t to_row, const float4 (&o)[4][COLUMNS / 64],
+                                            const real (&factor)[4], int rows, int columns, bool vectors)
 {
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 #pragma unroll
@@ -1191,10 +1189,10 @@ static __device__ void write_columns(act *to, size_t to_row, const float4 (&o)[4
             const float4 v = o[i][j];
             const real f = factor[i], four[4] = {v.x * f, v.y * f, v.z * f, v.w * f};
             act *at = to + r * to_row + c;
-            if (VECTORS && r < rows && c < columns) store(at, four);
+            if (vectors && r < rows && c < columns) store(at, four);
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                if (!VECTORS && r < rows && c + k < columns) at[k] = to_act(four[k]);
+                if (!vectors && r < rows && c + k < columns) at[k] = to_act(four[k]);
         }
 }
 
@@ -1228,9 +1226,9 @@ template <typename Op> static __device__ inline real row_reduce(real x)
     return x;
 }
 
-template <int COLUMNS, bool VECTORS>
+template <int COLUMNS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS)
-    attention_forward_kernel(act *out, real *lse, const act *qkv, int T, int H, int D, Mask mask)
+    attention_forward_kernel(act *out, real *lse, const act *qkv, int T, int H, int D, bool vectors, Mask mask)
 {
     __shared__ AttentionShared shared;
     const int x = threadIdx.x % 16, y = threadIdx.x / 16, b = blockIdx.x / H, h = blockIdx.x % H;
@@ -1246,7 +1244,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
     for (int j0 = 0; j0 < T && j0 <= i0; j0 += SIDE) {
         real s[4][4];
         if (mask.d.p > 0) draw_keep(shared, mask, i0, j0, T);
-        multiply_rows<VECTORS>(s, shared, rows_from(q, 3 * C, i0, T), rows_from(k, 3 * C, j0, T), D);
+        multiply_rows(s, shared, rows_from(q, 3 * C, i0, T), rows_from(k, 3 * C, j0, T), D, vectors);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             real now = -INFINITY, total = 0;
@@ -1264,13 +1262,14 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
                 total += s[i][j];
                 s[i][j] *= keep_factor(shared, mask, 4 * y + i, x + 16 * j);
             }
-            sum[i] = sum[i] * shrink + row_reduce<Add>(total); /* the softmax is of all scores: dropout comes after it */
+            sum[i] =
+                sum[i] * shrink + row_reduce<Add>(total); /* the softmax is of all scores: dropout comes after it */
 #pragma unroll
             for (int j = 0; j < COLUMNS / 64; j++)
                 o[i][j].x *= shrink, o[i][j].y *= shrink, o[i][j].z *= shrink, o[i][j].w *= shrink;
         }
         put(shared, s);
-        accumulate<COLUMNS, VECTORS>(o, shared, rows_from(v, 3 * C, j0, T), D - column);
+        accumulate<COLUMNS>(o, shared, rows_from(v, 3 * C, j0, T), D - column, vectors);
     }
 
     real factor[4];
@@ -1279,7 +1278,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
         factor[i] = 1 / sum[i];
         if (x == 0 && blockIdx.z == 0 && query < T) lse[(size_t)blockIdx.x * T + query] = top[i] + logf(sum[i]);
     }
-    write_columns<COLUMNS, VECTORS>(out + ((size_t)b * T + i0) * C + h * D + column, C, o, factor, T - i0, D - column);
+    write_columns<COLUMNS>(out + ((size_t)b * T + i0) * C + h * D + column, C, o, factor, T - i0, D - column, vectors);
 }
 
 /* delta (B,H,T) = sum over a head's columns of dout * out, both (B,T,H*D): a warp a row. */
@@ -1296,17 +1295,18 @@ static __global__ void attention_delta_kernel(real *delta, const act *dout, cons
 }
 
 /* Scores s become the dropped-out P, and dp = dO V' becomes dS. */
-static __device__ inline void softmax_backward(real &s, real &dp, bool visible, real scale, real lse, real delta, real keep)
+static __device__ inline void softmax_backward(real &s, real &dp, bool visible, real scale, real lse, real delta,
+                                               real keep)
 {
     const real p = visible ? expf(s * scale - lse) : 0;
     s = p * keep;
     dp = s * dp - p * delta;
 }
 
-template <int COLUMNS, bool VECTORS>
+template <int COLUMNS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS)
     attention_backward_q_kernel(act *dqkv, const real *delta, const act *dout, const real *lse, const act *qkv, int T,
-                                int H, int D, Mask mask)
+                                int H, int D, bool vectors, Mask mask)
 {
     __shared__ AttentionShared shared;
     const int x = threadIdx.x % 16, y = threadIdx.x / 16, b = blockIdx.x / H, h = blockIdx.x % H;
@@ -1326,8 +1326,8 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
     for (int j0 = 0; j0 < T && j0 <= i0; j0 += SIDE) {
         real s[4][4], dp[4][4];
         if (mask.d.p > 0) draw_keep(shared, mask, i0, j0, T);
-        multiply_rows<VECTORS>(s, shared, rows_from(q, 3 * C, i0, T), rows_from(k, 3 * C, j0, T), D);
-        multiply_rows<VECTORS>(dp, shared, rows_from(go, C, i0, T), rows_from(v, 3 * C, j0, T), D);
+        multiply_rows(s, shared, rows_from(q, 3 * C, i0, T), rows_from(k, 3 * C, j0, T), D, vectors);
+        multiply_rows(dp, shared, rows_from(go, C, i0, T), rows_from(v, 3 * C, j0, T), D, vectors);
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -1335,15 +1335,15 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
                 softmax_backward(s[i][j], dp[i][j], j0 + x + 16 * j <= i0 + 4 * y + i, scale, lse_i[i], delta_i[i],
                                  keep_factor(shared, mask, 4 * y + i, x + 16 * j));
         put(shared, dp);
-        accumulate<COLUMNS, VECTORS>(dq, shared, rows_from(k + column, 3 * C, j0, T), D - column);
+        accumulate<COLUMNS>(dq, shared, rows_from(k + column, 3 * C, j0, T), D - column, vectors);
     }
-    write_columns<COLUMNS, VECTORS>(dqkv + head + i0 * 3 * C + column, 3 * C, dq, factor, T - i0, D - column);
+    write_columns<COLUMNS>(dqkv + head + i0 * 3 * C + column, 3 * C, dq, factor, T - i0, D - column, vectors);
 }
 
-template <int COLUMNS, bool VECTORS>
+template <int COLUMNS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS)
     attention_backward_kv_kernel(act *dqkv, const real *delta, const act *dout, const real *lse, const act *qkv, int T,
-                                 int H, int D, Mask mask)
+                                 int H, int D, bool vectors, Mask mask)
 {
     __shared__ AttentionShared shared;
     const int x = threadIdx.x % 16, y = threadIdx.x / 16, b = blockIdx.x / H, h = blockIdx.x % H;
@@ -1357,8 +1357,8 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
     for (int i0 = j0; i0 < T; i0 += SIDE) {
         real s[4][4], dp[4][4]; /* their rows are keys, their columns queries */
         if (mask.d.p > 0) draw_keep(shared, mask, i0, j0, T);
-        multiply_rows<VECTORS>(s, shared, rows_from(k, 3 * C, j0, T), rows_from(q, 3 * C, i0, T), D);
-        multiply_rows<VECTORS>(dp, shared, rows_from(v, 3 * C, j0, T), rows_from(go, C, i0, T), D);
+        multiply_rows(s, shared, rows_from(k, 3 * C, j0, T), rows_from(q, 3 * C, i0, T), D, vectors);
+        multiply_rows(dp, shared, rows_from(v, 3 * C, j0, T), rows_from(go, C, i0, T), D, vectors);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const int query = i0 + x + 16 * j;
@@ -1370,24 +1370,23 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
                                  keep_factor(shared, mask, x + 16 * j, 4 * y + i));
         }
         put(shared, s);
-        accumulate<COLUMNS, VECTORS>(dv, shared, rows_from(go + column, C, i0, T), D - column);
+        accumulate<COLUMNS>(dv, shared, rows_from(go + column, C, i0, T), D - column, vectors);
         __syncthreads(); /* all are done with P */
         put(shared, dp);
-        accumulate<COLUMNS, VECTORS>(dk, shared, rows_from(q + column, 3 * C, i0, T), D - column);
+        accumulate<COLUMNS>(dk, shared, rows_from(q + column, 3 * C, i0, T), D - column, vectors);
     }
     act *to = dqkv + head + j0 * 3 * C + column;
-    write_columns<COLUMNS, VECTORS>(to + C, 3 * C, dk, scales, T - j0, D - column);
-    write_columns<COLUMNS, VECTORS>(to + 2 * C, 3 * C, dv, ones, T - j0, D - column);
+    write_columns<COLUMNS>(to + C, 3 * C, dk, scales, T - j0, D - column, vectors);
+    write_columns<COLUMNS>(to + 2 * C, 3 * C, dv, ones, T - j0, D - column, vectors);
 }
 
-/* Picks the kernel<COLUMNS, VECTORS> that fits. */
-#define LAUNCH_ATTENTION(kernel, vectors, B, T, H, D, ...)                                                             \
+/* Launches the kernel<COLUMNS> that fits. */
+#define LAUNCH_ATTENTION(kernel, B, T, H, D, ...)                                                                      \
     do {                                                                                                               \
         const dim3 grid(blocks((B) * (H), 1), blocks(T, SIDE), blocks(D, (D) > 64 ? 128 : 64));                        \
-        if ((D) > 64 && (vectors)) LAUNCH((kernel<128, true>), grid, ATTENTION_THREADS, __VA_ARGS__);                  \
-        else if ((D) > 64) LAUNCH((kernel<128, false>), grid, ATTENTION_THREADS, __VA_ARGS__);                         \
-        else if (vectors) LAUNCH((kernel<64, true>), grid, ATTENTION_THREADS, __VA_ARGS__);                            \
-        else LAUNCH((kernel<64, false>), grid, ATTENTION_THREADS, __VA_ARGS__);                                        \
+        if ((D) > 64)                                                                                                  \
+            LAUNCH(kernel<128>, grid, ATTENTION_THREADS, __VA_ARGS__, (int)(T), (int)(H), (int)(D), vectors, m);       \
+        else LAUNCH(kernel<64>, grid, ATTENTION_THREADS, __VA_ARGS__, (int)(T), (int)(H), (int)(D), vectors, m);       \
     } while (0)
 
 /* ---- The same on tensor cores, for act of 16 bits and heads of 64, 96 or 128 ------------------------------------- */
@@ -1485,7 +1484,7 @@ template <int D, bool DROP> struct FlashForward {
     enum { ROWS = FLASH_WARPS * 16 * M, BYTES = (ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act) };
 };
 template <int D, bool DROP> struct FlashBackwardQ {
-    enum { M = D == 64 ? 2 : 1, N = 32, STREAM = D < 128 ? 64 : 32, KEEP = D == 64, BLOCKS = D == 64 ? 2 : 3 };
+    enum { M = D == 64 ? 2 : 1, N = 32, STREAM = D == 64 ? 64 : 32, KEEP = D == 64, BLOCKS = D == 64 ? 2 : 3 };
     enum { ROWS = FLASH_WARPS * 16 * M, BYTES = (2 * ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act) };
 };
 template <int D, bool DROP> struct FlashBackwardKV {
@@ -1957,7 +1956,7 @@ static void attention_forward(act *out, real *lse, const act *qkv, size_t B, siz
     const bool vectors = D % 4 == 0 && ((uintptr_t)out | (uintptr_t)qkv) % 16 == 0;
     const Mask m = make_mask(d);
     if (vectors && FLASH_BY_SIZE(flash_forward, D, d.p > 0, out, lse, qkv, B, T, H, m)) return;
-    LAUNCH_ATTENTION(attention_forward_kernel, vectors, B, T, H, D, out, lse, qkv, (int)T, (int)H, (int)D, m);
+    LAUNCH_ATTENTION(attention_forward_kernel, B, T, H, D, out, lse, qkv);
 }
 
 static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out, const real *lse, const act *qkv,
@@ -1967,10 +1966,8 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
     const Mask m = make_mask(d);
     LAUNCH(attention_delta_kernel, blocks(B * T * H, 256 / WARP), 256, delta, dout, out, B * T * H, T, H, D);
     if (vectors && FLASH_BY_SIZE(flash_backward, D, d.p > 0, dqkv, delta, dout, lse, qkv, B, T, H, m)) return;
-    LAUNCH_ATTENTION(attention_backward_q_kernel, vectors, B, T, H, D, dqkv, delta, dout, lse, qkv, (int)T, (int)H,
-                     (int)D, m);
-    LAUNCH_ATTENTION(attention_backward_kv_kernel, vectors, B, T, H, D, dqkv, delta, dout, lse, qkv, (int)T, (int)H,
-                     (int)D, m);
+    LAUNCH_ATTENTION(attention_backward_q_kernel, B, T, H, D, dqkv, delta, dout, lse, qkv);
+    LAUNCH_ATTENTION(attention_backward_kv_kernel, B, T, H, D, dqkv, delta, dout, lse, qkv);
 }
 
 /* Rows past .. of the caches (positions,C) = K and V of qkv (n,3C). A block has a row. */
@@ -2039,9 +2036,7 @@ static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const
 
 /* ---- Softmax and cross entropy over a slice of the vocabulary [§3] ----------------------------------------------- */
 
-enum { LOGIT_THREADS = 512 };
-
-/* A block has a row of logits (N,Vp), a thread W neighbouring ones of each blockDim W. */
+/* A block has a row of logits (N,Vp), a thread W neighbouring ones of each blockDim W; so have the two kernels below. */
 template <int W> static __global__ void logits_max_kernel(real *max, const act *logits, size_t Vp, size_t valid)
 {
     const act *z = logits + blockIdx.x * Vp;
@@ -2059,11 +2054,9 @@ template <int W> static __global__ void logits_max_kernel(real *max, const act *
 
 static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t valid)
 {
-    if (wide(Vp, logits)) LAUNCH(logits_max_kernel<WIDE>, blocks(N, 1), LOGIT_THREADS, max, logits, Vp, valid);
-    else LAUNCH(logits_max_kernel<1>, blocks(N, 1), LOGIT_THREADS, max, logits, Vp, valid);
+    LAUNCH_ROWS(logits_max_kernel, wide(Vp, logits), N, Vp, max, logits, Vp, valid);
 }
 
-/* The same shares. */
 template <int W>
 static __global__ void logits_sum_exp_kernel(real *sum, real *target_logit, const act *logits, const real *max,
                                              const int *targets, size_t Vp, size_t valid, size_t v0)
@@ -2088,12 +2081,7 @@ static __global__ void logits_sum_exp_kernel(real *sum, real *target_logit, cons
 static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max, const int *targets,
                            size_t N, size_t Vp, size_t valid, size_t v0)
 {
-    if (wide(Vp, logits))
-        LAUNCH(logits_sum_exp_kernel<WIDE>, blocks(N, 1), LOGIT_THREADS, sum, target_logit, logits, max, targets, Vp,
-               valid, v0);
-    else
-        LAUNCH(logits_sum_exp_kernel<1>, blocks(N, 1), LOGIT_THREADS, sum, target_logit, logits, max, targets, Vp, valid,
-               v0);
+    LAUNCH_ROWS(logits_sum_exp_kernel, wide(Vp, logits), N, Vp, sum, target_logit, logits, max, targets, Vp, valid, v0);
 }
 
 /* A thread has a row. */
@@ -2108,7 +2096,6 @@ static void cross_entropy_loss(real *loss, const real *sum, const real *target_l
     LAUNCH(cross_entropy_loss_kernel, blocks(N, 128), 128, loss, sum, target_logit, N);
 }
 
-/* The shares of logits_max_kernel. */
 template <int W>
 static __global__ void cross_entropy_backward_kernel(act *logits, const real *max, const real *sum, const int *targets,
                                                      const real *weight, real scale, size_t Vp, size_t valid, size_t v0)
@@ -2128,15 +2115,11 @@ static __global__ void cross_entropy_backward_kernel(act *logits, const real *ma
     }
 }
 
-static void cross_entropy_backward(act *logits, const real *max, const real *sum, const int *targets, const real *weight,
-                                   real scale, size_t N, size_t Vp, size_t valid, size_t v0)
+static void cross_entropy_backward(act *logits, const real *max, const real *sum, const int *targets,
+                                   const real *weight, real scale, size_t N, size_t Vp, size_t valid, size_t v0)
 {
-    if (wide(Vp, logits))
-        LAUNCH(cross_entropy_backward_kernel<WIDE>, blocks(N, 1), LOGIT_THREADS, logits, max, sum, targets, weight,
-               scale, Vp, valid, v0);
-    else
-        LAUNCH(cross_entropy_backward_kernel<1>, blocks(N, 1), LOGIT_THREADS, logits, max, sum, targets, weight, scale,
-               Vp, valid, v0);
+    LAUNCH_ROWS(cross_entropy_backward_kernel, wide(Vp, logits), N, Vp, logits, max, sum, targets, weight, scale, Vp,
+                valid, v0);
 }
 
 /* ---- Optimiser's and collectives' inner loops -------------------------------------------------------------------- */
@@ -2173,11 +2156,16 @@ static __global__ void adamw_kernel(act *w, real *master, real *m, real *v, cons
 
 static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h)
 {
-    const AdamWReal r = {(real)h.lr,          (real)h.decay,
-                         (real)h.eps,         (real)h.grad_scale,
-                         (real)h.beta1,       (real)h.beta2,
-                         (real)(1 - h.beta1), (real)(1 - h.beta2),
-                         (real)(1 / (1 - pow(h.beta1, (double)h.step))), (real)(1 / (1 - pow(h.beta2, (double)h.step)))};
+    const AdamWReal r = {(real)h.lr,
+                         (real)h.decay,
+                         (real)h.eps,
+                         (real)h.grad_scale,
+                         (real)h.beta1,
+                         (real)h.beta2,
+                         (real)(1 - h.beta1),
+                         (real)(1 - h.beta2),
+                         (real)(1 / (1 - pow(h.beta1, (double)h.step))),
+                         (real)(1 / (1 - pow(h.beta2, (double)h.step)))};
     if (wide(n, w, g) && wide(n, master, m, v))
         LAUNCH(adamw_kernel<4>, blocks(n, 4 * 256), 256, w, master, m, v, g, n, r);
     else LAUNCH(adamw_kernel<1>, blocks(n, 256), 256, w, master, m, v, g, n, r);
