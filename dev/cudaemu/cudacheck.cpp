@@ -368,8 +368,8 @@ static void touch_all(Cell *cells, Kind kind, const Access &now, char *p, size_t
         for (size_t i = 0; i < n; i++) unwritten += is_unwritten(cells[i]);
     if (unwritten && (size <= 16 || unwritten == n)) /* a large structure may have padding */
         report("uninitialised",
-               text("%s of %s that nobody has written: %s", kind_name[kind], bytes(size).c_str(),
-                    where_is(p, shared).c_str()),
+               text("%s of %s that nobody has written%s: %s", kind_name[kind], bytes(size).c_str(),
+                    shared ? " yet (is a barrier missing?)" : "", where_is(p, shared).c_str()),
                now.pc);
     if (size == 1) {
         if (kind != READ && is_unwritten(*cells)) cells->write = now;
@@ -609,6 +609,7 @@ static void check_copied(void *to, const void *from, size_t size)
 static Watch *new_watch()
 {
     Watch *w = (Watch *)reserve(sizeof(Watch));
+    for (uint16_t &e : w->epoch) e = 1; /* and seen[][] is 0: nobody comes after anything */
     w->statics[0] = (uintptr_t)__executable_start, w->statics[1] = (uintptr_t)end;
     dl_iterate_phdr(
         [](dl_phdr_info *info, size_t, void *arg) {
