@@ -1670,6 +1670,7 @@ template <int M, int D>
 static __device__ inline void write_rows(act *to, size_t to_row, int valid, const float (&c)[M][D / 8][4], float factor,
                                          act *rows)
 {
+    __syncwarp(); /* the last products have read the rows */
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
