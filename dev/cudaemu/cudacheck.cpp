@@ -81,7 +81,7 @@ static std::string text(const char *format, ...)
     return line;
 }
 
-/* ---- 2. Clocks: which pieces of the streams' work come before which ------------------------------------------------ */
+/* ---- 2. Clocks: which pieces of the streams' work come before which ---------------------------------------------- */
 
 typedef std::vector<uint64_t> Clock; /* for each stream, how many pieces of its work are known to be done */
 
@@ -131,7 +131,7 @@ static std::string name_work(uint32_t number)
     return text("%s (%s:%d)", w.what, w.at.file, w.at.line);
 }
 
-/* ---- 3. Shadow: what has happened to each granule of memory ---------------------------------------------------------- */
+/* ---- 3. Shadow: what has happened to each granule of memory ------------------------------------------------------ */
 
 constexpr size_t GRANULE = 2;                      /* bytes. Of single bytes only bounds and writing are watched */
 constexpr size_t ARENA = (size_t)1 << 36;          /* addresses for device memory, each used once */
@@ -209,7 +209,7 @@ static __thread Watch *watch;
 static auto &released = *new std::vector<bool>(65536);
 static bool any_released;
 
-/* ---- 4. Accesses -------------------------------------------------------------------------------------------------- */
+/* ---- 4. Accesses ------------------------------------------------------------------------------------------------- */
 
 enum Kind { READ = 0, WRITE = 1, UPDATE = 2 }; /* UPDATE: an atomic read and write */
 static const char *const kind_name[] = {"read", "write", "atomic update"};
@@ -495,7 +495,7 @@ static void access(const void *address, size_t size, Kind kind, unsigned flags, 
     }
 }
 
-/* ---- 5. What the engine tells -------------------------------------------------------------------------------------------- */
+/* ---- 5. What the engine tells ------------------------------------------------------------------------------------ */
 
 static std::function<void()> check_work(cudaStream_t s, uint64_t count, const char *what, Site at,
                                         std::function<void()> work)
@@ -698,7 +698,7 @@ static void check_copy_landed(const AsyncCopy &c)
 }
 } // namespace cudaemu
 
-/* ---- 6. What the compiler calls ------------------------------------------------------------------------------------------- */
+/* ---- 6. What the compiler calls ---------------------------------------------------------------------------------- */
 
 #define HERE __builtin_return_address(0)
 #define ACCESSES(size)                                                                                                 \

@@ -637,14 +637,22 @@ static void watch_faults(Block *b)
 /* The state of one OS thread that runs blocks, kept from launch to launch. */
 static Block *this_block()
 {
-    static thread_local std::unique_ptr<Block> mine;
+    static __thread Block *mine; /* a plain pointer: other destructors of the thread may yet run kernels */
+    static thread_local struct Owner {
+        ~Owner()
+        {
+            delete mine;
+            mine = nullptr;
+        }
+    } owner;
+    (void)&owner;
     if (!mine) {
-        mine.reset(new Block());
+        mine = new Block();
         mine->memory = (char *)aligned_alloc(128, 2 * SHARED_OPTIN);
         if (!mine->memory) fail({nullptr, 0}, "out of memory");
-        watch_faults(mine.get());
+        watch_faults(mine);
     }
-    return mine.get();
+    return mine;
 }
 
 static void run_launch(Launch *launch)

@@ -99,7 +99,7 @@ static uint32_t random_bits()
 static float random_float() { return (float)(int32_t)random_bits() * 0x1p-31f; }
 static float poison() { return nanf(""); }
 
-/* ---- Indices, fresh memory, shared variables, barriers ------------------------------------------------------------ */
+/* ---- Indices, fresh memory, shared variables, barriers ----------------------------------------------------------- */
 
 __global__ void indices(int *out)
 {
@@ -205,7 +205,7 @@ static void test_barriers()
     }
 }
 
-/* ---- Warps ----------------------------------------------------------------------------------------------------------- */
+/* ---- Warps ------------------------------------------------------------------------------------------------------- */
 
 __global__ void warps(int *out, int width, int arg, unsigned mask)
 {
@@ -278,7 +278,7 @@ static void test_partial_warps()
     CHECK(bad == 0);
 }
 
-/* ---- Tensor cores, cp.async ------------------------------------------------------------------------------------------ */
+/* ---- Tensor cores, cp.async -------------------------------------------------------------------------------------- */
 
 /* One warp: c (16,8) = a (16,16) b (16,8), a row-major and b stored by columns, all by the layouts of the PTX ISA. */
 template <class T> __global__ void one_mma(float *c, const T *a, const T *b)
@@ -384,7 +384,7 @@ static void test_copies()
     CHECK(out.h[0] == 10 && out.h[1] == 0);
 }
 
-/* ---- 16-bit floats -------------------------------------------------------------------------------------------------------- */
+/* ---- 16-bit floats ----------------------------------------------------------------------------------------------- */
 
 static float bits_to_float(uint32_t u)
 {
@@ -447,7 +447,7 @@ static void test_conversions()
     CHECK(p.x == 1 && p.y == 2 && q.x == 3 && q.y == 4);
 }
 
-/* ---- Intrinsics and atomics -------------------------------------------------------------------------------------------------- */
+/* ---- Intrinsics and atomics -------------------------------------------------------------------------------------- */
 
 __global__ void intrinsics(int *bad, int *counter, float *sum, const float *x)
 {
@@ -478,7 +478,7 @@ static void test_intrinsics()
     CHECK(sum.down()[0] == 250);
 }
 
-/* ---- Streams, events, devices ------------------------------------------------------------------------------------------------- */
+/* ---- Streams, events, devices ------------------------------------------------------------------------------------ */
 
 __global__ void set(float *p, float v) { *p = v; }
 __global__ void add(float *p, const float *q, float v) { *p = *q + v; }
@@ -680,7 +680,7 @@ static void test_memory()
     CHECK(after == before);
 }
 
-/* ---- Matrix products -------------------------------------------------------------------------------------------------------------- */
+/* ---- Matrix products --------------------------------------------------------------------------------------------- */
 
 template <class T> struct Type;
 template <> struct Type<float> {
@@ -883,7 +883,7 @@ static void test_products()
     OK(cublasLtDestroy(lt));
 }
 
-/* ---- Misuse ends the program with one line ------------------------------------------------------------------------------------------ */
+/* ---- Misuse ends the program with one line ----------------------------------------------------------------------- */
 
 __global__ void exits_early()
 {

@@ -13,7 +13,7 @@
 
 constexpr int N = 128; /* threads of most blocks */
 
-/* ---- Races in shared memory --------------------------------------------------------------------------------------- */
+/* ---- Races in shared memory -------------------------------------------------------------------------------------- */
 
 template <bool bug> __global__ void barrier_missing(float *out)
 {
@@ -126,7 +126,7 @@ template <bool bug> __global__ void scan(float *out)
     out[t] = x[t];
 }
 
-/* ---- Races in global memory ----------------------------------------------------------------------------------------- */
+/* ---- Races in global memory -------------------------------------------------------------------------------------- */
 
 template <bool bug> __global__ void sum_over_blocks(float *out)
 {
@@ -175,7 +175,7 @@ template <bool bug> __global__ void atomic_and_plain(int *counter, int *out)
     if (threadIdx.x == 5) *out = *counter; /* BUG(atomic_and_plain) */
 }
 
-/* ---- Bounds, alignment, overflow ------------------------------------------------------------------------------------ */
+/* ---- Bounds, alignment, overflow --------------------------------------------------------------------------------- */
 
 template <bool bug> __global__ void off_by_one(float *out, int n)
 {
@@ -239,7 +239,7 @@ template <bool bug> __global__ void int_overflow(float *out, int big)
     else out[((size_t)row * big) & 127] = 1;
 }
 
-/* ---- Uninitialised memory ------------------------------------------------------------------------------------------- */
+/* ---- Uninitialised memory ---------------------------------------------------------------------------------------- */
 
 template <bool bug> __global__ void shared_unwritten(float *out)
 {
@@ -264,7 +264,7 @@ __global__ void copy_to(float *to, const float *from)
     to[threadIdx.x] = from[threadIdx.x]; /* BUG(event_missing) BUG(ranks_unordered) BUG(waited_before_record) */
 }
 
-/* ---- Warps and barriers --------------------------------------------------------------------------------------------- */
+/* ---- Warps and barriers ------------------------------------------------------------------------------------------ */
 
 template <bool bug> __global__ void mask_without_lane(int *out)
 {
@@ -306,7 +306,7 @@ template <bool bug> __global__ void half_a_warp_multiplies(float *out)
     out[threadIdx.x] = d[0];
 }
 
-/* ---- cp.async --------------------------------------------------------------------------------------------------------- */
+/* ---- cp.async ---------------------------------------------------------------------------------------------------- */
 
 template <bool bug> __global__ void wait_missing(float *out, const float *in)
 {
@@ -355,7 +355,7 @@ template <bool bug> __global__ void refilled_too_soon(float *out, const float *i
     out[t] = sum;
 }
 
-/* ---- The host's side ----------------------------------------------------------------------------------------------------- */
+/* ---- The host's side --------------------------------------------------------------------------------------------- */
 
 __global__ void read_pointer(float *out, const float *p)
 {
@@ -388,13 +388,12 @@ static void product(bool bug, bool unwritten)
 {
     float one = 1, zero = 0, *a = device_floats(64), *b = device_floats(64), *c = device_floats(64), *fresh;
     cudaMalloc(&fresh, 64 * sizeof(float));
-    cublasHandle_t handle;
-    cublasCreate(&handle);
+    cublasHandle_t h;
+    cublasCreate(&h);
     auto op = CUBLAS_OP_N;
     if (bug && unwritten) a = fresh;
     int lda = bug && !unwritten ? 9 : 8;
-    cublasSgemm(handle, op, op, 8, 8, 8, &one, a, lda, b, 8, &zero, c,
-                8); /* BUG(factor_unwritten) BUG(factor_too_small) */
+    cublasSgemm(h, op, op, 8, 8, 8, &one, a, lda, b, 8, &zero, c, 8); /* BUG(factor_unwritten) BUG(factor_too_small) */
 }
 
 static void two_streams(bool event)
@@ -607,7 +606,7 @@ static const Bug bugs[] = {
      }},
 };
 
-/* ---- The driver -------------------------------------------------------------------------------------------------------------- */
+/* ---- The driver -------------------------------------------------------------------------------------------------- */
 
 /* The line of planted.cu that is marked BUG(name), or 0. */
 static int marked_line(const char *name)
