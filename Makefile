@@ -19,10 +19,21 @@ SOURCE   = megatron_gpt2.c dev/unicode/classes.h
 # convert needs zlib (Debian: zlib1g-dev) to inflate and check zip files; without it the rest is built all the same.
 ZLIB    := $(shell f=$$(mktemp) && printf '\043include <zlib.h>\nint main(void){return !zlibVersion();}' | $(CC) -x c - -o $$f -lz 2>/dev/null && echo convert; rm -f $$f)
 
-# ---- The CUDA twin. make test compares it with the .c: on an NVIDIA GPU where there are one and nvcc, else the same
-# kernels on the CPU, run by dev/cudaemu, which needs a C++ compiler only. CUDA=gpu, emu or off forces.
+# ---- The CUDA twin. make cuda builds the program for NVIDIA GPUs, PRECISION=fp32 (exact, the default), tf32, bf16 or
+# fp16: for those of compute capability 8.0 and 9.0, and as PTX for what comes after them. CUDAFLAGS="-Xptxas -v" reports
+# what registers and shared memory each kernel takes.
 
-NVCC    := $(or $(NVCC),$(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
+NVCC      := $(or $(NVCC),$(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
+PRECISION ?= fp32
+ARCH      ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]
+NVCCFLAGS ?= -O3 -std=c++17 $(ARCH) -Xcompiler -Wall,-Wextra,-Wno-unused-function$(if $(OPENMP),$(comma)$(OPENMP),$(comma)-Wno-unknown-pragmas)
+CUDALIBS   = -lcublas -lcublasLt -lm -lpthread
+comma     := ,
+
+# make test compares it with the .c: on an NVIDIA GPU where there are one and nvcc, else the same kernels on the CPU, run
+# by dev/cudaemu, which needs a C++ compiler only. CUDA=gpu, emu or off forces. make megatron_gpt2_emu builds the GPU
+# program for that emulator: slow, but with all commands.
+
 CUDA    := $(or $(CUDA),$(if $(and $(NVCC),$(shell nvidia-smi -L 2>/dev/null)),gpu,$(if $(shell command -v $(CXX)),emu,off)))
 TWIN     = megatron_gpt2.cu test_gpt2.c $(SOURCE)
 EMULATOR = dev/cudaemu/cudaemu.cpp dev/cudaemu/cudaemu.h
@@ -47,6 +58,11 @@ test_gpt2: test_gpt2.c $(SOURCE)
 test_gpt2_double: test_gpt2.c $(SOURCE)
 	$(CC) $(CFLAGS) $(EXTRA) -DREAL=double -o $@ test_gpt2.c $(LDLIBS)
 
+cuda: megatron_gpt2.cu $(SOURCE)
+	$(if $(filter fp32 tf32 bf16 fp16,$(PRECISION)),,$(error PRECISION=$(PRECISION) is not known; there are fp32 tf32 bf16 fp16))
+	$(if $(NVCC),,$(error nvcc was not found: install NVIDIA's CUDA toolkit, or say where it is by NVCC=..; without it `make` builds the program for the CPU, and `make test` tries the kernels there))
+	$(NVCC) $(NVCCFLAGS) $(CUDAFLAGS) -DPRECISION_$(shell echo $(PRECISION) | tr a-z A-Z) -o megatron_gpt2_cuda megatron_gpt2.cu $(CUDALIBS)
+
 # Trains, saves, resumes and generates, in about a minute.
 demo: megatron_gpt2
 	sh dev/demo.sh
@@ -66,6 +82,9 @@ build/cudaemu.o: $(EMULATOR)
 	@mkdir -p build
 	$(CXX) $(EMUFLAGS) $(EXTRA) -c -o $@ dev/cudaemu/cudaemu.cpp
 
+megatron_gpt2_emu: build/megatron_gpt2_emu.cpp build/cudaemu.o $(SOURCE)
+	$(CXX) $(EMUFLAGS) -DPRECISION_$(shell echo $(PRECISION) | tr a-z A-Z) -o $@ build/megatron_gpt2_emu.cpp build/cudaemu.o $(LDLIBS)
+
 ifeq ($(CUDA),gpu)
 test_twin_%: $(TWIN)
 	$(NVCC) $(NVCCFLAGS) $(precision) -DTWIN_SOURCE='"megatron_gpt2.cu"' -x cu test_gpt2.c -o $@ $(CUDALIBS)
@@ -83,9 +102,9 @@ debug-threads:
 	$(MAKE) -B test OPT="$(SANITIZE)" OPENMP= EXTRA="-fsanitize=thread $(EXTRA)"
 
 format:
-	clang-format -i megatron_gpt2.c convert.c test_gpt2.c
+	clang-format -i megatron_gpt2.c megatron_gpt2.cu convert.c test_gpt2.c
 
 clean:
-	rm -rf build test_twin_* megatron_gpt2 convert test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double
+	rm -rf build test_twin_* megatron_gpt2 megatron_gpt2_cuda megatron_gpt2_emu convert test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double
 
-.PHONY: all demo test debug debug-threads format clean
+.PHONY: all cuda demo test debug debug-threads format clean

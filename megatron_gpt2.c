@@ -65,6 +65,10 @@ typedef REAL real; /* the arithmetic: float; double where test_gpt2.c takes fini
 typedef real act; /* weights, activations and their gradients; the CUDA twin may make it bf16 or fp16 */
 #endif
 
+#ifndef LOSS_SCALE
+#define LOSS_SCALE "1" /* --loss-scale, if it is not given */
+#endif
+
 #ifndef PROGRAM
 #define PROGRAM "megatron_gpt2" /* whose messages these are: convert.c includes this file */
 #endif
@@ -291,6 +295,19 @@ static void meter_show(Meter *m, size_t done, const char *name, double value)
             floor(left / 60), floor(fmod(left, 60)), m->terminal && done < m->total ? "\033[K" : "\n");
 }
 
+/* ---- The machine ------------------------------------------------------------------------------------------------- */
+
+/* Cores that this process may use. */
+static int cores(void)
+{
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
+#endif
+    return n > 0 ? (int)n : 1;
+}
+
 /* ---- Types that both machines' operators share ------------------------------------------------------------------- */
 
 typedef enum { GELU_TANH, GELU_ERF } Gelu;
@@ -328,10 +345,9 @@ static void *device_calloc(size_t bytes)
 }
 
 static void device_free(void *p) { free(p); }
-static double device_memory(void) /* bytes that there are in all */
-{
-    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-}
+static const char DEVICES[] = "cores"; /* what ranks share, for messages; how many, and bytes of memory in all */
+static int device_count(void) { return cores(); }
+static double device_memory(void) { return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE); }
 static void device_select(int rank, int ranks) { (void)rank, (void)ranks; } /* the twin: which GPU is this rank's */
 static void device_synchronize(void) {}                                     /* the twin: wait for this rank's stream */
 static void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
@@ -1378,17 +1394,6 @@ typedef struct {
 static size_t type_size(Type type)
 {
     return type == ACT ? sizeof(act) : type == REAL_ARRAY ? sizeof(real) : sizeof(double);
-}
-
-/* Cores that this process may use. */
-static int cores(void)
-{
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef __linux__
-    cpu_set_t set;
-    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
-#endif
-    return n > 0 ? (int)n : 1;
 }
 
 /* spin: how often a barrier looks before it sleeps. */
@@ -2504,8 +2509,13 @@ static double gradient_norm(Rank *k)
 {
     double sum = 0;
     set_place(k, "gradient norm", "[§4.2]", -1);
-    for (size_t i = 0; i < k->tensors && k->dp.rank == 0; i++)
-        if (k->tensor[i].counted) sum += sum_squares(k->gradients + k->tensor[i].offset, k->tensor[i].n);
+    for (size_t i = 0, end; i < k->tensors && k->dp.rank == 0; i = end) {
+        const Tensor *t = &k->tensor[i]; /* it and its neighbours at once: there are zeros between them */
+        size_t n = 0;
+        for (end = i; end < k->tensors && k->tensor[end].counted == t->counted; end++)
+            n = k->tensor[end].offset + k->tensor[end].n - t->offset;
+        if (t->counted) sum += sum_squares(k->gradients + t->offset, n);
+    }
     all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
     return sqrt(sum);
 }
@@ -5977,7 +5987,7 @@ static const Option options[] = {
     {"--weight-decay","X", "decoupled; not for biases and LayerNorm", TRAIN, NUMBER, AT(weight_decay), 0, 1e3, "0.01", 1},
     {"--clip",        "X", "largest norm of the whole gradient; 0: any", TRAIN, NUMBER, AT(clip), 0, 1e30, "1", 1},
     {"--dropout",     "X", "at all four sites; default: the model's, 0.1 of a new one", TRAIN | TRACE, NUMBER, AT(dropout), 0, 0.99, NULL, 0},
-    {"--loss-scale",  "X", "fixed; 0: dynamic, from 2^32", TRAIN, NUMBER, AT(loss_scale), 0, 0x1p64, "1", 1},
+    {"--loss-scale",  "X", "fixed; 0: dynamic, from 2^32", TRAIN, NUMBER, AT(loss_scale), 0, 0x1p64, LOSS_SCALE, 1},
     {"--seed",        "N", "of weights, order of samples, dropout, tokens drawn", TRAIN | GENERATE | TRACE, COUNT, AT(seed), 0, HUGE_COUNT, "1234", 1},
     {"--tp",          "P", "tensor-parallel ranks [§3]", RUNS | PLAN, COUNT, AT(tp), 1, 64, "1", 0},
     {"--pp",          "S", "pipeline stages", SHAPED, COUNT, AT(pp), 1, 64, "1", 0},
@@ -6182,8 +6192,9 @@ static void check_memory(const RankOptions *o)
 static void warn_if_crowded(Layout s)
 {
     int n = world_size(s);
-    if (n > cores())
-        fprintf(stderr, "%d ranks share %d cores: results are the same, but it takes longer\n", n, cores());
+    if (n > device_count())
+        fprintf(stderr, "%d ranks share %d %s: results are the same, but it takes longer\n", n, device_count(),
+                DEVICES);
 }
 
 /* ---- train ------------------------------------------------------------------------------------------------------- */
@@ -6522,9 +6533,8 @@ static void print_beginning(const Run *run)
 {
     const Config *c = &run->ranks.config;
     Layout s = run->ranks.layout;
-    fprintf(stderr,
-            "%zu layers, hidden %zu, %zu heads, vocabulary %zu: %zu parameters; tp %d, pp %d, dp %d on %d cores; ",
-            c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp, s.dp, cores());
+    fprintf(stderr, "%zu layers, hidden %zu, %zu heads, vocabulary %zu: %zu parameters; tp %d, pp %d, dp %d on %d %s; ",
+            c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp, s.dp, device_count(), DEVICES);
     fprintf(stderr, "%zu tokens of text; %zu sequences of %zu tokens a step\n", run->data->tokens, run->o->batch,
             run->o->seq);
 }

@@ -22,6 +22,9 @@
 #ifndef PROGRAM
 #define PROGRAM "megatron_gpt2_cuda"
 #endif
+#ifdef PRECISION_FP16
+#define LOSS_SCALE "0" /* dynamic: small gradients would be lost */
+#endif
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__
 #endif
@@ -135,7 +138,9 @@ Gpu::~Gpu() /* when the rank ends */
     cudaStreamDestroy(stream);
 }
 
-/* How many GPUs there are; dies if there are none. */
+static const char DEVICES[] = "GPUs";
+
+/* How many there are; dies if there are none. */
 static int device_count(void)
 {
     int count = 0;
@@ -1116,7 +1121,7 @@ static __device__ inline void multiply_rows(real (&s)[4][4], AttentionShared &sh
             shared.ab[1][r][c] = load_four(b, r, c0 + 4 * c, D, vectors);
         }
         __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
         for (int c = 0; c < CHUNK / 4; c++) {
             float4 u[4], w[4];
 #pragma unroll
