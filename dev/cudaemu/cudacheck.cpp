@@ -8,11 +8,11 @@
  *         --redefine-sym memset=__tsan_memset program.o
  *     g++ program.o cudacheck.o -lpthread
  *
- * -fsanitize=thread makes the compiler call __tsan_read4(p) and the like at every access; linked without the sanitizer's
- * library, the calls come here. Each granule of 2 bytes of device and shared memory has a shadow cell that remembers
- * who wrote it last and who has read it since. An access that the memory does not hold, that reads what nobody wrote, or
- * that is not ordered after the accesses in the cell, is reported with both source lines, and the program ends with
- * status 1.
+ * -fsanitize=thread makes the compiler call __tsan_read4(p) and the like at every access; linked without the
+ * sanitizer's library, the calls come here. Each granule of 2 bytes of device and shared memory has a shadow cell that
+ * remembers who wrote it last and who has read it since. An access outside the memory, one that reads what nobody
+ * wrote, or one that is not ordered after those in the cell, is reported with both source lines, and the program ends
+ * with status 1.
  *
  *     1 places in the source   2 clocks of streams   3 shadow   4 accesses   5 what the engine tells
  *     6 what the compiler calls: accesses, atomics, undefined behaviour */
@@ -32,18 +32,14 @@ namespace cudaemu
 
 static __thread bool quiet; /* accesses are the engine's, not the program's */
 
-static uintptr_t image_base()
-{
-    static const uintptr_t base = [] {
-        Dl_info info = {};
-        dladdr((void *)image_base, &info);
-        return (uintptr_t)info.dli_fbase;
-    }();
-    return base;
-}
+static const uintptr_t image_base = [] {
+    Dl_info info = {};
+    dladdr((void *)fail, &info);
+    return (uintptr_t)info.dli_fbase;
+}();
 
 /* A return address as 32 bits: its distance from the start of the program. */
-static uint32_t pack_pc(const void *pc) { return (uint32_t)((uintptr_t)pc - image_base()); }
+static uint32_t pack_pc(const void *pc) { return (uint32_t)((uintptr_t)pc - image_base); }
 
 /* "file:line" of a packed return address; the innermost one outside cudaemu.h, as inlining has it. */
 static std::string place(uint32_t pc)
@@ -52,8 +48,8 @@ static std::string place(uint32_t pc)
     ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
     if (!pc || n <= 0) return "unknown place";
     program[n] = 0;
-    bool fixed = ((const ElfW(Ehdr) *)image_base())->e_type == ET_EXEC; /* addresses in the file are absolute */
-    unsigned long address = pc + (fixed ? image_base() : 0) - 1;        /* -1: the call, not what follows it */
+    bool fixed = ((const ElfW(Ehdr) *)image_base)->e_type == ET_EXEC; /* addresses in the file are absolute */
+    unsigned long address = pc + (fixed ? image_base : 0) - 1;        /* -1: the call, not what follows it */
     snprintf(command, sizeof command, "addr2line -is -e '%s' %#lx 2>/dev/null", program, address);
     FILE *f = popen(command, "r");
     std::string first, found; /* line by line, from the innermost function out */
@@ -120,8 +116,15 @@ static Clock &clock_of(int stream) /* with clock_lock held */
 
 static bool comes_before_running(uint32_t work)
 {
+    static struct {
+        uint32_t running, work;
+    } known[1024]; /* pairs for which it is so */
+    auto &k = known[work % 1024];
+    if (k.running == running && k.work == work) return true;
     const Work &w = works[work];
-    return (size_t)w.stream < running_clock.size() && running_clock[(size_t)w.stream] >= w.count;
+    if ((size_t)w.stream >= running_clock.size() || running_clock[(size_t)w.stream] < w.count) return false;
+    k.running = running, k.work = work;
+    return true;
 }
 
 static std::string name_work(uint32_t number)
@@ -139,7 +142,9 @@ constexpr size_t PAGE = 1 << 16;                   /* an allocation begins a pag
 constexpr size_t SHARED_REGION = 2 * SHARED_OPTIN; /* of block->memory */
 constexpr size_t LINE = 128;                       /* of shared memory belongs to one variable */
 
-enum { ATOMIC = 1, LANDING = 2 }; /* flags of an access: by an atomic operation; a cp.async not waited for */
+/* Flags of an access: by an atomic operation; a cp.async not waited for; of a cell's write: the cell stands for a whole
+ * word, and the next one for nothing. */
+enum { ATOMIC = 1, LANDING = 2, WHOLE = 4 };
 
 /* Who: work 26 bits, block 16, thread 10, phase 12: how many barriers the block has passed. Blocks of shared memory are
  * numbered through instead of work and block. Counters wrap: of equal numbers far apart a conflict may be missed. */
@@ -323,15 +328,23 @@ static int distance(const Access &a, const Access &b)
     return difference >> BLOCK_SHIFT ? 3 : difference >> (THREAD_SHIFT + 5) ? 2 : 1;
 }
 
-/* The access `now` to the granule, one of those of p .. p + size. */
+[[noreturn]] static void report_landing(Kind kind, const Access &now, const Access &w, char *p, bool shared)
+{
+    report("cp.async",
+           text("%s of memory that cp.async still writes, with no wait since: %s", kind_name[kind],
+                where_is(p, shared).c_str()),
+           now.pc, other_side(w, "cp.async", THREADS));
+}
+
+/* The access `now` to what the cell stands for, a part of p .. p + size. */
 static void touch(Cell *cell, Kind kind, const Access &now, char *p, size_t size, bool shared)
 {
     Access &w = cell->write, *r = cell->read;
-    if (w.flags & LANDING && w.who >> BLOCK_SHIFT == now.who >> BLOCK_SHIFT)
-        report("cp.async",
-               text("%s of memory that cp.async still writes, with no wait since: %s", kind_name[kind],
-                    where_is(p, shared).c_str()),
-               now.pc, other_side(w, "cp.async", THREADS));
+    if (kind == READ && r[0].who == now.who && r[0].flags == now.flags) { /* once more, and nobody has written since */
+        r[0] = now;
+        return;
+    }
+    if (w.flags & LANDING && w.who >> BLOCK_SHIFT == now.who >> BLOCK_SHIFT) report_landing(kind, now, w, p, shared);
     Conflict c = conflict(w, now, shared);
     if (c != NONE) {
         if (kind != WRITE || size > 16 || c == WORKS) report_race(p, size, shared, kind, now, w, "write", c);
@@ -350,32 +363,58 @@ static void touch(Cell *cell, Kind kind, const Access &now, char *p, size_t size
         return;
     }
     for (int i = 0; i < 2; i++) {
+        if (!r[i].who) continue;
         c = conflict(r[i], now, shared);
         if (c != NONE) report_race(p, size, shared, kind, now, r[i], "read", c);
         r[i].who = 0;
     }
+    uint16_t whole = w.flags & WHOLE;
     w = now;
+    w.flags |= whole;
 }
 
-/* The same for all granules of p .. p + size; `strict`: what is read must have been written. */
+/* Gives both halves of a word a cell again, if one stands for both. */
+static void split_word(Cell *even)
+{
+    if (!(even->write.flags & WHOLE)) return;
+    even->write.flags &= (uint16_t)~WHOLE;
+    even[1] = even[0];
+}
+
+/* The access `now` to all of p .. p + size; cells: the granules' from p's on. strict: what is read must have been
+ * written. Where the two granules of a word of 4 bytes are accessed together, one cell stands for both. */
 static void touch_all(Cell *cells, Kind kind, const Access &now, char *p, size_t size, bool shared, bool strict)
 {
-    size_t n = ((uintptr_t)p % GRANULE + size + GRANULE - 1) / GRANULE, unwritten = 0;
-    auto is_unwritten = [&](const Cell &c) {
-        return !c.write.who || (shared && (c.write.who ^ now.who) >> BLOCK_SHIFT);
-    };
+    size_t n = ((uintptr_t)p % GRANULE + size + GRANULE - 1) / GRANULE, odd = (uintptr_t)p / GRANULE % 2, unwritten = 0;
+    Cell *end = cells + n;
+    if (odd) split_word(cells - 1);
+    if ((odd + n) % 2) split_word(end - 1);
     if (kind != WRITE && strict)
-        for (size_t i = 0; i < n; i++) unwritten += is_unwritten(cells[i]);
+        for (Cell *c = cells; c < end; c++) {
+            bool whole = c->write.flags & WHOLE;
+            if (!c->write.who || (shared && (c->write.who ^ now.who) >> BLOCK_SHIFT)) unwritten += whole ? 2 : 1;
+            c += whole;
+        }
     if (unwritten && (size <= 16 || unwritten == n)) /* a large structure may have padding */
         report("uninitialised",
                text("%s of %s that nobody has written%s: %s", kind_name[kind], bytes(size).c_str(),
                     shared ? " yet (is a barrier missing?)" : "", where_is(p, shared).c_str()),
                now.pc);
-    if (size == 1) {
-        if (kind != READ && is_unwritten(*cells)) cells->write = now;
+    if (size == 1) { /* the granule holds another byte, of which another thread may write */
+        if (kind != READ) cells->write.who = now.who;
         return;
     }
-    for (size_t i = 0; i < n; i++) touch(&cells[i], kind, now, p, size, shared);
+    for (Cell *c = cells; c < end; c++) {
+        bool whole = c->write.flags & WHOLE, even = ((size_t)(c - cells) + odd) % 2 == 0;
+        touch(c, kind, now, p, size, shared);
+        if (whole) {
+            c++;
+        } else if (kind != READ && even && c + 1 < end) {
+            touch(c + 1, kind, now, p, size, shared);
+            c->write.flags |= WHOLE;
+            c++;
+        }
+    }
 }
 
 static Cell *global_cells(const char *p, size_t size, const char *doing, bool peers, uint32_t pc)
@@ -602,8 +641,13 @@ static void check_copied(void *to, const void *from, size_t size)
 {
     Cell *t = arena_cells + (size_t)((char *)to - arena) / GRANULE;
     const Cell *f = arena_cells + (size_t)((const char *)from - arena) / GRANULE;
-    for (size_t i = 0; i < (size + GRANULE - 1) / GRANULE; i++)
-        if (!f[i].write.who) t[i].write.who = 0;
+    for (size_t i = 0; i < (size + GRANULE - 1) / GRANULE; i++) {
+        bool second = ((uintptr_t)from / GRANULE + i) % 2;
+        const Cell &from_cell = second && f[(ptrdiff_t)i - 1].write.flags & WHOLE ? f[(ptrdiff_t)i - 1] : f[i];
+        if (from_cell.write.who) continue;
+        split_word(t + i - ((uintptr_t)to / GRANULE + i) % 2);
+        t[i].write.who = 0;
+    }
 }
 
 static Watch *new_watch()
@@ -692,8 +736,10 @@ static void check_copy_landed(const AsyncCopy &c)
 {
     Cell *cells = &watch->cells[(size_t)((char *)c.shared - block->memory) / GRANULE];
     for (size_t i = 0; i < 16 / GRANULE; i++) {
-        uint32_t pc = cells[i].write.pc;
-        cells[i].write = me(true, pc, 0);
+        Access &w = cells[i].write;
+        uint16_t whole = w.flags & WHOLE;
+        w = me(true, w.pc, whole);
+        i += whole ? 1 : 0;
     }
 }
 } // namespace cudaemu

@@ -1,6 +1,7 @@
 /* test_cudaemu.cu - every feature of the emulator against plain C. nvcc compiles the same file.
  *
- *     sed -f cu2cpp.sed test_cudaemu.cu > test.cpp && g++ -std=gnu++17 -O2 -I. test.cpp cudaemu.cpp -lpthread && ./a.out */
+ *     sed -f cu2cpp.sed test_cudaemu.cu > test.cpp
+ *     g++ -std=gnu++17 -O2 -I. test.cpp cudaemu.cpp -lpthread && ./a.out */
 #ifdef __CUDACC__
 #include <cublasLt.h>
 #include <cublas_v2.h>
@@ -416,7 +417,7 @@ static void test_16bit(int mantissa_bits, int bias, FromBits from_bits, ToBits t
         else bad += x != value16(h, mantissa_bits, bias);
     }
     CHECK(bad == 0);
-    /* Rounding can only go wrong at a midpoint of neighbours, or beside one: it goes to the even one, and not before. */
+    /* Rounding can only go wrong at a midpoint of neighbours, or beside one: it goes to the even one, not before. */
     for (unsigned h = 0; h < infinity; h++) {
         double low = value16(h, mantissa_bits, bias);
         double high =
@@ -507,7 +508,7 @@ static void test_streams()
     *h = 5;
     set<<<1, 1, 0, a>>>(x.d, 1); /* nothing has run until someone waits */
     OK(cudaMemcpyAsync(h, x.d, 4, cudaMemcpyDeviceToHost, a));
-    #ifndef CUDACHECK /* which objects to the look */
+#ifndef CUDACHECK /* which objects to the look */
     if (is_lazy()) CHECK(*h == 5 && cudaStreamQuery(a) == cudaErrorNotReady);
 #endif
     OK(cudaStreamSynchronize(a));
