@@ -19,6 +19,30 @@ SOURCE   = megatron_gpt2.c dev/unicode/classes.h
 # convert needs zlib (Debian: zlib1g-dev) to inflate and check zip files; without it the rest is built all the same.
 ZLIB    := $(shell f=$$(mktemp) && printf '\043include <zlib.h>\nint main(void){return !zlibVersion();}' | $(CC) -x c - -o $$f -lz 2>/dev/null && echo convert; rm -f $$f)
 
+# ---- The CUDA twin. make cuda builds the program for NVIDIA GPUs, PRECISION=fp32 (exact, the default), tf32, bf16 or
+# fp16: for those of compute capability 8.0 and 9.0, and as PTX for what comes after them. CUDAFLAGS="-Xptxas -v" reports
+# what registers and shared memory each kernel takes.
+
+NVCC      := $(or $(NVCC),$(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
+PRECISION ?= fp32
+ARCH      ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]
+NVCCFLAGS ?= -O3 -std=c++17 $(ARCH) -Xcompiler -Wall,-Wextra,-Wno-unused-function$(if $(OPENMP),$(comma)$(OPENMP),$(comma)-Wno-unknown-pragmas)
+CUDALIBS   = -lcublas -lcublasLt -lm -lpthread
+comma     := ,
+
+# make test compares it with the .c: on an NVIDIA GPU where there are one and nvcc, else the same kernels on the CPU, run
+# by dev/cudaemu, which needs a C++ compiler only. CUDA=gpu, emu or off forces. make megatron_gpt2_emu builds the GPU
+# program for that emulator: slow, but with all commands.
+
+CUDA    := $(or $(CUDA),$(if $(and $(NVCC),$(shell nvidia-smi -L 2>/dev/null)),gpu,$(if $(shell command -v $(CXX)),emu,off)))
+TWIN     = megatron_gpt2.cu test_gpt2.c $(SOURCE)
+EMULATOR = dev/cudaemu/cudaemu.cpp dev/cudaemu/cudaemu.h
+EMUFLAGS = -std=gnu++17 $(OPT) -O2 $(MARCH) -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas -I. \
+           -DGPT2_OPERATORS='"build/megatron_gpt2_emu.cpp"'
+TWINS    = $(if $(filter gpu emu,$(CUDA)),test_twin_fp32 test_twin_bf16 test_twin_fp16)
+SAY_CUDA = $(if $(TWINS),./test_twin_fp32 device,echo "CUDA: NOT TESTED ($(if $(filter off,$(CUDA)),no C++ compiler was found, or CUDA=off,CUDA=$(CUDA) is not gpu emu or off))")
+precision = -DPRECISION_$(shell echo $* | tr a-z A-Z)
+
 all: megatron_gpt2 $(ZLIB)
 
 megatron_gpt2: $(SOURCE)
@@ -34,13 +58,41 @@ test_gpt2: test_gpt2.c $(SOURCE)
 test_gpt2_double: test_gpt2.c $(SOURCE)
 	$(CC) $(CFLAGS) $(EXTRA) -DREAL=double -o $@ test_gpt2.c $(LDLIBS)
 
+cuda: megatron_gpt2.cu $(SOURCE)
+	$(if $(filter fp32 tf32 bf16 fp16,$(PRECISION)),,$(error PRECISION=$(PRECISION) is not known; there are fp32 tf32 bf16 fp16))
+	$(if $(NVCC),,$(error nvcc was not found: install NVIDIA's CUDA toolkit, or say where it is by NVCC=..; without it `make` builds the program for the CPU, and `make test` tries the kernels there))
+	$(NVCC) $(NVCCFLAGS) $(CUDAFLAGS) -DPRECISION_$(shell echo $(PRECISION) | tr a-z A-Z) -o megatron_gpt2_cuda megatron_gpt2.cu $(CUDALIBS)
+
 # Trains, saves, resumes and generates, in about a minute.
 demo: megatron_gpt2
 	sh dev/demo.sh
 
-test: megatron_gpt2 $(ZLIB) test_gpt2 test_gpt2_double
+test: megatron_gpt2 $(ZLIB) test_gpt2 test_gpt2_double $(TWINS)
+	@$(SAY_CUDA)
 	./test_gpt2
 	./test_gpt2_double
+	@$(SAY_CUDA)
+
+# The twin's tests; dev/cudaemu's sed turns <<<..>>> into calls, and its engine runs them.
+build/megatron_gpt2_emu.cpp: megatron_gpt2.cu dev/cudaemu/cu2cpp.sed
+	@mkdir -p build
+	sed -f dev/cudaemu/cu2cpp.sed megatron_gpt2.cu > $@
+
+build/cudaemu.o: $(EMULATOR)
+	@mkdir -p build
+	$(CXX) $(EMUFLAGS) $(EXTRA) -c -o $@ dev/cudaemu/cudaemu.cpp
+
+megatron_gpt2_emu: build/megatron_gpt2_emu.cpp build/cudaemu.o $(SOURCE)
+	$(CXX) $(EMUFLAGS) -DPRECISION_$(shell echo $(PRECISION) | tr a-z A-Z) -o $@ build/megatron_gpt2_emu.cpp build/cudaemu.o $(LDLIBS)
+
+ifeq ($(CUDA),gpu)
+test_twin_%: $(TWIN)
+	$(NVCC) $(NVCCFLAGS) $(precision) -DTWIN_SOURCE='"megatron_gpt2.cu"' -x cu test_gpt2.c -o $@ $(CUDALIBS)
+else
+test_twin_%: build/megatron_gpt2_emu.cpp build/cudaemu.o $(TWIN)
+	$(CXX) $(EMUFLAGS) $(EXTRA) $(precision) -DTWIN_SOURCE='"build/megatron_gpt2_emu.cpp"' -o $@ -x c++ test_gpt2.c \
+	    -x none build/cudaemu.o $(LDLIBS)
+endif
 
 # Sanitizers: memory and undefined behaviour; races between ranks (without OpenMP, whose runtime they cannot see).
 SANITIZE = -O1 -g -fno-omit-frame-pointer
@@ -59,9 +111,10 @@ fuzz:
 	sh dev/fuzz/run.sh
 
 format:
-	clang-format -i megatron_gpt2.c convert.c test_gpt2.c dev/fuzz/fuzz.c
+	clang-format -i megatron_gpt2.c megatron_gpt2.cu convert.c test_gpt2.c dev/fuzz/fuzz.c
 
 clean:
-	rm -rf megatron_gpt2 convert test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double bench_scratch fuzz_scratch
+	rm -rf build test_twin_* megatron_gpt2 megatron_gpt2_cuda megatron_gpt2_emu convert test_gpt2 test_gpt2_double
+	rm -rf demo demo.lock test_scratch test_scratch_double bench_scratch fuzz_scratch
 
-.PHONY: all demo test debug debug-threads fuzz bench format clean
+.PHONY: all cuda demo test debug debug-threads fuzz bench format clean

@@ -65,11 +65,19 @@ typedef REAL real; /* the arithmetic: float; double where test_gpt2.c takes fini
 typedef real act; /* weights, activations and their gradients; the CUDA twin may make it bf16 or fp16 */
 #endif
 
+#ifndef LOSS_SCALE
+#define LOSS_SCALE "1" /* --loss-scale, if it is not given */
+#endif
+
 #ifndef PROGRAM
 #define PROGRAM "megatron_gpt2" /* whose messages these are: convert.c includes this file */
 #endif
 
-static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+#ifndef HOST_DEVICE
+#define HOST_DEVICE /* the twin: what its kernels call, too */
+#endif
+
+static inline HOST_DEVICE size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 static size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
 static size_t round_up(size_t n, size_t d) { return (n + d - 1) / d * d; }
@@ -186,7 +194,7 @@ static int file_exists(const char *folder, const char *name)
  * key and a counter. There is no state to save, and any rank, in any layout, in any order, draws the same number for
  * the same (seed, site, step, index): masks and initial weights do not depend on how the model is cut.
  * DEVIATION from [App. B.2], where each GPU owns a generator: see drop() in chapter 5. */
-static inline void philox(uint32_t out[4], uint64_t seed, uint64_t block, uint32_t site, uint32_t step)
+static inline HOST_DEVICE void philox(uint32_t out[4], uint64_t seed, uint64_t block, uint32_t site, uint32_t step)
 {
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     uint32_t c0 = (uint32_t)block, c1 = (uint32_t)(block >> 32), c2 = site, c3 = step;
@@ -287,6 +295,19 @@ static void meter_show(Meter *m, size_t done, const char *name, double value)
             floor(left / 60), floor(fmod(left, 60)), m->terminal && done < m->total ? "\033[K" : "\n");
 }
 
+/* ---- The machine ------------------------------------------------------------------------------------------------- */
+
+/* Cores that this process may use. */
+static int cores(void)
+{
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
+#endif
+    return n > 0 ? (int)n : 1;
+}
+
 /* ---- Types that both machines' operators share ------------------------------------------------------------------- */
 
 typedef enum { GELU_TANH, GELU_ERF } Gelu;
@@ -324,6 +345,9 @@ static void *device_calloc(size_t bytes)
 }
 
 static void device_free(void *p) { free(p); }
+static const char DEVICES[] = "cores"; /* what ranks share, for messages; how many, and bytes of memory in all */
+static int device_count(void) { return cores(); }
+static double device_memory(void) { return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE); }
 static void device_select(int rank, int ranks) { (void)rank, (void)ranks; } /* the twin: which GPU is this rank's */
 static void device_synchronize(void) {}                                     /* the twin: wait for this rank's stream */
 static void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
@@ -1372,17 +1396,6 @@ static size_t type_size(Type type)
     return type == ACT ? sizeof(act) : type == REAL_ARRAY ? sizeof(real) : sizeof(double);
 }
 
-/* Cores that this process may use. */
-static int cores(void)
-{
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef __linux__
-    cpu_set_t set;
-    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
-#endif
-    return n > 0 ? (int)n : 1;
-}
-
 /* spin: how often a barrier looks before it sleeps. */
 static Board *board_create(int size, int spin)
 {
@@ -1477,13 +1490,21 @@ static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op)
     leave(c);
 }
 
+/* n elements of another rank's array, or of this one's. A DOUBLE_ARRAY is a few scalars in the host's memory; all others
+ * are the device's. */
+static void copy_array(void *to, const void *from, size_t n, Type type)
+{
+    if (type == DOUBLE_ARRAY) memmove(to, from, n * type_size(type));
+    else device_copy(to, from, n * type_size(type));
+}
+
 /* out[r * n + i] = x[i] of rank r. */
 static void all_gather(Comm *c, void *out, void *x, size_t n, Type type)
 {
     size_t bytes = n * type_size(type);
     if (c->size > 1) meet(c, "all_gather", x, n, type);
     for (int r = 0; r < c->size; r++)
-        device_copy((char *)out + r * bytes, c->size > 1 ? c->board->post[r].x : x, bytes);
+        copy_array((char *)out + r * bytes, c->size > 1 ? c->board->post[r].x : x, n, type);
     if (c->size > 1) leave(c);
 }
 
@@ -1492,7 +1513,7 @@ static void broadcast(Comm *c, void *x, size_t n, Type type, int root)
 {
     if (c->size == 1) return;
     meet(c, "broadcast", x, n, type);
-    if (c->rank != root) device_copy(x, c->board->post[root].x, n * type_size(type));
+    if (c->rank != root) copy_array(x, c->board->post[root].x, n, type);
     leave(c);
 }
 
@@ -2308,6 +2329,19 @@ static Rank *rank_create(Comm *world, const RankOptions *o)
     return k;
 }
 
+/* The float weights behind narrower ones start as copies of these, as Megatron's do (code A fp16.py). Does nothing where
+ * there are none. */
+static void start_master(Rank *k)
+{
+    for (size_t i = 0; k->master && i < k->tensors; i++) {
+        const Tensor *t = &k->tensor[i];
+        real *slice = (real *)xcalloc(t->n, sizeof *slice);
+        act_download(slice, k->weights + t->offset, t->n);
+        device_upload(k->master + t->offset, slice, t->n * sizeof *slice);
+        free(slice);
+    }
+}
+
 /* Every rank of the world calls it. */
 static void rank_free(Rank *k)
 {
@@ -2475,8 +2509,13 @@ static double gradient_norm(Rank *k)
 {
     double sum = 0;
     set_place(k, "gradient norm", "[§4.2]", -1);
-    for (size_t i = 0; i < k->tensors && k->dp.rank == 0; i++)
-        if (k->tensor[i].counted) sum += sum_squares(k->gradients + k->tensor[i].offset, k->tensor[i].n);
+    for (size_t i = 0, end; i < k->tensors && k->dp.rank == 0; i = end) {
+        const Tensor *t = &k->tensor[i]; /* it and its neighbours at once: there are zeros between them */
+        size_t n = 0;
+        for (end = i; end < k->tensors && k->tensor[end].counted == t->counted; end++)
+            n = k->tensor[end].offset + k->tensor[end].n - t->offset;
+        if (t->counted) sum += sum_squares(k->gradients + t->offset, n);
+    }
     all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
     return sqrt(sum);
 }
@@ -5950,7 +5989,7 @@ static const Option options[] = {
     {"--weight-decay","X", "decoupled; not for biases and LayerNorm", TRAIN, NUMBER, AT(weight_decay), 0, 1e3, "0.01", 1},
     {"--clip",        "X", "largest norm of the whole gradient; 0: any", TRAIN, NUMBER, AT(clip), 0, 1e30, "1", 1},
     {"--dropout",     "X", "at all four sites; default: the model's, 0.1 of a new one", TRAIN | TRACE, NUMBER, AT(dropout), 0, 0.99, NULL, 0},
-    {"--loss-scale",  "X", "fixed; 0: dynamic, from 2^32", TRAIN, NUMBER, AT(loss_scale), 0, 0x1p64, "1", 1},
+    {"--loss-scale",  "X", "fixed; 0: dynamic, from 2^32", TRAIN, NUMBER, AT(loss_scale), 0, 0x1p64, LOSS_SCALE, 1},
     {"--seed",        "N", "of weights, order of samples, dropout, tokens drawn", TRAIN | GENERATE | TRACE, COUNT, AT(seed), 0, HUGE_COUNT, "1234", 1},
     {"--tp",          "P", "tensor-parallel ranks [§3]", RUNS | PLAN, COUNT, AT(tp), 1, 64, "1", 0},
     {"--pp",          "S", "pipeline stages", SHAPED, COUNT, AT(pp), 1, 64, "1", 0},
@@ -6150,11 +6189,12 @@ static int padding(const Tokenizer *t) { return t->end_of_text >= 0 ? t->end_of_
 /* Dies if the ranks of a training run, which are all on this machine, cannot fit into its memory. */
 static void check_memory(const RankOptions *o)
 {
-    double total = 0, have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    double total = 0, have = device_memory();
     for (int r = 0; r < world_size(o->layout); r++) {
         size_t elements;
         list_tensors(NULL, &elements, &o->config, o->layout, r);
         total += (double)elements * (2 * sizeof(act) + 2 * sizeof(real));
+        if (sizeof(act) < sizeof(real)) total += (double)elements * sizeof(real);
         total +=
             (double)activation_bytes(&o->config, o->layout, r, o->micro_batch, o->seq, o->recompute, o->micro_batches);
     }
@@ -6168,8 +6208,9 @@ static void check_memory(const RankOptions *o)
 static void warn_if_crowded(Layout s)
 {
     int n = world_size(s);
-    if (n > cores())
-        fprintf(stderr, "%d ranks share %d cores: results are the same, but it takes longer\n", n, cores());
+    if (n > device_count())
+        fprintf(stderr, "%d ranks share %d %s: results are the same, but it takes longer\n", n, device_count(),
+                DEVICES);
 }
 
 /* ---- train ------------------------------------------------------------------------------------------------------- */
@@ -6347,7 +6388,7 @@ static void train_rank(Comm *world, void *arg)
     int skipped_in_a_row = 0, stop = 0;
 
     if (run->model) load_weights(&shards, run->model);
-    else init_params(k->weights, k->tensor, k->tensors, &k->config, o->seed, k->tp.rank);
+    else init_params(k->weights, k->tensor, k->tensors, &k->config, o->seed, k->tp.rank), start_master(k);
     if (run->trainer) load_moments(&shards, run->trainer);
 
     while (p.step < o->steps && !stop) {
@@ -6508,9 +6549,8 @@ static void print_beginning(const Run *run)
 {
     const Config *c = &run->ranks.config;
     Layout s = run->ranks.layout;
-    fprintf(stderr,
-            "%zu layers, hidden %zu, %zu heads, vocabulary %zu: %zu parameters; tp %d, pp %d, dp %d on %d cores; ",
-            c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp, s.dp, cores());
+    fprintf(stderr, "%zu layers, hidden %zu, %zu heads, vocabulary %zu: %zu parameters; tp %d, pp %d, dp %d on %d %s; ",
+            c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp, s.dp, device_count(), DEVICES);
     fprintf(stderr, "%zu tokens of text; %zu sequences of %zu tokens a step\n", run->data->tokens, run->o->batch,
             run->o->seq);
 }

@@ -9,13 +9,502 @@
  * ../shared/data and ../shared/fixtures exist they check more. */
 
 #define main gpt2_main
+#ifdef TWIN_SOURCE
+#include TWIN_SOURCE
+#else
 #include "megatron_gpt2.c"
+#endif
 #undef main
 
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
+
+/* ---- The twin: CUDA against the CPU ------------------------------------------------------------------------------
+ *
+ * This section is compiled twice: here, over the CPU's operators, and with TWIN_SOURCE set to megatron_gpt2.cu, over
+ * CUDA's (test_twin_fp32, _bf16, _fp16; on a GPU, or emulated). Either program makes the same record: the results of
+ * every operator and of whole models, on equal inputs, under names. test_twin writes its record to stdout; the tests
+ * twin_operators and twin_models make their own and compare, tensor by tensor.
+ *
+ * Inputs have 8 significant bits, which float, bf16 and fp16 all hold exactly: what differs is the arithmetic. */
+
+/* One tensor of a record. roundings: how many times a number was rounded to act on its way here, where the twin's act
+ * is narrower than float; their errors are independent, so that the bound grows with them at most. */
+static void put_tensor(FILE *out, const char *name, const real *x, size_t n, double roundings)
+{
+    fprintf(out, "%s\n%zu %g\n", name, n, roundings);
+    for (size_t i = 0; i < n; i++) {
+        double value = (double)x[i];
+        fwrite(&value, sizeof value, 1, out);
+    }
+}
+
+static void put_act(FILE *out, const char *name, const act *x, size_t n, double roundings) /* x: on the device */
+{
+    real *host = (real *)xcalloc(n, sizeof *host);
+    device_synchronize();
+    act_download(host, x, n);
+    put_tensor(out, name, host, n, roundings);
+    free(host);
+}
+
+static void put_real(FILE *out, const char *name, const real *x, size_t n, double roundings)
+{
+    real *host = (real *)xcalloc(n, sizeof *host);
+    device_synchronize();
+    device_download(host, x, n * sizeof *host);
+    put_tensor(out, name, host, n, roundings);
+    free(host);
+}
+
+/* A normal variate as float and double builds both draw it, with 8 significant bits. */
+static real coarse(real x)
+{
+    int exponent;
+    double mantissa = frexp((double)(float)x, &exponent);
+    return (real)ldexp(nearbyint(mantissa * 256), exponent - 8);
+}
+
+/* n normal variates * 2^scale on the host, coarse. The stream is the test's own. */
+static real *coarse_reals(size_t n, uint32_t stream, int scale)
+{
+    real *x = (real *)xcalloc(n, sizeof *x);
+    random_normals(x, 1909, 0x71000000 + stream, 0, n);
+    for (size_t i = 0; i < n; i++) x[i] = (real)ldexp((double)coarse(x[i]), scale);
+    return x;
+}
+
+/* The same on the device. */
+static act *input(size_t n, uint32_t stream, int scale)
+{
+    real *x = coarse_reals(n, stream, scale);
+    act *to = (act *)device_calloc(n * sizeof *to);
+    act_upload(to, x, n);
+    free(x);
+    return to;
+}
+
+static act *zeros(size_t n) { return (act *)device_calloc(n * sizeof(act)); }
+static real *zero_reals(size_t n) { return (real *)device_calloc(n * sizeof(real)); }
+
+static real *input_reals(size_t n, uint32_t stream, int scale)
+{
+    real *x = coarse_reals(n, stream, scale), *to = zero_reals(n);
+    device_upload(to, x, n * sizeof *to);
+    free(x);
+    return to;
+}
+
+/* n numbers below V. */
+static int *input_tokens(size_t n, uint32_t stream, size_t V)
+{
+    int *id = (int *)xcalloc(n, sizeof *id), *to = (int *)device_calloc(n * sizeof *to);
+    for (size_t i = 0; i < n; i++) id[i] = (int)(random_word(1909, stream, 0, i) % V);
+    device_upload(to, id, n * sizeof *to);
+    free(id);
+    return to;
+}
+
+static Dropout twin_dropout(double p, size_t first, size_t heads)
+{
+    Dropout d = {77, 5, 3, (real)p, first, heads};
+    return d;
+}
+
+/* Frees what a case has made. */
+static void device_free_all(void *const *p, size_t n)
+{
+    device_synchronize();
+    for (size_t i = 0; i < n; i++) device_free(p[i]);
+}
+#define DEVICE_FREE(...)                                                                                               \
+    do {                                                                                                               \
+        void *const all_[] = {__VA_ARGS__};                                                                            \
+        device_free_all(all_, sizeof all_ / sizeof *all_);                                                             \
+    } while (0)
+
+/* Names of a case's tensors begin with what it is. */
+static const char *named(char name[128], const char *format, ...) __attribute__((format(printf, 2, 3)));
+static const char *named(char name[128], const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, 128, format, args);
+    va_end(args);
+    return name;
+}
+
+static void record_linear(FILE *out, size_t N, size_t I, size_t O, Gelu kind)
+{
+    char s[128];
+    int down = -(int)(log2((double)I) / 2); /* keeps y near 1 */
+    act *x = input(N * I, 1, 0), *w = input(O * I, 2, down), *b = input(O, 3, 0), *dy = input(N * O, 4, 0);
+    act *y = zeros(N * O), *pre = zeros(N * O), *dx = zeros(N * I), *dw = input(O * I, 5, 0), *db = input(O, 6, 0);
+    linear_forward(y, x, w, NULL, N, I, O);
+    put_act(out, named(s, "linear %zux%zux%zu y", N, I, O), y, N * O, 1);
+    linear_forward(y, x, w, b, N, I, O);
+    put_act(out, named(s, "linear %zux%zux%zu y with bias", N, I, O), y, N * O, 1);
+    linear_backward(dx, dw, db, dy, x, w, N, I, O);
+    put_act(out, named(s, "linear %zux%zux%zu dx", N, I, O), dx, N * I, 1);
+    put_act(out, named(s, "linear %zux%zux%zu dw", N, I, O), dw, O * I, 1);
+    put_act(out, named(s, "linear %zux%zux%zu db", N, I, O), db, O, 1);
+
+    const char *form = kind == GELU_TANH ? "tanh" : "erf";
+    act *w2 = input(I * O, 7, -(int)(log2((double)O) / 2)), *dz = input(N * I, 8, 0), *dw2 = zeros(I * O);
+    linear_gelu_forward(y, pre, x, w, b, N, I, O, kind); /* y (N,O) = gelu(x w' + b); z (N,I) = y w2' follows */
+    put_act(out, named(s, "gelu %s %zux%zux%zu pre", form, N, I, O), pre, N * O, 1);
+    put_act(out, named(s, "gelu %s %zux%zux%zu y", form, N, I, O), y, N * O, 2);
+    gelu_linear_backward(dy, dw2, dz, y, pre, w2, N, O, I, kind);
+    put_act(out, named(s, "gelu %s %zux%zux%zu dpre", form, N, I, O), dy, N * O, 4);
+    put_act(out, named(s, "gelu %s %zux%zux%zu dw", form, N, I, O), dw2, I * O, 2);
+    DEVICE_FREE(x, w, b, dy, y, pre, dx, dw, db, w2, dz, dw2);
+}
+
+static void record_embedding(FILE *out, size_t B, size_t T, size_t C, size_t V, double p)
+{
+    char s[128];
+    size_t N = B * T, v0 = V / 3, Vp = V - v0;
+    act *wte = input(Vp * C, 11, 0), *wpe = input((T + 2) * C, 12, 0), *dx = input(N * C, 13, 0);
+    act *x = zeros(N * C), *dwte = input(Vp * C, 14, 0), *dwpe = input((T + 2) * C, 15, 0);
+    int *tokens = input_tokens(N, 16, V);
+    Dropout d = twin_dropout(p, 12345, 1);
+    token_embedding_forward(x, tokens, wte, N, C, v0, Vp);
+    put_act(out, named(s, "embedding %zux%zux%zu tokens", N, C, V), x, N * C, 0);
+    position_embedding_forward(x, wpe, B, T, C, 2, d);
+    put_act(out, named(s, "embedding %zux%zux%zu x", N, C, V), x, N * C, 2);
+    position_embedding_backward(dx, dwpe, B, T, C, d);
+    put_act(out, named(s, "embedding %zux%zux%zu dx", N, C, V), dx, N * C, 1);
+    put_act(out, named(s, "embedding %zux%zux%zu dwpe", N, C, V), dwpe, (T + 2) * C, 2);
+    token_embedding_backward(dwte, dx, tokens, N, C, v0, Vp);
+    put_act(out, named(s, "embedding %zux%zux%zu dwte", N, C, V), dwte, Vp * C, 2);
+    DEVICE_FREE(wte, wpe, dx, x, dwte, dwpe, tokens);
+}
+
+static void record_layernorm(FILE *out, size_t N, size_t C, double p)
+{
+    char s[128];
+    act *x = input(N * C, 21, 0), *g = input(C, 22, 0), *b = input(C, 23, 0), *dy = input(N * C, 24, 0);
+    act *bias = input(C, 25, 0), *residual = input(N * C, 26, 0), *dg = input(C, 27, 0), *db = input(C, 28, 0);
+    act *y = zeros(N * C), *res = zeros(N * C), *dx = zeros(N * C), *dres = input(N * C, 29, 0);
+    real *mean = zero_reals(N), *rstd = zero_reals(N), eps = (real)1e-5;
+    Dropout d = twin_dropout(p, 4 * C, 1);
+    layernorm_forward(y, mean, rstd, x, g, b, N, C, eps);
+    put_act(out, named(s, "layernorm %zux%zu y", N, C), y, N * C, 1);
+    put_real(out, named(s, "layernorm %zux%zu mean", N, C), mean, N, 0);
+    put_real(out, named(s, "layernorm %zux%zu rstd", N, C), rstd, N, 0);
+    layernorm_backward(dx, dg, db, dy, x, g, mean, rstd, dres, N, C);
+    put_act(out, named(s, "layernorm %zux%zu dx with residual", N, C), dx, N * C, 1);
+    layernorm_backward(dx, dg, db, dy, x, g, mean, rstd, NULL, N, C);
+    put_act(out, named(s, "layernorm %zux%zu dx", N, C), dx, N * C, 1);
+    put_act(out, named(s, "layernorm %zux%zu dg, twice", N, C), dg, C, 2);
+    put_act(out, named(s, "layernorm %zux%zu db, twice", N, C), db, C, 2);
+
+    bias_dropout_add_layernorm_forward(y, res, mean, rstd, x, bias, residual, g, b, N, C, eps, d);
+    put_act(out, named(s, "bias_dropout_add p=%g %zux%zu res", p, N, C), res, N * C, 1);
+    put_act(out, named(s, "bias_dropout_add_layernorm p=%g %zux%zu y", p, N, C), y, N * C, 2);
+    bias_dropout_add_forward(res, x, bias, residual, N, C, d);
+    put_act(out, named(s, "bias_dropout_add p=%g %zux%zu out", p, N, C), res, N * C, 1);
+    bias_dropout_add_backward(dx, db, dy, N, C, d);
+    put_act(out, named(s, "bias_dropout_add p=%g %zux%zu dy", p, N, C), dx, N * C, 1);
+    put_act(out, named(s, "bias_dropout_add p=%g %zux%zu dbias", p, N, C), db, C, 3);
+    DEVICE_FREE(x, g, b, dy, bias, residual, dg, db, y, res, dx, dres, mean, rstd);
+}
+
+static void record_attention(FILE *out, size_t B, size_t T, size_t H, size_t D, double p)
+{
+    char s[128];
+    size_t n = B * T * H * D;
+    act *qkv = input(3 * n, 31, 0), *dout = input(n, 32, 0), *o = zeros(n), *dqkv = zeros(3 * n);
+    real *lse = zero_reals(B * H * T), *delta = zero_reals(B * H * T);
+    Dropout d = twin_dropout(p, 7 * T * T, H + 2);
+    attention_forward(o, lse, qkv, B, T, H, D, d);
+    put_act(out, named(s, "attention p=%g %zux%zux%zux%zu out", p, B, T, H, D), o, n, 2);
+    put_real(out, named(s, "attention p=%g %zux%zux%zux%zu lse", p, B, T, H, D), lse, B * H * T, 0);
+    attention_backward(dqkv, delta, dout, o, lse, qkv, B, T, H, D, d);
+    put_act(out, named(s, "attention p=%g %zux%zux%zux%zu dqkv", p, B, T, H, D), dqkv, 3 * n, 3);
+
+    /* The same rows again, as generation sees them: a prompt of T - 1 tokens, then one token. */
+    act *k = zeros(T * H * D), *v = zeros(T * H * D);
+    if (T > 1) attention_cached_forward(o, k, v, qkv, T - 1, 0, H, D);
+    attention_cached_forward(o + (T - 1) * H * D, k, v, qkv + (T - 1) * 3 * H * D, 1, T - 1, H, D);
+    put_act(out, named(s, "attention with a cache %zux%zux%zu out", T, H, D), o, T * H * D, 2);
+    DEVICE_FREE(qkv, dout, o, dqkv, lse, delta, k, v);
+}
+
+static void record_cross_entropy(FILE *out, size_t N, size_t Vp, size_t valid)
+{
+    char s[128];
+    size_t v0 = 100;
+    act *z = input(N * Vp, 41, 1);
+    int *targets = input_tokens(N, 42, v0 + valid); /* some are another rank's */
+    real *max = zero_reals(N), *sum = zero_reals(N), *target_logit = zero_reals(N), *loss = zero_reals(N);
+    real *weight = input_reals(N, 43, 0);
+    logits_max(max, z, N, Vp, valid);
+    put_real(out, named(s, "cross entropy %zux%zu max", N, Vp), max, N, 0);
+    logits_sum_exp(sum, target_logit, z, max, targets, N, Vp, valid, v0);
+    put_real(out, named(s, "cross entropy %zux%zu sum", N, Vp), sum, N, 0);
+    put_real(out, named(s, "cross entropy %zux%zu target_logit", N, Vp), target_logit, N, 0);
+    cross_entropy_loss(loss, sum, target_logit, N);
+    put_real(out, named(s, "cross entropy %zux%zu loss", N, Vp), loss, N, 0);
+    cross_entropy_backward(z, max, sum, targets, weight, (real)0.25, N, Vp, valid, v0);
+    put_act(out, named(s, "cross entropy %zux%zu dlogits", N, Vp), z, N * Vp, 1);
+    DEVICE_FREE(z, targets, max, sum, target_logit, loss, weight);
+}
+
+static void record_optimizer(FILE *out, size_t n)
+{
+    char s[128];
+    real *start = coarse_reals(n, 51, 0), *p = zero_reals(n), *m = zero_reals(n), *v = zero_reals(n);
+    act *w = zeros(n), *g = input(n, 52, 0);
+    act_upload(w, start, n);
+    device_upload(p, start, n * sizeof *p);
+    for (size_t step = 1; step <= 3; step++) {
+        AdamW h = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.5, step};
+        adamw(w, sizeof(act) < sizeof(real) ? p : NULL, m, v, g, n, h);
+    }
+    put_act(out, named(s, "adamw %zu w", n), w, n, 1);
+    put_real(out, named(s, "adamw %zu m", n), m, n, 0);
+    put_real(out, named(s, "adamw %zu v", n), v, n, 0);
+    real sum = (real)sum_squares(g, n);
+    put_tensor(out, named(s, "sum of squares %zu", n), &sum, 1, 0);
+    free(start);
+    DEVICE_FREE(p, m, v, w, g);
+}
+
+static void record_reduce(FILE *out, size_t n, Op op)
+{
+    enum { P = 3 };
+    char s[128];
+    act *x[P];
+    real *y[P];
+    for (uint32_t r = 0; r < P; r++) x[r] = input(n, 61 + r, 0), y[r] = input_reals(n, 61 + r, 0);
+    device_synchronize(); /* as the barrier of all_reduce does */
+    reduce_slice((void *const *)x, P, n / 5, n - n / 4, ACT, op);
+    reduce_slice((void *const *)y, P, n / 5, n - n / 4, REAL_ARRAY, op);
+    for (int r = 0; r < P; r++) {
+        put_act(out, named(s, "reduce_slice %s act rank %d", op == SUM ? "sum" : "max", r), x[r], n, 1);
+        put_real(out, named(s, "reduce_slice %s real rank %d", op == SUM ? "sum" : "max", r), y[r], n, 0);
+        DEVICE_FREE(x[r], y[r]);
+    }
+}
+
+/* Every operator, on sizes that divide nicely, on sizes that do not, and on the smallest. */
+static void record_operators(FILE *out)
+{
+    record_linear(out, 66, 96, 100, GELU_TANH);
+    record_linear(out, 66, 36, 27, GELU_ERF);
+    record_linear(out, 128, 128, 192, GELU_TANH);
+    record_linear(out, 1, 40, 3, GELU_TANH);
+    record_embedding(out, 2, 33, 96, 1003, 0.1);
+    record_embedding(out, 3, 1, 20, 7, 0.5);
+    record_embedding(out, 2, 64, 128, 50, 0);
+    record_layernorm(out, 66, 96, 0.1);
+    record_layernorm(out, 1, 37, 0.3);
+    record_layernorm(out, 128, 128, 0);
+    record_layernorm(out, 40, 1030, 0.1);
+    record_attention(out, 2, 33, 3, 9, 0.1);
+    record_attention(out, 1, 1, 1, 64, 0);
+    record_attention(out, 2, 130, 2, 64, 0.1);
+    record_attention(out, 1, 200, 1, 64, 0);
+    record_attention(out, 1, 97, 2, 96, 0.2);
+    record_attention(out, 1, 65, 1, 128, 0.1);
+    record_cross_entropy(out, 66, 1003, 1003);
+    record_cross_entropy(out, 5, 128, 57);
+    record_cross_entropy(out, 1, 2048, 2000);
+    record_optimizer(out, 1003);
+    record_optimizer(out, 70000);
+    record_reduce(out, 1003, SUM);
+    record_reduce(out, 1003, MAX);
+}
+
+/* ---- Whole models */
+
+/* Nothing divides nicely that need not: heads of 9, 13 tokens; 300 words, of which the 4 ranks at tp 4 own 128, 128,
+ * 44 and none. */
+static Config awkward_config(void)
+{
+    Config c = make_config(4, 36, 4, 13, 300);
+    return c;
+}
+
+typedef struct {
+    const char *what;
+    Config config;
+    Layout layout;
+    size_t micro_batch, batch, steps;
+    FILE *out[MAX_RANKS]; /* a record of each rank: they run at once */
+} TwinModel;
+
+/* Every weight is N(0, 1/8), LayerNorm's gains around 1, so that no bias is 0. Drawn by whole index, so that every
+ * layout has the same model; coarse. */
+static void draw_weights(Rank *k)
+{
+    for (size_t i = 0; i < k->tensors; i++) {
+        const Tensor *t = &k->tensor[i];
+        real *x = (real *)xcalloc(t->n, sizeof *x);
+        for (size_t row = 0; row < real_rows(t, k->tp.rank); row++)
+            for (size_t col = 0; col < t->local_cols; col++) {
+                real z;
+                size_t index = whole_row(t, k->tp.rank, row) * t->cols + whole_col(t, k->tp.rank) + col;
+                random_normals(&z, 99, (uint32_t)(t->layer * 100 + (size_t)(t->spec - specs)), index, 1);
+                x[row * t->local_cols + col] = coarse((t->spec->init == INIT_ONE) + (real)0.125 * coarse(z));
+            }
+        act_upload(k->weights + t->offset, x, t->n);
+        if (k->master) device_upload(k->master + t->offset, x, t->n * sizeof *x);
+        free(x);
+    }
+}
+
+/* Words that depend on the sequence's place in the run only. */
+static void feed_twin(void *source, Rank *k, MicroBatch *mb, size_t i)
+{
+    const TwinModel *m = (const TwinModel *)source;
+    size_t n = k->B * (k->T + 1);
+    int *tokens = (int *)xcalloc(n, sizeof *tokens);
+    mb->sequence = ((size_t)k->dp.rank * (m->batch / m->micro_batch / (size_t)m->layout.dp) + i) * k->B;
+    for (size_t j = 0; j < n; j++)
+        tokens[j] = (int)(random_word(7, SITE_SAMPLE, k->step, mb->sequence * (k->T + 1) + j) % k->config.V);
+    set_tokens(k, mb, tokens, NULL);
+    free(tokens);
+}
+
+/* The first micro-batch, forward and backward, layer by layer in the order of the work. */
+static void record_layers(FILE *out, TwinModel *m, Rank *k)
+{
+    MicroBatch *mb = &k->flight[0];
+    size_t N = k->B * k->T, C = k->config.C, H = k->B * k->Hp * k->T;
+    char s[128], from[64];
+    const double scale = 128; /* fp16's gradients stay clear of its smallest numbers */
+    snprintf(from, sizeof from, "%s rank %d", m->what, k->world.rank);
+    feed_twin(m, k, mb, 0);
+    device_zero(k->gradients, k->elements * sizeof(act));
+    stage_forward(k, mb);
+    for (size_t l = 0; l < k->depth; l++) {
+        const Saved *a = &mb->layer[l];
+        double r = 4 * (double)l + 1;
+        put_act(out, named(s, "%s layer %zu input", from, l), a->x, N * C, r);
+        put_act(out, named(s, "%s layer %zu ln1", from, l), a->ln1, N * C, r + 1);
+        put_act(out, named(s, "%s layer %zu qkv", from, l), a->qkv, N * 3 * k->Cp, r + 2);
+        put_real(out, named(s, "%s layer %zu lse", from, l), a->lse, H, r + 2);
+        put_act(out, named(s, "%s layer %zu attention", from, l), a->att, N * k->Cp, r + 3);
+        put_act(out, named(s, "%s layer %zu residual", from, l), a->res, N * C, r + 3);
+        put_act(out, named(s, "%s layer %zu ln2", from, l), a->ln2, N * C, r + 3);
+        put_act(out, named(s, "%s layer %zu before gelu", from, l), a->pre, N * k->Fp, r + 4);
+        put_act(out, named(s, "%s layer %zu gelu", from, l), a->gelu, N * k->Fp, r + 5);
+    }
+    double r = 4 * (double)k->depth + 1;
+    put_act(out, named(s, "%s output", from), mb->layer[k->depth].x, N * C, r);
+    put_act(out, named(s, "%s final ln", from), mb->lnf, N * C, r + 1);
+    put_act(out, named(s, "%s logits", from), mb->logits, N * k->Vp, r + 2);
+    put_real(out, named(s, "%s losses", from), mb->loss, N, r + 2);
+    stage_backward(k, mb, (real)(scale / (double)N));
+    for (size_t i = k->tensors; i-- > 0;) { /* the last layer's gradients are made first */
+        const Tensor *t = &k->tensor[i];
+        char name[NAME_SIZE];
+        put_act(out, named(s, "%s gradient of %s", from, tensor_name(name, t)), k->gradients + t->offset, t->n, 2 * r);
+    }
+    put_act(out, named(s, "%s gradient of the embeddings' sum", from), k->dx, N * C, 2 * r);
+}
+
+static void record_rank(Comm *world, void *arg)
+{
+    TwinModel *m = (TwinModel *)arg;
+    RankOptions o;
+    memset(&o, 0, sizeof o);
+    o.config = m->config, o.layout = m->layout;
+    o.micro_batch = m->micro_batch, o.micro_batches = m->batch / m->micro_batch / (size_t)m->layout.dp;
+    o.seq = m->config.P, o.training = 1, o.seed = 1234;
+    Rank *k = rank_create(world, &o);
+    FILE *out = m->out[world->rank];
+    Optimizer optimizer = {1e-3, 1e-5, 2, 100, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, 1, 128};
+    Progress p = {0, 0, 0, make_loss_scaler(optimizer.loss_scale)};
+    char s[128];
+    draw_weights(k);
+    if (m->layout.pp == 1) record_layers(out, m, k);
+    for (size_t step = 0; step < m->steps; step++) {
+        StepResult r = train_step(k, &optimizer, &p, o.micro_batches, feed_twin, m);
+        real loss = (real)r.loss, norm = (real)r.grad_norm;
+        if (world->rank > 0) continue;
+        put_tensor(out, named(s, "%s loss of step %zu", m->what, step), &loss, 1, 1);
+        put_tensor(out, named(s, "%s gradient norm of step %zu", m->what, step), &norm, 1, 8);
+    }
+    rank_free(k);
+}
+
+static void record_model(FILE *out, const char *what, Config config, int tp, int pp, int dp, size_t steps)
+{
+    TwinModel m;
+    char *text[MAX_RANKS];
+    size_t size[MAX_RANKS];
+    memset(&m, 0, sizeof m);
+    m.what = what, m.config = config, m.steps = steps;
+    m.layout.tp = tp, m.layout.pp = pp, m.layout.dp = dp;
+    m.micro_batch = 2, m.batch = 4;
+    for (int r = 0; r < world_size(m.layout); r++)
+        if (!(m.out[r] = open_memstream(&text[r], &size[r]))) die("out of memory");
+    run_ranks(world_size(m.layout), record_rank, &m);
+    for (int r = 0; r < world_size(m.layout); r++) {
+        fclose(m.out[r]);
+        fwrite(text[r], 1, size[r], out);
+        free(text[r]);
+    }
+}
+
+/* Layer by layer where there is one stage; the losses of some steps in every layout. */
+static void record_models(FILE *out)
+{
+    Config flash = make_config(2, 128, 2, 80, 500); /* heads of 64: the tensor cores' attention */
+    record_model(out, "awkward", awkward_config(), 1, 1, 1, 10);
+    record_model(out, "t=2", awkward_config(), 2, 1, 1, 10);
+    record_model(out, "t=4", awkward_config(), 4, 1, 1, 2);
+    record_model(out, "p=2", awkward_config(), 1, 2, 1, 3);
+    record_model(out, "d=2", awkward_config(), 1, 1, 2, 2);
+    record_model(out, "t=2 p=2 d=2", awkward_config(), 2, 2, 2, 3);
+    record_model(out, "heads of 64", flash, 1, 1, 1, 3);
+}
+
+#ifdef TWIN_SOURCE
+
+/* Unit roundoff of act: the largest power of two that is lost when added to 1. */
+static double act_roundoff(void)
+{
+    double u = 1;
+    act *x = (act *)device_calloc(sizeof *x);
+    for (real y = 2; y != 1; u /= 2) {
+        y = (real)(1 + u / 2);
+        act_upload(x, &y, 1);
+        device_synchronize();
+        act_download(&y, x, 1);
+    }
+    device_free(x);
+    return u;
+}
+
+/* test_twin operators | models: the record, which test_gpt2 reads. test_twin device: what it runs on. */
+int main(int argc, char **argv)
+{
+    const char *what = argc > 1 ? argv[1] : "";
+    device_select(0, 1);
+    if (!strcmp(what, "device")) {
+#ifdef __CUDACC__
+        cudaDeviceProp gpu;
+        CUDA_CHECK(cudaGetDeviceProperties(&gpu, 0));
+        printf("CUDA: %s (real GPU)\n", gpu.name);
+#else
+        puts("CUDA: EMULATED ON THE CPU (no NVIDIA GPU). Kernel results and synchronisation are tested; speed and "
+             "tensor-core rounding are not.");
+#endif
+    } else {
+        printf("%.17g\n", act_roundoff());
+        if (!strcmp(what, "operators")) record_operators(stdout);
+        else record_models(stdout);
+    }
+    return fflush(stdout) || ferror(stdout);
+}
+
+#else
 
 /* ---- The harness ----------------------------------------------------------------------------------------------- */
 
@@ -118,6 +607,89 @@ static void skip(const char *why)
 {
     skips++;
     printf("    skipped: %s\n", why);
+}
+
+/* ---- The twin's record against our own ---------------------------------------------------------------------------- */
+
+typedef struct {
+    char name[128];
+    size_t n;
+    double roundings, *x;
+} RecordEntry;
+
+/* The next tensor of a record; 0 at its end. The caller frees x. */
+static int next_entry(FILE *record, RecordEntry *e)
+{
+    if (!fgets(e->name, sizeof e->name, record)) return 0;
+    e->name[strcspn(e->name, "\n")] = 0;
+    if (fscanf(record, "%zu %lf", &e->n, &e->roundings) != 2 || fgetc(record) != '\n' || e->n > (size_t)1 << 28)
+        return 0;
+    e->x = (double *)xcalloc(e->n, sizeof *e->x);
+    return fread(e->x, sizeof *e->x, e->n, record) == e->n;
+}
+
+/* |a - b| / |b| in the 2-norm; NaN if any element is, unless both have the same infinity there. */
+static double entry_error(const RecordEntry *a, const RecordEntry *b)
+{
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < a->n; i++) {
+        if (isinf(b->x[i]) && a->x[i] == b->x[i]) continue;
+        difference += (a->x[i] - b->x[i]) * (a->x[i] - b->x[i]);
+        norm += b->x[i] * b->x[i];
+    }
+    return difference == 0 ? 0 : sqrt(difference / norm);
+}
+
+/* Compares what `program` records with what make() does here, by `bound`: sums of up to a thousand terms, in another
+ * order and fused or not, differ by some 30 roundings of float at most (the root of the number of terms), 2e-6 of the
+ * norm; whole models by a few times that. Where the twin's act is narrower, its roundings come on top. */
+static void compare_twin(const char *program, const char *what, void (*make)(FILE *), double bound)
+{
+    char command[PATH_MAX], *own = NULL, first[128] = "";
+    size_t size, compared = 0;
+    double u = NAN;
+    if (access(program, X_OK)) {
+        skip("the twin was not built: make test builds it where g++ or nvcc is, unless CUDA=off");
+        return;
+    }
+    fflush(stdout);
+    snprintf(command, sizeof command, "./%s %s", program, what);
+    FILE *twin = popen(command, "r"), *memory = open_memstream(&own, &size);
+    if (!twin || !memory) die("cannot run %s: %s", command, strerror(errno));
+    make(memory);
+    fclose(memory);
+    if (!(memory = fmemopen(own, size, "r")) || !fgets(first, sizeof first, twin) || sscanf(first, "%lf", &u) != 1)
+        check_true("the twin's record begins with its roundoff", 0);
+    RecordEntry a = {"", 0, 0, NULL}, b = {"", 0, 0, NULL};
+    for (char row[192]; memory && next_entry(memory, &b); compared++) {
+        if (!next_entry(twin, &a) || strcmp(a.name, b.name) || a.n != b.n) {
+            snprintf(row, sizeof row, "%s is missing from the record of %s", b.name, program);
+            check_true(row, 0);
+            break;
+        }
+        check(b.name, entry_error(&a, &b), bound + (u > 0x1p-24 ? u * b.roundings : 0));
+        free(a.x), free(b.x), a.x = b.x = NULL;
+    }
+    free(a.x), free(b.x);
+    check_equal("exit status of the twin", pclose(twin), 0);
+    if (memory) fclose(memory);
+    free(own);
+}
+
+static void test_twin_operators(void)
+{
+    if (sizeof(real) == sizeof(float)) compare_twin("test_twin_fp32", "operators", record_operators, 2e-6);
+    else
+        compare_twin("test_twin_bf16", "operators", record_operators, 2e-6),
+            compare_twin("test_twin_fp16", "operators", record_operators, 2e-6);
+}
+
+static void test_twin_models(void)
+{
+    if (sizeof(real) == sizeof(float)) compare_twin("test_twin_fp32", "models", record_models, 1e-5);
+    else
+        compare_twin("test_twin_bf16", "models", record_models, 1e-5),
+            compare_twin("test_twin_fp16", "models", record_models, 1e-5);
 }
 
 /* ---- Chapter 2: every operator against a naive double version -------------------------------------------------- */
@@ -3640,14 +4212,6 @@ typedef struct {
 } Training;
 
 static const Layout ONE_RANK = {1, 1, 1};
-
-/* Nothing divides nicely that need not: heads of 9, 13 tokens; 300 words, of which the 4 ranks at tp 4 own 128, 128,
- * 44 and none. */
-static Config awkward_config(void)
-{
-    Config c = make_config(4, 36, 4, 13, 300);
-    return c;
-}
 
 static Optimizer test_optimizer(void)
 {
@@ -7417,6 +7981,8 @@ static const Test tests[] = {
     {"convert_many", "no time that grows with the square", test_convert_many, 1, 0},
     {"convert_shards", "what shards must agree on", test_convert_shards, 1, 0},
     {"convert_logits",     "PyTorch's logits after a conversion", test_convert_logits, 1, 0},
+    {"twin_operators",     "CUDA against the CPU: every operator", test_twin_operators, 1, 1},
+    {"twin_models",        "CUDA against the CPU: whole models, in every layout", test_twin_models, 1, 1},
     {"paper_data",         "P51 P55, with ../shared/data", test_paper_data, 1, 0},
 };
 /* clang-format on */
@@ -7470,3 +8036,5 @@ int main(int argc, char **argv)
            failed, skipped);
     return failed > 0;
 }
+
+#endif /* TWIN_SOURCE */
