@@ -49,10 +49,15 @@ debug:
 debug-threads:
 	$(MAKE) -B test OPT="$(SANITIZE)" OPENMP= EXTRA="-fsanitize=thread $(EXTRA)"
 
+# Time and memory, dev/bench/*.sh: make bench; make bench BENCH=convert BENCHFLAGS=--json
+BENCH   ?= $(patsubst dev/bench/%.sh,%,$(wildcard dev/bench/*.sh))
+bench: all
+	@for part in $(BENCH); do sh dev/bench/$$part.sh $(BENCHFLAGS) || exit 1; done
+
 format:
 	clang-format -i megatron_gpt2.c convert.c test_gpt2.c
 
 clean:
-	rm -rf megatron_gpt2 convert test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double
+	rm -rf megatron_gpt2 convert test_gpt2 test_gpt2_double demo demo.lock test_scratch test_scratch_double bench_scratch
 
-.PHONY: all demo test debug debug-threads format clean
+.PHONY: all demo test debug debug-threads bench format clean
