@@ -144,7 +144,8 @@ summary() { sort -g | awk '{x[NR] = $1} END {print (x[int((NR + 1) / 2)] + x[int
 bytes=$(wc -c <"$S/hf/model.safetensors")
 machine="$(nproc) x $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1), load $(cut -d ' ' -f 1 /proc/loadavg)"
 if [ $json = 1 ]; then
-    printf '{"machine": "%s", "bytes": %d, "largest_tensor": %d, "rounds": %d, "rows": [' "$machine" "$bytes" $LARGEST "$ROUNDS"
+    printf '{"machine": "%s", "bytes": %d, "largest_tensor": %d, ' "$machine" "$bytes" $LARGEST
+    printf '"rounds": %d, "rows": [' "$ROUNDS"
 else
     echo "GPT-2 355M, fp16, $((bytes / 1000000)) MB; median of $ROUNDS rounds; $machine"
     echo "peak: anonymous memory; twice the largest tensor is $((2 * LARGEST / 1000000)) MB"
@@ -160,8 +161,9 @@ for row in $ROWS work; do
     most=$(cat "$S/peak.$row" 2>/dev/null || cat "$S/peak.torch")
     echo "$1 $2 $3 $ratio $most" | if [ $json = 1 ]; then
         awk -v comma="$comma" -v row="$row" '{
-            printf "%s{\"row\": \"%s\", \"seconds\": %.3f, \"smallest\": %.3f, \"largest\": %.3f, \"times_cp\": %.2f, \"peak_bytes\": %d}",
-                comma, row, $1 / 1e9, $2 / 1e9, $3 / 1e9, $4, $5}'
+            printf "%s{\"row\": \"%s\", \"seconds\": %.3f, ", comma, row, $1 / 1e9
+            printf "\"smallest\": %.3f, \"largest\": %.3f, ", $2 / 1e9, $3 / 1e9
+            printf "\"times_cp\": %.2f, \"peak_bytes\": %d}", $4, $5}'
     else
         awk -v title="$(title "$row")" '{
             printf "| %s | %.2f | %.2f .. %.2f | %.1f | %d |\n", title, $1 / 1e9, $2 / 1e9, $3 / 1e9, $4, $5 / 1e6}'
