@@ -505,33 +505,37 @@ static void host_access(const char *p, size_t size, Kind kind, const void *pc)
 
 static bool within(const char *p, const uintptr_t range[2]) { return (uintptr_t)p - range[0] < range[1] - range[0]; }
 
-/* Every access of the program that the compiler saw. */
-static void access(const void *address, size_t size, Kind kind, unsigned flags, const void *pc)
+/* An access of the running CUDA thread beyond its own stack. */
+static void kernel_access(char *p, size_t size, Kind kind, unsigned flags, uint32_t pc)
 {
-    char *p = (char *)address;
-    if (quiet || !size) return;
-    if (!self) return host_access(p, size, kind, pc);
-    if ((size_t)(p - block->running->stack) < STACK || within(p, watch->locals)) return;
     if (watch->doubt.p) settle_doubt();
-    bool shared = (size_t)(p - block->memory) < SHARED_REGION;
-    if (shared) {
-        Cell *cells = shared_cells(p, size, kind_name[kind], pack_pc(pc));
-        touch_all(cells, kind, me(true, pack_pc(pc), flags), p, size, true, true);
+    if ((size_t)(p - block->memory) < SHARED_REGION) {
+        Cell *cells = shared_cells(p, size, kind_name[kind], pc);
+        touch_all(cells, kind, me(true, pc, flags), p, size, true, true);
     } else if ((size_t)(p - arena) < ARENA) {
-        Cell *cells = global_cells(p, size, kind_name[kind], true, pack_pc(pc));
+        Cell *cells = global_cells(p, size, kind_name[kind], true, pc);
         if (kind == UPDATE) {
             if (watch->fenced) released[watch->block_number & 0xFFFF] = any_released = true;
             if (any_released) watch->acquired = true;
         }
-        touch_all(cells, kind, me(false, pack_pc(pc), flags), p, size, false, true);
+        touch_all(cells, kind, me(false, pc, flags), p, size, false, true);
     } else {
         const char *bound = (const char *)block->launch->bound.get();
         if ((size_t)(p - bound) < block->launch->bound_size || within(p, watch->statics)) return;
         report("host-memory",
-               text("%s of %s at %p, which is no device memory%s", kind_name[kind], bytes(size).c_str(), address,
+               text("%s of %s at %p, which is no device memory%s", kind_name[kind], bytes(size).c_str(), (void *)p,
                     (uintptr_t)p < 4096 ? ": a null pointer" : ""),
-               pack_pc(pc));
+               pc);
     }
+}
+
+/* Every access of the program that the compiler saw. */
+static inline void access(const void *address, size_t size, Kind kind, unsigned flags, const void *pc)
+{
+    char *p = (char *)address;
+    if (!self) return host_access(p, size, kind, pc);
+    if ((size_t)(p - block->running->stack) < STACK || within(p, watch->locals) || quiet || !size) return;
+    kernel_access(p, size, kind, flags, pack_pc(pc));
 }
 
 /* ---- 5. What the engine tells ------------------------------------------------------------------------------------ */
