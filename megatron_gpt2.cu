@@ -1,6 +1,6 @@
 /* megatron_gpt2.cu - megatron_gpt2.c on NVIDIA GPUs: its chapter 2, the operators, function for function.
  *
- *     nvcc -O3 megatron_gpt2.cu -o megatron_gpt2_cuda -lcublas -lcublasLt        the program, with all its commands
+ *     nvcc -O3 -arch=native megatron_gpt2.cu -o megatron_gpt2_cuda -lcublas -lcublasLt           all its commands, too
  *     .. -DPRECISION_BF16 or -DPRECISION_FP16     mixed precision [§4.2]: weights, activations and their gradients in 16
  *                                                 bits, but float master weights, moments, softmax, LayerNorm and sums
  *     .. -DPRECISION_TF32                         float, but products with 10-bit mantissas on tensor cores
@@ -90,11 +90,12 @@ static void check_cublas(cublasStatus_t status, int line)
 
 /* What a matrix product needs to know beforehand, and the way cuBLASLt has found for it. */
 typedef struct {
-    cublasLtEpilogue_t epilogue;
-    int a_transposed, b_transposed, add;
-    uint32_t alignment; /* of all addresses, bytes */
     size_t M, N, K;
+    cublasLtEpilogue_t epilogue;
+    int a_transposed, b_transposed;
+    uint32_t alignment, bias_alignment, aux_alignment; /* of the matrices' and the epilogue's addresses, bytes */
 } Product;
+static_assert(sizeof(Product) == 3 * sizeof(size_t) + 6 * 4, "it is compared byte by byte: no padding");
 
 typedef struct {
     Product product;
@@ -242,7 +243,9 @@ static void *device_calloc(size_t bytes)
 
 static void device_free(void *p)
 {
-    if (p) CUDA_CHECK(cudaFree(p));
+    if (!p) return;
+    if (this_gpu.selected) device_synchronize(); /* cudaFree need not wait for kernels that use it */
+    CUDA_CHECK(cudaFree(p));
 }
 
 /* Bytes of all GPUs together. */
@@ -275,7 +278,6 @@ static void *workspace(size_t bytes)
 {
     Gpu *g = gpu();
     if (bytes > g->workspace_bytes) {
-        device_synchronize();
         device_free(g->workspace);
         g->workspace = NULL, g->workspace_bytes = 0;
         g->workspace = device_malloc(bytes);
@@ -512,9 +514,9 @@ static void add_column_sums(act *db, act *y, const act *x, size_t N, size_t C, M
 /* ---- Matrix product ---------------------------------------------------------------------------------------------- */
 
 /* Largest power of two, up to 256, that divides all the addresses. */
-static uint32_t alignment_of(const void *a, const void *b, const void *c, const void *d, const void *e)
+template <typename... P> static uint32_t alignment_of(const P *...address)
 {
-    const uintptr_t all = (uintptr_t)a | (uintptr_t)b | (uintptr_t)c | (uintptr_t)d | (uintptr_t)e | 256;
+    const uintptr_t all = ((uintptr_t)address | ...) | 256;
     return (uint32_t)(all & -all);
 }
 
@@ -605,17 +607,24 @@ static bool matmul_epilogue(act *c, const act *a, bool a_transposed, const act *
                             size_t N, size_t K, bool add, cublasLtEpilogue_t epilogue, const act *bias, act *aux)
 {
     const float one = 1, beta = add;
-    Product p;
-    memset(&p, 0, sizeof p); /* it is compared with its padding */
-    p.epilogue = epilogue, p.a_transposed = a_transposed, p.b_transposed = b_transposed, p.add = add;
-    p.M = M, p.N = N, p.K = K, p.alignment = alignment_of(a, b, c, bias, aux);
+    const Product p = {M,
+                       N,
+                       K,
+                       epilogue,
+                       a_transposed,
+                       b_transposed,
+                       alignment_of(a, b, c),
+                       alignment_of(bias),
+                       alignment_of(aux)};
     ProductPlan *plan = find_plan(&p, bias, aux);
     if (!plan->possible) return false;
     set_epilogue(plan->desc, &p, bias, aux);
     void *space = workspace(plan->workspace);
-    CUBLAS_CHECK(cublasLtMatmul(gpu()->lt, plan->desc, &one, b, plan->a, a, plan->b, &beta, c, plan->c, c, plan->c,
-                                &plan->algorithm, space, plan->workspace, gpu()->stream));
-    return true;
+    cublasStatus_t status = cublasLtMatmul(gpu()->lt, plan->desc, &one, b, plan->a, a, plan->b, &beta, c, plan->c, c,
+                                           plan->c, &plan->algorithm, space, plan->workspace, gpu()->stream);
+    plan->possible = status != CUBLAS_STATUS_NOT_SUPPORTED && status != CUBLAS_STATUS_INVALID_VALUE;
+    if (plan->possible) CUBLAS_CHECK(status); /* what it proposes is not promised to run */
+    return plan->possible;
 }
 
 /* c (M,N) [+]= a b, as above: by cuBLAS, which takes any shape, where cuBLASLt refuses. */
@@ -629,6 +638,7 @@ static void matmul(act *c, const act *a, bool a_transposed, const act *b, bool b
     if (!g->blas) {
         CUBLAS_CHECK(cublasCreate(&g->blas));
         CUBLAS_CHECK(cublasSetStream(g->blas, g->stream));
+        CUBLAS_CHECK(cublasSetMathMode(g->blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)); /* parts in float */
     }
     CUBLAS_CHECK(cublasGemmEx(g->blas, b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
                               a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, (int)N, (int)M, (int)K, &one, b, ACT_TYPE,
@@ -963,9 +973,8 @@ static void layernorm_backward_of(act *dx, real *part, const act *dy, const act 
                                   const real *rstd, const act *dres, size_t N, size_t C, size_t chunks)
 {
     const size_t bytes = 2 * C * sizeof(real);
-    if (bytes > 48 << 10 &&
-        cudaFuncSetAttribute(layernorm_backward_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) !=
-            cudaSuccess)
+    if (cudaFuncSetAttribute(layernorm_backward_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) !=
+        cudaSuccess)
         die("a hidden size of %zu: LayerNorm's backward pass keeps 8 bytes a column in a GPU's shared memory, which is "
             "too small for it",
             C);

@@ -57,6 +57,7 @@ constexpr int MAX_THREADS = 1024;           /* of a block */
 constexpr size_t SHARED_DEFAULT = 48 << 10; /* bytes of shared memory a block may have without asking .. */
 constexpr size_t SHARED_OPTIN = 227 << 10;  /* .. and with cudaFuncSetAttribute */
 constexpr size_t DEVICE_MEMORY = (size_t)16 << 30;
+constexpr size_t LT_WORKSPACE = 1 << 16; /* bytes that each product of cuBLASLt claims to need */
 constexpr int POISON = 0xFF; /* fresh memory: every float, bf16 and fp16 of such bytes is a NaN */
 
 /* The checker, cudacheck.cpp, includes this file and hears of what happens; otherwise nothing does. */
@@ -1603,6 +1604,7 @@ struct cublasLtMatrixLayoutOpaque {
     int batch;
 };
 struct cublasLtMatmulPreferenceOpaque {
+    uint64_t workspace; /* bytes that a product may have */
 };
 
 cublasStatus_t cublasCreate(cublasHandle_t *handle)
@@ -1757,9 +1759,12 @@ cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t prefer
     delete preference;
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t,
-                                                    const void *, size_t)
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
+                                                    cublasLtMatmulPreferenceAttributes_t attribute, const void *value,
+                                                    size_t size)
 {
+    if (size != (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES ? 8 : 4)) return CUBLAS_STATUS_INVALID_VALUE;
+    if (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) memcpy(&preference->workspace, value, size);
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -1831,7 +1836,10 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     if (!handle || !preference || requested < 1) return CUBLAS_STATUS_INVALID_VALUE;
     cublasStatus_t status = lt_product(&p, desc, a, b, c, d);
     if (status) return status;
-    results[0] = {{1}, 0, CUBLAS_STATUS_SUCCESS, 1.0f};
+    /* CUDAEMU_LT=off: it refuses all, so that the program's way without it runs */
+    if (getenv("CUDAEMU_LT") && !strcmp(getenv("CUDAEMU_LT"), "off")) return CUBLAS_STATUS_NOT_SUPPORTED;
+    size_t workspace = std::min(preference->workspace, (uint64_t)LT_WORKSPACE);
+    results[0] = {{(int)workspace}, workspace, CUBLAS_STATUS_SUCCESS, 1.0f};
     *returned = 1;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -1839,16 +1847,19 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void *alpha, const void *a,
                               cublasLtMatrixLayout_t a_layout, const void *b, cublasLtMatrixLayout_t b_layout,
                               const void *beta, const void *c, cublasLtMatrixLayout_t c_layout, void *d,
-                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *, void *, size_t,
-                              cudaStream_t stream, Site at)
+                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algo, void *workspace,
+                              size_t workspace_size, cudaStream_t stream, Site at)
 {
     Product p;
     if (!handle) return CUBLAS_STATUS_INVALID_VALUE;
+    size_t needs = algo ? (size_t)algo->id : 0;
+    if (workspace_size < needs || (uintptr_t)workspace % 16) return CUBLAS_STATUS_INVALID_VALUE;
     cublasStatus_t status = lt_product(&p, desc, a_layout, b_layout, c_layout, d_layout);
     if (status) return status;
     p.alpha = *(const float *)alpha, p.beta = *(const float *)beta;
     p.a.p = (void *)a, p.b.p = (void *)b, p.c.p = (void *)c, p.d.p = d;
     if (p.beta != 0 && !c) return CUBLAS_STATUS_INVALID_VALUE;
+    if (needs) cudaMemsetAsync(workspace, POISON, needs, stream, at); /* whoever still wants what was there, sees it */
     submit_product(p, "cublasLtMatmul", stream, at);
     return CUBLAS_STATUS_SUCCESS;
 }
