@@ -253,11 +253,10 @@ static Access me(bool shared, uint32_t pc, unsigned flags)
 
 enum Conflict { NONE, LANES, THREADS, BLOCKS, WORKS };
 
-/* Whether `before` is not ordered before the running thread's access, and if so, what should have ordered them. */
-static Conflict conflict(const Access &before, const Access &now, bool shared)
+/* What should have ordered `before` before the running thread's access `now`, and did not. */
+static Conflict conflict_apart(const Access &before, const Access &now, bool shared)
 {
     uint64_t difference = before.who ^ now.who;
-    if (!before.who || !(difference >> THREAD_SHIFT)) return NONE; /* the same thread */
     if (difference >> BLOCK_SHIFT) {
         if (shared) return NONE; /* an earlier block's */
         if (difference >> WORK_SHIFT) return comes_before_running((uint32_t)(before.who >> WORK_SHIFT)) ? NONE : WORKS;
@@ -269,6 +268,11 @@ static Conflict conflict(const Access &before, const Access &now, bool shared)
     int other = thread_of(before);
     if (other / 32 != self->warp) return THREADS;
     return (int16_t)(watch->seen[self->number][other % 32] - before.epoch) >= 0 ? NONE : LANES;
+}
+static inline Conflict conflict(const Access &before, const Access &now, bool shared)
+{
+    if (!before.who || !((before.who ^ now.who) >> THREAD_SHIFT)) return NONE; /* nobody, or the same thread */
+    return conflict_apart(before, now, shared);
 }
 
 static std::string other_side(const Access &other, const char *did, Conflict c)
