@@ -94,6 +94,20 @@ test_twin_%: build/megatron_gpt2_emu.cpp build/cudaemu.o $(TWIN)
 	    -x none build/cudaemu.o $(LDLIBS)
 endif
 
+# The kernels under the emulator's checker: races, missing barriers, reads out of bounds or of what nobody wrote, missing
+# order between streams. First the emulator and the checker themselves: every planted bug must be found, and no twin.
+CHECK    = CXX="$(CXX)" sh dev/cudaemu/check.sh build/check_$(1) test_gpt2.c -w -DGPT2_OPERATORS='"build/megatron_gpt2_emu.cpp"' \
+           -DTWIN_SOURCE='"build/megatron_gpt2_emu.cpp"' -DPRECISION_$(2)
+check: build/megatron_gpt2_emu.cpp $(TWIN)
+	CXX="$(CXX)" sh dev/cudaemu/test.sh
+	$(call CHECK,fp32,FP32)
+	$(call CHECK,bf16,BF16)
+	build/check_fp32 operators >build/record
+	build/check_fp32 models >build/record
+	build/check_bf16 operators >build/record
+	build/check_bf16 models >build/record
+	@echo "check: all kernels of the twin, nothing to report"
+
 # Sanitizers: memory and undefined behaviour; races between ranks (without OpenMP, whose runtime they cannot see).
 SANITIZE = -O1 -g -fno-omit-frame-pointer
 debug:
@@ -117,4 +131,4 @@ clean:
 	rm -rf build test_twin_* megatron_gpt2 megatron_gpt2_cuda megatron_gpt2_emu convert test_gpt2 test_gpt2_double
 	rm -rf demo demo.lock test_scratch test_scratch_double bench_scratch fuzz_scratch
 
-.PHONY: all cuda demo test debug debug-threads fuzz bench format clean
+.PHONY: all cuda demo test check debug debug-threads fuzz bench format clean
