@@ -116,7 +116,7 @@ debug-threads: # the emulator has threads of its own: make check sees races ther
 	$(MAKE) -B test CUDA=off OPT="$(SANITIZE)" OPENMP= EXTRA="-fsanitize=thread $(EXTRA)"
 
 # Time and memory, dev/bench/*.sh: make bench; make bench BENCH=convert BENCHFLAGS=--json
-BENCH   ?= $(patsubst dev/bench/%.sh,%,$(wildcard dev/bench/*.sh))
+BENCH   ?= $(filter-out $(if $(filter gpu,$(CUDA)),,gpu),$(patsubst dev/bench/%.sh,%,$(wildcard dev/bench/*.sh)))
 bench: all
 	@for part in $(BENCH); do sh dev/bench/$$part.sh $(BENCHFLAGS) || exit 1; done
 
