@@ -290,6 +290,19 @@ static void record_reduce(FILE *out, size_t n, Op op)
     }
 }
 
+/* Ranks are added in their order: 0 and 1 cancel, and what 2 has is lost in any other. */
+static void record_rank_order(FILE *out, size_t n)
+{
+    real *host = coarse_reals(n, 64, 30), *x[3] = {input_reals(n, 64, 30), zero_reals(n), input_reals(n, 65, 0)};
+    for (size_t i = 0; i < n; i++) host[i] = -host[i];
+    device_upload(x[1], host, n * sizeof *host);
+    device_synchronize();
+    reduce_slice((void *const *)x, 3, 0, n, REAL_ARRAY, SUM);
+    put_real(out, "reduce_slice in the order of ranks", x[2], n, 0);
+    free(host);
+    DEVICE_FREE(x[0], x[1], x[2]);
+}
+
 /* Every operator, on sizes that divide nicely, on sizes that do not, and on the smallest. */
 static void record_operators(FILE *out)
 {
@@ -300,10 +313,12 @@ static void record_operators(FILE *out)
     record_embedding(out, 2, 33, 96, 1003, 0.1);
     record_embedding(out, 3, 1, 20, 7, 0.5);
     record_embedding(out, 2, 64, 128, 50, 0);
+    record_embedding(out, 3, 90, 20, 50, 0.1); /* more tokens than fit one tile of the sort */
     record_layernorm(out, 66, 96, 0.1);
     record_layernorm(out, 1, 37, 0.3);
     record_layernorm(out, 128, 128, 0);
-    record_layernorm(out, 40, 1030, 0.1);
+    record_layernorm(out, 150, 1030, 0.1); /* more than one row a warp in sums of columns .. */
+    record_layernorm(out, 600, 20, 0.1);   /* .. and a block in LayerNorm's */
     record_layernorm(out, 2, 6144, 0.1); /* all that a block of threads has without asking for more */
     record_attention(out, 2, 33, 3, 9, 0.1);
     record_attention(out, 1, 1, 1, 64, 0);
@@ -319,6 +334,7 @@ static void record_operators(FILE *out)
     record_optimizer(out, 70000);
     record_reduce(out, 1003, SUM);
     record_reduce(out, 1003, MAX);
+    record_rank_order(out, 1024); /* several at a time, too */
 }
 
 /* ---- Whole models */
