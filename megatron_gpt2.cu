@@ -319,24 +319,53 @@ static void act_download(real *to, const act *from, size_t n)
 
 /* ---- What kernels share ------------------------------------------------------------------------------------------ */
 
-/* W numbers that one instruction moves. */
-template <typename T, int W> struct alignas(W * sizeof(T) < 16 ? W * sizeof(T) : 16) Pack {
-    T v[W];
-};
+/* What one instruction moves, up to 16 bytes, or two where it is 32; whatever type its numbers have. */
+template <int BYTES> struct alignas(BYTES < 16 ? BYTES : 16) Words {
+    uint32_t w[BYTES / 4];
+} __attribute__((may_alias));
 
-template <int W, typename T> static __device__ inline void load(real (&x)[W], const T *from)
+#if defined PRECISION_BF16 || defined PRECISION_FP16
+/* Two numbers as one word, x at the lower address. */
+static __device__ inline uint32_t pack(float x, float y)
 {
-    const Pack<T, W> pack = *(const Pack<T, W> *)from;
-#pragma unroll
-    for (int i = 0; i < W; i++) x[i] = to_real(pack.v[i]);
+#ifdef PRECISION_BF16
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+#else
+    const __half2 pair = __floats2half2_rn(x, y);
+#endif
+    uint32_t word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
 }
 
+/* The first word of act, or of real, that stands for x. */
+static __device__ inline uint32_t first_word(const act *, const real *x) { return pack(x[0], x[1]); }
+#endif
+static __device__ inline uint32_t first_word(const real *, const real *x) { return __float_as_uint(x[0]); }
+
+/* x = W numbers, from memory that is aligned to as many, or to 16 bytes. */
+template <int W, typename T> static __device__ inline void load(real (&x)[W], const T *from)
+{
+    T number[W];
+    if constexpr (W == 1) number[0] = *from;
+    else {
+        const Words<W * sizeof(T)> words = *(const Words<W * sizeof(T)> *)from;
+        memcpy(number, &words, sizeof number);
+    }
+#pragma unroll
+    for (int i = 0; i < W; i++) x[i] = to_real(number[i]);
+}
+
+/* And back. */
 template <int W, typename T> static __device__ inline void store(T *to, const real (&x)[W])
 {
-    Pack<T, W> pack;
+    if constexpr (W == 1) *to = (T)x[0];
+    else {
+        Words<W * sizeof(T)> words;
 #pragma unroll
-    for (int i = 0; i < W; i++) pack.v[i] = (T)x[i];
-    *(Pack<T, W> *)to = pack;
+        for (int i = 0; i < (int)(W * sizeof(T)) / 4; i++) words.w[i] = first_word(to, x + i * 4 / sizeof(T));
+        *(Words<W * sizeof(T)> *)to = words;
+    }
 }
 
 /* May rows of C numbers at these addresses be read WIDE at a time? */
@@ -394,11 +423,13 @@ static Mask make_mask(Dropout d)
     return m;
 }
 
-/* Bit i: element index + i of the stream is kept, i < 4. Two calls of philox where they straddle its blocks. */
+/* Bit i: element index + i of the stream is kept, i < 4. Two calls of philox where they straddle its blocks, and none
+ * where there is no dropout. */
 static __device__ inline uint32_t keep_four(const Mask &m, uint64_t index)
 {
     const int skip = (int)(index % 4);
     uint32_t word[4], bits = 0;
+    if (m.d.p == 0) return 15;
     philox(word, m.d.seed, index / 4, m.d.site, m.d.step);
 #pragma unroll
     for (int i = 0; i < 4; i++) bits |= (uint32_t)(word[i] >= m.threshold) << i;
@@ -413,7 +444,6 @@ static __device__ inline uint32_t keep_four(const Mask &m, uint64_t index)
 /* x[i] *= the mask of element index + i of the tensor. */
 template <int W> static __device__ inline void apply_mask(real (&x)[W], const Mask &m, size_t index)
 {
-    if (m.d.p == 0) return;
 #pragma unroll
     for (int i = 0; i < W; i += 4) {
         const uint32_t keep = keep_four(m, m.d.first + index + i);
@@ -457,10 +487,12 @@ static __global__ void column_sums_kernel(real *part, act *y, const act *x, size
     const size_t end = min_size(first + chunk, N);
     real sum[W] = {};
     for (size_t n = first + warp; c < C && n < end; n += SUM_WARPS) {
+        const size_t at =
+            (n * C + c) / W * W; /* it is a multiple of W anyway, but now nvcc sees it, and stores at once */
         real v[W];
-        load(v, x + n * C + c);
-        apply_mask(v, mask, n * C + c);
-        if (y) store(y + n * C + c, v);
+        load(v, x + at);
+        apply_mask(v, mask, at);
+        if (y) store(y + at, v);
 #pragma unroll
         for (int i = 0; i < W; i++) sum[i] += v[i];
     }
@@ -961,11 +993,13 @@ static __global__ void layernorm_backward_kernel(act *dx, real *part, const act 
         }
     }
     real *to = part + (size_t)blockIdx.x * 2 * C;
-    for (size_t p = threadIdx.x; p < packs; p += blockDim.x)
-        for (int i = 0; i < W; i++) {
-            to[p * W + i] = sum_g[i * packs + p];
-            to[C + p * W + i] = sum_b[i * packs + p];
-        }
+    for (size_t p = threadIdx.x; p < packs; p += blockDim.x) {
+        real g_sums[W], b_sums[W];
+#pragma unroll
+        for (int i = 0; i < W; i++) g_sums[i] = sum_g[i * packs + p], b_sums[i] = sum_b[i * packs + p];
+        store(to + p * W, g_sums);
+        store(to + C + p * W, b_sums);
+    }
 }
 
 template <int W>
@@ -1203,10 +1237,14 @@ static __device__ inline void write_columns(act *to, size_t to_row, const float4
             const float4 v = o[i][j];
             const real f = factor[i], four[4] = {v.x * f, v.y * f, v.z * f, v.w * f};
             act *at = to + r * to_row + c;
-            if (vectors && r < rows && c < columns) store(at, four);
+            if (r >= rows) continue;
+            if (vectors) {
+                if (c < columns) store(at, four);
+            } else {
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-                if (!vectors && r < rows && c + k < columns) at[k] = to_act(four[k]);
+                for (int k = 0; k < 4; k++)
+                    if (c + k < columns) at[k] = to_act(four[k]);
+            }
         }
 }
 
@@ -1511,19 +1549,6 @@ static __device__ inline int row_of(int m, int e) { return 16 * m + threadIdx.x 
 static __device__ inline int column_of(int n, int e)
 {
     return 16 * (n / 2) + 4 * (threadIdx.x % 4) + 2 * (n % 2) + e % 2;
-}
-
-/* Two numbers as one word of a tile, x at the lower address. */
-static __device__ inline uint32_t pack(float x, float y)
-{
-#ifdef PRECISION_BF16
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-#else
-    const __half2 pair = __floats2half2_rn(x, y);
-#endif
-    uint32_t word;
-    memcpy(&word, &pair, sizeof word);
-    return word;
 }
 
 /* Starts the copy of COUNT rows of D numbers to shared memory. A thread takes 16 bytes of every eighth or sixteenth

@@ -136,11 +136,10 @@ static std::string name_work(uint32_t number)
 
 /* ---- 3. Shadow: what has happened to each granule of memory ------------------------------------------------------ */
 
-constexpr size_t GRANULE = 2;                      /* bytes. Of single bytes only bounds and writing are watched */
-constexpr size_t ARENA = (size_t)1 << 36;          /* addresses for device memory, each used once */
-constexpr size_t PAGE = 1 << 16;                   /* an allocation begins a page, and leaves one free behind it */
-constexpr size_t SHARED_REGION = 2 * SHARED_OPTIN; /* of block->memory */
-constexpr size_t LINE = 128;                       /* of shared memory belongs to one variable */
+constexpr size_t GRANULE = 2;             /* bytes. Of single bytes only bounds and writing are watched */
+constexpr size_t ARENA = (size_t)1 << 36; /* addresses for device memory, each used once */
+constexpr size_t PAGE = 1 << 16;          /* an allocation begins a page, and leaves one free behind it */
+constexpr size_t LINE = 128;              /* of shared memory belongs to one variable */
 
 /* Flags of an access: by an atomic operation; a cp.async not waited for; of a cell's write: the cell stands for a whole
  * word, and the next one for nothing. */
@@ -186,8 +185,8 @@ static void *reserve(size_t size)
 
 /* What the checker keeps for each OS thread that runs blocks. */
 struct Watch {
-    Cell cells[SHARED_REGION / GRANULE]; /* shadow of its shared memory */
-    uint8_t lines[SHARED_REGION / LINE]; /* which variable each line belongs to: its number + 1 */
+    Cell cells[SHARED_ROOM / GRANULE]; /* shadow of its shared memory */
+    uint8_t lines[SHARED_ROOM / LINE]; /* which variable each line belongs to: its number + 1 */
     SharedVariable variables[255];
     size_t count;           /* of them */
     uint64_t shared_serial; /* of the block, among all that this OS thread has run */
@@ -305,7 +304,8 @@ static std::string where_is(const void *p, bool shared)
 [[noreturn]] static void report_race(const void *p, size_t size, bool shared, Kind now, const Access &ours,
                                      const Access &theirs, const char *did, Conflict c)
 {
-    static const char *const missing[] = {"", "without __syncwarp between them", "without __syncthreads between them",
+    static const char *const missing[] = {"", "without __syncwarp or __syncthreads between them",
+                                          "without __syncthreads between them",
                                           "by threads of different blocks, which nothing orders",
                                           "by work that nothing orders: no stream, event or wait"};
     report(c == WORKS ? "stream-order" : "race",
@@ -513,7 +513,7 @@ static bool within(const char *p, const uintptr_t range[2]) { return (uintptr_t)
 static void kernel_access(char *p, size_t size, Kind kind, unsigned flags, uint32_t pc)
 {
     if (watch->doubt.p) settle_doubt();
-    if ((size_t)(p - block->memory) < SHARED_REGION) {
+    if ((size_t)(p - block->memory) < SHARED_ROOM) {
         Cell *cells = shared_cells(p, size, kind_name[kind], pc);
         touch_all(cells, kind, me(true, pc, flags), p, size, true, true);
     } else if ((size_t)(p - arena) < ARENA) {
@@ -735,7 +735,7 @@ static void check_lanes(unsigned mask)
 static void check_copy_issued(const AsyncCopy &c, const void *pc)
 {
     settle_doubt();
-    if (!((size_t)((char *)c.shared - block->memory) < SHARED_REGION))
+    if (!((size_t)((char *)c.shared - block->memory) < SHARED_ROOM))
         report("bounds", "cp.async to what is not shared memory", pack_pc(pc));
     if (c.valid) access(c.global, 16, READ, 0, pc);
     access(c.shared, 16, WRITE, LANDING, pc);

@@ -22,6 +22,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #ifndef __has_feature
@@ -53,9 +54,10 @@ constexpr size_t SHARED_GAP = 128; /* unused bytes behind shared variables: who 
 #define PROGRAM "cudaemu"
 constexpr size_t SHARED_GAP = 32; /* ASan watches them */
 #endif
-constexpr int MAX_THREADS = 1024;           /* of a block */
-constexpr size_t SHARED_DEFAULT = 48 << 10; /* bytes of shared memory a block may have without asking .. */
-constexpr size_t SHARED_OPTIN = 227 << 10;  /* .. and with cudaFuncSetAttribute */
+constexpr int MAX_THREADS = 1024;                /* of a block */
+constexpr size_t SHARED_DEFAULT = 48 << 10;      /* bytes of shared memory a block may have without asking .. */
+constexpr size_t SHARED_OPTIN = 227 << 10;       /* .. and with cudaFuncSetAttribute */
+constexpr size_t SHARED_ROOM = 2 * SHARED_OPTIN; /* for them and the gaps between */
 constexpr size_t DEVICE_MEMORY = (size_t)16 << 30;
 constexpr size_t LT_WORKSPACE = 1 << 16; /* bytes that each product of cuBLASLt claims to need */
 constexpr int POISON = 0xFF; /* fresh memory: every float, bf16 and fp16 of such bytes is a NaN */
@@ -441,7 +443,7 @@ static void run_block(Block *b)
     b->charged = b->launch->config.shared;
     b->used = (b->charged + SHARED_GAP + 127) / 128 * 128;
 #ifdef CUDAEMU_ASAN
-    ASAN_POISON_MEMORY_REGION(b->memory + b->charged, 2 * SHARED_OPTIN - b->charged);
+    ASAN_POISON_MEMORY_REGION(b->memory + b->charged, SHARED_ROOM - b->charged);
     ASAN_UNPOISON_MEMORY_REGION(b->memory, b->charged);
 #endif
     if (b->charged) memset(b->memory, POISON, b->charged);
@@ -540,6 +542,7 @@ static void *shared_alloc(Block *b, size_t size, Site at)
     if (b->charged > limit)
         fail(at, "%zu bytes of shared memory, %zu of them dynamic; this kernel may have %zu", b->charged, dynamic,
              limit);
+    if (b->used + size + SHARED_GAP > SHARED_ROOM) fail(at, "too many shared variables");
     char *p = b->memory + b->used;
     b->used = (b->used + size + SHARED_GAP + 127) / 128 * 128;
 #ifdef CUDAEMU_ASAN
@@ -649,7 +652,7 @@ static Block *this_block()
     (void)&owner;
     if (!mine) {
         mine = new Block();
-        mine->memory = (char *)aligned_alloc(128, 2 * SHARED_OPTIN);
+        mine->memory = (char *)aligned_alloc(128, SHARED_ROOM);
         if (!mine->memory) fail({nullptr, 0}, "out of memory");
         watch_faults(mine);
     }
