@@ -319,7 +319,7 @@ static void record_operators(FILE *out)
     record_layernorm(out, 128, 128, 0);
     record_layernorm(out, 150, 1030, 0.1); /* more than one row a warp in sums of columns .. */
     record_layernorm(out, 600, 20, 0.1);   /* .. and a block in LayerNorm's */
-    record_layernorm(out, 2, 6144, 0.1); /* all that a block of threads has without asking for more */
+    record_layernorm(out, 2, 6144, 0.1);   /* all that a block of threads has without asking for more */
     record_attention(out, 2, 33, 3, 9, 0.1);
     record_attention(out, 1, 1, 1, 64, 0);
     record_attention(out, 2, 130, 2, 64, 0.1);

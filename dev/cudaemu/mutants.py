@@ -25,7 +25,7 @@ bf16  | apply_mask | index + i | index | dropout: the second four of eight
 fp32  | apply_mask | m.d.first + index | index | dropout: where the rank's slice begins
 fp32+ | column_sums_kernel | __syncthreads(); | | barrier
 fp32+ | column_sums_kernel | if (column < C) part | part | bound of columns
-fp32  | column_sums_kernel | mask, n * C + c) | mask, n * C) | dropout index without the column
+fp32  | column_sums_kernel | mask, at) | mask, at - c) | dropout index without the column
 fp32  | column_sums_kernel | n += SUM_WARPS | n += chunk | rows of a chunk after the first eight
 fp32+ | add_parts_kernel | __syncthreads(); | | barrier
 fp32+ | add_parts_kernel | c < columns && | | bound of columns
