@@ -1,7 +1,7 @@
 /* megatron_gpt2.cu - megatron_gpt2.c on NVIDIA GPUs: its chapter 2, the operators, function for function.
  *
  *     nvcc -O3 megatron_gpt2.cu -o megatron_gpt2_cuda -lcublas -lcublasLt        the program, with all its commands
- *     .. -DPRECISION_BF16 or -DPRECISION_FP16     mixed precision [§4.2]: weights, activations and their gradients in 16
+ *     .. -arch=sm_80 -DPRECISION_BF16 or _FP16    mixed precision [§4.2]: weights, activations and their gradients in 16
  *                                                 bits, but float master weights, moments, softmax, LayerNorm and sums
  *     .. -DPRECISION_TF32                         float, but products with 10-bit mantissas on tensor cores
  *
@@ -589,6 +589,7 @@ static void set_epilogue(cublasLtMatmulDesc_t desc, const Product *p, const act 
 static ProductPlan plan_product(const Product *p, const act *bias, const act *aux)
 {
     enum { MOST = 32 << 20 }; /* bytes of working space: what NVIDIA advises for Hopper */
+    const act *const aligned = (const act *)(uintptr_t)p->alignment; /* asked about, not read: any such address does */
     const cublasOperation_t ta = p->b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     const cublasOperation_t tb = p->a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasLtMatmulPreference_t preference;
@@ -601,7 +602,7 @@ static ProductPlan plan_product(const Product *p, const act *bias, const act *au
     set_attribute(plan.desc, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof ta);
     set_attribute(plan.desc, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof tb);
     set_attribute(plan.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &p->epilogue, sizeof p->epilogue);
-    set_epilogue(plan.desc, p, bias, aux);
+    set_epilogue(plan.desc, p, bias ? aligned : NULL, aux ? aligned : NULL);
     plan.a = p->b_transposed ? matrix_layout(p->N, p->K) : matrix_layout(p->K, p->N);
     plan.b = p->a_transposed ? matrix_layout(p->K, p->M) : matrix_layout(p->M, p->K);
     plan.c = matrix_layout(p->M, p->N);
