@@ -591,6 +591,9 @@ static void set_epilogue(cublasLtMatmulDesc_t desc, const Product *p, const act 
 static ProductPlan plan_product(const Product *p, const act *bias, const act *aux)
 {
     enum { MOST = 32 << 20 }; /* bytes of working space: what NVIDIA advises for Hopper */
+    /* Addresses that are asked about, not read: any that are no better aligned do. */
+    const act *const bias_like = bias ? (const act *)(uintptr_t)p->bias_alignment : NULL;
+    const act *const aux_like = aux ? (const act *)(uintptr_t)p->aux_alignment : NULL;
     const cublasOperation_t ta = p->b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     const cublasOperation_t tb = p->a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasLtMatmulPreference_t preference;
@@ -603,7 +606,7 @@ static ProductPlan plan_product(const Product *p, const act *bias, const act *au
     set_attribute(plan.desc, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof ta);
     set_attribute(plan.desc, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof tb);
     set_attribute(plan.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &p->epilogue, sizeof p->epilogue);
-    set_epilogue(plan.desc, p, bias, aux);
+    set_epilogue(plan.desc, p, bias_like, aux_like);
     plan.a = p->b_transposed ? matrix_layout(p->N, p->K) : matrix_layout(p->K, p->N);
     plan.b = p->a_transposed ? matrix_layout(p->K, p->M) : matrix_layout(p->M, p->K);
     plan.c = matrix_layout(p->M, p->N);

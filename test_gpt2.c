@@ -364,7 +364,7 @@ static void draw_weights(Rank *k)
         real *x = (real *)xcalloc(t->n, sizeof *x);
         for (size_t row = 0; row < real_rows(t, k->tp.rank); row++)
             for (size_t col = 0; col < t->local_cols; col++) {
-                real z;
+                real z = 0;
                 size_t index = whole_row(t, k->tp.rank, row) * t->cols + whole_col(t, k->tp.rank) + col;
                 random_normals(&z, 99, (uint32_t)(t->layer * 100 + (size_t)(t->spec - specs)), index, 1);
                 x[row * t->local_cols + col] = coarse((t->spec->init == INIT_ONE) + (real)0.125 * coarse(z));
@@ -4289,7 +4289,7 @@ static void perturb(Rank *k)
         const Tensor *t = &k->tensor[i];
         for (size_t row = 0; row < real_rows(t, k->tp.rank); row++)
             for (size_t col = 0; col < t->local_cols; col++) {
-                real z;
+                real z = 0;
                 size_t index = whole_row(t, k->tp.rank, row) * t->cols + whole_col(t, k->tp.rank) + col;
                 random_normals(&z, 99, (uint32_t)(t->layer * 100 + (size_t)(t->spec - specs)), index, 1);
                 k->weights[t->offset + row * t->local_cols + col] += (real)0.1 * z;
