@@ -85,11 +85,15 @@ build/cudaemu.o: $(EMULATOR)
 megatron_gpt2_emu: build/megatron_gpt2_emu.cpp build/cudaemu.o $(SOURCE)
 	$(CXX) $(EMUFLAGS) -DPRECISION_$(shell echo $(PRECISION) | tr a-z A-Z) -o $@ build/megatron_gpt2_emu.cpp build/cudaemu.o $(LDLIBS)
 
+# CUDA=gpu after emu, or the other way round, must build anew.
+build/for_$(CUDA):
+	@mkdir -p build && rm -f build/for_* && touch $@
+
 ifeq ($(CUDA),gpu)
-test_twin_%: $(TWIN)
+test_twin_%: $(TWIN) build/for_$(CUDA)
 	$(NVCC) $(NVCCFLAGS) $(precision) -DTWIN_SOURCE='"megatron_gpt2.cu"' -x cu test_gpt2.c -o $@ $(CUDALIBS)
 else
-test_twin_%: build/megatron_gpt2_emu.cpp build/cudaemu.o $(TWIN)
+test_twin_%: build/megatron_gpt2_emu.cpp build/cudaemu.o $(TWIN) build/for_$(CUDA)
 	$(CXX) $(EMUFLAGS) $(EXTRA) $(precision) -DTWIN_SOURCE='"build/megatron_gpt2_emu.cpp"' -o $@ -x c++ test_gpt2.c \
 	    -x none build/cudaemu.o $(LDLIBS)
 endif
