@@ -40,7 +40,7 @@ EMULATOR = dev/cudaemu/cudaemu.cpp dev/cudaemu/cudaemu.h
 EMUFLAGS = -std=gnu++17 $(OPT) -O2 $(MARCH) -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas -I. \
            -DGPT2_OPERATORS='"build/megatron_gpt2_emu.cpp"'
 TWINS    = $(if $(filter gpu emu,$(CUDA)),test_twin_fp32 test_twin_bf16 test_twin_fp16)
-SAY_CUDA = $(if $(TWINS),./test_twin_fp32 device,echo "CUDA: NOT TESTED ($(if $(filter off,$(CUDA)),no C++ compiler was found, or CUDA=off,CUDA=$(CUDA) is not gpu emu or off))")
+SAY_CUDA = $(if $(TWINS),./test_twin_fp32 device,echo "CUDA: NOT TESTED ($(if $(filter off,$(CUDA)),CUDA=off or no C++ compiler was found,CUDA=$(CUDA) is not gpu emu or off))")
 precision = -DPRECISION_$(shell echo $* | tr a-z A-Z)
 
 all: megatron_gpt2 $(ZLIB)
