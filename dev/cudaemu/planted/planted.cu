@@ -126,6 +126,47 @@ template <bool bug> __global__ void scan(float *out)
     out[t] = x[t];
 }
 
+/* Halves of words: two threads may each write one of them, but who reads the whole word must come after both. */
+template <bool bug> __global__ void words_and_halves(int *out)
+{
+    typedef uint32_t word __attribute__((may_alias));
+    __shared__ __align__(4) uint16_t x[2 * N];
+    int t = threadIdx.x;
+    ((word *)x)[t] = 0;
+    __syncthreads();
+    x[2 * t + 1] = (uint16_t)t;
+    x[2 * (t ^ 1)] = (uint16_t)t;
+    if (!bug) __syncthreads();
+    out[t] = (int)((word *)x)[(t + N - 32) % N]; /* BUG(words_and_halves) */
+}
+
+/* Lane 0 waits for lane 31 only, so that it may write while the others read. */
+template <bool bug> __global__ void partial_warp_barrier(float *out)
+{
+    __shared__ float x;
+    int t = threadIdx.x;
+    x = 1;
+    __syncwarp();
+    out[t] = x;
+    __syncwarp(!bug ? 0xFFFFFFFF : t % 31 ? 0x7FFFFFFE : 0x80000001);
+    if (t == 0) x = 2; /* BUG(partial_warp_barrier) */
+}
+
+/* Three read x: two of the last warp, which __syncwarp then orders before the write, and one of another. Two barriers
+ * turn the order of threads so that the two come first. */
+template <bool bug> __global__ void far_reader(float *out)
+{
+    __shared__ float x;
+    int t = threadIdx.x;
+    if (t == 0) x = 1;
+    __syncthreads();
+    __syncthreads();
+    if (t == 5 || t >= N - 2) out[t] = x;
+    __syncwarp();
+    if (!bug) __syncthreads();
+    if (t == N - 2) x = 2; /* BUG(far_reader) */
+}
+
 /* ---- Races in global memory -------------------------------------------------------------------------------------- */
 
 template <bool bug> __global__ void sum_over_blocks(float *out)
@@ -152,18 +193,18 @@ template <bool bug> __global__ void rows_overlap(float *out)
 }
 
 /* The last block to come adds up all blocks' sums. */
-template <bool bug> __global__ void last_block(float *part, int *counter, float *out)
+template <int fences> __global__ void last_block(float *part, int *counter, float *out)
 {
     __shared__ int last;
     if (threadIdx.x == 0) {
         part[blockIdx.x] = blockIdx.x;
-        if (!bug) __threadfence();
+        if (fences == 2 || (fences == 1 && blockIdx.x != 1)) __threadfence();
         last = atomicAdd(counter, 1) == (int)gridDim.x - 1;
     }
     __syncthreads();
     if (last && threadIdx.x == 0) {
         float sum = 0;
-        for (unsigned i = 0; i < gridDim.x; i++) sum += part[i]; /* BUG(last_block) */
+        for (unsigned i = 0; i < gridDim.x; i++) sum += part[i]; /* BUG(fence_missing) BUG(fence_in_a_branch) */
         *out = sum;
     }
 }
@@ -355,6 +396,16 @@ template <bool bug> __global__ void refilled_too_soon(float *out, const float *i
     out[t] = sum;
 }
 
+template <bool bug> __global__ void row_copied_beyond(float *out, const float *in, int n)
+{
+    __shared__ __align__(16) float x[4 * N];
+    int t = threadIdx.x;
+    cp_async_16(&x[4 * t], &in[4 * t], bug || t < n); /* BUG(row_copied_beyond) */
+    cp_async_commit();
+    cp_async_wait<0>();
+    out[t] = x[4 * t];
+}
+
 /* ---- The host's side --------------------------------------------------------------------------------------------- */
 
 __global__ void read_pointer(float *out, const float *p)
@@ -421,12 +472,27 @@ static const Bug bugs[] = {
     {"shuffle_is_no_barrier", "[race]", [](bool bug) { RUN(shuffle_is_no_barrier, 1, N, device_floats(N)); }},
     {"warp_for_block_barrier", "[race]", [](bool bug) { RUN(warp_for_block_barrier, 1, N, device_floats(N)); }},
     {"half_words", "[race]", [](bool bug) { RUN(half_words, 1, N, (__half *)device_floats(N)); }},
+    {"words_and_halves", "[race]", [](bool bug) { RUN(words_and_halves, 1, N, (int *)device_floats(N)); }},
+    {"partial_warp_barrier", "[race]", [](bool bug) { RUN(partial_warp_barrier, 1, 32, device_floats(32)); }},
+    {"far_reader", "[race]", [](bool bug) { RUN(far_reader, 1, N, device_floats(N)); }},
     {"scan", "[race]", [](bool bug) { RUN(scan, 1, 32, device_floats(32)); }},
     {"sum_over_blocks", "[race]", [](bool bug) { RUN(sum_over_blocks, 4, 32, device_floats(1)); }},
     {"other_blocks_result", "[race]", [](bool bug) { RUN(other_blocks_result, 3, N, device_floats(6 * N)); }},
     {"rows_overlap", "[race]", [](bool bug) { RUN(rows_overlap, 3, N, device_floats(4 * N)); }},
-    {"last_block", "[race]",
-     [](bool bug) { RUN(last_block, 5, 32, device_floats(5), (int *)device_floats(1), device_floats(1)); }},
+    {"fence_missing", "[race]",
+     [](bool bug) {
+         float *part = device_floats(5), *out = device_floats(1);
+         int *counter = (int *)device_floats(1);
+         if (bug) last_block<0><<<5, 32>>>(part, counter, out);
+         else last_block<2><<<5, 32>>>(part, counter, out);
+     }},
+    {"fence_in_a_branch", "[race]", /* which one block does not take */
+     [](bool bug) {
+         float *part = device_floats(5), *out = device_floats(1);
+         int *counter = (int *)device_floats(1);
+         if (bug) last_block<1><<<5, 32>>>(part, counter, out);
+         else last_block<2><<<5, 32>>>(part, counter, out);
+     }},
     {"atomic_and_plain", "[race]",
      [](bool bug) { RUN(atomic_and_plain, 1, N, (int *)device_floats(1), (int *)device_floats(1)); }},
     {"off_by_one", "[bounds]", [](bool bug) { RUN(off_by_one, 1, N, device_floats(100), 100); }},
@@ -476,6 +542,8 @@ static const Bug bugs[] = {
      [](bool bug) { RUN(barrier_after_wait, 1, N, device_floats(N), device_floats(4 * N)); }},
     {"refilled_too_soon", "[race]",
      [](bool bug) { RUN(refilled_too_soon, 1, N, device_floats(N), device_floats(8 * N)); }},
+    {"row_copied_beyond", "[bounds]",
+     [](bool bug) { RUN(row_copied_beyond, 1, N, device_floats(N), device_floats(4 * 100), 100); }},
     {"too_many_threads", "may have 1 to 1024",
      [](bool bug) {
          float *x = device_floats(2048);
