@@ -140,6 +140,30 @@ template <bool bug> __global__ void words_and_halves(int *out)
     out[t] = (int)((word *)x)[(t + N - 32) % N]; /* BUG(words_and_halves) */
 }
 
+template <bool bug> __global__ void half_of_a_word(int *out)
+{
+    typedef uint32_t word __attribute__((may_alias));
+    __shared__ __align__(4) uint16_t x[2 * N];
+    int t = threadIdx.x;
+    ((word *)x)[t] = 7;
+    __syncthreads();
+    x[2 * t + 1] = (uint16_t)(x[2 * t + 1] + t);
+    if (!bug) __syncthreads();
+    out[t] = (int)((word *)x)[(t + N - 32) % N]; /* BUG(half_of_a_word) */
+}
+
+template <bool bug> __global__ void half_after_word(int *out)
+{
+    typedef uint32_t word __attribute__((may_alias));
+    __shared__ __align__(4) uint16_t x[2 * N];
+    int t = threadIdx.x;
+    ((word *)x)[t] = 7;
+    __syncthreads();
+    ((word *)x)[(t + 32) % N] = 8;
+    if (!bug) __syncthreads();
+    out[t] = x[2 * t + 1]; /* BUG(half_after_word) */
+}
+
 /* Lane 0 waits for lane 31 only, so that it may write while the others read. */
 template <bool bug> __global__ void partial_warp_barrier(float *out)
 {
@@ -473,6 +497,8 @@ static const Bug bugs[] = {
     {"warp_for_block_barrier", "[race]", [](bool bug) { RUN(warp_for_block_barrier, 1, N, device_floats(N)); }},
     {"half_words", "[race]", [](bool bug) { RUN(half_words, 1, N, (__half *)device_floats(N)); }},
     {"words_and_halves", "[race]", [](bool bug) { RUN(words_and_halves, 1, N, (int *)device_floats(N)); }},
+    {"half_of_a_word", "[race]", [](bool bug) { RUN(half_of_a_word, 1, N, (int *)device_floats(N)); }},
+    {"half_after_word", "[race]", [](bool bug) { RUN(half_after_word, 1, N, (int *)device_floats(N)); }},
     {"partial_warp_barrier", "[race]", [](bool bug) { RUN(partial_warp_barrier, 1, 32, device_floats(32)); }},
     {"far_reader", "[race]", [](bool bug) { RUN(far_reader, 1, N, device_floats(N)); }},
     {"scan", "[race]", [](bool bug) { RUN(scan, 1, 32, device_floats(32)); }},
