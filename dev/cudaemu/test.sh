@@ -17,7 +17,8 @@ try() { # what it does, then the command
 
 emulate() {
     (echo '#line 1 "test_cudaemu.cu"'; sed -f cu2cpp.sed test_cudaemu.cu) > "$work/test.cpp" &&
-    $CXX -std=gnu++17 -O2 -Wall -Wextra -Wshadow -Werror -I. $1 "$work/test.cpp" cudaemu.cpp -lpthread -o "$work/test" &&
+    $CXX -std=gnu++17 -O2 -Wall -Wextra -Wshadow -Werror -I. $1 "$work/test.cpp" cudaemu.cpp -lpthread \
+        -o "$work/test" &&
     "$work/test"
 }
 try 'emulator' emulate

@@ -226,7 +226,7 @@ __global__ void warps(int *out, int width, int arg, unsigned mask)
 static void test_warps()
 {
     for (int width = 1; width <= 32; width *= 2)
-        for (int arg = 0; arg < width; arg++) {
+        for (int arg = 0; arg < 32; arg++) {
             Buffer<int> out(96 * 8);
             warps<<<1, 96>>>(out.d, width, arg, 0xFFFFFFFF);
             int *p = out.down(), bad = 0;
@@ -235,7 +235,7 @@ static void test_warps()
                 auto value = [&](int lane) { return 100 + (w + lane) * (w + lane); };
                 unsigned ballot = 0;
                 for (int i = 0; i < 32; i++) ballot |= (unsigned)(value(i) % 3 == 0) << i;
-                int want[8] = {value(first + arg),
+                int want[8] = {value(first + arg % width),
                                value((l ^ arg) < end ? l ^ arg : l),
                                value(l - arg >= first ? l - arg : l),
                                value(l + arg < end ? l + arg : l),
@@ -538,6 +538,9 @@ static void test_streams()
     OK(cudaMemcpyAsync(h, x.d + 2, 4, cudaMemcpyDeviceToHost, c));
     OK(cudaStreamSynchronize(c));
     CHECK(*h == 23);
+    set<<<1, 1, 0, c>>>(x.d, 4);
+    OK(cudaMemcpy(h, x.d, 4, cudaMemcpyDeviceToHost));
+    CHECK(*h == 4);
     float ms = -1;
     OK(cudaEventRecord(e, a));
     OK(cudaEventSynchronize(e));

@@ -71,9 +71,9 @@ template <bool bug> __global__ void warp_barrier_missing(float *out)
     int t = threadIdx.x;
     x[t] = 0;
     __syncwarp();
-    x[t] = t;
+    x[t] = t; /* BUG(warp_barrier_missing) */
     if (!bug) __syncwarp();
-    out[t] = x[t ^ 1]; /* BUG(warp_barrier_missing) */
+    out[t] = x[t ^ 1];
 }
 
 /* A shuffle does not order memory. */
@@ -118,12 +118,77 @@ template <bool bug> __global__ void scan(float *out)
     x[t] = t;
     __syncwarp();
     for (int o = 1; o < 32; o *= 2) {
-        float left = t >= o ? x[t - o] : 0;
+        float left = t >= o ? x[t - o] : 0; /* BUG(scan) */
         if (!bug) __syncwarp();
-        x[t] += left; /* BUG(scan) */
+        x[t] += left;
         __syncwarp();
     }
     out[t] = x[t];
+}
+
+/* Halves of words: two threads may each write one of them, but who reads the whole word must come after both. */
+template <bool bug> __global__ void words_and_halves(int *out)
+{
+    typedef uint32_t word __attribute__((may_alias));
+    __shared__ __align__(4) uint16_t x[2 * N];
+    int t = threadIdx.x;
+    ((word *)x)[t] = 0;
+    __syncthreads();
+    x[2 * t + 1] = (uint16_t)t;
+    x[2 * (t ^ 1)] = (uint16_t)t;
+    if (!bug) __syncthreads();
+    out[t] = (int)((word *)x)[(t + N - 32) % N]; /* BUG(words_and_halves) */
+}
+
+template <bool bug> __global__ void half_of_a_word(int *out)
+{
+    typedef uint32_t word __attribute__((may_alias));
+    __shared__ __align__(4) uint16_t x[2 * N];
+    int t = threadIdx.x;
+    ((word *)x)[t] = 7;
+    __syncthreads();
+    x[2 * t + 1] = (uint16_t)(x[2 * t + 1] + t);
+    if (!bug) __syncthreads();
+    out[t] = (int)((word *)x)[(t + N - 32) % N]; /* BUG(half_of_a_word) */
+}
+
+template <bool bug> __global__ void half_after_word(int *out)
+{
+    typedef uint32_t word __attribute__((may_alias));
+    __shared__ __align__(4) uint16_t x[2 * N];
+    int t = threadIdx.x;
+    ((word *)x)[t] = 7;
+    __syncthreads();
+    ((word *)x)[(t + 32) % N] = 8;
+    if (!bug) __syncthreads();
+    out[t] = x[2 * t + 1]; /* BUG(half_after_word) */
+}
+
+/* Lane 0 waits for lane 30 only: others have read as well before it writes. */
+template <bool bug> __global__ void partial_warp_barrier(float *out)
+{
+    __shared__ float x;
+    int t = threadIdx.x;
+    x = 1;
+    __syncwarp();
+    if (t < 31) out[t] = x;
+    __syncwarp(!bug ? 0xFFFFFFFF : t % 30 ? 0xBFFFFFFE : 0x40000001);
+    if (t == 0) x = 2; /* BUG(partial_warp_barrier) */
+}
+
+/* Three read x: two of the last warp, which __syncwarp then orders before the write, and one of another. Two barriers
+ * turn the order of threads so that the two come first. */
+template <bool bug> __global__ void far_reader(float *out)
+{
+    __shared__ float x;
+    int t = threadIdx.x;
+    if (t == 0) x = 1;
+    __syncthreads();
+    __syncthreads();
+    if (t == 5 || t >= N - 2) out[t] = x;
+    __syncwarp();
+    if (!bug) __syncthreads();
+    if (t == N - 2) x = 2; /* BUG(far_reader) */
 }
 
 /* ---- Races in global memory -------------------------------------------------------------------------------------- */
@@ -138,10 +203,10 @@ template <bool bug> __global__ void sum_over_blocks(float *out)
 template <bool bug> __global__ void other_blocks_result(float *out)
 {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    out[i] = i;
+    out[i] = i; /* BUG(other_blocks_result) */
     __syncthreads();
     int other = bug ? (i + N) % (int)(gridDim.x * N) : blockIdx.x * N + (i + 1) % N;
-    out[gridDim.x * N + i] = out[other]; /* BUG(other_blocks_result) */
+    out[gridDim.x * N + i] = out[other];
 }
 
 /* Overlapping rows: each block writes one number too many, its neighbour's first. */
@@ -152,27 +217,27 @@ template <bool bug> __global__ void rows_overlap(float *out)
 }
 
 /* The last block to come adds up all blocks' sums. */
-template <bool bug> __global__ void last_block(float *part, int *counter, float *out)
+template <int fences> __global__ void last_block(float *part, int *counter, float *out)
 {
     __shared__ int last;
     if (threadIdx.x == 0) {
         part[blockIdx.x] = blockIdx.x;
-        if (!bug) __threadfence();
+        if (fences == 2 || (fences == 1 && blockIdx.x != 1)) __threadfence();
         last = atomicAdd(counter, 1) == (int)gridDim.x - 1;
     }
     __syncthreads();
     if (last && threadIdx.x == 0) {
         float sum = 0;
-        for (unsigned i = 0; i < gridDim.x; i++) sum += part[i]; /* BUG(last_block) */
+        for (unsigned i = 0; i < gridDim.x; i++) sum += part[i]; /* BUG(fence_missing) BUG(fence_in_a_branch) */
         *out = sum;
     }
 }
 
 template <bool bug> __global__ void atomic_and_plain(int *counter, int *out)
 {
-    atomicAdd(counter, 1);
+    atomicAdd(counter, 1); /* BUG(atomic_and_plain) */
     if (!bug) __syncthreads();
-    if (threadIdx.x == 5) *out = *counter; /* BUG(atomic_and_plain) */
+    if (threadIdx.x == 5) *out = *counter;
 }
 
 /* ---- Bounds, alignment, overflow --------------------------------------------------------------------------------- */
@@ -258,10 +323,13 @@ template <bool bug> __global__ void shared_does_not_stay(float *out)
     out[blockIdx.x * N + t] = x[t]; /* BUG(shared_does_not_stay) */
 }
 __global__ void add_one(float *x) { x[threadIdx.x] += 1; /* BUG(global_unwritten) */ }
-__global__ void fill(float *x, float v) { x[blockIdx.x * blockDim.x + threadIdx.x] = v; }
+__global__ void fill(float *x, float v)
+{
+    x[blockIdx.x * blockDim.x + threadIdx.x] = v; /* BUG(ranks_unordered) BUG(default_stream_does_not_wait) */
+}
 __global__ void copy_to(float *to, const float *from)
 {
-    to[threadIdx.x] = from[threadIdx.x]; /* BUG(event_missing) BUG(ranks_unordered) BUG(waited_before_record) */
+    to[threadIdx.x] = from[threadIdx.x]; /* BUG(event_missing) BUG(waited_before_record) */
 }
 
 /* ---- Warps and barriers ------------------------------------------------------------------------------------------ */
@@ -345,14 +413,24 @@ template <bool bug> __global__ void refilled_too_soon(float *out, const float *i
     int t = threadIdx.x;
     float sum = 0;
     for (int i = 0; i < 2; i++) {
-        cp_async_16(&x[4 * t], &in[4 * (i * N + t)]); /* BUG(refilled_too_soon) */
+        cp_async_16(&x[4 * t], &in[4 * (i * N + t)]);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
-        sum += x[4 * (N - 1 - t)];
+        sum += x[4 * (N - 1 - t)]; /* BUG(refilled_too_soon) */
         if (!bug) __syncthreads();
     }
     out[t] = sum;
+}
+
+template <bool bug> __global__ void row_copied_beyond(float *out, const float *in, int n)
+{
+    __shared__ __align__(16) float x[4 * N];
+    int t = threadIdx.x;
+    cp_async_16(&x[4 * t], &in[4 * t], bug || t < n); /* BUG(row_copied_beyond) */
+    cp_async_commit();
+    cp_async_wait<0>();
+    out[t] = x[4 * t];
 }
 
 /* ---- The host's side --------------------------------------------------------------------------------------------- */
@@ -421,12 +499,29 @@ static const Bug bugs[] = {
     {"shuffle_is_no_barrier", "[race]", [](bool bug) { RUN(shuffle_is_no_barrier, 1, N, device_floats(N)); }},
     {"warp_for_block_barrier", "[race]", [](bool bug) { RUN(warp_for_block_barrier, 1, N, device_floats(N)); }},
     {"half_words", "[race]", [](bool bug) { RUN(half_words, 1, N, (__half *)device_floats(N)); }},
+    {"words_and_halves", "[race]", [](bool bug) { RUN(words_and_halves, 1, N, (int *)device_floats(N)); }},
+    {"half_of_a_word", "[race]", [](bool bug) { RUN(half_of_a_word, 1, N, (int *)device_floats(N)); }},
+    {"half_after_word", "[race]", [](bool bug) { RUN(half_after_word, 1, N, (int *)device_floats(N)); }},
+    {"partial_warp_barrier", "[race]", [](bool bug) { RUN(partial_warp_barrier, 1, 32, device_floats(32)); }},
+    {"far_reader", "[race]", [](bool bug) { RUN(far_reader, 1, N, device_floats(N)); }},
     {"scan", "[race]", [](bool bug) { RUN(scan, 1, 32, device_floats(32)); }},
     {"sum_over_blocks", "[race]", [](bool bug) { RUN(sum_over_blocks, 4, 32, device_floats(1)); }},
     {"other_blocks_result", "[race]", [](bool bug) { RUN(other_blocks_result, 3, N, device_floats(6 * N)); }},
     {"rows_overlap", "[race]", [](bool bug) { RUN(rows_overlap, 3, N, device_floats(4 * N)); }},
-    {"last_block", "[race]",
-     [](bool bug) { RUN(last_block, 5, 32, device_floats(5), (int *)device_floats(1), device_floats(1)); }},
+    {"fence_missing", "[race]",
+     [](bool bug) {
+         float *part = device_floats(5), *out = device_floats(1);
+         int *counter = (int *)device_floats(1);
+         if (bug) last_block<0><<<5, 32>>>(part, counter, out);
+         else last_block<2><<<5, 32>>>(part, counter, out);
+     }},
+    {"fence_in_a_branch", "[race]", /* which one block does not take */
+     [](bool bug) {
+         float *part = device_floats(5), *out = device_floats(1);
+         int *counter = (int *)device_floats(1);
+         if (bug) last_block<1><<<5, 32>>>(part, counter, out);
+         else last_block<2><<<5, 32>>>(part, counter, out);
+     }},
     {"atomic_and_plain", "[race]",
      [](bool bug) { RUN(atomic_and_plain, 1, N, (int *)device_floats(1), (int *)device_floats(1)); }},
     {"off_by_one", "[bounds]", [](bool bug) { RUN(off_by_one, 1, N, device_floats(100), 100); }},
@@ -476,6 +571,8 @@ static const Bug bugs[] = {
      [](bool bug) { RUN(barrier_after_wait, 1, N, device_floats(N), device_floats(4 * N)); }},
     {"refilled_too_soon", "[race]",
      [](bool bug) { RUN(refilled_too_soon, 1, N, device_floats(N), device_floats(8 * N)); }},
+    {"row_copied_beyond", "[bounds]",
+     [](bool bug) { RUN(row_copied_beyond, 1, N, device_floats(N), device_floats(4 * 100), 100); }},
     {"too_many_threads", "may have 1 to 1024",
      [](bool bug) {
          float *x = device_floats(2048);
@@ -580,8 +677,7 @@ static const Bug bugs[] = {
          cudaStreamCreateWithFlags(&s, bug ? cudaStreamNonBlocking : cudaStreamDefault);
          float *x = device_floats(N);
          fill<<<1, N, 0, s>>>(x, 1);
-         cudaMemcpy(host_floats, x, N * sizeof(float), /* BUG(default_stream_does_not_wait) */
-                    cudaMemcpyDeviceToHost);
+         cudaMemcpy(host_floats, x, N * sizeof(float), cudaMemcpyDeviceToHost);
      }},
     {"host_does_not_wait", "[stream-order]",
      [](bool bug) {
@@ -672,7 +768,8 @@ int main(int argc, char **argv)
         }
         int status = run_apart(b, true, text, sizeof text), at = marked_line(b.name);
         snprintf(line, sizeof line, ":%d", at);
-        const char *place = at ? strstr(text, line) : text;
+        const char *place = at ? strstr(text, line) : text, *other = strstr(text, "    against ");
+        if (other && place > other) place = nullptr; /* the mark is at the access that shows the bug */
         bool caught = WIFEXITED(status) && WEXITSTATUS(status) == 1 && strstr(text, b.kind) && place;
         if (!caught)
             fprintf(stderr, "%s: expected \"%s\" at line %d, got status %x:\n%s", b.name, b.kind, at, status, text);
