@@ -550,6 +550,9 @@ static void check_true(const char *what, int ok)
     printf("    %-60s %s\n", what, ok ? "ok" : "FAILED");
 }
 
+/* The larger of two, worst being the largest so far: unlike fmax and `if (!(e <= worst)) worst = e`, it keeps a NaN. */
+static double worse(double worst, double e) { return isnan(worst) || worst >= e ? worst : e; }
+
 /* |a - b| / |b| in the 2-norm; NaN if any element is; 0 when both are zero. */
 static double relative_error(const real *a, const real *b, size_t n)
 {
@@ -782,7 +785,7 @@ static double finite_difference_error(real *x, const real *grad, size_t n, doubl
         const double below = loss(arg);
         x[i] = saved;
         const double e = fabs((above - below) / (2 * h) - grad[i]) / top;
-        if (!(e <= worst)) worst = e;
+        worst = worse(worst, e);
     }
     return worst;
 }
@@ -831,7 +834,7 @@ static void test_exponential(void)
     for (int i = 0; i < 67; i++) {
         const double exact = x[i] < -86.5 && sizeof(real) == sizeof(float) ? 0 : exp((double)x[i]);
         const double e = exact == y[i] || (exact > 3.4e38 && isinf(y[i])) ? 0 : fabs(y[i] / exact - 1);
-        if (!(e <= worst)) worst = e;
+        worst = worse(worst, e);
     }
     check("e^x in a loop, relative", worst, 2.1 * U);
 }
@@ -860,9 +863,9 @@ static void test_gelu(void)
             const double e = fabs(gelu(x, (Gelu)kind) - exact) / fmax(fabs(exact), 0.01);
             const double s = fabs(gelu_slope(x, (Gelu)kind) - slope);
             const double d = fabs((exact_gelu(x + h, (Gelu)kind) - exact_gelu(x - h, (Gelu)kind)) / (2 * h) - slope);
-            if (!(e <= error[kind])) error[kind] = e;
-            if (!(s <= slope_error[kind])) slope_error[kind] = s;
-            if (!(d <= difference)) difference = d;
+            error[kind] = worse(error[kind], e);
+            slope_error[kind] = worse(slope_error[kind], s);
+            difference = worse(difference, d);
         }
     check("gelu tanh, relative above 0.01", error[GELU_TANH], 32 * U); /* e^-2u turns U of 2u into |2u| U */
     check("gelu erf, relative above 0.01", error[GELU_ERF], 40 * U);   /* erfc amplifies U by x^2 */
@@ -962,7 +965,7 @@ static double product_error(size_t M, size_t N, size_t K)
         matmul(c, ma, mb, M, N, K, way >> 2, NULL);
         naive_product(exact, a, a_row, a_col, b, b_row, b_col, M, N, K, way >> 2);
         const double e = error_of(c, exact, M * N);
-        if (!(e <= worst)) worst = e;
+        worst = worse(worst, e);
         free(c), free(exact);
     }
     free(a), free(b), free(c0);
@@ -974,7 +977,7 @@ static void test_matmul(void)
     double worst = 0;
     for (size_t s = 1; s <= 70; s++) { /* every M, N and K in 1..70, in different company */
         const double e = product_error(s, (s * 29) % 71, (s * 43) % 71);
-        if (!(e <= worst)) worst = e;
+        worst = worse(worst, e);
     }
     check("matmul, shapes 1..70, all strides", worst, 8 * U);
     check("matmul, K over two blocks", product_error(66, 130, 801), 16 * U);
@@ -1092,7 +1095,7 @@ static void test_split_gemm(void)
         linear_gelu_forward(part, NULL, x, a + r * F / T * C, no_bias, N, C, F / T, GELU_TANH);
         for (size_t n = 0; n < N; n++) {
             const double e = relative_error(part + n * F / T, y + n * F + r * F / T, F / T);
-            if (!(e <= worst)) worst = e;
+            worst = worse(worst, e);
         }
     }
     check("[P2] concatenated GeLU(X A_i) = GeLU(X A)", worst, 4 * U);
@@ -1309,7 +1312,7 @@ static void naive_attention(double *out, double *lse, double *dqkv, const real *
                     const size_t k = (b * T + j) * 3 * C + C + h * D;
                     p[j] = 0;
                     for (size_t c = 0; c < D; c++) p[j] += (double)qkv[q + c] * qkv[k + c] / sqrt((double)D);
-                    top = fmax(top, p[j]);
+                    if (p[j] > top) top = p[j];
                     keep[j] = d.p > 0 ? (double)dropout_factor(d, ((b * d.heads + h) * T + i) * T + j) : 1;
                 }
                 for (size_t j = 0; j <= i; j++) sum += exp(p[j] - top);
@@ -1447,7 +1450,7 @@ static void test_cross_entropy(void)
         for (int pass = 0; pass < 3; pass++)
             for (size_t v = 0; v < CE_V; v++) {
                 const size_t at = (v / CE_VP * CE_N + n) * CE_VP + v % CE_VP;
-                if (pass == 0) top = fmax(top, (double)c->logits[at]);
+                if (pass == 0 && c->logits[at] > top) top = c->logits[at];
                 if (pass == 1) sum += exp(c->logits[at] - top);
                 if (pass == 2)
                     grad[at] =
@@ -1461,7 +1464,7 @@ static void test_cross_entropy(void)
     double worst = 0;
     for (size_t n = 0; n < CE_N; n++) {
         const double e = fabs(c->loss[n] - loss[n]) / fmax(1, loss[n]);
-        if (!(e <= worst)) worst = e;
+        worst = worse(worst, e);
     }
     check("[P16] loss, worst row, relative above 1", worst, 4 * U); /* 2.4e-7; P16 asks for 1e-6 */
     for (size_t r = 0; r < CE_T; r++)
@@ -1477,7 +1480,7 @@ static void test_cross_entropy(void)
             sum += z;
             if (v >= CE_V) dummies += !(z == 0);
         }
-        if (!(fabs(sum) <= rows)) rows = fabs(sum);
+        rows = worse(rows, fabs(sum));
     }
     check("[P19] gradient rows sum to 0 over the slices", rows, 16 * U);
     check_equal("dummies with a gradient", dummies, 0);
@@ -1501,7 +1504,7 @@ static void test_cross_entropy(void)
     for (size_t i = 0; i < CE_T * CE_N * CE_VP; i++) noise[i] += 1000;
     cross_entropy_case_loss(c);
     worst = 0;
-    for (size_t n = 0; n < CE_N; n++) worst = fmax(worst, fabs((double)before[n] - c->loss[n]));
+    for (size_t n = 0; n < CE_N; n++) worst = worse(worst, fabs((double)before[n] - c->loss[n]));
     check("[P20] any logits, shifted by 1000", worst, 1e-4);
 
     enum { V = 51200 };
@@ -1513,7 +1516,7 @@ static void test_cross_entropy(void)
     check("[P21] uniform logits cost ln 51200 = 10.843495", fabs(l - 10.843495), 1e-6);
     real *logits = random_reals(V, 10, 2);
     double exact_sum = 0, exact_max = -INFINITY;
-    for (size_t v = 0; v < V; v++) exact_max = fmax(exact_max, (double)logits[v]);
+    for (size_t v = 0; v < V; v++) exact_max = logits[v] > exact_max ? logits[v] : exact_max;
     for (size_t v = 0; v < V; v++) exact_sum += exp(logits[v] - exact_max);
     logits_max(&max, logits, 1, V, V);
     logits_sum_exp(&sum, &target, logits, &max, &last, 1, V, V, 0);
@@ -4141,8 +4144,8 @@ static void test_plan_pipeline(void)
                 for (int g = 0; g < 2; g++) {
                     int peak[8];
                     Pipeline x = simulate_pipeline(g ? GPIPE : ONE_F_ONE_B, (size_t)p, (size_t)m, 1, 1, tb);
-                    gap = fmax(gap, fabs(x.bubble - (p - 1.0) / m)), runs++;
-                    tick_gap = fmax(tick_gap, fabs(x.bubble - (tick_pipeline(g, p, m, 1, tb, peak) / ideal - 1)));
+                    gap = worse(gap, fabs(x.bubble - (p - 1.0) / m)), runs++;
+                    tick_gap = worse(tick_gap, fabs(x.bubble - (tick_pipeline(g, p, m, 1, tb, peak) / ideal - 1)));
                     for (int i = 0; i < p; i++) {
                         int expected = g || m < p - i ? m : p - i;
                         wrong += x.in_flight[i] != (size_t)expected || peak[i] != expected;
@@ -4150,7 +4153,7 @@ static void test_plan_pipeline(void)
                 }
                 for (int v = 2; v <= 4 && m % p == 0; v++) {
                     Pipeline x = simulate_pipeline(ONE_F_ONE_B, (size_t)p, (size_t)m, (size_t)v, 1, tb);
-                    gap = fmax(gap, fabs(x.bubble - (p - 1.0) / (v * m))), runs++;
+                    gap = worse(gap, fabs(x.bubble - (p - 1.0) / (v * m))), runs++;
                     for (int i = 0; i < p; i++) {
                         int warm = 2 * (p - i - 1) + (v - 1) * p + 1;
                         wrong += x.in_flight[i] != (size_t)(warm < m * v ? warm : m * v);
@@ -4377,7 +4380,8 @@ static double worst_tensor(char name[NAME_SIZE], const real *a, const real *b, c
     list_tensors(whole, NULL, c, ONE_RANK, 0);
     for (size_t i = 0; i < n; i++) {
         double e = relative_error(a + whole[i].offset, b + whole[i].offset, whole[i].rows * whole[i].cols);
-        if (!(e <= worst)) worst = e, tensor_name(name, &whole[i]); /* NaN counts as worst */
+        if (worse(worst, e) != worst) tensor_name(name, &whole[i]);
+        worst = worse(worst, e);
     }
     free(whole);
     return worst;
@@ -4595,8 +4599,8 @@ static void compare_layout(const Training *one, Layout s, size_t micro_batch, in
     double worst_loss = 0;
     for (size_t i = 0; i < t.steps; i++) {
         double e = fabs(t.loss[i] / one->loss[i] - 1), n = fabs(t.norm[i] / one->norm[i] - 1);
-        if (!(e <= worst_loss)) worst_loss = e;
-        if (!(n <= worst_loss)) worst_loss = n;
+        worst_loss = worse(worst_loss, e);
+        worst_loss = worse(worst_loss, n);
     }
     snprintf(what, sizeof what, "%s: losses, norms", label);
     check(what, worst_loss, LAYOUT_BOUND / 10); /* rounding of many rows averages out */
@@ -4607,7 +4611,7 @@ static void compare_layout(const Training *one, Layout s, size_t micro_batch, in
      * rounding noise. Weights are therefore compared in absolute terms: steps are of size lr. */
     double moved = 0;
     for (size_t i = 0; i < whole_size(&t.config); i++)
-        moved = fmax(moved, fabs((double)t.weights[i] - (double)one->weights[i]));
+        moved = worse(moved, fabs((double)t.weights[i] - (double)one->weights[i]));
     double rms = relative_error(t.weights, one->weights, whole_size(&t.config));
     check("  weights after 3 steps", rms, 10 * LAYOUT_BOUND);
     check("  largest difference of one weight", moved, sizeof(real) == 4 ? t.optimizer.lr / 2 : 1.6e-12);
@@ -5145,7 +5149,7 @@ static void test_golden(void)
             snprintf(what, sizeof what, "%s tp %d dp %d: losses of 3 steps", strrchr(g.folder, '/') + 1, g.layout.tp,
                      g.layout.dp);
             double worst = 0;
-            for (int i = 0; i < 3; i++) worst = fmax(worst, fabs(g.loss[i] / (double)loss[i] - 1));
+            for (int i = 0; i < 3; i++) worst = worse(worst, fabs(g.loss[i] / (double)loss[i] - 1));
             check(what, worst, sizeof(real) == 4 ? 1e-6 : 6e-8);
             check("  norm of the gradient", fabs(g.norm / (double)norm[0] - 1), sizeof(real) == 4 ? 1e-6 : 6e-8);
             Tensor *whole = (Tensor *)xcalloc(n, sizeof *whole);
@@ -5170,7 +5174,7 @@ static void test_golden(void)
                     if (what_ && t->spec->field == offsetof(Layer, qkv_b) && t->spec->in_layer)
                         for (size_t e = c.C; e < 2 * c.C; e++) seen[e] = expected[e];
                     double e = relative_error(seen, expected, size);
-                    if (!(e <= (what_ ? worst_after : worst_grad))) *(what_ ? &worst_after : &worst_grad) = e;
+                    *(what_ ? &worst_after : &worst_grad) = worse(what_ ? worst_after : worst_grad, e);
                     free(expected);
                 }
                 free(seen);
@@ -5308,7 +5312,7 @@ static void scored_rank(Comm *world, void *arg)
         if (n > 1) generator_read(g, s->text.id, n / 2 + (n == 2));
         for (size_t i = g->cache.past; i < n; i++) generator_read(g, s->text.id + i, 1);
         double e = relative_error(g->logits, once, k->config.V);
-        if (!(e <= worst)) worst = e;
+        worst = worse(worst, e);
     }
     Sampler sampler = {0.9, 20, 0.95, 5};
     Tokens text = {NULL, 0, 0};
@@ -5797,7 +5801,7 @@ static void test_initial_tensors(void)
         }
         double std = strstr(name, "c_proj") ? 0.02 / sqrt(2.0 * 6) : 0.02, sum = 0;
         for (size_t e = 0; e < size; e++) sum += (double)x[e] * x[e];
-        worst_std = fmax(worst_std, fabs(sqrt(sum / (double)size) / std - 1) * sqrt(2.0 * (double)size));
+        worst_std = worse(worst_std, fabs(sqrt(sum / (double)size) / std - 1) * sqrt(2.0 * (double)size));
         for (size_t j = 0; j < i; j++) {
             tensor_name(name, &list[j]);
             if (strstr(name, ".bias") || strstr(name, "ln_")) continue;
@@ -5808,7 +5812,8 @@ static void test_initial_tensors(void)
                 xy += a * b, xx += a * a, yy += b * b;
             }
             double r = fabs(xy) / sqrt(xx * yy) * sqrt((double)common);
-            if (!(r <= worst_correlation)) worst_correlation = r, worst_pair[0] = j, worst_pair[1] = i;
+            if (worse(worst_correlation, r) != worst_correlation) worst_pair[0] = j, worst_pair[1] = i;
+            worst_correlation = worse(worst_correlation, r);
         }
     }
     check_equal("tensors that do not begin on a cache line", unaligned, 0);
@@ -5899,7 +5904,7 @@ static double rstd_error(const real *rstd, const act *x, size_t N, size_t C, dou
         for (size_t i = 0; i < C; i++)
             variance += ((double)x[n * C + i] - mean) * ((double)x[n * C + i] - mean) / (double)C;
         double e = fabs((double)rstd[n] * sqrt(variance + eps) - 1);
-        if (!(e <= worst)) worst = e;
+        worst = worse(worst, e);
     }
     return worst;
 }
@@ -5945,7 +5950,7 @@ static void low_logits_rank(Comm *world, void *arg)
     stage_forward(k, mb);
     for (size_t n = 0; n < k->B * k->T; n++) {
         double e = fabs((double)mb->loss[n] / log((double)k->config.V) - 1);
-        if (!(e <= worst)) worst = e;
+        worst = worse(worst, e);
     }
     if (world->rank == 0) t->norm[0] = worst;
     rank_free(k);
