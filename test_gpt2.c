@@ -16,6 +16,7 @@
 #endif
 #undef main
 
+#include <float.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/resource.h>
@@ -630,6 +631,24 @@ static void skip(const char *why)
     printf("    skipped: %s\n", why);
 }
 
+static void *no_work(void *arg) { return arg; }
+
+/* May a child that was forked have threads? Under qemu-user it may not, once its parent has had some. */
+static int have_forked_threads(void)
+{
+    int status = 1;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        pthread_t thread;
+        if (!freopen("/dev/null", "w", stderr)) _exit(1);
+        _exit(pthread_create(&thread, NULL, no_work, NULL) || pthread_join(thread, NULL));
+    }
+    waitpid(child, &status, 0);
+    if (status) skip("a forked process cannot have threads here (qemu-user)");
+    return status == 0;
+}
+
 /* ---- The twin's record against our own ---------------------------------------------------------------------------- */
 
 typedef struct {
@@ -802,21 +821,6 @@ static double weighted_sum(const real *y, const real *weight, size_t n)
 static void test_exponential(void)
 {
     if (sizeof(real) == sizeof(float)) {
-        double worst = 0, at = 0;
-        for (uint64_t bits = 0; bits < 0x100000000ull;
-             bits += 257) { /* every sign, exponent, and low bits of all kinds */
-            uint32_t word = (uint32_t)bits;
-            float x;
-            memcpy(&x, &word, 4);
-            if (!(x >= -86.5f && x <= 88.72283f)) continue;
-            const double exact = exp((double)x), y = exponential(x);
-            int e;
-            frexp(exact, &e);
-            const double ulps = fabs(y - exact) / ldexp(1, e - 24);
-            if (!(ulps <= worst)) worst = ulps, at = x;
-        }
-        printf("    worst at x = %.9g\n", at);
-        check("e^x: error in ulp over all floats", worst, 1.02);
         check_equal("e^x is 0 below -86.5", exponential(-86.6f), 0);
         check_true("e^x < 2^-124 there", exp(-86.5) < 0x1p-124);
         check_equal("e^x at -1e30 and -inf", exponential(-1e30f) + exponential((real)-INFINITY), 0);
@@ -838,6 +842,188 @@ static void test_exponential(void)
     }
     check("e^x in a loop, relative", worst, 2.1 * U);
 }
+
+/* Functions of one number: stated bounds. A row is a function on a range of floats, and its error in a unit that is
+ * stated beside the function: an ulp of the result; an ulp for each unit of a condition number, where the rounding of
+ * the argument is what counts; or a power of two. Every float is tried as rows of chapter 2 do it, side by side, and
+ * alone, for compilers make different code of the two. */
+typedef enum { EXPONENTIAL, GELU_OF_TANH, GELU_OF_ERF, SLOPE_OF_TANH, SLOPE_OF_ERF } Function;
+typedef enum { ULP, ULP_1_V, ULP_1_XX, ABSOLUTE } ErrorUnit;
+typedef struct {
+    const char *what;
+    Function f;
+    float low, high; /* both included */
+    ErrorUnit unit;
+    double bound;
+} FunctionBound;
+
+static const FunctionBound function_bounds[] = {
+    {"e^x, ulp", EXPONENTIAL, -86.5f, INFINITY, ULP, 1.02},
+    {"e^x below -86.5, absolute", EXPONENTIAL, -INFINITY, -86.5f, ABSOLUTE, 0x1p-124},
+    {"gelu tanh, x >= 0, ulp", GELU_OF_TANH, 0, INFINITY, ULP, 2.2},
+    {"gelu tanh, x < 0, ulp (1 + |2u|)", GELU_OF_TANH, -10.05f, -0.0f, ULP_1_V, 3.3},
+    {"gelu tanh, x < -10.05, absolute", GELU_OF_TANH, -FLT_MAX, -10.05f, ABSOLUTE, 4e-38},
+    {"gelu erf, x >= 0, ulp", GELU_OF_ERF, 0, INFINITY, ULP, 1.8},
+    {"gelu erf, x < 0, ulp (1 + x^2)", GELU_OF_ERF, -FLT_MAX, -0.0f, ULP_1_XX, 1.8},
+    {"gelu' tanh, absolute", SLOPE_OF_TANH, -INFINITY, INFINITY, ABSOLUTE, 0x1p-22},
+    {"gelu' tanh, x <= -1, ulp (1 + |2u|)", SLOPE_OF_TANH, -9.96f, -1, ULP_1_V, 4.2},
+    {"gelu' tanh, x < -9.96, absolute", SLOPE_OF_TANH, -INFINITY, -9.96f, ABSOLUTE, 7e-36},
+    {"gelu' erf, absolute", SLOPE_OF_ERF, -INFINITY, INFINITY, ABSOLUTE, 1.6e-7},
+    {"gelu' erf, x <= -1, ulp (1 + x^2)", SLOPE_OF_ERF, -13.0f, -1, ULP_1_XX, 3.8},
+    {"gelu' erf, x < -13, absolute", SLOPE_OF_ERF, -INFINITY, -13.0f, ABSOLUTE, 2e-37},
+};
+enum { N_FUNCTION_BOUNDS = sizeof function_bounds / sizeof *function_bounds, FUNCTION_RUN = 512 };
+
+/* 2u of the tanh form. */
+static double tanh_argument(double x) { return 2 * sqrt(2 / M_PI) * (x + 0.044715 * x * x * x); }
+
+/* In double; by the logistic function, where 1 + tanh would cancel. */
+static double exact_function(Function f, double x)
+{
+    if (f == EXPONENTIAL) return exp(x);
+    if (f == GELU_OF_ERF) return isinf(x) ? fmax(x, 0) : x * erfc(-x / sqrt(2)) / 2;
+    if (f == GELU_OF_TANH) return isinf(x) ? fmax(x, 0) : x / (1 + exp(-tanh_argument(x)));
+    x = fmin(fmax(x, -100), 100);
+    if (f == SLOPE_OF_ERF) return erfc(-x / sqrt(2)) / 2 + x * exp(-x * x / 2) / sqrt(2 * M_PI);
+    const double v = tanh_argument(x);
+    return (1 + x / (1 + exp(v)) * 2 * sqrt(2 / M_PI) * (1 + 3 * 0.044715 * x * x)) / (1 + exp(-v));
+}
+
+static void function_row(Function f, real *y, const real *x, size_t n)
+{
+    memcpy(y, x, n * sizeof *y);
+    if (f == GELU_OF_TANH || f == GELU_OF_ERF) {
+        gelu_row(y, n, f == GELU_OF_ERF ? GELU_ERF : GELU_TANH);
+    } else if (f != EXPONENTIAL) {
+        for (size_t i = 0; i < n; i++) y[i] = 1;
+        gelu_slope_row(y, x, n, f == SLOPE_OF_ERF ? GELU_ERF : GELU_TANH);
+    } else {
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) y[i] = exponential(y[i]);
+    }
+}
+
+static real function_alone(Function f, real x)
+{
+    volatile real alone = x; /* not vectorised */
+    if (f == EXPONENTIAL) return exponential(alone);
+    if (f == GELU_OF_TANH || f == GELU_OF_ERF) return gelu(alone, f == GELU_OF_ERF ? GELU_ERF : GELU_TANH);
+    return gelu_slope(alone, f == SLOPE_OF_ERF ? GELU_ERF : GELU_TANH);
+}
+
+static float float_of_bits(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static uint32_t bits_of_float(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* The distance of neighbouring floats at y, subnormal ones included. */
+static double ulp(double y)
+{
+    int e;
+    frexp(y, &e);
+    return y == 0 ? 0x1p-149 : ldexp(1, (e < -125 ? -125 : e) - 24);
+}
+
+/* The error of y, which should be exact = f(x), in b's unit. What rounds to infinity should be infinite. */
+static double function_error(const FunctionBound *b, double x, double y, double exact)
+{
+    const double units[] = {1, 1 + fabs(tanh_argument(x)), 1 + x * x}, limit = 0x1.ffffffp127;
+    if (isinf(y)) return exact >= limit && y > 0 ? 0 : INFINITY;
+    const double error = fabs(y - (exact < limit ? exact : 0x1p128));
+    return b->unit == ABSOLUTE ? error : error / ulp(exact < limit ? exact : FLT_MAX) / units[b->unit];
+}
+
+/* The floats that runs are centred on: 0, powers of two, where the exponential's n steps (for x itself, 2u and x^2/2),
+ * where ranges end. */
+static size_t special_floats(float *special, size_t room)
+{
+    static const float ends[] = {0,  86.5f, 88.72283f, 89, 88.02969f,  10.05f,  10,
+                                 13, 14.2f, 1,         40, 0.7517916f, INFINITY};
+    size_t n = 0;
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) special[n++] = ends[i];
+    for (int e = -149; e < 128; e++) special[n++] = (float)ldexp(1, e);
+    for (int i = 0; i <= 258; i++) {
+        const double step = i * M_LN2 / 2;
+        double low = 0, high = 100;
+        for (int j = 0; j < 60; j++) *(tanh_argument((low + high) / 2) < step ? &low : &high) = (low + high) / 2;
+        special[n++] = (float)step, special[n++] = (float)low, special[n++] = (float)sqrt(2 * step);
+    }
+    for (size_t i = 0, half = n; i < half; i++) special[n++] = -special[i];
+    return n <= room ? n : 0;
+}
+
+/* Runs of neighbours around special floats, and every 1021st float; if all, also each float whose size is from 2^-26 to
+ * 128: below, e^x is 1, gelu x / 2 and its slope 1/2, and above they are 0, infinite, x or 1. */
+static void check_functions(int all)
+{
+    enum { ROOM = 4096, STRIDE = 1021 };
+    float special[ROOM];
+    const uint32_t first = bits_of_float(0x1p-26f), count = bits_of_float(128) - first;
+    const size_t n_special = special_floats(special, ROOM), n_sparse = 0x100000000u / STRIDE / FUNCTION_RUN + 1;
+    const size_t runs = n_special + n_sparse + (all ? 2 * (size_t)count / FUNCTION_RUN : 0);
+    check_true("special floats", n_special > 0);
+    for (const FunctionBound *b = function_bounds; b < function_bounds + N_FUNCTION_BOUNDS; b++) {
+        double worst = 0, worst_at = 0;
+        size_t tried = 0;
+#pragma omp parallel for schedule(static) reduction(+ : tried)
+        for (size_t run = 0; run < runs; run++) {
+            real x[FUNCTION_RUN], y[FUNCTION_RUN];
+            size_t n = 0;
+            double error = 0, at = 0;
+            for (size_t i = 0; i < FUNCTION_RUN; i++) {
+                size_t bits = ((run - n_special) * FUNCTION_RUN + i) * STRIDE;
+                if (run < n_special) bits = bits_of_float(special[run]) + i - FUNCTION_RUN / 2;
+                if (run >= n_special + n_sparse) {
+                    const size_t k = (run - n_special - n_sparse) * FUNCTION_RUN + i;
+                    bits = first + k / 2 + (k % 2 << 31); /* both signs */
+                }
+                const float candidate = float_of_bits((uint32_t)bits);
+                if (candidate >= b->low && candidate <= b->high) x[n++] = (real)candidate;
+            }
+            function_row(b->f, y, x, n);
+            for (size_t i = 0; i < n; i++) {
+                const double exact = exact_function(b->f, (double)x[i]);
+                const double e = worse(function_error(b, (double)x[i], (double)y[i], exact),
+                                       function_error(b, (double)x[i], (double)function_alone(b->f, x[i]), exact));
+                if (worse(error, e) != error) error = e, at = (double)x[i];
+            }
+            tried += n;
+#pragma omp critical
+            if (worse(worst, error) != worst) worst = error, worst_at = at;
+        }
+        check(b->what, worst, b->bound);
+        printf("      %zu floats; worst at %.9g\n", tried, worst_at);
+    }
+}
+
+static void test_functions(void)
+{
+    int nan = 1, zero = 1, ends = 1;
+    for (int f = EXPONENTIAL; f <= SLOPE_OF_ERF; f++) {
+        const real x[] = {(real)NAN, 0, (real)-0.0, INFINITY, -INFINITY};
+        real y[5];
+        function_row((Function)f, y, x, 5);
+        nan &= isnan(y[0]) && isnan(function_alone((Function)f, x[0]));
+        zero &= y[1] == exact_function((Function)f, 0) && y[2] == y[1];
+        if (f == EXPONENTIAL) ends &= isinf(y[3]) && y[4] == 0;
+        else if (f < SLOPE_OF_TANH) ends &= isinf(y[3]) && isnan(y[4]);
+        else ends &= y[3] == 1 && y[4] == 0;
+    }
+    check_true("NaN of NaN", nan);
+    check_true("exact at 0 and -0", zero);
+    check_true("infinities", ends);
+    check_functions(0);
+}
+static void test_all_floats(void) { check_functions(1); }
 
 static double exact_gelu(double x, Gelu kind)
 {
@@ -1202,6 +1388,19 @@ static void norm_case(size_t N, size_t C, double p, double mean)
     double *em = (double *)xcalloc(N, sizeof *em), *er = (double *)xcalloc(N, sizeof *er);
     for (size_t e = 0; e < n; e++)
         res[e] = c.residual[e] + ((double)c.y[e] + c.bias[e % C]) * (p > 0 ? (double)dropout_factor(c.d, e) : 1);
+    double worst = 0; /* in the bound that LayerNorm states, from the same float input */
+    for (size_t i = 0; i < N; i++) {
+        double m = 0, size = 0, square = 0, terms = (double)C;
+        for (size_t j = 0; j < C; j++) m += c.res[i * C + j] / terms, size += fabs((double)c.res[i * C + j]) / terms;
+        for (size_t j = 0; j < C; j++) square += (c.res[i * C + j] - m) * (c.res[i * C + j] - m) / terms;
+        const double r = 1 / sqrt(square + 1e-5), of_mean = (terms / 4 + 4) * size * r;
+        for (size_t j = 0; j < C; j++) {
+            const double x = (c.res[i * C + j] - m) * r * c.g[j], y = x + c.b[j];
+            const double allowed = fabs(x) * (terms / 8 + 8 + of_mean * of_mean * U) + fabs((double)c.g[j]) * of_mean;
+            worst = worse(worst, fabs(c.ln[i * C + j] - y) / U / (allowed + fabs(y)));
+        }
+    }
+    check("each element of layernorm, in what is allowed", worst, 1);
     for (size_t i = 0; i < N; i++) {
         double square = 0;
         for (size_t j = 0; j < C; j++) em[i] += res[i * C + j] / (double)C;
@@ -1441,8 +1640,48 @@ static CrossEntropyCase *cross_entropy_case(double std)
     return c;
 }
 
+/* What chapter 2 states of each element of a softmax, in float, against double: wide logits, where the rounding of
+ * z - max counts, and a sum of many. Errors are in what the statements allow. */
+static void softmax_bounds(size_t V, double std)
+{
+    enum { N = 12 };
+    real *z = random_reals(N * V, 21, std), max[N], sum[N], target_logit[N], loss[N], *weight = random_reals(N, 22, 1);
+    double worst_sum = 0, worst_loss = 0, worst_p = 0;
+    int target[N];
+    for (size_t n = 0; n < N; n++) target[n] = (int)(n * 389 % V);
+    real *p = copy_reals(z, N * V);
+    logits_max(max, z, N, V, V);
+    logits_sum_exp(sum, target_logit, z, max, target, N, V, V, 0);
+    for (size_t n = 0; n < N; n++) loss[n] = sum[n];
+    cross_entropy_loss(loss, sum, target_logit, N);
+    cross_entropy_backward(p, max, sum, target, weight, (real)0.125, N, V, V, 0);
+    for (size_t n = 0; n < N; n++) {
+        double total = 0, depth = 0;
+        for (size_t v = 0; v < V; v++) {
+            const double d = (double)max[n] - z[n * V + v];
+            total += exp(-d), depth += exp(-d) * d;
+        }
+        depth /= total;
+        const double dt = (double)max[n] - z[n * V + (size_t)target[n]], exact_loss = log(total) + dt;
+        const double w = (double)weight[n] * 0.125;
+        worst_sum = worse(worst_sum, fabs(sum[n] / total - 1) / U / (3.1 + depth));
+        worst_loss = worse(worst_loss, fabs(loss[n] - exact_loss) / U / (3.1 + depth + dt + exact_loss));
+        for (size_t v = 0; v < V; v++) {
+            const double d = (double)max[n] - z[n * V + v], q = exp(-d) / total, hit = v == (size_t)target[n];
+            const double allowed = fabs(w) * (U * (q * (9 + d + depth) + 2 * hit) + 0x1p-124) + 0x1p-149;
+            worst_p = worse(worst_p, fabs(p[n * V + v] - (q - hit) * w) / allowed);
+        }
+    }
+    printf("  %zu logits of deviation %g\n", V, std);
+    check("sum of exponentials, in U (3.1 + mean of max - z)", worst_sum, 1);
+    check("loss, in U (3.1 + that + target's + loss)", worst_loss, 1);
+    check("each element of the gradient, in what is allowed", worst_p, 1);
+    free(z), free(p), free(weight);
+}
+
 static void test_cross_entropy(void)
 {
+    if (sizeof(real) == sizeof(float)) softmax_bounds(7, 1), softmax_bounds(5003, 1), softmax_bounds(5003, 12);
     CrossEntropyCase *c = cross_entropy_case(3);
     double *loss = (double *)xcalloc(CE_N, sizeof *loss), *grad = (double *)xcalloc(CE_T * CE_N * CE_VP, sizeof *grad);
     for (size_t n = 0; n < CE_N; n++) {
@@ -3524,6 +3763,7 @@ static void save_nan(void *arg)
 
 static void test_save_folders(void)
 {
+    if (!have_forked_threads()) return;
     char root[PATH_MAX], dir[PATH_MAX], other[PATH_MAX], link_[PATH_MAX], path[PATH_MAX];
     make_checkpoint_folder(root);
     join_path(dir, root, "run"), join_path(other, root, "other"), join_path(link_, root, "link");
@@ -3614,6 +3854,7 @@ static int can_exchange(const char *root)
  * one that it was about to save. Where folders can be exchanged, there is one at any moment. */
 static void test_save_killed(void)
 {
+    if (!have_forked_threads()) return;
     char root[PATH_MAX], dir[PATH_MAX];
     int lost = 0, kills = 0, absent = 0;
     const char *memory = access("/dev/shm", W_OK) ? SCRATCH : "/dev/shm"; /* a disk would only take longer */
@@ -4479,6 +4720,7 @@ static void start_disagreement(void *arg) { run_ranks(3, arg ? disagreeing_order
 
 static void test_disagreement(void)
 {
+    if (!have_forked_threads()) return;
     int order = 1;
     check_dies("ranks that disagree on a length", start_disagreement, NULL, "of 7");
     check_dies("ranks that disagree on the operation", start_disagreement, &order, "broadcast");
@@ -5749,6 +5991,7 @@ static void start_short_message(void *arg) { (void)arg, run_ranks(2, short_messa
 
 static void test_messages(void)
 {
+    if (!have_forked_threads()) return;
     int wrong = 0;
     run_ranks(2, growing_messages_rank, &wrong);
     check_true("messages of 1, 1000, 3, 100,000 and 100,001 elements arrive whole", !wrong);
@@ -7899,7 +8142,9 @@ typedef struct {
 
 /* clang-format off */
 static const Test tests[] = {
-    {"exponential",        "error in ulp over all floats", test_exponential, 1, 0},
+    {"exponential",        "where it ends", test_exponential, 1, 0},
+    {"functions",          "bounds of e^x, gelu, gelu' in ulp", test_functions, 1, 0},
+    {"all_floats",         "the same for every float; takes minutes, runs only when named", test_all_floats, 0, 0},
     {"gelu",               "P41", test_gelu, 1, 1},
     {"philox_and_dropout", "known answers; masks", test_philox_and_dropout, 1, 0},
     {"matmul",             "all strides, shapes that do not divide", test_matmul, 1, 1},
