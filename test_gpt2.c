@@ -552,7 +552,8 @@ static void check_true(const char *what, int ok)
 }
 
 /* The larger of two, worst being the largest so far: unlike fmax and `if (!(e <= worst)) worst = e`, it keeps a NaN. */
-static double worse(double worst, double e) { return isnan(worst) || worst >= e ? worst : e; }
+static int is_worse(double worst, double e) { return !isnan(worst) && !(e <= worst); }
+static double worse(double worst, double e) { return is_worse(worst, e) ? e : worst; }
 
 /* |a - b| / |b| in the 2-norm; NaN if any element is; 0 when both are zero. */
 static double relative_error(const real *a, const real *b, size_t n)
@@ -994,11 +995,11 @@ static void check_functions(int all)
                 const double exact = exact_function(b->f, (double)x[i]);
                 const double e = worse(function_error(b, (double)x[i], (double)y[i], exact),
                                        function_error(b, (double)x[i], (double)function_alone(b->f, x[i]), exact));
-                if (worse(error, e) != error) error = e, at = (double)x[i];
+                if (is_worse(error, e)) error = e, at = (double)x[i];
             }
             tried += n;
 #pragma omp critical
-            if (worse(worst, error) != worst) worst = error, worst_at = at;
+            if (is_worse(worst, error)) worst = error, worst_at = at;
         }
         check(b->what, worst, b->bound);
         printf("      %zu floats; worst at %.9g\n", tried, worst_at);
@@ -4636,7 +4637,7 @@ static double worst_tensor(char name[NAME_SIZE], const real *a, const real *b, c
     list_tensors(whole, NULL, c, ONE_RANK, 0);
     for (size_t i = 0; i < n; i++) {
         double e = relative_error(a + whole[i].offset, b + whole[i].offset, whole[i].rows * whole[i].cols);
-        if (worse(worst, e) != worst) tensor_name(name, &whole[i]);
+        if (is_worse(worst, e)) tensor_name(name, &whole[i]);
         worst = worse(worst, e);
     }
     free(whole);
@@ -6070,7 +6071,7 @@ static void test_initial_tensors(void)
                 xy += a * b, xx += a * a, yy += b * b;
             }
             double r = fabs(xy) / sqrt(xx * yy) * sqrt((double)common);
-            if (worse(worst_correlation, r) != worst_correlation) worst_pair[0] = j, worst_pair[1] = i;
+            if (is_worse(worst_correlation, r)) worst_pair[0] = j, worst_pair[1] = i;
             worst_correlation = worse(worst_correlation, r);
         }
     }
