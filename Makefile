@@ -16,6 +16,12 @@ WARN    += $(if $(OPENMP),,-Wno-unknown-pragmas) # without OpenMP each rank is o
 
 SOURCE   = megatron_gpt2.c dev/unicode/classes.h
 
+# For another machine than this one, CC builds and RUN runs (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user):
+# make test CC=aarch64-linux-gnu-gcc CUDA=off RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+# What was built goes to build/, and in its place comes a script that runs it: tests start programs, and these others.
+AS_SCRIPT = $(if $(RUN),@mkdir -p build && mv $@ build/$@ && chmod +x build/$@ && \
+            printf '\043!/bin/sh\nGOMP_SPINCOUNT=10000 exec $(RUN) "$(CURDIR)/build/$@" "$$@"\n' >$@ && chmod +x $@)
+
 # convert needs zlib (Debian: zlib1g-dev) to inflate and check zip files; without it the rest is built all the same.
 ZLIB    := $(shell f=$$(mktemp) && printf '\043include <zlib.h>\nint main(void){return !zlibVersion();}' | $(CC) -x c - -o $$f -lz 2>/dev/null && echo convert; rm -f $$f)
 
@@ -47,16 +53,20 @@ all: megatron_gpt2 $(ZLIB)
 
 megatron_gpt2: $(SOURCE)
 	$(CC) $(CFLAGS) $(EXTRA) -o $@ megatron_gpt2.c $(LDLIBS)
+	$(AS_SCRIPT)
 
 convert: convert.c $(SOURCE)
 	$(CC) $(CFLAGS) $(EXTRA) -o $@ convert.c $(LDLIBS) -lz
+	$(AS_SCRIPT)
 
 test_gpt2: test_gpt2.c $(SOURCE)
 	$(CC) $(CFLAGS) $(EXTRA) -o $@ test_gpt2.c $(LDLIBS)
+	$(AS_SCRIPT)
 
 # The same tests with every real number a double: finite differences, and layouts to the last digits.
 test_gpt2_double: test_gpt2.c $(SOURCE)
 	$(CC) $(CFLAGS) $(EXTRA) -DREAL=double -o $@ test_gpt2.c $(LDLIBS)
+	$(AS_SCRIPT)
 
 cuda: megatron_gpt2.cu $(SOURCE)
 	$(if $(filter fp32 tf32 bf16 fp16,$(PRECISION)),,$(error PRECISION=$(PRECISION) is not known; there are fp32 tf32 bf16 fp16))

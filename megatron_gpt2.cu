@@ -465,6 +465,7 @@ static __device__ inline real gelu(real x, Gelu kind)
 
 static __device__ inline real gelu_slope(real x, Gelu kind)
 {
+    x = x > 40 ? 40 : x < -40 ? -40 : x; /* gelu' is 1 and 0 there: no 0 * infinity */
     if (kind == GELU_ERF) return normal_cdf(x) + x * (real)0.3989422804014327 * expf(-x * x / 2);
     const real xx = x * x, v = (real)1.5957691216057308 * x * (1 + (real)0.044715 * xx);
     const real t = expf(v < 0 ? v : -v), s = 1 / (1 + t), rise = t * s * s;
