@@ -336,11 +336,15 @@ typedef struct {
 
 /* ---- Memory ------------------------------------------------------------------------------------------------------ */
 
-/* Zeroed, 64-byte aligned; dies when there is none. */
+/* Zeroed, 64-byte aligned; dies when there is none. Large arrays ask for pages of 2 MB: fewer misses of the TLB. */
 static void *device_calloc(size_t bytes)
 {
-    void *p = aligned_alloc(64, round_up(max_size(bytes, 1), 64));
+    const size_t huge = (size_t)2 << 20, align = bytes < huge ? 64 : huge;
+    void *p = aligned_alloc(align, round_up(max_size(bytes, 1), align));
     if (!p) die("out of memory: %zu bytes were asked for", bytes);
+#ifdef MADV_HUGEPAGE
+    if (align == huge) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
     return memset(p, 0, bytes);
 }
 
