@@ -6251,7 +6251,7 @@ typedef struct {
     size_t text_tokens;                 /* in all of the text: to notice when a run resumes with other text */
     FILE *log;
     Curve *curve; /* of losses, for the picture at the end */
-    double last_loss;
+    double last_loss, seconds; /* the last step's loss; what all steps took */
     size_t skipped;
 } Run;
 
@@ -6399,13 +6399,13 @@ static void train_rank(Comm *world, void *arg)
     Shards shards = shards_of(k);
     Progress p = run->progress;
     Samples samples = {run->data, &p, run->ranks.micro_batches, (int *)xcalloc(k->B * (k->T + 1), sizeof(int))};
-    Meter meter = meter_start("step", p.step, o->steps, o->batch * k->T);
     int skipped_in_a_row = 0, stop = 0;
 
     if (run->model) load_weights(&shards, run->model);
     else init_params(k->weights, k->tensor, k->tensors, &k->config, o->seed, k->tp.rank), start_master(k);
     if (run->trainer) load_moments(&shards, run->trainer);
 
+    Meter meter = meter_start("step", p.step, o->steps, o->batch * k->T);
     while (p.step < o->steps && !stop) {
         double valid = NAN;
         StepResult r = train_step(k, &run->optimizer, &p, run->ranks.micro_batches, feed_samples, &samples);
@@ -6420,7 +6420,7 @@ static void train_rank(Comm *world, void *arg)
         if (world->rank == 0) report_step(run, &p, &r, valid, &meter);
         if (stop || p.step == o->steps || (o->save_every && p.step % o->save_every == 0)) save_run(run, k, &p);
     }
-    if (world->rank == 0) run->progress = p;
+    if (world->rank == 0) run->progress = p, run->seconds = now() - meter.start;
     free(samples.tokens);
     rank_free(k);
 }
@@ -6570,15 +6570,15 @@ static void print_beginning(const Run *run)
             run->o->seq);
 }
 
-static void print_summary(const Run *run, size_t first, double seconds)
+static void print_summary(const Run *run, size_t first)
 {
     const Options *o = run->o;
     const char *dir = o->save ? o->save : o->resume;
     size_t last = run->progress.step, steps = last - first;
     if (!o->json) {
         draw_curve(run->curve, first, last);
-        printf("%zu steps in %.1f s, %.0f tokens/s; loss %.4f\n", steps, seconds,
-               (double)(steps * o->batch * o->seq) / seconds, run->last_loss);
+        printf("%zu steps in %.1f s, %.0f tokens/s; loss %.4f\n", steps, run->seconds,
+               (double)(steps * o->batch * o->seq) / run->seconds, run->last_loss);
         if (dir) printf("saved: %s\n", dir);
     }
     if (run->skipped) fprintf(stderr, "%zu of %zu steps overflowed and were skipped\n", run->skipped, steps);
@@ -6601,9 +6601,8 @@ static void train(Run *run, Options *o)
     warn_if_crowded(run->ranks.layout);
     signal(SIGINT, interrupt);
 
-    double start = now();
     run_ranks(world_size(run->ranks.layout), train_rank, run);
-    print_summary(run, first, now() - start);
+    print_summary(run, first);
     if (run->log && fclose(run->log)) die("cannot write %s: %s", o->log, strerror(errno));
     if (run->held_out) dataset_close(run->held_out);
     dataset_close(run->data);
