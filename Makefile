@@ -4,15 +4,15 @@ CC      ?= cc
 OPT     ?= -O3
 WARN     = -Wall -Wextra -Wshadow
 # No -ffast-math: sums are reassociated only where the code says so. Products may be fused with sums.
-CFLAGS  ?= -std=c11 $(OPT) $(MARCH) $(OPENMP) $(WARN) -fno-math-errno -fno-trapping-math -ffp-contract=fast
+CFLAGS  ?= -std=c11 $(OPT) $(MARCH) $(OPENMP) $(SIMD) $(WARN) -fno-math-errno -fno-trapping-math -ffp-contract=fast
 LDLIBS   = -lm -lpthread
 
 # $(call try,FLAG): the flag, if the compiler can build a program with it.
 try      = $(shell f=$$(mktemp) && echo 'int main(void){return 0;}' | $(CC) $(1) -x c - -o $$f 2>/dev/null && echo '$(1)'; rm -f $$f)
 MARCH   := $(if $(MARCH),$(MARCH),$(call try,-march=native))
 OPENMP  := $(if $(filter undefined,$(origin OPENMP)),$(call try,-fopenmp),$(OPENMP))
-
-WARN    += $(if $(OPENMP),,-Wno-unknown-pragmas) # without OpenMP each rank is one thread
+SIMD    := $(if $(OPENMP),,$(call try,-fopenmp-simd)) # without OpenMP each rank is one thread, but loops vectorise
+WARN    += $(if $(OPENMP),,-Wno-unknown-pragmas)
 
 SOURCE   = megatron_gpt2.c dev/unicode/classes.h
 
