@@ -308,6 +308,16 @@ static int cores(void)
     return n > 0 ? (int)n : 1;
 }
 
+/* Threads that a parallel loop of this rank gets. */
+static int threads(void)
+{
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
 /* ---- Types that both machines' operators share ------------------------------------------------------------------- */
 
 typedef enum { GELU_TANH, GELU_ERF } Gelu;
@@ -485,7 +495,7 @@ static void dropout_factors(real *out, Dropout d, size_t index, size_t n)
 
 /* ---- Matrix product ---------------------------------------------------------------------------------------------- */
 
-/* C (M,N) = A (M,K) B (K,N), nine tenths of all time. One product serves X W', dY W and dY' X, because A and B are
+/* C (M,N) = A (M,K) B (K,N), four fifths of all time. One product serves X W', dY W and dY' X, because A and B are
  * read through a (row, column) stride. It makes C in tiles of 6 rows x TILE_VECS vectors:
  *
  *                   TILE_COLS              in registers  the tile of C, and one row of B's panel at a time
@@ -498,8 +508,10 @@ static void dropout_factors(real *out, Dropout d, size_t index, size_t n)
  *      +========+  +--+--+--+--+           makes 6 * TILE_VECS multiply-adds of vectors: the arithmetic units never
  *      |        |  |  |  |  |  |           wait for the loads.
  *
- * Strips and panels are packed: copied so that the tile's loop reads memory in order, whatever the strides. Threads
- * take equal runs of tiles, down the columns of C. A tile's sum over k has one order, whoever makes it. */
+ * Panels are packed: copied so that the tile's loop reads them in order, whatever B's strides; A is read where it
+ * lies. Threads take equal runs of tiles, down the columns of C, and the same ones for every block of k: so nobody
+ * waits for anybody before the end, and a sum over k has one order, whoever makes it. doc/matmul.md gets here from
+ * three plain loops, step by step. */
 
 #if defined __AVX512F__
 enum { VEC_BYTES = 64, TILE_VECS = 4 };
@@ -527,6 +539,13 @@ typedef struct {
     size_t row, col;
 } Mat;
 
+static inline Mat from_element(Mat m, size_t i, size_t j) /* the part of m from row i and column j on */
+{
+    return (Mat){m.p + i * m.row + j * m.col, m.row, m.col};
+}
+
+static inline Mat transposed(Mat m) { return (Mat){m.p, m.col, m.row}; }
+
 typedef enum { BIAS, BIAS_GELU, GELU_SLOPE } EpilogueKind;
 
 /* What happens to an element of C when its sum is complete. */
@@ -537,33 +556,22 @@ typedef struct {
     Gelu gelu;
 } Epilogue;
 
-/* c (6, vecs vectors) [+]= a (6,K) b (K, vecs vectors). */
+/* c (6, vecs vectors) [+]= a (6,K) panel (K,TILE_COLS). */
 static inline __attribute__((always_inline)) void tile_of(const size_t vecs, real *c, size_t c_row, Mat a,
-                                                          const real *b, size_t b_row, size_t K, int add)
+                                                          const real *panel, size_t K, int add)
 {
     vec t[TILE_ROWS][TILE_VECS] = {{{0}}};
     for (size_t i = 0; i < TILE_ROWS; i++)
         for (size_t j = 0; j < vecs; j++) __builtin_prefetch(c + i * c_row + j * LANES, 1);
-    for (size_t k = 0; k < K; k++, a.p += a.col, b += b_row)
+    for (size_t k = 0; k < K; k++, a.p += a.col, panel += TILE_COLS)
         for (size_t i = 0; i < TILE_ROWS; i++)
-            for (size_t j = 0; j < vecs; j++) t[i][j] += a.p[i * a.row] * *(const loose_vec *)(b + j * LANES);
+            for (size_t j = 0; j < vecs; j++) t[i][j] += a.p[i * a.row] * *(const vec *)(panel + j * LANES);
     for (size_t i = 0; i < TILE_ROWS; i++)
         for (size_t j = 0; j < vecs; j++) {
             loose_vec *to = (loose_vec *)(c + i * c_row + j * LANES);
             if (add) t[i][j] += *to;
             *to = t[i][j];
         }
-}
-
-/* c (6,n) [+]= a (6,K) b (K,n), n <= TILE_COLS rounded up to whole vectors. */
-static void tile(real *c, size_t c_row, Mat a, const real *b, size_t b_row, size_t n, size_t K, int add)
-{
-    switch (ceil_div(n, LANES)) {
-    case 1: tile_of(1, c, c_row, a, b, b_row, K, add); break;
-    case 2: tile_of(2, c, c_row, a, b, b_row, K, add); break;
-    case 3: tile_of(TILE_VECS - 1, c, c_row, a, b, b_row, K, add); break;
-    default: tile_of(TILE_VECS, c, c_row, a, b, b_row, K, add);
-    }
 }
 
 /* to (16,16) = the transpose of from (16,16): two perfect shuffles of a deck dealt to four piles, which compilers
@@ -589,101 +597,86 @@ static inline void transpose_square(real *to, size_t to_row, const real *from, s
  * inlined. */
 static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n, const size_t width, size_t K)
 {
-    size_t k = 0;
-    if (from.col == 1 && n == width && width % SQUARE == 0)
-        for (; k + SQUARE <= K; k += SQUARE)
-            for (size_t i = 0; i < width; i += SQUARE)
-                transpose_square(out + k * width + i, width, from.p + i * from.row + k, from.row);
-    if (from.row == 1 && n == width)
-        for (; k < K; k++) memcpy(out + k * width, from.p + k * from.col, width * sizeof *out);
-    for (; k < K; k++)
-        for (size_t i = 0; i < width; i++) out[k * width + i] = i < n ? from.p[i * from.row + k * from.col] : 0;
+    for (size_t k = 0; k < K; k += SQUARE)
+        for (size_t i = 0; i < width; i += SQUARE) {
+            const size_t rows = min_size(SQUARE, K - k), cols = min_size(SQUARE, width - i);
+            const act *p = from.p + i * from.row + k * from.col;
+            real *to = out + k * width + i;
+            if (from.col == 1 && width % SQUARE == 0 && k + SQUARE <= K && i + SQUARE <= n)
+                transpose_square(to, width, p, from.row);
+            else if (from.row == 1 && width % SQUARE == 0 && i + SQUARE <= n)
+                for (size_t r = 0; r < rows; r++) memcpy(to + r * width, p + r * from.col, SQUARE * sizeof *to);
+            else
+                for (size_t r = 0; r < rows; r++)
+                    for (size_t c = 0; c < cols; c++)
+                        to[r * width + c] = i + c < n ? p[c * from.row + r * from.col] : 0;
+        }
 }
 
-/* x (n) = gelu(x). The two kinds are apart because only the first vectorises: the other calls libm. */
-static void gelu_row(act *x, size_t n, Gelu kind)
-{
-    if (kind == GELU_ERF)
-        for (size_t i = 0; i < n; i++) x[i] = gelu(x[i], GELU_ERF);
-    else
-#pragma omp simd
-        for (size_t i = 0; i < n; i++) x[i] = gelu(x[i], GELU_TANH);
-}
-
-/* dx (n) *= gelu'(x). */
-static void gelu_slope_row(act *dx, const act *x, size_t n, Gelu kind)
-{
-    if (kind == GELU_ERF)
-        for (size_t i = 0; i < n; i++) dx[i] *= gelu_slope(x[i], GELU_ERF);
-    else
-#pragma omp simd
-        for (size_t i = 0; i < n; i++) dx[i] *= gelu_slope(x[i], GELU_TANH);
-}
-
-/* The epilogue on rows x cols elements of C, row by row, the first of them element `at` of C and column `col`. */
+/* The epilogue on rows x cols elements of C, row by row, the first of them element `at` of C and column `col`. Both GeLUs
+ * have loops of their own, because only the tanh form vectorises: the other calls libm. */
 static void finish(act *c, size_t at, size_t col, size_t rows, size_t cols, size_t N, const Epilogue *e)
 {
+    const int forward = e->kind == BIAS_GELU, backward = e->kind == GELU_SLOPE, erf_form = e->gelu == GELU_ERF;
     for (size_t i = 0; i < rows; i++, at += N) {
         act *x = c + at, *pre = e->pre ? e->pre + at : NULL;
         const act *bias = e->bias ? e->bias + col : NULL;
         if (bias)
 #pragma omp simd
             for (size_t j = 0; j < cols; j++) x[j] += bias[j];
-        if (e->kind == BIAS_GELU && pre) memcpy(pre, x, cols * sizeof *x);
-        if (e->kind == BIAS_GELU) gelu_row(x, cols, e->gelu);
-        if (e->kind == GELU_SLOPE) gelu_slope_row(x, pre, cols, e->gelu);
+        if (forward && pre) memcpy(pre, x, cols * sizeof *x);
+        if (forward && erf_form)
+            for (size_t j = 0; j < cols; j++) x[j] = gelu(x[j], GELU_ERF);
+        else if (forward)
+#pragma omp simd
+            for (size_t j = 0; j < cols; j++) x[j] = gelu(x[j], GELU_TANH);
+        else if (backward && erf_form)
+            for (size_t j = 0; j < cols; j++) x[j] *= gelu_slope(pre[j], GELU_ERF);
+        else if (backward)
+#pragma omp simd
+            for (size_t j = 0; j < cols; j++) x[j] *= gelu_slope(pre[j], GELU_TANH);
     }
 }
 
-/* c (m,n) [+]= strip (6,K) panel (K,TILE_COLS). A tile on C's edge takes a detour, for it is larger than what is
- * left. */
-static void tile_of_matrix(act *c, size_t c_row, size_t m, size_t n, const real *strip, const real *panel, size_t K,
-                           int add)
+/* c (m,n) [+]= a (m,K) panel (K,TILE_COLS), K <= K_BLOCK. A tile that would not fit into c is made elsewhere. */
+static void tile(act *c, size_t c_row, size_t m, size_t n, Mat a, const real *panel, size_t K, int add)
 {
-    const Mat a = {strip, 1, TILE_ROWS};
-    if (m == TILE_ROWS && n % LANES == 0) {
-        tile(c, c_row, a, panel, TILE_COLS, n, K, add);
-        return;
+    switch (m == TILE_ROWS && n % LANES == 0 ? n / LANES : 0) {
+    case TILE_VECS: tile_of(TILE_VECS, c, c_row, a, panel, K, add); return;
+    case 3: tile_of(TILE_VECS - 1, c, c_row, a, panel, K, add); return;
+    case TILE_VECS / 2: tile_of(TILE_VECS / 2, c, c_row, a, panel, K, add); return;
     }
-    real edge[TILE_ROWS * TILE_COLS];
-    tile(edge, TILE_COLS, a, panel, TILE_COLS, n, K, 0);
+    real edge[TILE_ROWS * TILE_COLS], strip[TILE_ROWS * K_BLOCK];
+    pack(strip, a, m, TILE_ROWS, K);
+    tile_of(TILE_VECS, edge, TILE_COLS, (Mat){strip, 1, TILE_ROWS}, panel, K, 0);
     for (size_t i = 0; i < m; i++)
         for (size_t j = 0; j < n; j++) c[i * c_row + j] = edge[i * TILE_COLS + j] + (add ? c[i * c_row + j] : 0);
 }
 
-/* c (M,N) [+]= a (M,K) b (K,N), and e, which may be NULL. */
-static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e)
+/* c (M,N), rows c_row apart, [+]= a (M,K) b (K,N), and e, which may be NULL. This makes one of `parts` equal runs of
+ * tiles. */
+static void product(act *c, size_t c_row, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e,
+                    size_t part, size_t parts)
 {
     const size_t depth = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), SQUARE);
-    const size_t height = min_size(ROW_BLOCK, round_up(M, TILE_ROWS));
-    real *strips = scratch(height * depth);
-#pragma omp parallel if (M * N * K > 8 * SMALL)
-    for (size_t i0 = 0; i0 < M; i0 += height)
+    real panel[K_BLOCK * TILE_COLS] __attribute__((aligned(64)));
+    for (size_t i0 = 0; i0 < M; i0 += ROW_BLOCK)
         for (size_t k0 = 0; k0 < K; k0 += depth) {
-            const size_t rows = min_size(height, M - i0), count = ceil_div(rows, TILE_ROWS);
-            const size_t k = min_size(depth, K - k0);
-            const Mat a_block = {a.p + i0 * a.row + k0 * a.col, a.row, a.col};
-#pragma omp for schedule(static)
-            for (size_t s = 0; s < count; s++)
-                pack(strips + s * TILE_ROWS * k, (Mat){a_block.p + s * TILE_ROWS * a.row, a.row, a.col},
-                     min_size(TILE_ROWS, rows - s * TILE_ROWS), TILE_ROWS, k);
-            real panel[K_BLOCK * TILE_COLS] __attribute__((aligned(64)));
+            const size_t count = ceil_div(min_size(ROW_BLOCK, M - i0), TILE_ROWS), k = min_size(depth, K - k0);
+            const size_t tiles = count * ceil_div(N, TILE_COLS);
             size_t packed = N; /* the column at which panel begins */
-#pragma omp for schedule(static)
-            for (size_t t = 0; t < count * ceil_div(N, TILE_COLS); t++) {
+            for (size_t t = tiles * part / parts; t < tiles * (part + 1) / parts; t++) {
                 const size_t i = i0 + t % count * TILE_ROWS, j = t / count * TILE_COLS;
                 const size_t m = min_size(TILE_ROWS, M - i), n = min_size(TILE_COLS, N - j);
-                if (packed != j) pack(panel, (Mat){b.p + k0 * b.row + j * b.col, b.col, b.row}, n, TILE_COLS, k);
+                if (packed != j) pack(panel, transposed(from_element(b, k0, j)), n, TILE_COLS, k);
                 packed = j;
-                tile_of_matrix(c + i * N + j, N, m, n, strips + t % count * TILE_ROWS * k, panel, k, add || k0 > 0);
-                if (e && k0 + k == K) finish(c, i * N + j, j, m, n, N, e);
+                tile(c + i * c_row + j, c_row, m, n, from_element(a, i, k0), panel, k, add || k0 > 0);
+                if (e && k0 + k == K) finish(c, i * c_row + j, j, m, n, c_row, e);
             }
         }
-    free(strips);
 }
 
-/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] ---------------------------------------- */
-
+/* a' b for vectors of n numbers. */
 static real dot(const real *a, const real *b, size_t n)
 {
     enum { CHAINS = 4 }; /* independent sums hide the latency of the adder */
@@ -699,18 +692,30 @@ static real dot(const real *a, const real *b, size_t n)
     return sum;
 }
 
+/* c (M,N) [+]= a (M,K) b (K,N), and e, which may be NULL. A few rows times a transposed matrix, as in generation, run
+ * at the speed at which b is read: so once, and as it lies. */
+static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e)
+{
+    if (M < 4 && a.col == 1 && b.row == 1) {
+#pragma omp parallel for schedule(static) if (N * K > SMALL)
+        for (size_t j = 0; j < N; j++)
+            for (size_t i = 0; i < M; i++)
+                c[i * N + j] = dot(a.p + i * a.row, b.p + j * b.col, K) + (add ? c[i * N + j] : 0);
+        if (e) finish(c, 0, 0, M, N, N, e);
+        return;
+    }
+    const size_t parts = M * N * K > 8 * SMALL ? (size_t)threads() : 1;
+#pragma omp parallel for schedule(static) if (parts > 1)
+    for (size_t part = 0; part < parts; part++) product(c, N, a, b, M, N, K, add, e, part, parts);
+}
+
+/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] ---------------------------------------- */
+
 /* y (N,O) = x (N,I) w' + b; w (O,I); b (O) or NULL. */
 static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I, size_t O)
 {
     const Epilogue bias = {BIAS, b, NULL, GELU_TANH};
-    if (N >= 4) {
-        matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &bias);
-        return;
-    }
-    /* Generation: one token's product runs at the speed at which w is read, so w is read once and as it lies. */
-#pragma omp parallel for schedule(static) if (O * I > SMALL)
-    for (size_t o = 0; o < O; o++)
-        for (size_t n = 0; n < N; n++) y[n * O + o] = dot(x + n * I, w + o * I, I) + (b ? b[o] : 0);
+    matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &bias);
 }
 
 enum { COLUMN_BLOCK = 64 }; /* columns a thread takes at a time where sums run down the rows */
@@ -743,13 +748,7 @@ static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, co
                                 size_t O, Gelu kind)
 {
     const Epilogue e = {BIAS_GELU, b, pre, kind};
-    if (N >= 4) {
-        matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &e);
-    } else {
-        linear_forward(y, x, w, b, N, I, O);
-        const Epilogue only_gelu = {BIAS_GELU, NULL, pre, kind};
-        finish(y, 0, 0, N, O, O, &only_gelu);
-    }
+    matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &e);
 }
 
 /* Backward of y = gelu(pre), z = y w': dpre (N,I) = (dz w) * gelu'(pre); dw (O,I) += dz' y. z has no bias: w is
@@ -833,7 +832,7 @@ static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, 
 /* ---- LayerNorm --------------------------------------------------------------------------------------------------- */
 
 /* y (C) = (x - mean) * rstd * g + b. Two passes over x (it is in L1): no cancellation, unlike E[x^2] - E[x]^2. Error of
- * y, with h = (x - mean) * rstd and U = 2^-24: the sums run in at least 4 lanes, and the mean's is D = (C/4 + 4) U *
+ * y, with h = (x - mean) * rstd and U = 2^-24: simd sums run in at least 4 lanes, and the mean's is D = (C/4 + 4) U *
  * mean(|x|) * rstd at most; so |g| D + |h g| ((C/8 + 8) U + D^2) + |y| U. Roundings are random, and far below that. */
 static void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t C, real eps)
 {
@@ -953,45 +952,8 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
  * matrices never exist: a block of QUERIES rows meets the keys KEYS at a time, and the softmax is kept as a
  * running maximum m, a running sum l of e^(s-m) and a running out, the last two shrunk by e^(old m - new m) when m
  * grows. Blocks above the diagonal are skipped. What remains for backward is lse = m + log l, for P = e^(S - lse)
- * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles; a thread's extra memory is O(T
- * D). */
-enum {
-    QUERIES = 48,            /* a multiple of TILE_ROWS */
-    KEYS = 128,              /* a multiple of TILE_COLS */
-    P_ROW = KEYS + TILE_ROWS /* P' is read TILE_ROWS rows at a time: the last ones of P stay 0 */
-};
-
-/* The right-hand side of block_product: panels of TILE_COLS columns, `panel` numbers apart. */
-typedef struct {
-    const real *p;
-    size_t row, panel;
-} Panels;
-
-/* c (M,N) [+]= a (M,K) b (K,N), all in cache. Touches whole tiles: M rounded up to TILE_ROWS, N rounded up to
- * LANES. */
-static void block_product(real *c, size_t c_row, Mat a, Panels b, size_t M, size_t N, size_t K, int add)
-{
-    for (size_t j = 0; j < N; j += TILE_COLS, b.p += b.panel)
-        for (size_t i = 0; i < M; i += TILE_ROWS)
-            tile(c + i * c_row + j, c_row, (Mat){a.p + i * a.row, a.row, a.col}, b.p, b.row, min_size(TILE_COLS, N - j),
-                 K, add);
-}
-
-/* to (rows up to a multiple of TILE_ROWS, D_pad) = from (rows, D) * scale, and zeros around it. */
-static void copy_rows(real *to, const act *from, size_t from_row, size_t rows, size_t D, size_t D_pad, real scale)
-{
-    memset(to, 0, round_up(rows, TILE_ROWS) * D_pad * sizeof *to);
-    for (size_t i = 0; i < rows; i++)
-#pragma omp simd
-        for (size_t c = 0; c < D; c++) to[i * D_pad + c] = from[i * from_row + c] * scale;
-}
-
-/* to = the transpose of from (rows, D), in panels of TILE_COLS rows: what block_product multiplies by for Q K'. */
-static void transpose_rows(real *to, const act *from, size_t from_row, size_t rows, size_t D)
-{
-    for (size_t j = 0; j < rows; j += TILE_COLS, to += D * TILE_COLS)
-        pack(to, (Mat){from + j * from_row, from_row, 1}, min_size(TILE_COLS, rows - j), TILE_COLS, D);
-}
+ * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles, on rows as they lie in qkv. */
+enum { QUERIES = 48, KEYS = K_BLOCK }; /* multiples of TILE_ROWS; KEYS also of QUERIES and TILE_COLS */
 
 /* How many of the keys j0 .. j0+keys-1 query i may see. */
 static size_t visible(size_t i, size_t j0, size_t keys) { return i < j0 ? 0 : min_size(i + 1 - j0, keys); }
@@ -1003,15 +965,17 @@ static Dropout head_dropout(Dropout d, size_t b, size_t h, size_t T)
     return d;
 }
 
-/* One row of scores s (n) becomes dropped-out probabilities relative to e^m; the row's m, l and o (D_pad) follow. */
-static void online_softmax_row(real *s, size_t n, real *m, real *l, real *o, size_t D_pad, Dropout d, size_t index)
+/* One row of products q k' in s (n) becomes dropped-out probabilities relative to e^m; the row's m, l and out (D)
+ * follow. */
+static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, act *out, size_t D, Dropout d,
+                               size_t index)
 {
     real sum = 0, keep[KEYS];
-    const real top = largest(s, n, *m);
+    const real top = fmax(*m, largest(s, n, -INFINITY) * scale);
     const real shrink = exponential(*m - top); /* 0 the first time, when m = -inf */
 #pragma omp simd reduction(+ : sum)
     for (size_t j = 0; j < n; j++) {
-        s[j] = exponential(s[j] - top);
+        s[j] = exponential(s[j] * scale - top);
         sum += s[j];
     }
     *l = *l * shrink + sum; /* the softmax is of all scores: dropout comes after it */
@@ -1023,102 +987,56 @@ static void online_softmax_row(real *s, size_t n, real *m, real *l, real *o, siz
     }
     if (shrink != 1)
 #pragma omp simd
-        for (size_t c = 0; c < D_pad; c++) o[c] *= shrink;
-}
-
-/* Rows i0 .. i0+rows-1 of one head: o (QUERIES,D_pad), m and l (QUERIES), from qs = Q / sqrt(D) (QUERIES,D_pad), the
- * transposed kt and v (T,D_pad); p (QUERIES,P_ROW) is working space. */
-static void attend(real *o, real *m, real *l, real *p, const real *qs, const real *kt, const real *v, size_t i0,
-                   size_t rows, size_t T, size_t D, size_t D_pad, Dropout d)
-{
-    memset(o, 0, QUERIES * D_pad * sizeof *o);
-    for (size_t i = 0; i < rows; i++) m[i] = -INFINITY, l[i] = 0;
-    for (size_t j0 = 0; j0 < i0 + rows; j0 += KEYS) {
-        const size_t keys = min_size(KEYS, i0 + rows - j0);
-        const Panels kt_block = {kt + j0 * D, TILE_COLS, D * TILE_COLS}, v_block = {v + j0 * D_pad, D_pad, TILE_COLS};
-        block_product(p, P_ROW, (Mat){qs, D_pad, 1}, kt_block, rows, keys, D, 0);
-        for (size_t i = 0; i < rows; i++) {
-            const size_t n = visible(i0 + i, j0, keys);
-            if (n > 0) online_softmax_row(p + i * P_ROW, n, m + i, l + i, o + i * D_pad, D_pad, d, (i0 + i) * T + j0);
-            for (size_t j = n; j < keys; j++) p[i * P_ROW + j] = 0;
-        }
-        block_product(o, D_pad, (Mat){p, P_ROW, 1}, v_block, rows, D_pad, keys, 1);
-    }
+        for (size_t c = 0; c < D; c++) out[c] *= shrink;
 }
 
 /* out (B,T,H*D), lse (B,H,T) log-sum-exp of scaled scores; qkv (B,T,3*H*D): [Q;K;V], each H heads of D [P11].
- * Dropout element (b,h,i,j) has index d.first + ((b*d.heads + h)*T + i)*T + j. A task is a few blocks of queries
- * of one head, the longest first: threads end together. */
+ * Dropout element (b,h,i,j) has index d.first + ((b*d.heads + h)*T + i)*T + j. A task is a block of queries of one
+ * head, those with the most keys first: threads end together. */
 static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
 {
-    enum { TASK = 5 * QUERIES };
-    const size_t C = H * D, D_pad = round_up(D, LANES), T_pad = round_up(T, KEYS), slices = ceil_div(T, TASK);
+    const size_t C = H * D, blocks = ceil_div(T, QUERIES);
     const real scale = 1 / square_root((real)D);
-#pragma omp parallel if (B * H * T * D > SMALL)
-    {
-        real *kt = scratch(T_pad * D + (T_pad + 2 * QUERIES) * D_pad + QUERIES * P_ROW);
-        real *v = kt + T_pad * D, *qs = v + T_pad * D_pad, *o = qs + QUERIES * D_pad, *p = o + QUERIES * D_pad;
-        real m[QUERIES], l[QUERIES];
-#pragma omp for schedule(dynamic)
-        for (size_t task = 0; task < B * H * slices; task++) {
-            const size_t b = task / H % B, h = task % H;
-            const size_t first = (slices - 1 - task / (B * H)) * TASK, end = min_size(first + TASK, T);
-            const act *q_head = qkv + b * T * 3 * C + h * D;
-            transpose_rows(kt, q_head + C, 3 * C, end, D);
-            copy_rows(v, q_head + 2 * C, 3 * C, end, D, D_pad, 1);
-            for (size_t i0 = first; i0 < end; i0 += QUERIES) {
-                const size_t rows = min_size(QUERIES, end - i0);
-                copy_rows(qs, q_head + i0 * 3 * C, 3 * C, rows, D, D_pad, scale);
-                attend(o, m, l, p, qs, kt, v, i0, rows, T, D, D_pad, head_dropout(d, b, h, T));
-                for (size_t i = 0; i < rows; i++) {
-                    for (size_t c = 0; c < D; c++) out[(b * T + i0 + i) * C + h * D + c] = o[i * D_pad + c] / l[i];
-                    lse[(b * H + h) * T + i0 + i] = m[i] + (real)log((double)l[i]);
-                }
+#pragma omp parallel for schedule(dynamic) if (B * H * T * D > SMALL)
+    for (size_t task = 0; task < B * H * blocks; task++) {
+        const size_t b = task / blocks / H, h = task / blocks % H, i0 = (blocks - 1 - task % blocks) * QUERIES;
+        const size_t rows = min_size(QUERIES, T - i0);
+        const act *q = qkv + b * T * 3 * C + h * D;
+        act *o = out + (b * T + i0) * C + h * D;
+        real s[QUERIES * KEYS], m[QUERIES], l[QUERIES];
+        for (size_t i = 0; i < rows; i++) m[i] = -INFINITY, l[i] = 0, memset(o + i * C, 0, D * sizeof *o);
+        for (size_t j0 = 0; j0 < i0 + rows; j0 += KEYS) {
+            const size_t keys = min_size(KEYS, i0 + rows - j0);
+            const act *k = q + C + j0 * 3 * C, *v = k + C;
+            product(s, KEYS, (Mat){q + i0 * 3 * C, 3 * C, 1}, (Mat){k, 1, 3 * C}, rows, keys, D, 0, NULL, 0, 1);
+            for (size_t i = 0; i < rows; i++) {
+                const size_t n = visible(i0 + i, j0, keys);
+                if (n > 0)
+                    online_softmax_row(s + i * KEYS, n, scale, m + i, l + i, o + i * C, D, head_dropout(d, b, h, T),
+                                       (i0 + i) * T + j0);
+                memset(s + i * KEYS + n, 0, (keys - n) * sizeof *s);
             }
+            product(o, C, (Mat){s, KEYS, 1}, (Mat){v, 3 * C, 1}, rows, D, keys, 1, NULL, 0, 1);
         }
-        free(kt);
+        for (size_t i = 0; i < rows; i++) {
+            for (size_t c = 0; c < D; c++) o[i * C + c] /= l[i];
+            lse[(b * H + h) * T + i0 + i] = m[i] + (real)log((double)l[i]);
+        }
     }
 }
 
-/* One row: scores s become the dropped-out P, and dp = dO V' becomes dS = P (mask dp - delta). */
-static void softmax_backward_row(real *s, real *dp, size_t n, real lse, real delta, Dropout d, size_t index)
+/* One row: products s become the dropped-out P, and dp = dO V' becomes dS = P (mask dp - delta) * scale, the gradient
+ * of q k'. */
+static void softmax_backward_row(real *s, real *dp, size_t n, real scale, real lse, real delta, Dropout d, size_t index)
 {
     real keep[KEYS];
     dropout_factors(keep, d, index, n);
 #pragma omp simd
     for (size_t j = 0; j < n; j++) {
-        const real p = exponential(s[j] - lse);
+        const real p = exponential(s[j] * scale - lse);
         s[j] = p * keep[j];
-        dp[j] = s[j] * dp[j] - p * delta;
+        dp[j] = (s[j] * dp[j] - p * delta) * scale;
     }
-}
-
-/* One head's working space: rows are padded to D_pad columns, and their number to tiles. */
-typedef struct {
-    real *qs, *k, *go, *dq, *dk, *dv; /* (T,D_pad) Q / sqrt(D), K, dO and the three gradients */
-    real *kt, *vt;                    /* K and V transposed */
-    real *p, *ds;                     /* (QUERIES,P_ROW) */
-} HeadBackward;
-
-/* Query block i0 meets key block j0: dV += P' dO, dK += dS' Q, dQ += dS K. */
-static void attend_backward(const HeadBackward *w, const real *lse, const real *delta, size_t i0, size_t j0, size_t T,
-                            size_t D, size_t D_pad, Dropout d)
-{
-    const size_t rows = min_size(QUERIES, T - i0), keys = min_size(KEYS, T - j0);
-    const Panels kt = {w->kt + j0 * D, TILE_COLS, D * TILE_COLS}, vt = {w->vt + j0 * D, TILE_COLS, D * TILE_COLS};
-    const Panels q = {w->qs + i0 * D_pad, D_pad, TILE_COLS}, go = {w->go + i0 * D_pad, D_pad, TILE_COLS};
-    const Panels k = {w->k + j0 * D_pad, D_pad, TILE_COLS};
-    block_product(w->p, P_ROW, (Mat){q.p, D_pad, 1}, kt, rows, keys, D, 0);
-    block_product(w->ds, P_ROW, (Mat){go.p, D_pad, 1}, vt, rows, keys, D, 0);
-    for (size_t i = 0; i < rows; i++) {
-        real *p = w->p + i * P_ROW, *ds = w->ds + i * P_ROW;
-        const size_t n = visible(i0 + i, j0, keys);
-        softmax_backward_row(p, ds, n, lse[i0 + i], delta[i0 + i], d, (i0 + i) * T + j0);
-        for (size_t j = n; j < keys; j++) p[j] = ds[j] = 0;
-    }
-    block_product(w->dv + j0 * D_pad, D_pad, (Mat){w->p, 1, P_ROW}, go, keys, D_pad, rows, 1);
-    block_product(w->dk + j0 * D_pad, D_pad, (Mat){w->ds, 1, P_ROW}, q, keys, D_pad, rows, 1);
-    block_product(w->dq + i0 * D_pad, D_pad, (Mat){w->ds, P_ROW, 1}, k, rows, D_pad, keys, 1);
 }
 
 /* dqkv is written. delta (B,H,T): scratch, sum over c of dout * out = sum over j of P mask dO V'. A head is one task, so
@@ -1126,40 +1044,36 @@ static void attend_backward(const HeadBackward *w, const real *lse, const real *
 static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out, const real *lse, const act *qkv,
                                size_t B, size_t T, size_t H, size_t D, Dropout d)
 {
-    const size_t C = H * D, D_pad = round_up(D, LANES), T_pad = T + 2 * TILE_ROWS, T_keys = round_up(T, KEYS);
+    const size_t C = H * D, row = 3 * C;
     const real scale = 1 / square_root((real)D);
-#pragma omp parallel if (B * H * T * D > SMALL)
-    {
-        real *space = scratch(6 * T_pad * D_pad + 2 * T_keys * D + 2 * QUERIES * P_ROW), *at = space;
-        HeadBackward w; /* dq, dk and dv are neighbours: one memset clears them */
-        w.qs = at, w.k = at += T_pad * D_pad, w.go = at += T_pad * D_pad;
-        w.dq = at += T_pad * D_pad, w.dk = at += T_pad * D_pad, w.dv = at += T_pad * D_pad;
-        w.kt = at += T_pad * D_pad, w.vt = at += T_keys * D;
-        w.p = at += T_keys * D, w.ds = at += QUERIES * P_ROW;
-        memset(w.p, 0, 2 * QUERIES * P_ROW * sizeof *w.p);
-#pragma omp for schedule(dynamic)
-        for (size_t task = 0; task < B * H; task++) {
-            const size_t b = task / H, h = task % H, q_head = b * T * 3 * C + h * D, o_head = b * T * C + h * D;
-            copy_rows(w.qs, qkv + q_head, 3 * C, T, D, D_pad, scale);
-            copy_rows(w.k, qkv + q_head + C, 3 * C, T, D, D_pad, 1);
-            copy_rows(w.go, dout + o_head, C, T, D, D_pad, 1);
-            transpose_rows(w.kt, qkv + q_head + C, 3 * C, T, D);
-            transpose_rows(w.vt, qkv + q_head + 2 * C, 3 * C, T, D);
-            memset(w.dq, 0, 3 * T_pad * D_pad * sizeof *w.dq);
-            for (size_t i = 0; i < T; i++) delta[task * T + i] = dot(dout + o_head + i * C, out + o_head + i * C, D);
-            for (size_t j0 = 0; j0 < T; j0 += KEYS)
-                for (size_t i0 = j0 / QUERIES * QUERIES; i0 < T; i0 += QUERIES)
-                    attend_backward(&w, lse + task * T, delta + task * T, i0, j0, T, D, D_pad,
-                                    head_dropout(d, b, h, T));
-            for (size_t i = 0; i < T; i++)
-                for (size_t c = 0; c < D; c++) {
-                    act *to = dqkv + q_head + i * 3 * C + c;
-                    to[0] = w.dq[i * D_pad + c] * scale;
-                    to[C] = w.dk[i * D_pad + c]; /* Q was scaled already */
-                    to[2 * C] = w.dv[i * D_pad + c];
-                }
+#pragma omp parallel for schedule(dynamic) if (B * H * T * D > SMALL)
+    for (size_t head = 0; head < B * H; head++) {
+        const size_t b = head / H, h = head % H, first = b * T * row + h * D;
+        real p[QUERIES * KEYS], ds[QUERIES * KEYS];
+        for (size_t i = 0; i < T; i++) {
+            const size_t at = (b * T + i) * C + h * D;
+            delta[head * T + i] = dot(dout + at, out + at, D);
+            for (size_t part = 0; part < 3; part++) memset(dqkv + first + i * row + part * C, 0, D * sizeof *dqkv);
         }
-        free(space);
+        for (size_t j0 = 0; j0 < T; j0 += KEYS)
+            for (size_t i0 = j0; i0 < T; i0 += QUERIES) {
+                const size_t rows = min_size(QUERIES, T - i0), keys = min_size(KEYS, i0 + rows - j0);
+                const act *q = qkv + first + i0 * row, *k = qkv + first + C + j0 * row, *v = k + C;
+                const act *go = dout + (b * T + i0) * C + h * D;
+                act *dq = dqkv + first + i0 * row, *dk = dqkv + first + C + j0 * row, *dv = dk + C;
+                product(p, KEYS, (Mat){q, row, 1}, (Mat){k, 1, row}, rows, keys, D, 0, NULL, 0, 1);
+                product(ds, KEYS, (Mat){go, C, 1}, (Mat){v, 1, row}, rows, keys, D, 0, NULL, 0, 1);
+                for (size_t i = 0; i < rows; i++) {
+                    const size_t n = visible(i0 + i, j0, keys), at = head * T + i0 + i;
+                    softmax_backward_row(p + i * KEYS, ds + i * KEYS, n, scale, lse[at], delta[at],
+                                         head_dropout(d, b, h, T), (i0 + i) * T + j0);
+                    memset(p + i * KEYS + n, 0, (keys - n) * sizeof *p);
+                    memset(ds + i * KEYS + n, 0, (keys - n) * sizeof *ds);
+                }
+                product(dv, row, (Mat){p, 1, KEYS}, (Mat){go, C, 1}, keys, D, rows, 1, NULL, 0, 1);
+                product(dk, row, (Mat){ds, 1, KEYS}, (Mat){q, row, 1}, keys, D, rows, 1, NULL, 0, 1);
+                product(dq, row, (Mat){ds, KEYS, 1}, (Mat){k, row, 1}, rows, D, keys, 1, NULL, 0, 1);
+            }
     }
 }
 
@@ -1306,8 +1220,8 @@ static double sum_squares(const act *x, size_t n)
  * wins every MAX. */
 static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op)
 {
-    enum { RUN = 1024 };      /* elements that stay in L1 while the ranks' arrays pass by */
-    if (type == DOUBLE_ARRAY) /* a few scalars */
+    enum { RUN = 1024 };        /* elements that stay in L1 while the ranks' arrays pass by */
+    if (type == DOUBLE_ARRAY) { /* a few scalars */
         for (size_t i = begin; i < begin + n; i++) {
             double total = ((double *)x[0])[i];
             for (int r = 1; r < P; r++) {
@@ -1316,20 +1230,21 @@ static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type typ
             }
             for (int r = 0; r < P; r++) ((double *)x[r])[i] = total;
         }
-    else
+        return;
+    }
 #pragma omp parallel for schedule(static) if (n > SMALL)
-        for (size_t i0 = begin; i0 < begin + n; i0 += RUN) {
-            const size_t count = min_size(RUN, begin + n - i0);
-            real total[RUN];
-            memcpy(total, (real *)x[0] + i0, count * sizeof *total);
-            for (int r = 1; r < P; r++) {
-                const real *a = (real *)x[r] + i0;
+    for (size_t i0 = begin; i0 < begin + n; i0 += RUN) {
+        const size_t count = min_size(RUN, begin + n - i0);
+        real total[RUN];
+        memcpy(total, (real *)x[0] + i0, count * sizeof *total);
+        for (int r = 1; r < P; r++) {
+            const real *a = (real *)x[r] + i0;
 #pragma omp simd
-                for (size_t i = 0; i < count; i++)
-                    total[i] = op == SUM ? total[i] + a[i] : a[i] > total[i] || a[i] != a[i] ? a[i] : total[i];
-            }
-            for (int r = 0; r < P; r++) memcpy((real *)x[r] + i0, total, count * sizeof *total);
+            for (size_t i = 0; i < count; i++)
+                total[i] = op == SUM ? total[i] + a[i] : a[i] > total[i] || a[i] != a[i] ? a[i] : total[i];
         }
+        for (int r = 0; r < P; r++) memcpy((real *)x[r] + i0, total, count * sizeof *total);
+    }
 }
 
 #endif /* GPT2_OPERATORS */
@@ -6250,7 +6165,7 @@ typedef struct {
     const Safetensors *model, *trainer; /* to start from; NULL: draw new weights, zero moments */
     size_t text_tokens;                 /* in all of the text: to notice when a run resumes with other text */
     FILE *log;
-    Curve *curve; /* of losses, for the picture at the end */
+    Curve *curve;              /* of losses, for the picture at the end */
     double last_loss, seconds; /* the last step's loss; what all steps took */
     size_t skipped;
 } Run;

@@ -890,18 +890,17 @@ static double exact_function(Function f, double x)
     return (1 + x / (1 + exp(v)) * 2 * sqrt(2 / M_PI) * (1 + 3 * 0.044715 * x * x)) / (1 + exp(-v));
 }
 
+/* GeLU and its slope as a product's epilogue makes them. */
 static void function_row(Function f, real *y, const real *x, size_t n)
 {
-    memcpy(y, x, n * sizeof *y);
-    if (f == GELU_OF_TANH || f == GELU_OF_ERF) {
-        gelu_row(y, n, f == GELU_OF_ERF ? GELU_ERF : GELU_TANH);
-    } else if (f != EXPONENTIAL) {
-        for (size_t i = 0; i < n; i++) y[i] = 1;
-        gelu_slope_row(y, x, n, f == SLOPE_OF_ERF ? GELU_ERF : GELU_TANH);
-    } else {
+    const Gelu kind = f == GELU_OF_ERF || f == SLOPE_OF_ERF ? GELU_ERF : GELU_TANH;
+    const int forward = f == GELU_OF_TANH || f == GELU_OF_ERF;
+    const Epilogue e = {forward ? BIAS_GELU : GELU_SLOPE, NULL, forward ? NULL : (act *)x, kind};
+    for (size_t i = 0; i < n; i++) y[i] = f == EXPONENTIAL || forward ? x[i] : 1;
+    if (f != EXPONENTIAL) finish(y, 0, 0, 1, n, n, &e);
+    else
 #pragma omp simd
         for (size_t i = 0; i < n; i++) y[i] = exponential(y[i]);
-    }
 }
 
 static real function_alone(Function f, real x)
@@ -1184,6 +1183,8 @@ static void test_matmul(void)
     check("matmul, shapes 1..70, all strides", worst, 8 * U);
     check("matmul, K over two blocks", product_error(66, 130, 801), 16 * U);
     check("matmul, M over two blocks", product_error(1543, 70, 40), 8 * U);
+    for (size_t M = 1; M < 5; M++) worst = fmax(worst, product_error(M, 50, 301));
+    check("matmul of a few rows", worst, 16 * U);
 }
 
 typedef struct {
@@ -1603,7 +1604,9 @@ static void test_attention(void)
     attention_case(2, 130, 2, 80, 0.1, 1);
     attention_case(1, 130, 2, 64, 0.5, 1);
     attention_case(1, 300, 2, 64, 0, 1);
-    attention_case(1, 97, 1, 64, 0, 7); /* scores near +-400: the softmax must subtract its maximum */
+    attention_case(1, KEYS + 70, 1, 24, 0.1, 1); /* two blocks of keys, of which the second is cut short */
+    attention_case(1, 5, 1, K_BLOCK + 10, 0, 1); /* a head longer than a block of the products' K */
+    attention_case(1, 97, 1, 64, 0, 7);          /* scores near +-400: the softmax must subtract its maximum */
 }
 
 /* ---- Cross entropy --------------------------------------------------------------------------------------------- */
@@ -8161,7 +8164,7 @@ typedef struct {
 static const Test tests[] = {
     {"exponential",        "where it ends", test_exponential, 1, 0},
     {"functions",          "bounds of e^x, gelu, gelu' in ulp", test_functions, 1, 0},
-    {"all_floats",         "the same for every float; takes minutes, runs only when named", test_all_floats, 0, 0},
+    {"all_floats",         "the same for every float from 2^-26 to 128; takes minutes, runs only when named", test_all_floats, 0, 0},
     {"gelu",               "P41", test_gelu, 1, 1},
     {"philox_and_dropout", "known answers; masks", test_philox_and_dropout, 1, 0},
     {"matmul",             "all strides, shapes that do not divide", test_matmul, 1, 1},
