@@ -59,6 +59,14 @@ static void print_text(const char *kind, const char *name, const char *text)
     putchar('\n');
 }
 
+static size_t number(const char *text)
+{
+    char *end;
+    const unsigned long n = strtoul(text, &end, 10);
+    if (n == 0 || *end) usage_error("'%s' is no number from 1 on", text);
+    return n;
+}
+
 static double least(double a, double b) { return a < b ? a : b; }
 
 static real *random_reals(size_t n)
@@ -69,7 +77,7 @@ static real *random_reals(size_t n)
     return x;
 }
 
-/* How often run(arg) must be called to take `seconds`, as far as one call tells. */
+/* How many calls take `seconds`, if one takes `one`. */
 static size_t calls_for(double seconds, double one) { return one > 0 ? (size_t)least(ceil(seconds / one), 1000) : 1; }
 
 /* ---- Ceilings ---------------------------------------------------------------------------------------------------- */
@@ -191,15 +199,19 @@ static void *openblas_open(void (**set_threads)(int))
     return dlsym(library, "cblas_sgemm");
 }
 
-/* One turn: all layers of a shape CONFIG[+head]/M. first: sets what products are compared to. */
-static void sgemm_turn(const char *shape, Product p, int first, void (*set_threads)(int))
+/* How often a turn calls each layer's products, with 1 and with all threads; 0: not known yet. */
+typedef size_t Calls[5][3][2];
+
+/* One turn: all layers of a shape CONFIG[+head]/M. The first one also compares the products with OpenBLAS's. */
+static void sgemm_turn(const char *shape, Product p, Calls calls, void (*set_threads)(int))
 {
     static const char *const names[] = {"forward", "dX", "dW"};
+    const int first = calls[0][0][0] == 0;
     char config[32];
-    size_t M = 0;
     const char *slash = strchr(shape, '/'), *plus = strchr(shape, '+');
-    if (!slash || (M = strtoul(slash + 1, NULL, 10)) == 0) usage_error("'%s' is not CONFIG/M", shape);
+    if (!slash) usage_error("'%s' is not CONFIG/M", shape);
     snprintf(config, sizeof config, "%.*s", (int)strcspn(shape, "+/"), shape);
+    const size_t M = number(slash + 1);
     const Config c = find_preset(config);
     const struct {
         const char *name;
@@ -222,13 +234,14 @@ static void sgemm_turn(const char *shape, Product p, int first, void (*set_threa
                 const int P = all ? threads() : 1;
                 if (set_threads) set_threads(P);
                 use_threads(P);
+                size_t *often = &calls[l][p.kind][all];
                 double start = now();
-                product(&p);
-                const size_t calls = calls_for(SHORT, now() - start);
+                if (*often != 1) product(&p); /* warms the caches up; its first time tells how often */
+                if (*often == 0) *often = calls_for(SHORT, now() - start);
                 start = now();
-                for (size_t i = 0; i < calls; i++) product(&p);
+                for (size_t i = 0; i < *often; i++) product(&p);
                 printf("part=sgemm name=%s/%zu/%s/%s who=%s threads=%d ms=%.6g work=%.6g\n", config, M, layers[l].name,
-                       names[p.kind], set_threads ? "openblas" : "ours", P, 1e3 * (now() - start) / (double)calls,
+                       names[p.kind], set_threads ? "openblas" : "ours", P, 1e3 * (now() - start) / (double)*often,
                        flops);
             }
         }
@@ -241,10 +254,11 @@ static void sgemm(const char *who, char **shape, int shapes)
     Product p = {0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
     if (!strcmp(who, "openblas")) p.openblas = (Sgemm)openblas_open(&set_threads);
     p.x = random_reals(large), p.w = random_reals(large), p.dy = random_reals(large), p.out = random_reals(large);
+    Calls *calls = (Calls *)xcalloc((size_t)shapes, sizeof *calls);
     int turn = 0;
-    for (const char *word = NULL; await_turn(word); word = turn % shapes ? "done" : "round") {
-        sgemm_turn(shape[turn % shapes], p, turn < shapes, set_threads);
-        turn++;
+    for (const char *word = NULL; await_turn(word); word = turn ? "done" : "round") {
+        sgemm_turn(shape[turn], p, calls[turn], set_threads);
+        turn = (turn + 1) % shapes;
     }
 }
 
@@ -309,8 +323,8 @@ static void attention(size_t B, size_t H, size_t D, char **length, int lengths)
 {
     const Dropout none = {0, 0, 0, 0, 0, H};
     int turn = 0;
-    for (const char *word = NULL; await_turn(word); word = ++turn % lengths ? "done" : "round") {
-        const size_t T = strtoul(length[turn % lengths], NULL, 10), n = B * T * H * D;
+    for (const char *word = NULL; await_turn(word); word = turn ? "done" : "round") {
+        const size_t T = number(length[turn]), n = B * T * H * D;
         real *qkv = random_reals(3 * n), *dout = random_reals(n), *out = scratch(n), *dqkv = scratch(3 * n);
         real *lse = scratch(B * T * H), *delta = scratch(B * T * H);
         for (int all = 0; all < 1 + (threads() > 1); all++) {
@@ -329,6 +343,7 @@ static void attention(size_t B, size_t H, size_t D, char **length, int lengths)
                    1e3 * both / (double)calls, 1e3 * forward / (double)calls);
         }
         free(qkv), free(dout), free(out), free(dqkv), free(lse), free(delta);
+        turn = (turn + 1) % lengths;
     }
 }
 
@@ -441,14 +456,6 @@ static void peak(char **command)
     }
     if (pid < 0 || wait4(pid, &status, 0, &usage) != pid || status != 0) die("'%s' failed", command[0]);
     printf("kind=memory name=peak value=%.0f\n", 1024.0 * (double)usage.ru_maxrss);
-}
-
-static size_t number(const char *text)
-{
-    char *end;
-    const unsigned long n = strtoul(text, &end, 10);
-    if (n == 0 || *end) usage_error("'%s' is no number from 1 on", text);
-    return n;
 }
 
 int main(int argc, char **argv)
