@@ -8,10 +8,12 @@
  *
  *     cpu ceilings PART MB                           registers' and memory's speed, over arrays of MB
  *     cpu sgemm ours|openblas CONFIG[+head]/M..      the products of linear layers at M rows; a turn for each CONFIG/M
- *     cpu step PART ROW CONFIG B MB T HEADS TP PP DP [watch]       training steps of MB micro-batches of B sequences, on
- *                                                    each data rank; with the time of every operator
+ *     cpu step PART ROW CONFIG B MB T HEADS TP PP DP [watch]
+ *                                                    training steps: on each data rank MB micro-batches of B sequences;
+ *                                                    watch: the time of every operator, too
  *     cpu attention B H D T..                        forward and backward; a turn for each T
  *     cpu generate CONFIG TOKENS                     with a cache of keys and values
+ *     cpu info                                       no turns: the compiler, and how many threads there are
  *
  * A record is a line of name=value pairs: ms is the time of one call or step, work its FLOPs, bytes or tokens. */
 
@@ -51,7 +53,7 @@ static void use_threads(int n)
 #endif
 }
 
-/* A record of words. */
+/* A record of words, whose blanks it makes underscores. */
 static void print_text(const char *kind, const char *name, const char *text)
 {
     printf("kind=%s name=%s text=", kind, name);

@@ -10,7 +10,8 @@ set -u
 cd "$(dirname "$0")/../.." || exit 1
 LC_ALL=C
 export LC_ALL
-cpu=build/bench_cpu tiny=${BENCH_TINY:-} PYTHON=${PYTHON:-python3} S=${SCRATCH:-bench_scratch} only='' json='' against=''
+cpu=build/bench_cpu tiny=${BENCH_TINY:-} PYTHON=${PYTHON:-python3} S=${SCRATCH:-bench_scratch}
+only='' json='' against=''
 ROUNDS=${ROUNDS:-${tiny:+1}} ROUNDS=${ROUNDS:-7} started=$(date +%s)
 stop() { echo "cpu.sh: $*" >&2; exit 1; }
 usage() { echo "cpu.sh: $*" >&2; exit 2; }
@@ -62,7 +63,8 @@ if ! [ "$against" ] && { wanted step || wanted attention; }; then
         note "PyTorch is not measured: PYTHON=$PYTHON has no torch of version 2.3 or newer"
 fi
 # The allocator keeps its memory: else each step maps and clears it anew.
-peer() { echo "env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 MALLOC_TOP_PAD_=67108864 $PYTHON dev/bench/cpu_peer.py $*"; }
+keep="MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 MALLOC_TOP_PAD_=67108864"
+peer() { echo "env $keep $PYTHON dev/bench/cpu_peer.py $*"; }
 record "kind=info name=pytorch text=${torch:-none}"
 
 # ---- The parts; config, B, T and heads of the model

@@ -1,5 +1,5 @@
-/* stopwatch.h - a stopwatch around every operator. megatron_gpt2.c includes it after chapter 2 (GPT2_AFTER_OPERATORS), so
- * that chapters 3 to 13 call what is defined here. Only in the thread that has set watch.on does it take times.
+/* stopwatch.h - a stopwatch around every operator. megatron_gpt2.c includes it after chapter 2 (GPT2_AFTER_OPERATORS),
+ * so that chapters 3 to 13 call what is defined here. Only in the thread that has set watch.on does it take times.
  *
  * Linear layers are told apart into their products and the rest. The bias's gradient is a call of its own then. GeLU is
  * fused into the product: there the product runs again, alone and off the clock, and the rest is the difference. */
