@@ -443,7 +443,7 @@ static void turns(int rounds, char **command, int n)
         int status;
         fclose(w[i].out);
         if (waitpid(w[i].pid, &status, 0) != w[i].pid || status == 0) continue;
-        print_text("note", "FAILED", command[i]);
+        print_text("note", "FAILED:", command[i]);
     }
 }
 
@@ -453,7 +453,7 @@ static void peak(char **command)
     struct rusage usage;
     const pid_t pid = fork();
     if (pid == 0) {
-        execvp(command[0], command);
+        if (freopen("/dev/null", "w", stdout)) execvp(command[0], command);
         _exit(127);
     }
     if (pid < 0 || wait4(pid, &status, 0, &usage) != pid || status != 0) die("'%s' failed", command[0]);

@@ -11,7 +11,7 @@
         text = (name == "" ? "" : name " ") r["text"]; gsub(/_/, " ", text)
         if (!seen[text]++) note[++notes] = text
     }
-    else if (kind == "error") { errors++; if (!(r["value"] <= worst)) { worst = r["value"]; worst_of = name } }
+    else if (kind == "error") { if (!errors++ || !(r["value"] <= worst)) { worst = r["value"]; worst_of = name } }
     else if (kind == "memory") memory[name] = r["value"]
     else if (r["round"] > 0) {
         part = r["part"]; key = name "|" (part == "breakdown" ? r["operator"] : r["who"]) "|" r["threads"]
