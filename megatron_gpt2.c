@@ -1248,6 +1248,9 @@ static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type typ
 }
 
 #endif /* GPT2_OPERATORS */
+#ifdef GPT2_AFTER_OPERATORS /* a stopwatch around every operator, for dev/bench/cpu.c */
+#include GPT2_AFTER_OPERATORS
+#endif
 
 /* ================================================================================================================
  * Chapter 3. Ranks and collectives [§2.3, App. B.1]

@@ -14,6 +14,7 @@
 #define PROGRAM "gpu"
 #include "../../megatron_gpt2.cu"
 #undef main
+#include "bench.h"
 
 #ifdef PRECISION_BF16
 #define PRECISION "bf16"
@@ -122,14 +123,6 @@ static real *ones(size_t n)
     device_upload(x, host, n * sizeof *x);
     free(host);
     return x;
-}
-
-/* n tokens, on the host. */
-static int *random_tokens(size_t n, size_t V)
-{
-    int *tokens = (int *)xcalloc(n, sizeof *tokens);
-    for (size_t i = 0; i < n; i++) tokens[i] = (int)(random_word(1, SITE_SAMPLE, 0, i) % V);
-    return tokens;
 }
 
 /* A model of this name, but with heads of 64 columns also where it is tiny: for these there are tensor-core kernels. */
@@ -262,20 +255,10 @@ static double free_memory(void)
     return (double)left;
 }
 
-static void feed_same(void *source, Rank *k, MicroBatch *mb, size_t i)
-{
-    mb->sequence = i * k->B;
-    set_tokens(k, mb, (const int *)source, NULL);
-}
-
 /* Rank 0 says so and waits for the peer's round; the others wait for rank 0. */
 static void take_turns(Rank *k, const Steps *s, const char *word)
 {
-    if (s->paced && k->world.rank == 0) {
-        puts(word);
-        fflush(stdout);
-        for (int c = getchar(); c != '\n' && c != EOF;) c = getchar();
-    }
+    if (s->paced && k->world.rank == 0) await_turn(word);
     barrier(&k->world);
 }
 
@@ -283,7 +266,6 @@ static void step_rank(Comm *world, void *arg)
 {
     const Steps *s = (const Steps *)arg;
     const Config *c = &s->ranks.config;
-    const Optimizer optimizer = {1e-4, 0, 0, 1000000, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, 1, 1};
     Progress progress = {0, 0, 0, make_loss_scaler(1)};
     StepResult r = {0, 0, 0, 0, 0};
     double ms[ROUNDS], memory = 0;
@@ -296,7 +278,7 @@ static void step_rank(Comm *world, void *arg)
         if (i == 0) memory = s->memory - free_memory();
         if (i >= 0) take_turns(k, s, i == 0 ? "ready" : "done");
         const double time = timed([&] {
-            for (int j = 0; j < STEPS; j++) r = train_step(k, &optimizer, &progress, 1, feed_same, tokens);
+            for (int j = 0; j < STEPS; j++) r = train_step(k, &bench_optimizer, &progress, 1, feed_same, tokens);
         });
         if (i >= 0) ms[i] = time / STEPS;
     }

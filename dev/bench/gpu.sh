@@ -152,7 +152,7 @@ if [ "$do_ops$do_train" ]; then
     [ "$do_ops" ] && operators
     [ "$do_train" ] && steps
 fi
-awk -v json=$bench/gpu.json -f dev/bench/gpu_table.awk $bench/records >$bench/table
+awk -v json=$bench/gpu.json -f dev/bench/records.awk -f dev/bench/gpu_table.awk $bench/records >$bench/table
 if [ "$json" ]; then cat $bench/gpu.json; else cat $bench/table; fi
 echo "gpu.sh: $(seconds) s; records in $bench/gpu.json, output of all commands in $bench/log" >&2
 [ "$tiny" ] && echo "gpu.sh: TINY SIZES, EMULATED ON THE CPU: these times mean nothing" >&2

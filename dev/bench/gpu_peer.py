@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CONFIGS = {"tiny": (4, 128, 64, 384), "124M": (12, 768, 1024, 50304), "355M": (24, 1024, 1024, 51200)}  # L C T V
+from peer_gpt2 import CONFIGS, GPT2
+
 WARMUP, ROUNDS, STEPS = 3, 9, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -85,38 +86,6 @@ def operators(precision, config, B):
                         lambda: torch.autograd.grad(out, qkv, dout, retain_graph=True))
         except RuntimeError as error:
             note("PyTorch's_attention" + suffix, str(error))
-
-
-class Block(nn.Module):
-    def __init__(self, C, dropout):
-        super().__init__()
-        self.ln1, self.ln2, self.drop = nn.LayerNorm(C), nn.LayerNorm(C), nn.Dropout(dropout)
-        self.qkv, self.proj, self.fc, self.out = (nn.Linear(*s) for s in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)))
-
-    def forward(self, x):
-        B, T, C = x.shape
-        q, k, v = (z.view(B, T, C // 64, 64).transpose(1, 2) for z in self.qkv(self.ln1(x)).split(C, dim=2))
-        att = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.drop.p)
-        x = x + self.drop(self.proj(att.transpose(1, 2).reshape(B, T, C)))
-        return x + self.drop(self.out(F.gelu(self.fc(self.ln2(x)), approximate="tanh")))
-
-
-class GPT2(nn.Module):
-    def __init__(self, L, C, T, V, dropout):
-        super().__init__()
-        self.wte, self.wpe, self.drop = nn.Embedding(V, C), nn.Embedding(T, C), nn.Dropout(dropout)
-        self.block, self.lnf = nn.ModuleList(Block(C, dropout) for _ in range(L)), nn.LayerNorm(C)
-        for name, w in self.named_parameters():
-            if w.dim() == 2:
-                nn.init.normal_(w, std=0.02 / ((2 * L) ** 0.5 if "proj" in name or "out" in name else 1))
-            elif name.endswith("bias"):
-                nn.init.zeros_(w)
-
-    def forward(self, tokens, targets):
-        x = self.drop(self.wte(tokens) + self.wpe.weight)
-        for block in self.block:
-            x = block(x)
-        return F.cross_entropy((self.lnf(x) @ self.wte.weight.t()).flatten(0, 1), targets.flatten())
 
 
 def trainer(precision, config, B, dropout):

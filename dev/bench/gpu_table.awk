@@ -1,10 +1,8 @@
-# gpu_table.awk - tables and JSON from the records of gpu.sh.     awk -v json=FILE -f gpu_table.awk RECORDS
+# gpu_table.awk - tables and JSON from the records of gpu.sh: awk -v json=FILE -f records.awk -f gpu_table.awk RECORDS
 #
 # Ratios are made so that more is better, and 1 is the goal in columns named /goal. README.md has the goals.
 
-function number(x) { return x ~ /^-?[0-9.]+(e[-+]?[0-9]+)?$/ }
 function ratio(a, b) { return a > 0 && b > 0 ? sprintf("%.2f", a / b) : "-" }
-function percent(a, b) { return a > 0 && b > 0 ? sprintf("%.1f%%", 100 * a / b) : "-" }
 function per_second(work, ms) { return ms > 0 ? work / ms * 1e3 : 0 }
 function whole(x) { return x > 0 ? sprintf("%.0f", x) : "-" }
 function shown(x, unit) { return x > 0 ? sprintf("%.4g", x / unit) : "-" }
@@ -19,15 +17,7 @@ BEGIN {
 }
 
 {
-    line = ""
-    split("", r)
-    for (i = 1; i <= NF; i++) {
-        at = index($i, "=")
-        name = substr($i, 1, at - 1); value = substr($i, at + 1)
-        r[name] = value
-        gsub(/[\\"]/, "'", value)
-        line = line (i > 1 ? ", " : "") "\"" name "\": " (number(value) ? value : "\"" value "\"")
-    }
+    parse_record()
     printf "%s\n{%s}", (NR > 1 ? "," : ""), line > json
     kind = r["kind"]; p = r["precision"]; who = r["who"]
     if (kind == "device") { device = r["name"]; peak[p] = r["peak"] }

@@ -1,0 +1,136 @@
+/* stopwatch.h - a stopwatch around every operator. megatron_gpt2.c includes it after chapter 2 (GPT2_AFTER_OPERATORS),
+ * so that chapters 3 to 13 call what is defined here. Only in the thread that has set watch.on does it take times.
+ *
+ * Linear layers are told apart into their products and the rest. The bias's gradient is a call of its own then. GeLU is
+ * fused into the product: there the product runs again, alone and off the clock, and the rest is the difference. */
+
+enum { WATCHED = 64 };
+
+typedef struct {
+    const char *name;
+    int product; /* 1: nothing but a matrix product; adding a bias to it counts as part of it */
+    double seconds;
+} Watched;
+
+typedef struct {
+    int on;
+    double began, repeated; /* seconds; those spent on running products again */
+    Watched part[WATCHED];
+    size_t parts;
+    real *space[2]; /* where repeated products go */
+    size_t room[2];
+} Watch;
+
+static _Thread_local Watch watch;
+
+static void watch_add(const char *name, int product, double seconds)
+{
+    size_t i = 0;
+    while (i < watch.parts && strcmp(watch.part[i].name, name)) i++;
+    assert(i < WATCHED);
+    if (i == watch.parts) watch.part[watch.parts++] = (Watched){name, product, 0};
+    watch.part[i].seconds += seconds;
+}
+
+static void watch_start(void)
+{
+    if (watch.on) watch.began = now();
+}
+
+static void watch_stop(const char *name, int product)
+{
+    if (watch.on) watch_add(name, product, now() - watch.began);
+}
+
+/* Room for n numbers. */
+static real *watch_space(int i, size_t n)
+{
+    if (n > watch.room[i]) {
+        device_free(watch.space[i]);
+        watch.space[i] = (real *)device_calloc(n * sizeof(real));
+        watch.room[i] = n;
+    }
+    return watch.space[i];
+}
+
+/* A fused operator took `fused` seconds; its products alone ran from watch.began until now. */
+static void watch_split(const char *product, const char *rest, double fused)
+{
+    const double alone = now() - watch.began;
+    watch_add(product, 1, alone);
+    watch_add(rest, 0, fused - alone);
+    watch.repeated += alone;
+}
+
+static void watched_linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w, size_t N,
+                                    size_t I, size_t O)
+{
+    watch_start();
+    linear_backward(dx, dw, watch.on ? NULL : db, dy, x, w, N, I, O);
+    watch_stop("linear_backward:products", 1);
+    if (!watch.on || !db) return;
+    watch_start();
+    linear_backward(NULL, NULL, db, dy, x, w, N, I, O);
+    watch_stop("linear_backward:bias", 0);
+}
+
+static void watched_linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b, size_t N, size_t I,
+                                        size_t O, Gelu kind)
+{
+    watch_start();
+    linear_gelu_forward(y, pre, x, w, b, N, I, O, kind);
+    if (!watch.on) return;
+    const double fused = now() - watch.began;
+    real *again = watch_space(0, N * O);
+    watch_start();
+    linear_forward(again, x, w, NULL, N, I, O);
+    watch_split("linear_gelu_forward:product", "linear_gelu_forward:bias+GeLU", fused);
+}
+
+static void watched_gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre, const act *w,
+                                         size_t N, size_t I, size_t O, Gelu kind)
+{
+    watch_start();
+    gelu_linear_backward(dpre, dw, dz, y, pre, w, N, I, O, kind);
+    if (!watch.on) return;
+    const double fused = now() - watch.began;
+    real *again = watch_space(0, N * I), *dw_again = watch_space(1, O * I);
+    watch_start();
+    linear_backward(again, dw_again, NULL, dz, y, w, N, I, O);
+    watch_split("gelu_linear_backward:products", "gelu_linear_backward:GeLU", fused);
+}
+
+static double watched_sum_squares(const act *x, size_t n)
+{
+    watch_start();
+    const double sum = sum_squares(x, n);
+    watch_stop("sum_squares", 0);
+    return sum;
+}
+
+/* A macro is not expanded again within itself: the inner names are chapter 2's. */
+#define WATCH(f, product, ...) (watch_start(), f(__VA_ARGS__), watch_stop(#f, product))
+#define linear_forward(...) WATCH(linear_forward, 1, __VA_ARGS__)
+#define linear_backward watched_linear_backward
+#define linear_gelu_forward watched_linear_gelu_forward
+#define gelu_linear_backward watched_gelu_linear_backward
+#define token_embedding_forward(...) WATCH(token_embedding_forward, 0, __VA_ARGS__)
+#define token_embedding_backward(...) WATCH(token_embedding_backward, 0, __VA_ARGS__)
+#define position_embedding_forward(...) WATCH(position_embedding_forward, 0, __VA_ARGS__)
+#define position_embedding_backward(...) WATCH(position_embedding_backward, 0, __VA_ARGS__)
+#define layernorm_forward(...) WATCH(layernorm_forward, 0, __VA_ARGS__)
+#define layernorm_backward(...) WATCH(layernorm_backward, 0, __VA_ARGS__)
+#define bias_dropout_add_forward(...) WATCH(bias_dropout_add_forward, 0, __VA_ARGS__)
+#define bias_dropout_add_layernorm_forward(...) WATCH(bias_dropout_add_layernorm_forward, 0, __VA_ARGS__)
+#define bias_dropout_add_backward(...) WATCH(bias_dropout_add_backward, 0, __VA_ARGS__)
+#define attention_forward(...) WATCH(attention_forward, 0, __VA_ARGS__)
+#define attention_backward(...) WATCH(attention_backward, 0, __VA_ARGS__)
+#define attention_cached_forward(...) WATCH(attention_cached_forward, 0, __VA_ARGS__)
+#define logits_max(...) WATCH(logits_max, 0, __VA_ARGS__)
+#define logits_sum_exp(...) WATCH(logits_sum_exp, 0, __VA_ARGS__)
+#define cross_entropy_loss(...) WATCH(cross_entropy_loss, 0, __VA_ARGS__)
+#define cross_entropy_backward(...) WATCH(cross_entropy_backward, 0, __VA_ARGS__)
+#define adamw(...) WATCH(adamw, 0, __VA_ARGS__)
+#define sum_squares watched_sum_squares
+#define reduce_slice(...) WATCH(reduce_slice, 0, __VA_ARGS__)
+#define device_zero(...) WATCH(device_zero, 0, __VA_ARGS__)
