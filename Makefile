@@ -121,6 +121,10 @@ debug-threads: # the emulator has threads of its own: make check sees races ther
 
 # Time and memory, dev/bench/*.sh: make bench; make bench BENCH=convert BENCHFLAGS=--json
 BENCH   ?= $(filter-out $(if $(filter gpu,$(CUDA)),,gpu),$(patsubst dev/bench/%.sh,%,$(wildcard dev/bench/*.sh)))
+build/bench_%: dev/bench/%.c $(SOURCE)
+	@mkdir -p build
+	$(CC) $(CFLAGS) $(EXTRA) -o $@ $< $(LDLIBS)
+
 bench: all
 	@for part in $(BENCH); do sh dev/bench/$$part.sh $(BENCHFLAGS) || exit 1; done
 
