@@ -50,7 +50,8 @@ END {
         if (f[1] == "rate") continue
         what = f[1] == "fma" ? "multiply-adds, GFLOP/s" : "reading " f[2] "iB, GB/s"
         summary(rates, keys[k], rounds[keys[k]])
-        printf json ? "%s{\"ceiling\": \"%s\", \"threads\": %d, " : "%s| %s | %d |", json ? comma : "", what, threads[f[3]]
+        if (json) printf "%s", comma
+        printf json ? "{\"ceiling\": \"%s\", \"threads\": %d, " : "| %s | %d |", what, threads[f[3]]
         printf spread (json ? "}" : "\n"), median, least, most
         comma = ",\n"
     }
