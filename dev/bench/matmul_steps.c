@@ -261,7 +261,7 @@ static void check(const Product *p, real *c)
 static void measure(const Product *p, real *c, int rounds, size_t fma_repeats)
 {
     for (int round = -1; round < rounds; round++)
-        for (int all = 0; all < 2; all++) {
+        for (int all = 0; all <= (all_threads() > 1); all++) {
             const int threads = all ? all_threads() : 1;
             omp_set_num_threads(threads);
             const double ceiling = fma_rate(fma_repeats, threads);
@@ -284,7 +284,7 @@ static void measure_reads(int rounds, size_t most)
     real *x = numbers(most / sizeof(real) * (size_t)all_threads(), 0);
     for (int round = 0; round < rounds; round++)
         for (int level = 0; level < 4; level++)
-            for (int all = 0; all < 2; all++) {
+            for (int all = 0; all <= (all_threads() > 1); all++) {
                 const int threads = all ? all_threads() : 1;
                 omp_set_num_threads(threads);
                 const double rate = read_rate(x, bytes[level] / sizeof *x, most / bytes[level], threads);
