@@ -131,12 +131,12 @@ debug-threads: # the emulator has threads of its own: make check sees races ther
 
 # Time and memory, dev/bench/*.sh: make bench; make bench BENCH=convert BENCHFLAGS=--json
 BENCH   ?= $(filter-out $(if $(filter gpu,$(CUDA)),,gpu),$(patsubst dev/bench/%.sh,%,$(wildcard dev/bench/*.sh)))
-bench: all build/bench_cpu
+bench: all
 	@for part in $(BENCH); do sh dev/bench/$$part.sh $(BENCHFLAGS) || exit 1; done
 
-build/bench_cpu: dev/bench/cpu.c dev/bench/bench.h dev/bench/stopwatch.h $(SOURCE)
+build/bench_%: dev/bench/%.c dev/bench/bench.h dev/bench/stopwatch.h $(SOURCE)
 	@mkdir -p build
-	$(CC) $(CFLAGS) $(EXTRA) -o $@ dev/bench/cpu.c $(LDLIBS) -ldl
+	$(CC) $(CFLAGS) $(EXTRA) -o $@ $< $(LDLIBS) -ldl
 
 # Random input for every reader, FUZZ_SECONDS for each; needs clang and its fuzzer's runtime.
 fuzz:
