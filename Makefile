@@ -131,7 +131,7 @@ debug-threads: # the emulator has threads of its own: make check sees races ther
 
 # Time and memory, dev/bench/*.sh: make bench; make bench BENCH=convert BENCHFLAGS=--json
 BENCH   ?= $(filter-out $(if $(filter gpu,$(CUDA)),,gpu),$(patsubst dev/bench/%.sh,%,$(wildcard dev/bench/*.sh)))
-bench: all
+bench: all build/bench_cpu
 	@for part in $(BENCH); do sh dev/bench/$$part.sh $(BENCHFLAGS) || exit 1; done
 
 build/bench_%: dev/bench/%.c dev/bench/bench.h dev/bench/stopwatch.h $(SOURCE)

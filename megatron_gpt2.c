@@ -1247,7 +1247,7 @@ static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type typ
     }
 }
 
-#endif /* GPT2_OPERATORS */
+#endif                      /* GPT2_OPERATORS */
 #ifdef GPT2_AFTER_OPERATORS /* a stopwatch around every operator, for dev/bench/cpu.c */
 #include GPT2_AFTER_OPERATORS
 #endif
@@ -1843,18 +1843,21 @@ static void init_params(act *base, const Tensor *list, size_t n, const Config *c
         const Tensor *t = &list[i];
         uint32_t site = SITE_INIT + (uint32_t)(t->layer * N_SPECS + (size_t)(t->spec - specs));
         double std = t->spec->init == INIT_SCALED ? 0.02 / sqrt(2.0 * (double)c->L) : 0.02;
-        size_t cols = t->local_cols;
-        real *slice = (real *)xcalloc(t->n, sizeof *slice); /* padding stays zero */
+        const size_t cols = t->local_cols, rows = real_rows(t, r), at_once = 1024;
+        real *block = (real *)xcalloc(min_size(rows, at_once) * cols, sizeof *block);
+        for (size_t row0 = 0; row0 < rows; row0 += at_once) { /* padding stays zero */
+            const size_t count = min_size(at_once, rows - row0);
 #pragma omp parallel for
-        for (size_t row = 0; row < real_rows(t, r); row++) {
-            real *x = slice + row * cols;
-            if (t->spec->init >= INIT_NORMAL)
-                random_normals(x, seed, site, whole_row(t, r, row) * t->cols + whole_col(t, r), cols);
-            for (size_t col = 0; col < cols; col++)
-                x[col] = t->spec->init == INIT_ZERO ? 0 : t->spec->init == INIT_ONE ? 1 : (real)std * x[col];
+            for (size_t row = 0; row < count; row++) {
+                real *x = block + row * cols;
+                if (t->spec->init >= INIT_NORMAL)
+                    random_normals(x, seed, site, whole_row(t, r, row0 + row) * t->cols + whole_col(t, r), cols);
+                for (size_t col = 0; col < cols; col++)
+                    x[col] = t->spec->init == INIT_ZERO ? 0 : t->spec->init == INIT_ONE ? 1 : (real)std * x[col];
+            }
+            act_upload(base + t->offset + row0 * cols, block, count * cols);
         }
-        act_upload(base + t->offset, slice, t->n);
-        free(slice);
+        free(block);
     }
 }
 
