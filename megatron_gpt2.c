@@ -309,7 +309,7 @@ static int cores(void)
 }
 
 /* Threads that a parallel loop of this rank gets. */
-static int threads(void)
+static int openmp_threads(void)
 {
 #ifdef _OPENMP
     return omp_get_max_threads();
@@ -704,7 +704,7 @@ static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, 
         if (e) finish(c, 0, 0, M, N, N, e);
         return;
     }
-    const size_t parts = M * N * K > 8 * SMALL ? (size_t)threads() : 1;
+    const size_t parts = M * N * K > 8 * SMALL ? (size_t)openmp_threads() : 1;
 #pragma omp parallel for schedule(static) if (parts > 1)
     for (size_t part = 0; part < parts; part++) product(c, N, a, b, M, N, K, add, e, part, parts);
 }

@@ -156,7 +156,7 @@ typedef struct {
     Sgemm openblas; /* NULL: ours */
 } Product;
 
-static void product(const Product *p)
+static void run_product(const Product *p)
 {
     const int N = (int)p->N, I = (int)p->I, O = (int)p->O;
     Sgemm f = p->openblas;
@@ -176,7 +176,7 @@ static double product_error(Product p, size_t n)
     ours.openblas = NULL;
     ours.out = scratch(n);
     memset(ours.out, 0, n * sizeof *ours.out), memset(p.out, 0, n * sizeof *p.out);
-    product(&ours), product(&p);
+    run_product(&ours), run_product(&p);
     for (size_t i = 0; i < n; i++) {
         const double b = (double)p.out[i], d = (double)ours.out[i] - b;
         difference += d * d, norm += b * b;
@@ -243,10 +243,10 @@ static void sgemm_turn(const char *shape, Product p, Calls calls, void (*set_thr
                 use_threads(P);
                 size_t *often = &calls[l][p.kind][all];
                 double start = now();
-                if (*often != 1) product(&p); /* warms the caches up; its first time tells how often */
+                if (*often != 1) run_product(&p); /* warms the caches up; its first time tells how often */
                 if (*often == 0) *often = calls_for(SHORT, now() - start);
                 start = now();
-                for (size_t i = 0; i < *often; i++) product(&p);
+                for (size_t i = 0; i < *often; i++) run_product(&p);
                 printf("part=sgemm name=%s/%zu/%s/%s who=%s threads=%d ms=%.6g work=%.6g\n", config, M, layers[l].name,
                        names[p.kind], set_threads ? "openblas" : "ours", P, 1e3 * (now() - start) / (double)*often,
                        flops);
