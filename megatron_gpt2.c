@@ -679,13 +679,15 @@ static void product(act *c, size_t c_row, Mat a, Mat b, size_t M, size_t N, size
 /* a' b for vectors of n numbers. */
 static real dot(const real *a, const real *b, size_t n)
 {
-    enum { CHAINS = 4 }; /* independent sums hide the latency of the adder */
+    enum { CHAINS = 4, AHEAD = 2048 }; /* independent sums hide the adder's latency; prefetchers stop where pages end */
     vec s[CHAINS] = {{0}};
     real sum = 0;
     size_t i = 0;
     for (; i + CHAINS * LANES <= n; i += CHAINS * LANES)
-        for (int j = 0; j < CHAINS; j++)
+        for (int j = 0; j < CHAINS; j++) {
+            __builtin_prefetch(b + i + j * LANES + AHEAD);
             s[j] += *(const loose_vec *)(a + i + j * LANES) * *(const loose_vec *)(b + i + j * LANES);
+        }
     s[0] = (s[0] + s[1]) + (s[2] + s[3]);
     for (int lane = 0; lane < LANES; lane++) sum += s[0][lane];
     for (; i < n; i++) sum += a[i] * b[i];
