@@ -638,7 +638,7 @@ static void finish(act *c, size_t at, size_t col, size_t rows, size_t cols, size
     }
 }
 
-/* c (m,n) [+]= a (m,K) panel (K,TILE_COLS), K <= K_BLOCK. A tile that would not fit into c is made elsewhere. */
+/* c (m,n) [+]= a (m,K) panel (K,TILE_COLS), K <= K_BLOCK. A tile of another size than these is cut out of a whole one. */
 static void tile(act *c, size_t c_row, size_t m, size_t n, Mat a, const real *panel, size_t K, int add)
 {
     switch (m == TILE_ROWS && n % LANES == 0 ? n / LANES : 0) {
@@ -658,7 +658,7 @@ static void tile(act *c, size_t c_row, size_t m, size_t n, Mat a, const real *pa
 static void product(act *c, size_t c_row, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e,
                     size_t part, size_t parts)
 {
-    const size_t depth = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), SQUARE);
+    const size_t depth = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), SQUARE); /* of a block of k: all about equal */
     real panel[K_BLOCK * TILE_COLS] __attribute__((aligned(64)));
     for (size_t i0 = 0; i0 < M; i0 += ROW_BLOCK)
         for (size_t k0 = 0; k0 < K; k0 += depth) {
@@ -955,7 +955,8 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
  * running maximum m, a running sum l of e^(s-m) and a running out, the last two shrunk by e^(old m - new m) when m
  * grows. Blocks above the diagonal are skipped. What remains for backward is lse = m + log l, for P = e^(S - lse)
  * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles, on rows as they lie in qkv. */
-enum { QUERIES = 48, KEYS = K_BLOCK }; /* multiples of TILE_ROWS; KEYS also of QUERIES and TILE_COLS */
+enum { QUERIES = 48, KEYS = K_BLOCK }; /* multiples of TILE_ROWS, lest tiles be cut */
+static_assert(KEYS % QUERIES == 0, "the diagonal must meet every block of keys where a block of queries begins");
 
 /* How many of the keys j0 .. j0+keys-1 query i may see. */
 static size_t visible(size_t i, size_t j0, size_t keys) { return i < j0 ? 0 : min_size(i + 1 - j0, keys); }
