@@ -499,19 +499,18 @@ static void dropout_factors(real *out, Dropout d, size_t index, size_t n)
  * read through a (row, column) stride. It makes C in tiles of 6 rows x TILE_VECS vectors:
  *
  *                   TILE_COLS              in registers  the tile of C, and one row of B's panel at a time
- *              B   +--+==+--+--+           in L1         a 6 x K_BLOCK strip of A (9 KB)
- *          K_BLOCK |  |##|  |  |           in L2         a K_BLOCK x TILE_COLS panel of B (96 KB), which all strips
- *                  +--+==+--+--+                         meet before the next panel comes
- *     A  K_BLOCK                           in L3         ROW_BLOCK x K_BLOCK of A (2.3 MB), read strip by strip
+ *              B   +--+==+--+--+           in L1, L2     a K_BLOCK x TILE_COLS panel of B (24 KB with AVX2, 96 KB with
+ *          K_BLOCK |  |##|  |  |                         AVX-512), which all strips meet before the next panel comes
+ *                  +--+==+--+--+           in L2, L3     ROW_BLOCK x K_BLOCK of A (1.2 MB), in strips of 6 rows (9 KB)
+ *     A  K_BLOCK                                         that are read one after the other
  *      +========+  +--+--+--+--+
  *    6 |########|  |  |##|  |  | C         For each k a tile loads TILE_VECS vectors of B and 6 numbers of A, and
  *      +========+  +--+--+--+--+           makes 6 * TILE_VECS multiply-adds of vectors: the arithmetic units never
  *      |        |  |  |  |  |  |           wait for the loads.
  *
- * Panels are packed: copied so that the tile's loop reads them in order, whatever B's strides; A is read where it
- * lies. Threads take equal runs of tiles, down the columns of C, and the same ones for every block of k: so nobody
- * waits for anybody before the end, and a sum over k has one order, whoever makes it. doc/matmul.md gets here from
- * three plain loops, step by step. */
+ * Strips and panels are packed: copied so that the tile's loop reads them in order, whatever their strides. Each thread
+ * makes a rectangle of C of its own, from copies of its own: nobody waits for anybody before the end, and a sum over k
+ * has one order, whoever makes it. doc/matmul.md gets here from three plain loops, step by step. */
 
 #if defined __AVX512F__
 enum { VEC_BYTES = 64, TILE_VECS = 4 };
@@ -529,9 +528,9 @@ enum {
     LANES = VEC_BYTES / sizeof(real),
     TILE_ROWS = 6,
     TILE_COLS = TILE_VECS * LANES,
-    SQUARE = 16,
-    K_BLOCK = 384,    /* a multiple of SQUARE */
-    ROW_BLOCK = 1536, /* a multiple of TILE_ROWS */
+    K_RUN = 16,      /* columns that are packed at a time */
+    K_BLOCK = 384,   /* a multiple of K_RUN */
+    ROW_BLOCK = 768, /* a multiple of TILE_ROWS */
 };
 
 typedef struct {
@@ -556,60 +555,41 @@ typedef struct {
     Gelu gelu;
 } Epilogue;
 
-/* c (6, vecs vectors) [+]= a (6,K) panel (K,TILE_COLS). */
-static inline __attribute__((always_inline)) void tile_of(const size_t vecs, real *c, size_t c_row, Mat a,
-                                                          const real *panel, size_t K, int add)
+/* Cuts n cards into equal piles and deals from all of them in turn: a perfect shuffle, which compilers make of vector
+ * permutations. */
+static inline __attribute__((always_inline)) void deal(real *to, const real *from, const size_t n, const size_t piles)
 {
-    vec t[TILE_ROWS][TILE_VECS] = {{{0}}};
-    for (size_t i = 0; i < TILE_ROWS; i++)
-        for (size_t j = 0; j < vecs; j++) __builtin_prefetch(c + i * c_row + j * LANES, 1);
-    for (size_t k = 0; k < K; k++, a.p += a.col, panel += TILE_COLS)
-        for (size_t i = 0; i < TILE_ROWS; i++)
-            for (size_t j = 0; j < vecs; j++) t[i][j] += a.p[i * a.row] * *(const vec *)(panel + j * LANES);
-    for (size_t i = 0; i < TILE_ROWS; i++)
-        for (size_t j = 0; j < vecs; j++) {
-            loose_vec *to = (loose_vec *)(c + i * c_row + j * LANES);
-            if (add) t[i][j] += *to;
-            *to = t[i][j];
-        }
-}
-
-/* to (16,16) = the transpose of from (16,16): two perfect shuffles of a deck dealt to four piles, which compilers
- * make vector permutations of. Each cache line of `from` is touched once: rows a power of two apart share few
- * places in L1. */
-static inline void transpose_square(real *to, size_t to_row, const real *from, size_t from_row)
-{
-    enum { PILE = SQUARE * SQUARE / 4 };
-    real deck[3][4 * PILE] __attribute__((aligned(64)));
-    for (size_t i = 0; i < SQUARE; i++) memcpy(deck[0] + i * SQUARE, from + i * from_row, SQUARE * sizeof(real));
-    for (int pass = 0; pass < 2; pass++)
 #pragma omp simd
-        for (size_t i = 0; i < PILE; i++) {
-            deck[pass + 1][4 * i] = deck[pass][i];
-            deck[pass + 1][4 * i + 1] = deck[pass][i + PILE];
-            deck[pass + 1][4 * i + 2] = deck[pass][i + 2 * PILE];
-            deck[pass + 1][4 * i + 3] = deck[pass][i + 3 * PILE];
-        }
-    for (size_t k = 0; k < SQUARE; k++) memcpy(to + k * to_row, deck[2] + k * SQUARE, SQUARE * sizeof(real));
+    for (size_t i = 0; i < n / piles; i++)
+        for (size_t p = 0; p < piles; p++) to[i * piles + p] = from[p * (n / piles) + i];
 }
 
-/* out (K,width) = the transpose of from (n,K), and zeros from column n on. width is a constant where this is
- * inlined. */
+/* out (n/width, K, width) = from (n,K) in strips of width rows, each transposed, and the last filled up with zeros.
+ * Rows one after the other are a deck; dealt from as many piles as there are rows, it is their transpose, and deals
+ * from 3 and then from 2 piles make one from 6. width is a constant where this is inlined. */
 static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n, const size_t width, size_t K)
 {
-    for (size_t k = 0; k < K; k += SQUARE)
-        for (size_t i = 0; i < width; i += SQUARE) {
-            const size_t rows = min_size(SQUARE, K - k), cols = min_size(SQUARE, width - i);
-            const act *p = from.p + i * from.row + k * from.col;
-            real *to = out + k * width + i;
-            if (from.col == 1 && width % SQUARE == 0 && k + SQUARE <= K && i + SQUARE <= n)
-                transpose_square(to, width, p, from.row);
-            else if (from.row == 1 && width % SQUARE == 0 && i + SQUARE <= n)
-                for (size_t r = 0; r < rows; r++) memcpy(to + r * width, p + r * from.col, SQUARE * sizeof *to);
+    real deck[2][K_RUN * (TILE_COLS > TILE_ROWS ? TILE_COLS : TILE_ROWS)] __attribute__((aligned(64)));
+    for (size_t k = 0; k < K; k += K_RUN)
+        for (size_t i = 0; i < n; i += width) {
+            const Mat m = from_element(from, i, k);
+            const size_t run = min_size(K_RUN, K - k), rows = min_size(width, n - i), cards = width * K_RUN;
+            real *to = out + i * K + k * width, *dealt = deck[0], *next = deck[1], *last;
+            if (m.col == 1 && rows == width && run == K_RUN) {
+                for (size_t r = 0; r < width; r++) memcpy(dealt + r * K_RUN, m.p + r * m.row, K_RUN * sizeof *to);
+                for (size_t left = width, piles; left > 1; left /= piles) {
+                    piles = left % 3 == 0 ? 3 : left % 4 == 0 ? 4 : 2;
+                    if (piles == 2) deal(next, dealt, cards, 2);
+                    if (piles == 3) deal(next, dealt, cards, 3);
+                    if (piles == 4) deal(next, dealt, cards, 4);
+                    last = dealt, dealt = next, next = last;
+                }
+                memcpy(to, dealt, cards * sizeof *to);
+            } else if (m.row == 1 && rows == width)
+                for (size_t r = 0; r < run; r++) memcpy(to + r * width, m.p + r * m.col, width * sizeof *to);
             else
-                for (size_t r = 0; r < rows; r++)
-                    for (size_t c = 0; c < cols; c++)
-                        to[r * width + c] = i + c < n ? p[c * from.row + r * from.col] : 0;
+                for (size_t r = 0; r < run; r++)
+                    for (size_t c = 0; c < width; c++) to[r * width + c] = c < rows ? m.p[c * m.row + r * m.col] : 0;
         }
 }
 
@@ -638,40 +618,60 @@ static void finish(act *c, size_t at, size_t col, size_t rows, size_t cols, size
     }
 }
 
-/* c (m,n) [+]= a (m,K) panel (K,TILE_COLS), K <= K_BLOCK. A tile of another size than these is cut out of a whole one. */
-static void tile(act *c, size_t c_row, size_t m, size_t n, Mat a, const real *panel, size_t K, int add)
+/* c (m,n) [+]= strip' panel, strip (K,6), panel (K,TILE_COLS). n fits in vecs vectors, a constant where this is
+ * inlined; a tile of less than 6 rows or a vector that is not full goes through `edge`. */
+static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act *c, size_t c_row, size_t m, size_t n,
+                                                          const real *strip, const real *panel, size_t K, int add)
 {
-    switch (m == TILE_ROWS && n % LANES == 0 ? n / LANES : 0) {
-    case TILE_VECS: tile_of(TILE_VECS, c, c_row, a, panel, K, add); return;
-    case 3: tile_of(TILE_VECS - 1, c, c_row, a, panel, K, add); return;
-    case TILE_VECS / 2: tile_of(TILE_VECS / 2, c, c_row, a, panel, K, add); return;
-    }
-    real edge[TILE_ROWS * TILE_COLS], strip[TILE_ROWS * K_BLOCK];
-    pack(strip, a, m, TILE_ROWS, K);
-    tile_of(TILE_VECS, edge, TILE_COLS, (Mat){strip, 1, TILE_ROWS}, panel, K, 0);
+    vec t[TILE_ROWS][TILE_VECS] = {{{0}}};
     for (size_t i = 0; i < m; i++)
-        for (size_t j = 0; j < n; j++) c[i * c_row + j] = edge[i * TILE_COLS + j] + (add ? c[i * c_row + j] : 0);
+        for (size_t j = 0; j < vecs; j++) __builtin_prefetch(c + i * c_row + j * LANES, 1);
+    for (size_t k = 0; k < K; k++, strip += TILE_ROWS, panel += TILE_COLS)
+        for (size_t i = 0; i < TILE_ROWS; i++)
+            for (size_t j = 0; j < vecs; j++) t[i][j] += strip[i] * *(const vec *)(panel + j * LANES);
+    if (m == TILE_ROWS && n == vecs * LANES) {
+        for (size_t i = 0; i < TILE_ROWS; i++)
+            for (size_t j = 0; j < vecs; j++) {
+                loose_vec *to = (loose_vec *)(c + i * c_row + j * LANES);
+                if (add) t[i][j] += *to;
+                *to = t[i][j];
+            }
+        return;
+    }
+    real edge[TILE_ROWS][TILE_COLS];
+    memcpy(edge, t, sizeof t);
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < n; j++) c[i * c_row + j] = edge[i][j] + (add ? c[i * c_row + j] : 0);
 }
 
-/* c (M,N), rows c_row apart, [+]= a (M,K) b (K,N), and e, which may be NULL. This makes one of `parts` equal runs of
- * tiles. */
-static void product(act *c, size_t c_row, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e,
-                    size_t part, size_t parts)
+static void tile(act *c, size_t c_row, size_t m, size_t n, const real *strip, const real *panel, size_t K, int add)
 {
-    const size_t depth = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), SQUARE); /* of a block of k: all about equal */
+    switch (ceil_div(n, LANES)) {
+    case TILE_VECS / 2: tile_of(TILE_VECS / 2, c, c_row, m, n, strip, panel, K, add); return;
+    case 3: tile_of(TILE_VECS - 1, c, c_row, m, n, strip, panel, K, add); return; /* where TILE_VECS is 4 */
+    default: tile_of(TILE_VECS, c, c_row, m, n, strip, panel, K, add);
+    }
+}
+
+/* Rows i0 .. i1-1 and columns j0 .. j1-1 of c, whose rows are c_row apart, [+]= a (.,K) b (K,.), and e, which may be
+ * NULL. strips: room for min(ROW_BLOCK, i1 - i0) rows, in sixes, of min(K_BLOCK, K) numbers, in runs. */
+static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1, size_t K, int add,
+                    const Epilogue *e, real *strips)
+{
+    const size_t depth = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), K_RUN); /* of a block of k: all about equal */
     real panel[K_BLOCK * TILE_COLS] __attribute__((aligned(64)));
-    for (size_t i0 = 0; i0 < M; i0 += ROW_BLOCK)
+    for (; i0 < i1; i0 += ROW_BLOCK)
         for (size_t k0 = 0; k0 < K; k0 += depth) {
-            const size_t count = ceil_div(min_size(ROW_BLOCK, M - i0), TILE_ROWS), k = min_size(depth, K - k0);
-            const size_t tiles = count * ceil_div(N, TILE_COLS);
-            size_t packed = N; /* the column at which panel begins */
-            for (size_t t = tiles * part / parts; t < tiles * (part + 1) / parts; t++) {
-                const size_t i = i0 + t % count * TILE_ROWS, j = t / count * TILE_COLS;
-                const size_t m = min_size(TILE_ROWS, M - i), n = min_size(TILE_COLS, N - j);
-                if (packed != j) pack(panel, transposed(from_element(b, k0, j)), n, TILE_COLS, k);
-                packed = j;
-                tile(c + i * c_row + j, c_row, m, n, from_element(a, i, k0), panel, k, add || k0 > 0);
-                if (e && k0 + k == K) finish(c, i * c_row + j, j, m, n, c_row, e);
+            const size_t end = min_size(i0 + ROW_BLOCK, i1), k = min_size(depth, K - k0);
+            pack(strips, from_element(a, i0, k0), end - i0, TILE_ROWS, k);
+            for (size_t j = j0; j < j1; j += TILE_COLS) {
+                const size_t n = min_size(TILE_COLS, j1 - j);
+                pack(panel, transposed(from_element(b, k0, j)), n, TILE_COLS, k);
+                for (size_t i = i0; i < end; i += TILE_ROWS) {
+                    const size_t m = min_size(TILE_ROWS, end - i), at = i * c_row + j;
+                    tile(c + at, c_row, m, n, strips + (i - i0) * k, panel, k, add || k0 > 0);
+                    if (e && k0 + k == K) finish(c, at, j, m, n, c_row, e);
+                }
             }
         }
 }
@@ -707,8 +707,17 @@ static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, 
         return;
     }
     const size_t parts = M * N * K > 8 * SMALL ? (size_t)openmp_threads() : 1;
+    size_t down = 1; /* C is cut into down x (parts / down) rectangles, such that the threads copy least of A and B */
+    for (size_t d = 2; d <= parts; d++)
+        if (parts % d == 0 && M * (parts / d) + N * d < M * (parts / down) + N * down) down = d;
+    const size_t rows = round_up(ceil_div(M, down), TILE_ROWS), cols = round_up(ceil_div(N, parts / down), TILE_COLS);
 #pragma omp parallel for schedule(static) if (parts > 1)
-    for (size_t part = 0; part < parts; part++) product(c, N, a, b, M, N, K, add, e, part, parts);
+    for (size_t part = 0; part < parts; part++) {
+        const size_t i0 = part % down * rows, i1 = min_size(i0 + rows, M), j0 = part / down * cols;
+        real *strips = scratch(min_size(rows, ROW_BLOCK) * min_size(round_up(K, K_RUN), K_BLOCK));
+        product(c, N, a, b, i0, i1, j0, min_size(j0 + cols, N), K, add, e, strips);
+        free(strips);
+    }
 }
 
 /* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] ---------------------------------------- */
@@ -955,7 +964,7 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
  * running maximum m, a running sum l of e^(s-m) and a running out, the last two shrunk by e^(old m - new m) when m
  * grows. Blocks above the diagonal are skipped. What remains for backward is lse = m + log l, for P = e^(S - lse)
  * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles, on rows as they lie in qkv. */
-enum { QUERIES = 48, KEYS = K_BLOCK }; /* multiples of TILE_ROWS, lest tiles be cut */
+enum { QUERIES = 48, KEYS = K_BLOCK }; /* multiples of TILE_ROWS, lest tiles be cut, and of K_RUN */
 static_assert(KEYS % QUERIES == 0, "the diagonal must meet every block of keys where a block of queries begins");
 
 /* How many of the keys j0 .. j0+keys-1 query i may see. */
@@ -1006,12 +1015,12 @@ static void attention_forward(act *out, real *lse, const act *qkv, size_t B, siz
         const size_t rows = min_size(QUERIES, T - i0);
         const act *q = qkv + b * T * 3 * C + h * D;
         act *o = out + (b * T + i0) * C + h * D;
-        real s[QUERIES * KEYS], m[QUERIES], l[QUERIES];
+        real s[QUERIES * KEYS], strips[QUERIES * KEYS], m[QUERIES], l[QUERIES];
         for (size_t i = 0; i < rows; i++) m[i] = -INFINITY, l[i] = 0, memset(o + i * C, 0, D * sizeof *o);
         for (size_t j0 = 0; j0 < i0 + rows; j0 += KEYS) {
             const size_t keys = min_size(KEYS, i0 + rows - j0);
             const act *k = q + C + j0 * 3 * C, *v = k + C;
-            product(s, KEYS, (Mat){q + i0 * 3 * C, 3 * C, 1}, (Mat){k, 1, 3 * C}, rows, keys, D, 0, NULL, 0, 1);
+            product(s, KEYS, (Mat){q + i0 * 3 * C, 3 * C, 1}, (Mat){k, 1, 3 * C}, 0, rows, 0, keys, D, 0, NULL, strips);
             for (size_t i = 0; i < rows; i++) {
                 const size_t n = visible(i0 + i, j0, keys);
                 if (n > 0)
@@ -1019,7 +1028,7 @@ static void attention_forward(act *out, real *lse, const act *qkv, size_t B, siz
                                        (i0 + i) * T + j0);
                 memset(s + i * KEYS + n, 0, (keys - n) * sizeof *s);
             }
-            product(o, C, (Mat){s, KEYS, 1}, (Mat){v, 3 * C, 1}, rows, D, keys, 1, NULL, 0, 1);
+            product(o, C, (Mat){s, KEYS, 1}, (Mat){v, 3 * C, 1}, 0, rows, 0, D, keys, 1, NULL, strips);
         }
         for (size_t i = 0; i < rows; i++) {
             for (size_t c = 0; c < D; c++) o[i * C + c] /= l[i];
@@ -1052,7 +1061,7 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
 #pragma omp parallel for schedule(dynamic) if (B * H * T * D > SMALL)
     for (size_t head = 0; head < B * H; head++) {
         const size_t b = head / H, h = head % H, first = b * T * row + h * D;
-        real p[QUERIES * KEYS], ds[QUERIES * KEYS];
+        real p[QUERIES * KEYS], ds[QUERIES * KEYS], strips[QUERIES * KEYS];
         for (size_t i = 0; i < T; i++) {
             const size_t at = (b * T + i) * C + h * D;
             delta[head * T + i] = dot(dout + at, out + at, D);
@@ -1064,8 +1073,8 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
                 const act *q = qkv + first + i0 * row, *k = qkv + first + C + j0 * row, *v = k + C;
                 const act *go = dout + (b * T + i0) * C + h * D;
                 act *dq = dqkv + first + i0 * row, *dk = dqkv + first + C + j0 * row, *dv = dk + C;
-                product(p, KEYS, (Mat){q, row, 1}, (Mat){k, 1, row}, rows, keys, D, 0, NULL, 0, 1);
-                product(ds, KEYS, (Mat){go, C, 1}, (Mat){v, 1, row}, rows, keys, D, 0, NULL, 0, 1);
+                product(p, KEYS, (Mat){q, row, 1}, (Mat){k, 1, row}, 0, rows, 0, keys, D, 0, NULL, strips);
+                product(ds, KEYS, (Mat){go, C, 1}, (Mat){v, 1, row}, 0, rows, 0, keys, D, 0, NULL, strips);
                 for (size_t i = 0; i < rows; i++) {
                     const size_t n = visible(i0 + i, j0, keys), at = head * T + i0 + i;
                     softmax_backward_row(p + i * KEYS, ds + i * KEYS, n, scale, lse[at], delta[at],
@@ -1073,9 +1082,9 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
                     memset(p + i * KEYS + n, 0, (keys - n) * sizeof *p);
                     memset(ds + i * KEYS + n, 0, (keys - n) * sizeof *ds);
                 }
-                product(dv, row, (Mat){p, 1, KEYS}, (Mat){go, C, 1}, keys, D, rows, 1, NULL, 0, 1);
-                product(dk, row, (Mat){ds, 1, KEYS}, (Mat){q, row, 1}, keys, D, rows, 1, NULL, 0, 1);
-                product(dq, row, (Mat){ds, KEYS, 1}, (Mat){k, row, 1}, rows, D, keys, 1, NULL, 0, 1);
+                product(dv, row, (Mat){p, 1, KEYS}, (Mat){go, C, 1}, 0, keys, 0, D, rows, 1, NULL, strips);
+                product(dk, row, (Mat){ds, 1, KEYS}, (Mat){q, row, 1}, 0, keys, 0, D, rows, 1, NULL, strips);
+                product(dq, row, (Mat){ds, KEYS, 1}, (Mat){k, row, 1}, 0, rows, 0, D, keys, 1, NULL, strips);
             }
     }
 }
