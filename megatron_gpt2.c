@@ -251,6 +251,9 @@ typedef struct {
     size_t heads; /* attention only: heads of the whole layer, so that sequence b starts at first + b*heads*T*T */
 } Dropout;
 
+/* A word below this drops its element; p < 1. */
+static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1p32); }
+
 /* ---- Progress ---------------------------------------------------------------------------------------------------- */
 
 static double now(void) /* seconds */
@@ -330,6 +333,64 @@ typedef struct {
     size_t step;       /* counts from 1 */
 } AdamW;
 
+/* ---- Functions of one number ------------------------------------------------------------------------------------- */
+
+/* Both machines' operators call these. But the twin, whose real is always float, says sqrtf, and expf in its softmax:
+ * GPUs have an instruction that does most of it. */
+
+static inline real square_root(real x) { return sizeof x == sizeof(float) ? sqrtf((float)x) : (real)sqrt(x); }
+
+/* e^x in a form that compilers vectorise: e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2, and for e^r a
+ * polynomial that is within 0.06 ulp of it. Error: at most 1.02 ulp, for all floats. 0 below -86.5 (e^x < 2^-124);
+ * inf above 88.72283, where floats end; NaN stays NaN. Adding 1.5 * 2^23 leaves n in the sum's low bits. 2^(n-1)
+ * times a doubled polynomial reaches the last binade, where 2^n alone would not exist. */
+static inline HOST_DEVICE real exponential(real x)
+{
+    if (sizeof x != sizeof(float)) return (real)exp(x);
+    float f = (float)x, shifted = f * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, scale;
+    float r = (f - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: n * the first is exact */
+    float q = 0.001381446547f;
+    q = q * r + 0.008368780424f;
+    q = q * r + 0.04166839425f;
+    q = q * r + 0.1666652011f;
+    q = q * r + 0.4999999341f;
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits = (bits + 126) << 23;
+    memcpy(&scale, &bits, 4);
+    float y = (1 + (r + r * r * q)) * 2 * scale;
+    return f < -86.5f ? 0 : f > 89 ? INFINITY : y;
+}
+
+/* Phi(x), through erfc: 1 + erf would cancel on the left. libm's erfc is within a few ulp; the rounding of x / sqrt(2)
+ * makes x^2 ulp more of it on the left. */
+static inline HOST_DEVICE real normal_cdf(real x)
+{
+    return sizeof x == sizeof(float) ? erfcf((float)x * -(float)M_SQRT1_2) / 2 : (real)(erfc(x * -M_SQRT1_2) / 2);
+}
+
+/* GeLU [§2.2]: x * Phi(x). Megatron's tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), equals
+ * x / (1 + e^-2u): one exponential, no tanh. GELU_ERF is the exact form [P41]. Error, tanh: at most 2.2 ulp from 0 on;
+ * 3.3 (1 + |2u|) ulp left of 0, where e^-2u makes a relative error of what is lost of 2u; below -10.05 4e-38, which is
+ * the function itself. erf: 1.8 ulp from 0 on, 1.8 (1 + x^2) ulp left of 0. Both are NaN at -inf. */
+static inline HOST_DEVICE real gelu(real x, Gelu kind)
+{
+    if (kind == GELU_ERF) return x * normal_cdf(x);
+    return x / (1 + exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * x * x)));
+}
+
+/* d gelu / dx = s + x s(1-s) 2u' with s = 1 / (1 + e^-2u); s(1-s) is even in u, and t = e^-|2u| cannot overflow. Error,
+ * tanh: at most 2^-22 = 2.4e-7 (gelu' is 0 near -0.75: no bound in ulp there), and 4.2 (1 + |2u|) ulp from -9.96 to -1.
+ * erf: 1.6e-7, and 3.8 (1 + x^2) ulp from -13 to -1. Left of these 7e-36 and 2e-37. */
+static inline HOST_DEVICE real gelu_slope(real x, Gelu kind)
+{
+    x = x > 40 ? 40 : x < -40 ? -40 : x; /* gelu' is 1 and 0 there: no 0 * infinity */
+    if (kind == GELU_ERF) return normal_cdf(x) + x * (real)0.3989422804014327 * exponential(-x * x / 2); /* + x phi */
+    real xx = x * x, v = (real)1.5957691216057308 * x * (1 + (real)0.044715 * xx);                       /* 2u */
+    real t = exponential(v < 0 ? v : -v), s = 1 / (1 + t), rise = t * s * s;
+    return (v < 0 ? t * s : s) + x * rise * (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * xx);
+}
+
 #ifdef GPT2_OPERATORS
 #include GPT2_OPERATORS
 #else
@@ -381,79 +442,7 @@ static real *scratch(size_t n)
     return (real *)p;
 }
 
-/* ---- Functions of one number ------------------------------------------------------------------------------------- */
-
-static inline real square_root(real x) { return sizeof x == sizeof(float) ? sqrtf((float)x) : (real)sqrt(x); }
-
-/* e^x in a form that compilers vectorise: e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2, and for e^r a
- * polynomial that is within 0.06 ulp of it. Error: at most 1.02 ulp, for all floats. 0 below -86.5 (e^x < 2^-124);
- * inf above 88.72283, where floats end; NaN stays NaN. Adding 1.5 * 2^23 leaves n in the sum's low bits. 2^(n-1)
- * times a doubled polynomial reaches the last binade, where 2^n alone would not exist. */
-static inline real exponential(real x)
-{
-    if (sizeof x != sizeof(float)) return (real)exp(x);
-    float f = (float)x, shifted = f * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, scale;
-    float r = (f - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: n * the first is exact */
-    float q = 0.001381446547f;
-    q = q * r + 0.008368780424f;
-    q = q * r + 0.04166839425f;
-    q = q * r + 0.1666652011f;
-    q = q * r + 0.4999999341f;
-    uint32_t bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits + 126) << 23;
-    memcpy(&scale, &bits, 4);
-    float y = (1 + (r + r * r * q)) * 2 * scale;
-    return f < -86.5f ? 0 : f > 89 ? INFINITY : y;
-}
-
-/* Phi(x), through erfc: 1 + erf would cancel on the left. libm's erfc is within a few ulp; the rounding of x / sqrt(2)
- * makes x^2 ulp more of it on the left. */
-static inline real normal_cdf(real x)
-{
-    return sizeof x == sizeof(float) ? erfcf((float)x * -(float)M_SQRT1_2) / 2 : (real)(erfc(x * -M_SQRT1_2) / 2);
-}
-
-/* GeLU [§2.2]: x * Phi(x). Megatron's tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), equals
- * x / (1 + e^-2u): one exponential, no tanh. GELU_ERF is the exact form [P41]. Error, tanh: at most 2.2 ulp from 0 on;
- * 3.3 (1 + |2u|) ulp left of 0, where e^-2u makes a relative error of what is lost of 2u; below -10.05 4e-38, which is
- * the function itself. erf: 1.8 ulp from 0 on, 1.8 (1 + x^2) ulp left of 0. Both are NaN at -inf. */
-static inline real gelu(real x, Gelu kind)
-{
-    if (kind == GELU_ERF) return x * normal_cdf(x);
-    return x / (1 + exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * x * x)));
-}
-
-/* d gelu / dx = s + x s(1-s) 2u' with s = 1 / (1 + e^-2u); s(1-s) is even in u, and t = e^-|2u| cannot overflow. Error,
- * tanh: at most 2^-22 = 2.4e-7 (gelu' is 0 near -0.75: no bound in ulp there), and 4.2 (1 + |2u|) ulp from -9.96 to -1.
- * erf: 1.6e-7, and 3.8 (1 + x^2) ulp from -13 to -1. Left of these 7e-36 and 2e-37. */
-static inline real gelu_slope(real x, Gelu kind)
-{
-    x = x > 40 ? 40 : x < -40 ? -40 : x; /* gelu' is 1 and 0 there: no 0 * infinity */
-    if (kind == GELU_ERF) return normal_cdf(x) + x * (real)0.3989422804014327 * exponential(-x * x / 2); /* + x phi */
-    real xx = x * x, v = (real)1.5957691216057308 * x * (1 + (real)0.044715 * xx);                       /* 2u */
-    real t = exponential(v < 0 ? v : -v), s = 1 / (1 + t), rise = t * s * s;
-    return (v < 0 ? t * s : s) + x * rise * (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * xx);
-}
-
-/* The largest of top and x (n); NaNs are passed over. Lane by lane: not every compiler reorders a maximum. */
-static real largest(const real *x, size_t n, real top)
-{
-    enum { SIDE = 32 };
-    real side[SIDE];
-    for (size_t j = 0; j < SIDE; j++) side[j] = top;
-    for (; n >= SIDE; n -= SIDE, x += SIDE)
-#pragma omp simd
-        for (size_t j = 0; j < SIDE; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
-    for (size_t j = 0; j < n; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
-    for (size_t j = 0; j < SIDE; j++) top = side[j] > top ? side[j] : top;
-    return top;
-}
-
 /* ---- Dropout ----------------------------------------------------------------------------------------------------- */
-
-/* A word below this drops its element; p < 1. */
-static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1p32); }
 
 /* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on many blocks side by side, round by
  * round, so that it vectorises. Ones, and no numbers drawn, where there is no dropout. */
@@ -975,6 +964,20 @@ static Dropout head_dropout(Dropout d, size_t b, size_t h, size_t T)
 {
     d.first += (b * d.heads + h) * T * T;
     return d;
+}
+
+/* The largest of top and x (n); NaNs are passed over. Lane by lane: not every compiler reorders a maximum. */
+static real largest(const real *x, size_t n, real top)
+{
+    enum { SIDE = 32 };
+    real side[SIDE];
+    for (size_t j = 0; j < SIDE; j++) side[j] = top;
+    for (; n >= SIDE; n -= SIDE, x += SIDE)
+#pragma omp simd
+        for (size_t j = 0; j < SIDE; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
+    for (size_t j = 0; j < n; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
+    for (size_t j = 0; j < SIDE; j++) top = side[j] > top ? side[j] : top;
+    return top;
 }
 
 /* One row of products q k' in s (n) becomes dropped-out probabilities relative to e^m; the row's m, l and out (D)

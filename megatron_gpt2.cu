@@ -407,9 +407,6 @@ template <typename Op, int N, typename T> static __device__ void block_reduce(T 
 
 /* ---- Dropout ----------------------------------------------------------------------------------------------------- */
 
-/* A word below this drops its element; p < 1. */
-static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1p32); }
-
 /* A site's dropout as kernels want it. */
 typedef struct {
     Dropout d;
@@ -450,26 +447,6 @@ template <int W> static __device__ inline void apply_mask(real (&x)[W], const Ma
 #pragma unroll
         for (int j = 0; j < 4 && i + j < W; j++) x[i + j] *= keep >> j & 1 ? m.scale : 0;
     }
-}
-
-/* ---- Functions of one number ------------------------------------------------------------------------------------- */
-
-/* As in megatron_gpt2.c, which tells why they look so. */
-static __device__ inline real normal_cdf(real x) { return erfcf(x * -(real)M_SQRT1_2) / 2; }
-
-static __device__ inline real gelu(real x, Gelu kind)
-{
-    if (kind == GELU_ERF) return x * normal_cdf(x);
-    return x / (1 + expf((real)-1.5957691216057308 * x * (1 + (real)0.044715 * x * x)));
-}
-
-static __device__ inline real gelu_slope(real x, Gelu kind)
-{
-    x = x > 40 ? 40 : x < -40 ? -40 : x; /* gelu' is 1 and 0 there: no 0 * infinity */
-    if (kind == GELU_ERF) return normal_cdf(x) + x * (real)0.3989422804014327 * expf(-x * x / 2);
-    const real xx = x * x, v = (real)1.5957691216057308 * x * (1 + (real)0.044715 * xx);
-    const real t = expf(v < 0 ? v : -v), s = 1 / (1 + t), rise = t * s * s;
-    return (v < 0 ? t * s : s) + x * rise * (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * xx);
 }
 
 /* ---- Sums of columns --------------------------------------------------------------------------------------------- */
