@@ -618,22 +618,20 @@ static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act
     for (size_t k = 0; k < K; k++, strip += TILE_ROWS, panel += TILE_COLS)
         for (size_t i = 0; i < TILE_ROWS; i++)
             for (size_t j = 0; j < vecs; j++) t[i][j] += strip[i] * *(const vec *)(panel + j * LANES);
-    if (m == TILE_ROWS && n == vecs * LANES) {
-        for (size_t i = 0; i < TILE_ROWS; i++)
-            for (size_t j = 0; j < vecs; j++) {
-                loose_vec *to = (loose_vec *)(c + i * c_row + j * LANES);
-                if (add) t[i][j] += *to;
-                *to = t[i][j];
-            }
-        return;
-    }
-    real edge[TILE_ROWS][TILE_COLS];
-    memcpy(edge, t, sizeof t);
-    for (size_t i = 0; i < m; i++)
-        for (size_t j = 0; j < n; j++) c[i * c_row + j] = edge[i][j] + (add ? c[i * c_row + j] : 0);
+    const int whole = m == TILE_ROWS && n == vecs * LANES;
+    real edge[TILE_ROWS * TILE_COLS], *to = whole ? c : edge;
+    for (size_t i = 0; i < TILE_ROWS; i++, to += whole ? c_row : TILE_COLS)
+        for (size_t j = 0; j < vecs; j++) {
+            if (whole && add) t[i][j] += *(loose_vec *)(to + j * LANES);
+            *(loose_vec *)(to + j * LANES) = t[i][j];
+        }
+    for (size_t i = 0; i < m && !whole; i++)
+        for (size_t j = 0; j < n; j++) c[i * c_row + j] = edge[i * TILE_COLS + j] + (add ? c[i * c_row + j] : 0);
 }
 
-static void tile(act *c, size_t c_row, size_t m, size_t n, const real *strip, const real *panel, size_t K, int add)
+/* Not inlined: its loops need all registers, and gcc spills sums where other loops are about. */
+static __attribute__((noinline)) void tile(act *c, size_t c_row, size_t m, size_t n, const real *strip,
+                                           const real *panel, size_t K, int add)
 {
     switch (ceil_div(n, LANES)) {
     case TILE_VECS / 2: tile_of(TILE_VECS / 2, c, c_row, m, n, strip, panel, K, add); return;
