@@ -190,24 +190,26 @@ static int file_exists(const char *folder, const char *name)
 
 /* ---- Random numbers ---------------------------------------------------------------------------------------------- */
 
+/* A round of Philox on the counter c0..c3. */
+static inline HOST_DEVICE void philox_round(uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3, uint64_t seed,
+                                            uint32_t round)
+{
+    const uint32_t k0 = (uint32_t)seed + round * 0x9E3779B9, k1 = (uint32_t)(seed >> 32) + round * 0xBB67AE85;
+    const uint64_t p0 = (uint64_t)0xD2511F53 * *c0, p1 = (uint64_t)0xCD9E8D57 * *c2;
+    *c0 = (uint32_t)(p1 >> 32) ^ *c1 ^ k0;
+    *c2 = (uint32_t)(p0 >> 32) ^ *c3 ^ k1;
+    *c1 = (uint32_t)p1;
+    *c3 = (uint32_t)p0;
+}
+
 /* Philox4x32-10 (Salmon et al. 2011; also PyTorch's and cuRAND's on GPUs): four random words as a pure function of a
  * key and a counter. There is no state to save, and any rank, in any layout, in any order, draws the same number for
  * the same (seed, site, step, index): masks and initial weights do not depend on how the model is cut.
  * DEVIATION from [App. B.2], where each GPU owns a generator: see drop() in chapter 5. */
 static inline HOST_DEVICE void philox(uint32_t out[4], uint64_t seed, uint64_t block, uint32_t site, uint32_t step)
 {
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    uint32_t c0 = (uint32_t)block, c1 = (uint32_t)(block >> 32), c2 = site, c3 = step;
-    for (int round = 0; round < 10; round++) {
-        uint64_t p0 = (uint64_t)0xD2511F53 * c0, p1 = (uint64_t)0xCD9E8D57 * c2;
-        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
-        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
-        c1 = (uint32_t)p1;
-        c3 = (uint32_t)p0;
-        k0 += 0x9E3779B9;
-        k1 += 0xBB67AE85;
-    }
-    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+    out[0] = (uint32_t)block, out[1] = (uint32_t)(block >> 32), out[2] = site, out[3] = step;
+    for (uint32_t round = 0; round < 10; round++) philox_round(out, out + 1, out + 2, out + 3, seed, round);
 }
 
 /* Sites keep the streams apart: dropout sites count up from 0 (chapter 5), the others carry a high bit. */
@@ -444,8 +446,8 @@ static real *scratch(size_t n)
 
 /* ---- Dropout ----------------------------------------------------------------------------------------------------- */
 
-/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on many blocks side by side, round by
- * round, so that it vectorises. Ones, and no numbers drawn, where there is no dropout. */
+/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on blocks side by side, round by round,
+ * so that it vectorises. Ones, and no numbers drawn, where there is no dropout. */
 static void dropout_factors(real *out, Dropout d, size_t index, size_t n)
 {
     enum { SIDE = 32 }; /* blocks, of four words each */
@@ -455,27 +457,17 @@ static void dropout_factors(real *out, Dropout d, size_t index, size_t n)
     if (d.p == 0) return;
     size_t skip = (d.first + index) % 4; /* words of the first block that come before ours */
     for (uint64_t block = (d.first + index) / 4; n > 0; block += SIDE) {
-        uint32_t c0[SIDE], c1[SIDE], c2[SIDE], c3[SIDE], k0 = (uint32_t)d.seed, k1 = (uint32_t)(d.seed >> 32);
+        uint32_t c[4][SIDE];
         real factor[4 * SIDE];
         for (int i = 0; i < SIDE; i++) {
-            c0[i] = (uint32_t)(block + (uint64_t)i), c1[i] = (uint32_t)((block + (uint64_t)i) >> 32);
-            c2[i] = d.site, c3[i] = d.step;
+            c[0][i] = (uint32_t)(block + (uint64_t)i), c[1][i] = (uint32_t)((block + (uint64_t)i) >> 32);
+            c[2][i] = d.site, c[3][i] = d.step;
         }
-        for (int round = 0; round < 10; round++, k0 += 0x9E3779B9, k1 += 0xBB67AE85)
+        for (uint32_t round = 0; round < 10; round++)
 #pragma omp simd
-            for (int i = 0; i < SIDE; i++) {
-                uint64_t p0 = (uint64_t)0xD2511F53 * c0[i], p1 = (uint64_t)0xCD9E8D57 * c2[i];
-                c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
-                c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
-                c1[i] = (uint32_t)p1;
-                c3[i] = (uint32_t)p0;
-            }
-        for (int i = 0; i < SIDE; i++) {
-            factor[4 * i] = c0[i] >= threshold ? scale : 0;
-            factor[4 * i + 1] = c1[i] >= threshold ? scale : 0;
-            factor[4 * i + 2] = c2[i] >= threshold ? scale : 0;
-            factor[4 * i + 3] = c3[i] >= threshold ? scale : 0;
-        }
+            for (int i = 0; i < SIDE; i++) philox_round(&c[0][i], &c[1][i], &c[2][i], &c[3][i], d.seed, round);
+        for (int i = 0; i < SIDE; i++)
+            for (int j = 0; j < 4; j++) factor[4 * i + j] = c[j][i] >= threshold ? scale : 0;
         size_t count = min_size(n, 4 * SIDE - skip);
         memcpy(out, factor + skip, count * sizeof *out);
         out += count, n -= count, skip = 0;
