@@ -944,17 +944,8 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
  * grows. Blocks above the diagonal are skipped. What remains for backward is lse = m + log l, for P = e^(S - lse)
  * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles, on rows as they lie in qkv. */
 enum { QUERIES = 48, KEYS = K_BLOCK }; /* multiples of TILE_ROWS, lest tiles be cut, and of K_RUN */
-static_assert(KEYS % QUERIES == 0, "the diagonal must meet every block of keys where a block of queries begins");
-
-/* How many of the keys j0 .. j0+keys-1 query i may see. */
-static size_t visible(size_t i, size_t j0, size_t keys) { return i < j0 ? 0 : min_size(i + 1 - j0, keys); }
-
-/* The dropout stream of head h of sequence b. */
-static Dropout head_dropout(Dropout d, size_t b, size_t h, size_t T)
-{
-    d.first += (b * d.heads + h) * T * T;
-    return d;
-}
+static_assert(KEYS % QUERIES == 0,
+              "no block of keys may begin inside a block of queries: each query must see a key of it");
 
 /* The largest of top and x (n); NaNs are passed over. Lane by lane: not every compiler reorders a maximum. */
 static real largest(const real *x, size_t n, real top)
@@ -978,18 +969,15 @@ static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, 
     real sum = 0, keep[KEYS];
     const real top = fmax(*m, largest(s, n, -INFINITY) * scale);
     const real shrink = exponential(*m - top); /* 0 the first time, when m = -inf */
+    dropout_factors(keep, d, index, n);
 #pragma omp simd reduction(+ : sum)
     for (size_t j = 0; j < n; j++) {
-        s[j] = exponential(s[j] * scale - top);
-        sum += s[j];
+        const real e = exponential(s[j] * scale - top);
+        sum += e;
+        s[j] = e * keep[j];
     }
     *l = *l * shrink + sum; /* the softmax is of all scores: dropout comes after it */
     *m = top;
-    if (d.p > 0) {
-        dropout_factors(keep, d, index, n);
-#pragma omp simd
-        for (size_t j = 0; j < n; j++) s[j] *= keep[j];
-    }
     if (shrink != 1)
 #pragma omp simd
         for (size_t c = 0; c < D; c++) out[c] *= shrink;
@@ -997,7 +985,7 @@ static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, 
 
 /* out (B,T,H*D), lse (B,H,T) log-sum-exp of scaled scores; qkv (B,T,3*H*D): [Q;K;V], each H heads of D [P11].
  * Dropout element (b,h,i,j) has index d.first + ((b*d.heads + h)*T + i)*T + j. A task is a block of queries of one
- * head, those with the most keys first: threads end together. */
+ * head, those with the most keys first: threads end together. lse is NULL for a prompt of generation, below. */
 static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
 {
     const size_t C = H * D, blocks = ceil_div(T, QUERIES);
@@ -1015,17 +1003,16 @@ static void attention_forward(act *out, real *lse, const act *qkv, size_t B, siz
             const act *k = q + C + j0 * 3 * C, *v = k + C;
             product(s, KEYS, (Mat){q + i0 * 3 * C, 3 * C, 1}, (Mat){k, 1, 3 * C}, 0, rows, 0, keys, D, 0, NULL, strips);
             for (size_t i = 0; i < rows; i++) {
-                const size_t n = visible(i0 + i, j0, keys);
-                if (n > 0)
-                    online_softmax_row(s + i * KEYS, n, scale, m + i, l + i, o + i * C, D, head_dropout(d, b, h, T),
-                                       (i0 + i) * T + j0);
+                const size_t n = min_size(i0 + i + 1 - j0, keys); /* what it may see */
+                online_softmax_row(s + i * KEYS, n, scale, m + i, l + i, o + i * C, D, d,
+                                   ((b * d.heads + h) * T + i0 + i) * T + j0);
                 memset(s + i * KEYS + n, 0, (keys - n) * sizeof *s);
             }
             product(o, C, (Mat){s, KEYS, 1}, (Mat){v, 3 * C, 1}, 0, rows, 0, D, keys, 1, NULL, strips);
         }
         for (size_t i = 0; i < rows; i++) {
             for (size_t c = 0; c < D; c++) o[i * C + c] /= l[i];
-            lse[(b * H + h) * T + i0 + i] = m[i] + (real)log((double)l[i]);
+            if (lse) lse[(b * H + h) * T + i0 + i] = m[i] + (real)log((double)l[i]);
         }
     }
 }
@@ -1069,9 +1056,9 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
                 product(p, KEYS, (Mat){q, row, 1}, (Mat){k, 1, row}, 0, rows, 0, keys, D, 0, NULL, strips);
                 product(ds, KEYS, (Mat){go, C, 1}, (Mat){v, 1, row}, 0, rows, 0, keys, D, 0, NULL, strips);
                 for (size_t i = 0; i < rows; i++) {
-                    const size_t n = visible(i0 + i, j0, keys), at = head * T + i0 + i;
-                    softmax_backward_row(p + i * KEYS, ds + i * KEYS, n, scale, lse[at], delta[at],
-                                         head_dropout(d, b, h, T), (i0 + i) * T + j0);
+                    const size_t n = min_size(i0 + i + 1 - j0, keys), at = head * T + i0 + i;
+                    softmax_backward_row(p + i * KEYS, ds + i * KEYS, n, scale, lse[at], delta[at], d,
+                                         ((b * d.heads + h) * T + i0 + i) * T + j0);
                     memset(p + i * KEYS + n, 0, (keys - n) * sizeof *p);
                     memset(ds + i * KEYS + n, 0, (keys - n) * sizeof *ds);
                 }
@@ -1088,42 +1075,33 @@ static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const
                                      size_t H, size_t D)
 {
     const size_t C = H * D;
+    const real scale = 1 / square_root((real)D);
     const Dropout none = {0, 0, 0, 0, 0, H};
     for (size_t i = 0; i < n; i++) {
         memcpy(k_cache + (past + i) * C, qkv + i * 3 * C + C, C * sizeof *k_cache);
         memcpy(v_cache + (past + i) * C, qkv + i * 3 * C + 2 * C, C * sizeof *v_cache);
     }
     if (past == 0 && n > 1) { /* a prompt: nothing but itself to attend to */
-        real *lse = scratch(H * n);
-        attention_forward(out, lse, qkv, 1, n, H, D, none);
-        free(lse);
+        attention_forward(out, NULL, qkv, 1, n, H, D, none);
         return;
     }
 #pragma omp parallel for schedule(static) if (n * (past + n) * C > SMALL)
-    for (size_t h = 0; h < H; h++) {
-        real *p = scratch(past + n);
-        for (size_t i = 0; i < n; i++) {
-            const act *q = qkv + i * 3 * C + h * D;
-            act *o = out + i * C + h * D;
-            real l = 0, m = -INFINITY;
-            for (size_t j = 0; j <= past + i; j++) {
-                p[j] = dot(q, k_cache + j * C + h * D, D) / square_root((real)D);
-                m = p[j] > m ? p[j] : m;
-            }
-#pragma omp simd reduction(+ : l)
-            for (size_t j = 0; j <= past + i; j++) {
-                p[j] = exponential(p[j] - m);
-                l += p[j];
-            }
-            for (size_t c = 0; c < D; c++) o[c] = 0;
-            for (size_t j = 0; j <= past + i; j++) {
-                const act *v = v_cache + j * C + h * D;
-                const real weight = p[j] / l;
+    for (size_t task = 0; task < n * H; task++) {
+        const size_t i = task / H, h = task % H, count = past + i + 1;
+        const act *q = qkv + i * 3 * C + h * D;
+        act *o = out + i * C + h * D;
+        real s[KEYS], m = -INFINITY, l = 0;
+        memset(o, 0, D * sizeof *o);
+        for (size_t j0 = 0; j0 < count; j0 += KEYS) {
+            const size_t keys = min_size(KEYS, count - j0);
+            const act *k = k_cache + j0 * C + h * D, *v = v_cache + j0 * C + h * D;
+            for (size_t j = 0; j < keys; j++) s[j] = dot(q, k + j * C, D);
+            online_softmax_row(s, keys, scale, &m, &l, o, D, none, 0);
+            for (size_t j = 0; j < keys; j++)
 #pragma omp simd
-                for (size_t c = 0; c < D; c++) o[c] += weight * v[c];
-            }
+                for (size_t c = 0; c < D; c++) o[c] += s[j] * v[j * C + c];
         }
-        free(p);
+        for (size_t c = 0; c < D; c++) o[c] /= l;
     }
 }
 
