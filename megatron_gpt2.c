@@ -256,6 +256,34 @@ typedef struct {
 /* A word below this drops its element; p < 1. */
 static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1p32); }
 
+/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on blocks side by side, round by round,
+ * so that it vectorises. Ones, and no numbers drawn, where there is no dropout. */
+static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n)
+{
+    enum { SIDE = 32 }; /* blocks, of four words each */
+    const uint32_t threshold = dropout_threshold(d.p);
+    const real scale = 1 / (1 - d.p);
+    for (size_t i = 0; d.p == 0 && i < n; i++) out[i] = 1;
+    if (d.p == 0) return;
+    size_t skip = (d.first + index) % 4; /* words of the first block that come before ours */
+    for (uint64_t block = (d.first + index) / 4; n > 0; block += SIDE) {
+        uint32_t c[4][SIDE];
+        real factor[4 * SIDE];
+        for (int i = 0; i < SIDE; i++) {
+            c[0][i] = (uint32_t)(block + (uint64_t)i), c[1][i] = (uint32_t)((block + (uint64_t)i) >> 32);
+            c[2][i] = d.site, c[3][i] = d.step;
+        }
+        for (uint32_t round = 0; round < 10; round++)
+#pragma omp simd
+            for (int i = 0; i < SIDE; i++) philox_round(&c[0][i], &c[1][i], &c[2][i], &c[3][i], d.seed, round);
+        for (int i = 0; i < SIDE; i++)
+            for (int j = 0; j < 4; j++) factor[4 * i + j] = c[j][i] >= threshold ? scale : 0;
+        size_t count = min_size(n, 4 * SIDE - skip);
+        memcpy(out, factor + skip, count * sizeof *out);
+        out += count, n -= count, skip = 0;
+    }
+}
+
 /* ---- Progress ---------------------------------------------------------------------------------------------------- */
 
 static double now(void) /* seconds */
@@ -442,36 +470,6 @@ static real *scratch(size_t n)
     void *p = aligned_alloc(64, n * sizeof(real) / 64 * 64 + 64);
     if (!p) die("out of memory: %zu bytes of scratch were asked for", n * sizeof(real));
     return (real *)p;
-}
-
-/* ---- Dropout ----------------------------------------------------------------------------------------------------- */
-
-/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on blocks side by side, round by round,
- * so that it vectorises. Ones, and no numbers drawn, where there is no dropout. */
-static void dropout_factors(real *out, Dropout d, size_t index, size_t n)
-{
-    enum { SIDE = 32 }; /* blocks, of four words each */
-    const uint32_t threshold = dropout_threshold(d.p);
-    const real scale = 1 / (1 - d.p);
-    for (size_t i = 0; d.p == 0 && i < n; i++) out[i] = 1;
-    if (d.p == 0) return;
-    size_t skip = (d.first + index) % 4; /* words of the first block that come before ours */
-    for (uint64_t block = (d.first + index) / 4; n > 0; block += SIDE) {
-        uint32_t c[4][SIDE];
-        real factor[4 * SIDE];
-        for (int i = 0; i < SIDE; i++) {
-            c[0][i] = (uint32_t)(block + (uint64_t)i), c[1][i] = (uint32_t)((block + (uint64_t)i) >> 32);
-            c[2][i] = d.site, c[3][i] = d.step;
-        }
-        for (uint32_t round = 0; round < 10; round++)
-#pragma omp simd
-            for (int i = 0; i < SIDE; i++) philox_round(&c[0][i], &c[1][i], &c[2][i], &c[3][i], d.seed, round);
-        for (int i = 0; i < SIDE; i++)
-            for (int j = 0; j < 4; j++) factor[4 * i + j] = c[j][i] >= threshold ? scale : 0;
-        size_t count = min_size(n, 4 * SIDE - skip);
-        memcpy(out, factor + skip, count * sizeof *out);
-        out += count, n -= count, skip = 0;
-    }
 }
 
 /* ---- Matrix product ---------------------------------------------------------------------------------------------- */
@@ -891,11 +889,6 @@ static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const a
 static void bias_dropout_add_row(act *out, const act *y, const act *bias, const act *residual, size_t C, Dropout d,
                                  size_t index)
 {
-    if (d.p == 0) {
-#pragma omp simd
-        for (size_t c = 0; c < C; c++) out[c] = residual[c] + (y[c] + bias[c]);
-        return;
-    }
     real keep[KEEP_BLOCK];
     for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
         const size_t end = min_size(c0 + KEEP_BLOCK, C);
