@@ -261,10 +261,12 @@ static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1
 static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n)
 {
     enum { SIDE = 32 }; /* blocks, of four words each */
+    if (d.p == 0) {
+        for (size_t i = 0; i < n; i++) out[i] = 1;
+        return;
+    }
     const uint32_t threshold = dropout_threshold(d.p);
     const real scale = 1 / (1 - d.p);
-    for (size_t i = 0; d.p == 0 && i < n; i++) out[i] = 1;
-    if (d.p == 0) return;
     size_t skip = (d.first + index) % 4; /* words of the first block that come before ours */
     for (uint64_t block = (d.first + index) / 4; n > 0; block += SIDE) {
         uint32_t c[4][SIDE];
@@ -480,7 +482,7 @@ static real *scratch(size_t n)
  *                   TILE_COLS              in registers  the tile of C, and one row of B's panel at a time
  *              B   +--+==+--+--+           in L1, L2     a K_BLOCK x TILE_COLS panel of B (24 KB with AVX2, 96 KB with
  *          K_BLOCK |  |##|  |  |                         AVX-512), which all strips meet before the next panel comes
- *                  +--+==+--+--+           in L2, L3     ROW_BLOCK x K_BLOCK of A (1.2 MB), in strips of 6 rows (9 KB)
+ *                  +--+==+--+--+           in L2, L3     ROW_BLOCK x K_BLOCK of A (1.1 MB), in strips of 6 rows (9 KB)
  *     A  K_BLOCK                                         that are read one after the other
  *      +========+  +--+--+--+--+
  *    6 |########|  |  |##|  |  | C         For each k a tile loads TILE_VECS vectors of B and 6 numbers of A, and
@@ -507,7 +509,7 @@ enum {
     LANES = VEC_BYTES / sizeof(real),
     TILE_ROWS = 6,
     TILE_COLS = TILE_VECS * LANES,
-    K_RUN = 16,      /* columns that are packed at a time */
+    K_RUN = 16,      /* steps of k that are packed at a time */
     K_BLOCK = 384,   /* a multiple of K_RUN */
     ROW_BLOCK = 768, /* a multiple of TILE_ROWS */
 };
@@ -543,7 +545,7 @@ static inline __attribute__((always_inline)) void deal(real *to, const real *fro
         for (size_t p = 0; p < piles; p++) to[i * piles + p] = from[p * (n / piles) + i];
 }
 
-/* out (n/width, K, width) = from (n,K) in strips of width rows, each transposed, and the last filled up with zeros.
+/* out (ceil(n/width), K, width) = from (n,K) in strips of width rows, each transposed, the last filled up with zeros.
  * Rows one after the other are a deck; dealt from as many piles as there are rows, it is their transpose, and deals
  * from 3 and then from 2 piles make one from 6. width is a constant where this is inlined. */
 static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n, const size_t width, size_t K)
@@ -553,15 +555,15 @@ static inline __attribute__((always_inline)) void pack(real *out, Mat from, size
         for (size_t i = 0; i < n; i += width) {
             const Mat m = from_element(from, i, k);
             const size_t run = min_size(K_RUN, K - k), rows = min_size(width, n - i), cards = width * K_RUN;
-            real *to = out + i * K + k * width, *dealt = deck[0], *next = deck[1], *last;
+            real *to = out + i * K + k * width, *dealt = deck[0], *next = deck[1], *swap;
             if (m.col == 1 && rows == width && run == K_RUN) {
                 for (size_t r = 0; r < width; r++) memcpy(dealt + r * K_RUN, m.p + r * m.row, K_RUN * sizeof *to);
                 for (size_t left = width, piles; left > 1; left /= piles) {
                     piles = left % 3 == 0 ? 3 : left % 4 == 0 ? 4 : 2;
-                    if (piles == 2) deal(next, dealt, cards, 2);
+                    if (piles == 2) deal(next, dealt, cards, 2); /* constants: each is a loop of its own */
                     if (piles == 3) deal(next, dealt, cards, 3);
                     if (piles == 4) deal(next, dealt, cards, 4);
-                    last = dealt, dealt = next, next = last;
+                    swap = dealt, dealt = next, next = swap;
                 }
                 memcpy(to, dealt, cards * sizeof *to);
             } else if (m.row == 1 && rows == width)
@@ -598,7 +600,7 @@ static void finish(act *c, size_t at, size_t col, size_t rows, size_t cols, size
 }
 
 /* c (m,n) [+]= strip' panel, strip (K,6), panel (K,TILE_COLS). n fits in vecs vectors, a constant where this is
- * inlined; a tile of less than 6 rows or a vector that is not full goes through `edge`. */
+ * inlined; a tile of less than 6 rows or with a vector that is not full goes through `edge`. */
 static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act *c, size_t c_row, size_t m, size_t n,
                                                           const real *strip, const real *panel, size_t K, int add)
 {
@@ -610,8 +612,9 @@ static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act
         for (size_t i = 0; i < TILE_ROWS; i++)
             for (size_t j = 0; j < vecs; j++) t[i][j] += strip[i] * *(const vec *)(panel + j * LANES);
     const int whole = m == TILE_ROWS && n == vecs * LANES;
+    const size_t row = whole ? c_row : (size_t)TILE_COLS;
     real edge[TILE_ROWS * TILE_COLS], *to = whole ? c : edge;
-    for (size_t i = 0; i < TILE_ROWS; i++, to += whole ? c_row : TILE_COLS)
+    for (size_t i = 0; i < TILE_ROWS; i++, to += row)
         for (size_t j = 0; j < vecs; j++) {
             if (whole && add) t[i][j] += *(loose_vec *)(to + j * LANES);
             *(loose_vec *)(to + j * LANES) = t[i][j];
@@ -624,15 +627,14 @@ static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act
 static __attribute__((noinline)) void tile(act *c, size_t c_row, size_t m, size_t n, const real *strip,
                                            const real *panel, size_t K, int add)
 {
-    switch (ceil_div(n, LANES)) {
-    case TILE_VECS / 2: tile_of(TILE_VECS / 2, c, c_row, m, n, strip, panel, K, add); return;
-    case 3: tile_of(TILE_VECS - 1, c, c_row, m, n, strip, panel, K, add); return; /* where TILE_VECS is 4 */
-    default: tile_of(TILE_VECS, c, c_row, m, n, strip, panel, K, add);
-    }
+    const size_t vecs = ceil_div(n, LANES);
+    if (vecs <= TILE_VECS / 2) tile_of(TILE_VECS / 2, c, c_row, m, n, strip, panel, K, add);
+    else if (vecs < TILE_VECS) tile_of(TILE_VECS - 1, c, c_row, m, n, strip, panel, K, add);
+    else tile_of(TILE_VECS, c, c_row, m, n, strip, panel, K, add);
 }
 
 /* Rows i0 .. i1-1 and columns j0 .. j1-1 of c, whose rows are c_row apart, [+]= a (.,K) b (K,.), and e, which may be
- * NULL. strips: room for min(ROW_BLOCK, i1 - i0) rows, in sixes, of min(K_BLOCK, K) numbers, in runs. */
+ * NULL. strips: room for min(ROW_BLOCK, i1 - i0) rows, rounded up to whole strips, of min(K_BLOCK, K) numbers. */
 static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1, size_t K, int add,
                     const Epilogue *e, real *strips)
 {
@@ -685,14 +687,15 @@ static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, 
         return;
     }
     const size_t parts = M * N * K > 8 * SMALL ? (size_t)openmp_threads() : 1;
-    size_t down = 1; /* C is cut into down x (parts / down) rectangles, such that the threads copy least of A and B */
-    for (size_t d = 2; d <= parts; d++)
-        if (parts % d == 0 && M * (parts / d) + N * d < M * (parts / down) + N * down) down = d;
-    const size_t rows = round_up(ceil_div(M, down), TILE_ROWS), cols = round_up(ceil_div(N, parts / down), TILE_COLS);
+    size_t down = 1, rows = SIZE_MAX / 2, cols = 0; /* C is cut into down x (parts / down) rectangles of rows x cols, */
+    for (size_t d = 1; d <= parts; d++) {           /* such that a thread copies least of A and B */
+        const size_t high = round_up(ceil_div(M, d), TILE_ROWS), wide = round_up(ceil_div(N, parts / d), TILE_COLS);
+        if (parts % d == 0 && high + wide < rows + cols) down = d, rows = high, cols = wide;
+    }
 #pragma omp parallel for schedule(static) if (parts > 1)
     for (size_t part = 0; part < parts; part++) {
         const size_t i0 = part % down * rows, i1 = min_size(i0 + rows, M), j0 = part / down * cols;
-        real *strips = scratch(min_size(rows, ROW_BLOCK) * min_size(round_up(K, K_RUN), K_BLOCK));
+        real *strips = scratch(min_size(rows, ROW_BLOCK) * min_size(K, K_BLOCK));
         product(c, N, a, b, i0, i1, j0, min_size(j0 + cols, N), K, add, e, strips);
         free(strips);
     }
@@ -937,9 +940,10 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
  * running maximum m, a running sum l of e^(s-m) and a running out, the last two shrunk by e^(old m - new m) when m
  * grows. Blocks above the diagonal are skipped. What remains for backward is lse = m + log l, for P = e^(S - lse)
  * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles, on rows as they lie in qkv. */
-enum { QUERIES = 48, KEYS = K_BLOCK }; /* multiples of TILE_ROWS, lest tiles be cut, and of K_RUN */
+enum { QUERIES = 48, KEYS = K_BLOCK }; /* multiples of K_RUN; KEYS is K_BLOCK, so that strips has room for any D */
 static_assert(KEYS % QUERIES == 0,
               "no block of keys may begin inside a block of queries: each query must see a key of it");
+static_assert(QUERIES % TILE_ROWS == 0 && KEYS % TILE_ROWS == 0, "strips has no room for a strip that is not full");
 
 /* The largest of top and x (n); NaNs are passed over. Lane by lane: not every compiler reorders a maximum. */
 static real largest(const real *x, size_t n, real top)

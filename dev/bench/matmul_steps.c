@@ -108,7 +108,7 @@ static void blocks(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
     free(copy);
 }
 
-/* Step 5: panels of B are packed. */
+/* Step 5: strips of A and panels of B are packed. */
 static void packed(real *c, Mat a, Mat b, size_t M, size_t N, size_t K) { matmul(c, a, b, M, N, K, 0, NULL); }
 
 /* ---- The machine's ceilings -------------------------------------------------------------------------------------- */
