@@ -1198,21 +1198,11 @@ static double sum_squares(const act *x, size_t n)
 }
 
 /* The loop of all_reduce: elements [begin, begin+n) of all P arrays become op over the P arrays, in rank order. A NaN
- * wins every MAX. */
+ * wins every MAX. type is ACT or REAL_ARRAY, which only the twin must tell apart. */
 static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op)
 {
-    enum { RUN = 1024 };        /* elements that stay in L1 while the ranks' arrays pass by */
-    if (type == DOUBLE_ARRAY) { /* a few scalars */
-        for (size_t i = begin; i < begin + n; i++) {
-            double total = ((double *)x[0])[i];
-            for (int r = 1; r < P; r++) {
-                const double a = ((double *)x[r])[i];
-                total = op == SUM ? total + a : a > total || a != a ? a : total;
-            }
-            for (int r = 0; r < P; r++) ((double *)x[r])[i] = total;
-        }
-        return;
-    }
+    enum { RUN = 1024 }; /* elements that stay in L1 while the ranks' arrays pass by */
+    (void)type;
 #pragma omp parallel for schedule(static) if (n > SMALL)
     for (size_t i0 = begin; i0 < begin + n; i0 += RUN) {
         const size_t count = min_size(RUN, begin + n - i0);
@@ -1390,6 +1380,19 @@ static void leave(Comm *c)
     barrier(c);
 }
 
+/* reduce_slice for a few scalars in the host's memory. */
+static void reduce_scalars(void *const *x, int P, size_t begin, size_t n, Op op)
+{
+    for (size_t i = begin; i < begin + n; i++) {
+        double total = ((double *)x[0])[i];
+        for (int r = 1; r < P; r++) {
+            const double a = ((double *)x[r])[i];
+            total = op == SUM ? total + a : a > total || a != a ? a : total;
+        }
+        for (int r = 0; r < P; r++) ((double *)x[r])[i] = total;
+    }
+}
+
 /* x[i] = x_0[i] op x_1[i] op .. over the ranks of the group, i < n, in place, on all ranks. Rank r reduces slice r for
  * everyone: as in a ring all-reduce, 2 (t-1)/t n elements of each rank cross over, read from others and written to them
  * [P8]. */
@@ -1400,7 +1403,8 @@ static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op)
     void *buffer[MAX_RANKS];
     for (int r = 0; r < c->size; r++) buffer[r] = c->board->post[r].x;
     size_t begin = n * c->rank / c->size, end = n * (c->rank + 1) / c->size;
-    reduce_slice(buffer, c->size, begin, end - begin, type, op);
+    if (type == DOUBLE_ARRAY) reduce_scalars(buffer, c->size, begin, end - begin, op);
+    else reduce_slice(buffer, c->size, begin, end - begin, type, op);
     leave(c);
 }
 

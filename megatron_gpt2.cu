@@ -2264,14 +2264,6 @@ static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type typ
     assert(P <= MOST_ARRAYS);
     if (type == ACT) reduce_slice_of<act>(x, P, begin, n, op);
     if (type == REAL_ARRAY) reduce_slice_of<real>(x, P, begin, n, op);
-    for (size_t i = begin; type == DOUBLE_ARRAY && i < begin + n; i++) { /* a few scalars, in the host's memory */
-        double total = ((double *)x[0])[i];
-        for (int r = 1; r < P; r++) {
-            const double y = ((double *)x[r])[i];
-            total = op == SUM ? total + y : y > total || y != y ? y : total;
-        }
-        for (int r = 0; r < P; r++) ((double *)x[r])[i] = total;
-    }
 }
 
 #endif /* TWIN */
