@@ -482,7 +482,7 @@ static real *scratch(size_t n)
  *                   TILE_COLS              in registers  the tile of C, and one row of B's panel at a time
  *              B   +--+==+--+--+           in L1, L2     a K_BLOCK x TILE_COLS panel of B (24 KB with AVX2, 96 KB with
  *          K_BLOCK |  |##|  |  |                         AVX-512), which all strips meet before the next panel comes
- *                  +--+==+--+--+           in L2, L3     ROW_BLOCK x K_BLOCK of A (1.1 MB), in strips of 6 rows (9 KB)
+ *                  +--+==+--+--+           in L2, L3     ROW_BLOCK x K_BLOCK of A (1.7 MB), in strips of 6 rows (9 KB)
  *     A  K_BLOCK                                         that are read one after the other
  *      +========+  +--+--+--+--+
  *    6 |########|  |  |##|  |  | C         For each k a tile loads TILE_VECS vectors of B and 6 numbers of A, and
@@ -509,9 +509,9 @@ enum {
     LANES = VEC_BYTES / sizeof(real),
     TILE_ROWS = 6,
     TILE_COLS = TILE_VECS * LANES,
-    K_RUN = 16,      /* steps of k that are packed at a time */
-    K_BLOCK = 384,   /* a multiple of K_RUN */
-    ROW_BLOCK = 768, /* a multiple of TILE_ROWS */
+    K_RUN = 16,       /* steps of k that are packed at a time */
+    K_BLOCK = 384,    /* a multiple of K_RUN */
+    ROW_BLOCK = 1152, /* a multiple of TILE_ROWS */
 };
 
 typedef struct {
@@ -536,42 +536,35 @@ typedef struct {
     Gelu gelu;
 } Epilogue;
 
-/* Cuts n cards into equal piles and deals from all of them in turn: a perfect shuffle, which compilers make of vector
- * permutations. */
-static inline __attribute__((always_inline)) void deal(real *to, const real *from, const size_t n, const size_t piles)
-{
-#pragma omp simd
-    for (size_t i = 0; i < n / piles; i++)
-        for (size_t p = 0; p < piles; p++) to[i * piles + p] = from[p * (n / piles) + i];
-}
-
 /* out (ceil(n/width), K, width) = from (n,K) in strips of width rows, each transposed, the last filled up with zeros.
- * Rows one after the other are a deck; dealt from as many piles as there are rows, it is their transpose, and deals
- * from 3 and then from 2 piles make one from 6. width is a constant where this is inlined. */
+ * Two rows at a time: compilers store their numbers in pairs. width, which is even, is a constant where this is
+ * inlined. */
 static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n, const size_t width, size_t K)
 {
-    real deck[2][K_RUN * (TILE_COLS > TILE_ROWS ? TILE_COLS : TILE_ROWS)] __attribute__((aligned(64)));
-    for (size_t k = 0; k < K; k += K_RUN)
-        for (size_t i = 0; i < n; i += width) {
-            const Mat m = from_element(from, i, k);
-            const size_t run = min_size(K_RUN, K - k), rows = min_size(width, n - i), cards = width * K_RUN;
-            real *to = out + i * K + k * width, *dealt = deck[0], *next = deck[1], *swap;
-            if (m.col == 1 && rows == width && run == K_RUN) {
-                for (size_t r = 0; r < width; r++) memcpy(dealt + r * K_RUN, m.p + r * m.row, K_RUN * sizeof *to);
-                for (size_t left = width, piles; left > 1; left /= piles) {
-                    piles = left % 3 == 0 ? 3 : left % 4 == 0 ? 4 : 2;
-                    if (piles == 2) deal(next, dealt, cards, 2); /* constants: each is a loop of its own */
-                    if (piles == 3) deal(next, dealt, cards, 3);
-                    if (piles == 4) deal(next, dealt, cards, 4);
-                    swap = dealt, dealt = next, next = swap;
-                }
-                memcpy(to, dealt, cards * sizeof *to);
-            } else if (m.row == 1 && rows == width)
-                for (size_t r = 0; r < run; r++) memcpy(to + r * width, m.p + r * m.col, width * sizeof *to);
-            else
-                for (size_t r = 0; r < run; r++)
-                    for (size_t c = 0; c < width; c++) to[r * width + c] = c < rows ? m.p[c * m.row + r * m.col] : 0;
-        }
+    const size_t stretch = from.col == 1 ? K : (size_t)K_RUN; /* of a strip at once: lines of cache are read whole */
+    for (size_t k0 = 0; k0 < K; k0 += stretch)
+        for (size_t i = 0; i < n; i += width)
+            for (size_t k = k0; k < min_size(k0 + stretch, K); k += K_RUN) {
+                const Mat m = from_element(from, i, k);
+                const size_t run = min_size(K_RUN, K - k), rows = min_size(width, n - i);
+                const int whole = rows == width && run == K_RUN;
+                real *to = out + i * K + k * width;
+                if (whole && m.col == 1)
+                    for (size_t r = 0; r < width; r += 2) {
+                        const real *x = m.p + r * m.row, *y = x + m.row;
+                        __builtin_prefetch(x + 2 * K_RUN), __builtin_prefetch(y + 2 * K_RUN);
+                        for (size_t c = 0; c < K_RUN; c++) to[c * width + r] = x[c], to[c * width + r + 1] = y[c];
+                    }
+                else if (whole && m.row == 1)
+                    for (size_t c = 0; c < K_RUN; c++) {
+                        __builtin_prefetch(m.p + c * m.col + 2 * K_RUN);
+                        memcpy(to + c * width, m.p + c * m.col, width * sizeof *to);
+                    }
+                else
+                    for (size_t c = 0; c < run; c++)
+                        for (size_t r = 0; r < width; r++)
+                            to[c * width + r] = r < rows ? m.p[r * m.row + c * m.col] : 0;
+            }
 }
 
 /* The epilogue on rows x cols elements of C, row by row, the first of them element `at` of C and column `col`. Both GeLUs
