@@ -411,16 +411,16 @@ static inline HOST_DEVICE real gelu(real x, Gelu kind)
     return x / (1 + exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * x * x)));
 }
 
-/* d gelu / dx = s + x s(1-s) 2u' with s = 1 / (1 + e^-2u); s(1-s) is even in u, and t = e^-|2u| cannot overflow. Error,
- * tanh: at most 2^-22 = 2.4e-7 (gelu' is 0 near -0.75: no bound in ulp there), and 4.2 (1 + |2u|) ulp from -9.96 to -1.
- * erf: 1.6e-7, and 3.8 (1 + x^2) ulp from -13 to -1. Left of these 7e-36 and 2e-37. */
+/* d gelu / dx = s + x s(1-s) 2u' with t = e^-2u, s = 1 / (1 + t), 1-s = t s. Error, tanh: at most 2^-22 = 2.4e-7 (gelu'
+ * is 0 near -0.75: no bound in ulp there), and 4.2 (1 + |2u|) ulp from -9.96 to -1. erf: 1.6e-7, and 3.8 (1 + x^2) ulp
+ * from -13 to -1. Left of these 7e-36 and 2e-37. */
 static inline HOST_DEVICE real gelu_slope(real x, Gelu kind)
 {
-    x = x > 40 ? 40 : x < -40 ? -40 : x; /* gelu' is 1 and 0 there: no 0 * infinity */
+    const real low = kind == GELU_ERF ? -40 : -10; /* gelu' is 0 there, and 1 at 40: no 0 * infinity, and t is finite */
+    x = x > 40 ? 40 : x < low ? low : x;
     if (kind == GELU_ERF) return normal_cdf(x) + x * (real)0.3989422804014327 * exponential(-x * x / 2); /* + x phi */
-    real xx = x * x, v = (real)1.5957691216057308 * x * (1 + (real)0.044715 * xx);                       /* 2u */
-    real t = exponential(v < 0 ? v : -v), s = 1 / (1 + t), rise = t * s * s;
-    return (v < 0 ? t * s : s) + x * rise * (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * xx);
+    const real xx = x * x, t = exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * xx)), s = 1 / (1 + t);
+    return s + x * (t * s) * s * (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * xx);
 }
 
 #ifdef GPT2_OPERATORS
@@ -477,12 +477,12 @@ static real *scratch(size_t n)
 /* ---- Matrix product ---------------------------------------------------------------------------------------------- */
 
 /* C (M,N) = A (M,K) B (K,N), four fifths of all time. One product serves X W', dY W and dY' X, because A and B are
- * read through a (row, column) stride. It makes C in tiles of 6 rows x TILE_VECS vectors:
+ * read through a (row, column) stride; N is C's columns here, not B*T. It makes C in tiles of 6 rows x TILE_VECS vectors:
  *
  *                   TILE_COLS              in registers  the tile of C, and one row of B's panel at a time
  *              B   +--+==+--+--+           in L1, L2     a K_BLOCK x TILE_COLS panel of B (24 KB with AVX2, 96 KB with
  *          K_BLOCK |  |##|  |  |                         AVX-512), which all strips meet before the next panel comes
- *                  +--+==+--+--+           in L2, L3     ROW_BLOCK x K_BLOCK of A (1.7 MB), in strips of 6 rows (9 KB)
+ *                  +--+==+--+--+           in L2, L3     ROW_BLOCK x K_BLOCK of A (1.8 MB), in strips of 6 rows (9 KB)
  *     A  K_BLOCK                                         that are read one after the other
  *      +========+  +--+--+--+--+
  *    6 |########|  |  |##|  |  | C         For each k a tile loads TILE_VECS vectors of B and 6 numbers of A, and
@@ -509,10 +509,11 @@ enum {
     LANES = VEC_BYTES / sizeof(real),
     TILE_ROWS = 6,
     TILE_COLS = TILE_VECS * LANES,
-    K_RUN = 16,       /* steps of k that are packed at a time */
-    K_BLOCK = 384,    /* a multiple of K_RUN */
-    ROW_BLOCK = 1152, /* a multiple of TILE_ROWS */
+    K_RUN = 16, /* steps of k that are packed at a time */
+    K_BLOCK = 384,
+    ROW_BLOCK = 1152, /* so that 1,024 rows need one copy of B */
 };
+static_assert(K_BLOCK % K_RUN == 0 && ROW_BLOCK % TILE_ROWS == 0 && TILE_ROWS % 2 == 0, "pack and product rely on it");
 
 typedef struct {
     const act *p; /* element (i, j) is p[i * row + j * col] */
@@ -541,7 +542,8 @@ typedef struct {
  * inlined. */
 static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n, const size_t width, size_t K)
 {
-    const size_t stretch = from.col == 1 ? K : (size_t)K_RUN; /* of a strip at once: lines of cache are read whole */
+    /* Steps of k before the next strip. 16, where that strip reads on in the lines of cache that this one began. */
+    const size_t stretch = from.col == 1 ? K : (size_t)K_RUN;
     for (size_t k0 = 0; k0 < K; k0 += stretch)
         for (size_t i = 0; i < n; i += width)
             for (size_t k = k0; k < min_size(k0 + stretch, K); k += K_RUN) {
@@ -557,7 +559,7 @@ static inline __attribute__((always_inline)) void pack(real *out, Mat from, size
                     }
                 else if (whole && m.row == 1)
                     for (size_t c = 0; c < K_RUN; c++) {
-                        __builtin_prefetch(m.p + c * m.col + 2 * K_RUN);
+                        __builtin_prefetch(m.p + c * m.col + 2 * K_RUN); /* of use to A only: for its next strips */
                         memcpy(to + c * width, m.p + c * m.col, width * sizeof *to);
                     }
                 else
@@ -567,12 +569,12 @@ static inline __attribute__((always_inline)) void pack(real *out, Mat from, size
             }
 }
 
-/* The epilogue on rows x cols elements of C, row by row, the first of them element `at` of C and column `col`. Both GeLUs
- * have loops of their own, because only the tanh form vectorises: the other calls libm. */
-static void finish(act *c, size_t at, size_t col, size_t rows, size_t cols, size_t N, const Epilogue *e)
+/* The epilogue on rows x cols elements of C, whose rows are c_row apart; the first is element `at` of C, in column `col`.
+ * Both GeLUs have loops of their own, because only the tanh form vectorises: the other calls libm. */
+static void finish(act *c, size_t c_row, size_t at, size_t col, size_t rows, size_t cols, const Epilogue *e)
 {
     const int forward = e->kind == BIAS_GELU, backward = e->kind == GELU_SLOPE, erf_form = e->gelu == GELU_ERF;
-    for (size_t i = 0; i < rows; i++, at += N) {
+    for (size_t i = 0; i < rows; i++, at += c_row) {
         act *x = c + at, *pre = e->pre ? e->pre + at : NULL;
         const act *bias = e->bias ? e->bias + col : NULL;
         if (bias)
@@ -593,7 +595,7 @@ static void finish(act *c, size_t at, size_t col, size_t rows, size_t cols, size
 }
 
 /* c (m,n) [+]= strip' panel, strip (K,6), panel (K,TILE_COLS). n fits in vecs vectors, a constant where this is
- * inlined; a tile of less than 6 rows or with a vector that is not full goes through `edge`. */
+ * inlined; a tile of less than 6 rows, or not as wide as vecs vectors, goes through `edge`. */
 static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act *c, size_t c_row, size_t m, size_t n,
                                                           const real *strip, const real *panel, size_t K, int add)
 {
@@ -616,7 +618,8 @@ static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act
         for (size_t j = 0; j < n; j++) c[i * c_row + j] = edge[i * TILE_COLS + j] + (add ? c[i * c_row + j] : 0);
 }
 
-/* Not inlined: its loops need all registers, and gcc spills sums where other loops are about. */
+/* Tiles of 2, 3 and 4 vectors where TILE_VECS is 4, of 1 and 2 where it is 2. Not inlined: its loops need all registers,
+ * and gcc spills sums where other loops are about. */
 static __attribute__((noinline)) void tile(act *c, size_t c_row, size_t m, size_t n, const real *strip,
                                            const real *panel, size_t K, int add)
 {
@@ -627,23 +630,26 @@ static __attribute__((noinline)) void tile(act *c, size_t c_row, size_t m, size_
 }
 
 /* Rows i0 .. i1-1 and columns j0 .. j1-1 of c, whose rows are c_row apart, [+]= a (.,K) b (K,.), and e, which may be
- * NULL. strips: room for min(ROW_BLOCK, i1 - i0) rows, rounded up to whole strips, of min(K_BLOCK, K) numbers. */
+ * NULL. strips: room for min(ROW_BLOCK, i1 - i0) rows, rounded up to whole strips, of min(K_BLOCK, K) numbers. K > 0. */
 static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1, size_t K, int add,
                     const Epilogue *e, real *strips)
 {
-    const size_t depth = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), K_RUN); /* of a block of k: all about equal */
+    const size_t block = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), K_RUN); /* of k: all about equal */
     real panel[K_BLOCK * TILE_COLS] __attribute__((aligned(64)));
-    for (; i0 < i1; i0 += ROW_BLOCK)
-        for (size_t k0 = 0; k0 < K; k0 += depth) {
-            const size_t end = min_size(i0 + ROW_BLOCK, i1), k = min_size(depth, K - k0);
-            pack(strips, from_element(a, i0, k0), end - i0, TILE_ROWS, k);
+    for (; i0 < i1 && j0 < j1; i0 += ROW_BLOCK)
+        for (size_t k0 = 0; k0 < K; k0 += block) {
+            const size_t end = min_size(i0 + ROW_BLOCK, i1), depth = min_size(block, K - k0);
+            const int last = e && k0 + depth == K;
+            pack(strips, from_element(a, i0, k0), end - i0, TILE_ROWS, depth);
             for (size_t j = j0; j < j1; j += TILE_COLS) {
                 const size_t n = min_size(TILE_COLS, j1 - j);
-                pack(panel, transposed(from_element(b, k0, j)), n, TILE_COLS, k);
+                pack(panel, transposed(from_element(b, k0, j)), n, TILE_COLS, depth);
                 for (size_t i = i0; i < end; i += TILE_ROWS) {
                     const size_t m = min_size(TILE_ROWS, end - i), at = i * c_row + j;
-                    tile(c + at, c_row, m, n, strips + (i - i0) * k, panel, k, add || k0 > 0);
-                    if (e && k0 + k == K) finish(c, at, j, m, n, c_row, e);
+                    for (size_t r = 0; r < m && last && e->pre; r++)
+                        for (size_t q = 0; q < n; q += LANES) __builtin_prefetch(e->pre + at + r * c_row + q);
+                    tile(c + at, c_row, m, n, strips + (i - i0) * depth, panel, depth, add || k0 > 0);
+                    if (last) finish(c, c_row, at, j, m, n, e);
                 }
             }
         }
@@ -667,7 +673,7 @@ static real dot(const real *a, const real *b, size_t n)
     return sum;
 }
 
-/* c (M,N) [+]= a (M,K) b (K,N), and e, which may be NULL. A few rows times a transposed matrix, as in generation, run
+/* c (M,N) [+]= a (M,K) b (K,N), K > 0, and e, which may be NULL. A few rows times a transposed matrix, as in generation, run
  * at the speed at which b is read: so once, and as it lies. */
 static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e)
 {
@@ -676,14 +682,15 @@ static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, 
         for (size_t j = 0; j < N; j++)
             for (size_t i = 0; i < M; i++)
                 c[i * N + j] = dot(a.p + i * a.row, b.p + j * b.col, K) + (add ? c[i * N + j] : 0);
-        if (e) finish(c, 0, 0, M, N, N, e);
+        if (e) finish(c, N, 0, 0, M, N, e);
         return;
     }
     const size_t parts = M * N * K > 8 * SMALL ? (size_t)openmp_threads() : 1;
-    size_t down = 1, rows = SIZE_MAX / 2, cols = 0; /* C is cut into down x (parts / down) rectangles of rows x cols, */
-    for (size_t d = 1; d <= parts; d++) {           /* such that a thread copies least of A and B */
+    size_t down = 1, rows = 0, cols = 0, least = SIZE_MAX; /* C is cut into down x (parts / down) rectangles of */
+    for (size_t d = 1; d <= parts; d++) {                  /* rows x cols, such that a thread copies least of A and B */
         const size_t high = round_up(ceil_div(M, d), TILE_ROWS), wide = round_up(ceil_div(N, parts / d), TILE_COLS);
-        if (parts % d == 0 && high + wide < rows + cols) down = d, rows = high, cols = wide;
+        const size_t copied = high + wide * ceil_div(high, ROW_BLOCK);
+        if (parts % d == 0 && copied < least) down = d, rows = high, cols = wide, least = copied;
     }
 #pragma omp parallel for schedule(static) if (parts > 1)
     for (size_t part = 0; part < parts; part++) {
@@ -933,7 +940,7 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
  * running maximum m, a running sum l of e^(s-m) and a running out, the last two shrunk by e^(old m - new m) when m
  * grows. Blocks above the diagonal are skipped. What remains for backward is lse = m + log l, for P = e^(S - lse)
  * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles, on rows as they lie in qkv. */
-enum { QUERIES = 48, KEYS = K_BLOCK }; /* multiples of K_RUN; KEYS is K_BLOCK, so that strips has room for any D */
+enum { QUERIES = 48, KEYS = K_BLOCK }; /* multiples of K_RUN: faster. KEYS is K_BLOCK: strips suffices for any D */
 static_assert(KEYS % QUERIES == 0,
               "no block of keys may begin inside a block of queries: each query must see a key of it");
 static_assert(QUERIES % TILE_ROWS == 0 && KEYS % TILE_ROWS == 0, "strips has no room for a strip that is not full");

@@ -92,7 +92,7 @@ static void tiles(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
     free(copy);
 }
 
-/* Step 4: K_BLOCK rows of B at a time, and all tiles of TILE_COLS of its columns before the next ones. */
+/* Step 4: all rows of C for a panel of B, K_BLOCK x TILE_COLS, before the next one. */
 static void blocks(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
 {
     real *copy;
@@ -313,7 +313,7 @@ int main(int argc, char **argv)
     if (argc % 3 != 1) usage_error("sizes come in threes: rows of X, inputs, outputs");
     for (size_t i = 0; i < 64; i++) {
         c = products(p, awkward[i / 16], awkward[i / 4 % 4], awkward[i % 4]);
-        for (int product = 0; product < PRODUCTS; product++) check(&p[product], c);
+        for (int which = 0; which < PRODUCTS; which++) check(&p[which], c);
         products_free(p, c);
     }
     printf("program %d %d %s\n", all_threads(), VEC_BYTES, __VERSION__);
@@ -323,9 +323,9 @@ int main(int argc, char **argv)
         for (size_t j = 0; j < 3; j++)
             size[j] = argc > 1 ? size_argument(argv[1 + 3 * i + j]) : is_tiny ? (size_t)60 + 30 * j : gpt2[i][j];
         c = products(p, size[0], size[1], size[2]);
-        for (int product = 0; product < PRODUCTS; product++) {
-            check(&p[product], c);
-            measure(&p[product], c, rounds, is_tiny ? 10000 : 500000);
+        for (int which = 0; which < PRODUCTS; which++) {
+            check(&p[which], c);
+            measure(&p[which], c, rounds, is_tiny ? 10000 : 500000);
         }
         products_free(p, c);
     }
