@@ -525,8 +525,6 @@ static inline Mat from_element(Mat m, size_t i, size_t j) /* the part of m from 
     return (Mat){m.p + i * m.row + j * m.col, m.row, m.col};
 }
 
-static inline Mat transposed(Mat m) { return (Mat){m.p, m.col, m.row}; }
-
 typedef enum { BIAS, BIAS_GELU, GELU_SLOPE } EpilogueKind;
 
 /* What happens to an element of C when its sum is complete. */
@@ -643,7 +641,7 @@ static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, si
             pack(strips, from_element(a, i0, k0), end - i0, TILE_ROWS, depth);
             for (size_t j = j0; j < j1; j += TILE_COLS) {
                 const size_t n = min_size(TILE_COLS, j1 - j);
-                pack(panel, transposed(from_element(b, k0, j)), n, TILE_COLS, depth);
+                pack(panel, from_element((Mat){b.p, b.col, b.row}, j, k0), n, TILE_COLS, depth); /* B' */
                 for (size_t i = i0; i < end; i += TILE_ROWS) {
                     const size_t m = min_size(TILE_ROWS, end - i), at = i * c_row + j;
                     for (size_t r = 0; r < m && last && e->pre; r++)
@@ -795,17 +793,25 @@ static void drop_row(act *x, size_t C, Dropout d, size_t index)
     }
 }
 
+/* out (C) = residual + mask * (y + bias), for elements index .. index+C-1. residual may be NULL. */
+static void bias_dropout_add_row(act *out, const act *y, const act *bias, const act *residual, size_t C, Dropout d,
+                                 size_t index)
+{
+    real keep[KEEP_BLOCK];
+    for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
+        const size_t end = min_size(c0 + KEEP_BLOCK, C);
+        dropout_factors(keep, d, index + c0, end - c0);
+#pragma omp simd
+        for (size_t c = c0; c < end; c++) out[c] = (residual ? residual[c] : 0) + (y[c] + bias[c]) * keep[c - c0];
+    }
+}
+
 /* x (B,T,C) = dropout(x + wpe[past + t]), in place. */
 static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C, size_t past, Dropout d)
 {
 #pragma omp parallel for schedule(static) if (B * T * C > SMALL)
-    for (size_t n = 0; n < B * T; n++) {
-        act *row = x + n * C;
-        const act *position = wpe + (past + n % T) * C;
-#pragma omp simd
-        for (size_t c = 0; c < C; c++) row[c] += position[c];
-        if (d.p > 0) drop_row(row, C, d, n * C);
-    }
+    for (size_t n = 0; n < B * T; n++)
+        bias_dropout_add_row(x + n * C, x + n * C, wpe + (past + n % T) * C, NULL, C, d, n * C);
 }
 
 /* dx = mask * dx in place: the gradient of the token embedding's output. dwpe[t] += its sum over b. */
@@ -887,19 +893,6 @@ static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const a
 }
 
 /* ---- Bias + dropout + residual (+ LayerNorm) --------------------------------------------------------------------- */
-
-/* out (C) = residual + mask * (y + bias), for elements index .. index+C-1. */
-static void bias_dropout_add_row(act *out, const act *y, const act *bias, const act *residual, size_t C, Dropout d,
-                                 size_t index)
-{
-    real keep[KEEP_BLOCK];
-    for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
-        const size_t end = min_size(c0 + KEEP_BLOCK, C);
-        dropout_factors(keep, d, index + c0, end - c0);
-#pragma omp simd
-        for (size_t c = c0; c < end; c++) out[c] = residual[c] + (y[c] + bias[c]) * keep[c - c0];
-    }
-}
 
 /* out (N,C) = residual + dropout(y + bias). The bias is added once, after g: inside the partial sums it would come t
  * times [P4]. out may be y or residual. */
