@@ -536,8 +536,7 @@ typedef struct {
 } Epilogue;
 
 /* out (ceil(n/width), K, width) = from (n,K) in strips of width rows, each transposed, the last filled up with zeros.
- * Two rows at a time: compilers store their numbers in pairs. width, which is even, is a constant where this is
- * inlined. */
+ * Two rows at a time: compilers store pairs. width, which is even, is a constant where this is inlined. */
 static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n, const size_t width, size_t K)
 {
     /* Steps of k before the next strip. 16, where that strip reads on in the lines of cache that this one began. */
@@ -574,10 +573,9 @@ static void finish(act *c, size_t c_row, size_t at, size_t col, size_t rows, siz
     const int forward = e->kind == BIAS_GELU, backward = e->kind == GELU_SLOPE, erf_form = e->gelu == GELU_ERF;
     for (size_t i = 0; i < rows; i++, at += c_row) {
         act *x = c + at, *pre = e->pre ? e->pre + at : NULL;
-        const act *bias = e->bias ? e->bias + col : NULL;
-        if (bias)
+        if (e->bias)
 #pragma omp simd
-            for (size_t j = 0; j < cols; j++) x[j] += bias[j];
+            for (size_t j = 0; j < cols; j++) x[j] += e->bias[col + j];
         if (forward && pre) memcpy(pre, x, cols * sizeof *x);
         if (forward && erf_form)
             for (size_t j = 0; j < cols; j++) x[j] = gelu(x[j], GELU_ERF);
