@@ -669,8 +669,8 @@ static real dot(const real *a, const real *b, size_t n)
     return sum;
 }
 
-/* c (M,N) [+]= a (M,K) b (K,N), K > 0, and e, which may be NULL. A few rows times a transposed matrix, as in generation, run
- * at the speed at which b is read: so once, and as it lies. */
+/* c (M,N) [+]= a (M,K) b (K,N), K > 0, and e, which may be NULL. A few rows times a transposed matrix, as in generation,
+ * run at the speed at which b is read: so once, and as it lies. */
 static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e)
 {
     if (M < 4 && a.col == 1 && b.row == 1) {
