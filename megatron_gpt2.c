@@ -491,7 +491,7 @@ static real *scratch(size_t n)
  *
  * Strips and panels are packed: copied so that the tile's loop reads them in order, whatever their strides. Each thread
  * makes a rectangle of C of its own, from copies of its own: nobody waits for anybody before the end, and a sum over k
- * has one order, whoever makes it. doc/matmul.md gets here from three plain loops, step by step. */
+ * has one order, whoever makes it; `dot`, for C of less than 4 rows, has another. doc/matmul.md gets here step by step. */
 
 #if defined __AVX512F__
 enum { VEC_BYTES = 64, TILE_VECS = 4 };
