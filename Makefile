@@ -43,8 +43,7 @@ comma     := ,
 CUDA    := $(or $(CUDA),$(if $(and $(NVCC),$(shell nvidia-smi -L 2>/dev/null)),gpu,$(if $(shell command -v $(CXX)),emu,off)))
 TWIN     = megatron_gpt2.cu test_gpt2.c $(SOURCE)
 EMULATOR = dev/cudaemu/cudaemu.cpp dev/cudaemu/cudaemu.h
-EMUFLAGS = -std=gnu++17 $(OPT) -O2 $(MARCH) -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas -I. \
-           -DGPT2_OPERATORS='"build/megatron_gpt2_emu.cpp"'
+EMUFLAGS = -std=gnu++17 $(OPT) -O2 $(MARCH) -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas -I.
 TWINS    = $(if $(filter gpu emu,$(CUDA)),test_twin_fp32 test_twin_bf16 test_twin_fp16)
 SAY_CUDA = $(if $(TWINS),./test_twin_fp32 device,echo "CUDA: NOT TESTED ($(if $(filter off,$(CUDA)),CUDA=off or no C++ compiler was found,CUDA=$(CUDA) is not gpu emu or off))")
 precision = -DPRECISION_$(shell echo $* | tr a-z A-Z)
@@ -110,7 +109,7 @@ endif
 
 # The kernels under the emulator's checker: races, missing barriers, reads out of bounds or of what nobody wrote, missing
 # order between streams. First the emulator and the checker themselves: every planted bug must be found, and no twin.
-CHECK    = CXX="$(CXX)" sh dev/cudaemu/check.sh build/check_$(1) test_gpt2.c -w -DGPT2_OPERATORS='"build/megatron_gpt2_emu.cpp"' \
+CHECK    = CXX="$(CXX)" sh dev/cudaemu/check.sh build/check_$(1) test_gpt2.c -w \
            -DTWIN_SOURCE='"build/megatron_gpt2_emu.cpp"' -DPRECISION_$(2)
 check: build/megatron_gpt2_emu.cpp $(TWIN)
 	CXX="$(CXX)" sh dev/cudaemu/test.sh
@@ -134,9 +133,12 @@ BENCH   ?= $(filter-out $(if $(filter gpu,$(CUDA)),,gpu),$(patsubst dev/bench/%.
 bench: all build/bench_cpu
 	@for part in $(BENCH); do sh dev/bench/$$part.sh $(BENCHFLAGS) || exit 1; done
 
-build/bench_%: dev/bench/%.c dev/bench/bench.h dev/bench/stopwatch.h $(SOURCE)
+build/watched.c: megatron_gpt2.c dev/bench/stopwatch.sed
 	@mkdir -p build
-	$(CC) $(CFLAGS) $(EXTRA) -o $@ $< $(LDLIBS) -ldl
+	sed -f dev/bench/stopwatch.sed megatron_gpt2.c > $@
+
+build/bench_%: dev/bench/%.c dev/bench/bench.h dev/bench/stopwatch.h build/watched.c $(SOURCE)
+	$(CC) $(CFLAGS) $(EXTRA) -I. -o $@ $< $(LDLIBS) -ldl
 
 # Random input for every reader, FUZZ_SECONDS for each; needs clang and its fuzzer's runtime.
 fuzz:

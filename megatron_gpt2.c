@@ -5,9 +5,12 @@
  * you: [§3 eq.3] names a place in the paper, [P12] a statement about it that test_gpt2.c checks, "code A" and "code V"
  * are Megatron's own code of August 2019 and of version 1.0. doc/ holds the longer derivations.
  *
- *     1 ground          2 operators (the seam)   3 ranks, collectives   4 shapes, parameters
- *     5 transformer     6 stages, pipeline       7 optimisation         8 text, data
- *     9 evaluation     10 generation            11 checkpoints         12 planner, trace     13 command line
+ * Part I, the paper: read it from top to bottom, and stop at Part II.
+ *     1 operators, what they compute    2 ranks and groups    3 the model-parallel transformer
+ *     4 operators, how they do it       5 parameters          6 optimisation       7 data and the training loop
+ *     8 recomputation, stages, 1F1B     9 evaluation         10 generation
+ * Part II, the machine: 11 products, vector loops, memory; 12 ranks as threads
+ * Part III, the program: 13 ground; 14 files; 15 text; 16 planner, trace; 17 command line
  *
  * Letters: B sequences in a micro-batch, T tokens in a sequence, N = B*T rows; C hidden size, H heads, D = C/H,
  * F = 4C width of the MLP, L layers, P positions, V tokens in the vocabulary; t x p x d ranks. A small p behind a
@@ -21,8 +24,8 @@
  *
  * Contracts: outputs come first, then inputs, then dimensions. Backward functions write dx and add to dw. Matrices are
  * row-major, and their shapes stand beside them. All state is in a Rank; nothing global changes but Ctrl-C's flag. Bad
- * input ends in die(): one line on stderr, exit 1. This text is C11 and, chapter 2 apart, C++17: a CUDA program can
- * compile it with operators of its own in the place of chapter 2 (GPT2_OPERATORS). */
+ * input ends in die(): one line on stderr, exit 1. This text is C11 and C++17: megatron_gpt2.cu
+ * includes it and has operators of its own in the place of those between #ifndef OTHER_OPERATORS and its #endif. */
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -54,24 +57,20 @@
 #endif
 
 /* ================================================================================================================
- * Chapter 1. Ground: what every later chapter stands on
+ *
+ * PART I. THE PAPER
+ *
  * ============================================================================================================= */
 
 #ifndef REAL
 #define REAL float
 #endif
 typedef REAL real; /* the arithmetic: float; double where test_gpt2.c takes finite differences */
-#ifndef GPT2_OPERATORS
-typedef real act; /* weights, activations and their gradients; the CUDA twin may make it bf16 or fp16 */
-#endif
 
-#ifndef LOSS_SCALE
-#define LOSS_SCALE "1" /* --loss-scale, if it is not given */
+#ifndef ACT_TYPE
+#define ACT_TYPE real /* weights, activations and their gradients; megatron_gpt2.cu may make it bf16 or fp16 */
 #endif
-
-#ifndef PROGRAM
-#define PROGRAM "megatron_gpt2" /* whose messages these are: convert.c includes this file */
-#endif
+typedef ACT_TYPE act;
 
 #ifndef HOST_DEVICE
 #define HOST_DEVICE /* the twin: what its kernels call, too */
@@ -82,54 +81,10 @@ static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 static size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
 static size_t round_up(size_t n, size_t d) { return (n + d - 1) / d * d; }
 
-/* Ends the program with one line on stderr. Several ranks often meet the same bad input at once: the first one speaks,
- * the others wait for the end. Not exit(): other ranks still run, and must not meet torn-down libraries. */
-__attribute__((noreturn)) static void end_with(int status, const char *format, va_list args)
-{
-    static int spoken;
-    char line[2 * PATH_MAX];
-    while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
-    vsnprintf(line, sizeof line, format, args);
-    for (char *c = line; *c; c++) /* names in files and paths may hold anything; the message stays one line */
-        if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
-    fflush(stdout);
-    fprintf(stderr, PROGRAM ": %s\n", line);
-    _exit(status);
-}
+/* ---- What this part takes from the others ------------------------------------------------------------------------- */
 
-/* Bad input: says what was seen, what was expected and what to do. Exit status 1. */
-__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    end_with(1, format, args);
-}
-
-/* Wrong use of the command line: exit status 2. */
-__attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    end_with(2, format, args);
-}
-
-/* Zeroed host memory for count objects of size bytes; dies instead of returning NULL. */
-static void *xcalloc(size_t count, size_t size)
-{
-    void *p = calloc(count ? count : 1, size ? size : 1);
-    if (!p) die("out of memory: %zu objects of %zu bytes were asked for; try a smaller model or batch", count, size);
-    return p;
-}
-
-/* Room for one element more in a growing array of n elements: p itself, or p moved into twice the capacity. */
-static void *grow(void *p, size_t n, size_t *capacity, size_t size)
-{
-    if (n < *capacity) return p;
-    *capacity = *capacity ? 2 * *capacity : 64;
-    p = realloc(p, *capacity * size);
-    if (!p) die("out of memory: %zu objects of %zu bytes were asked for; give less text", *capacity, size);
-    return p;
-}
+typedef struct Tokenizer Tokenizer;     /* chapter 15 */
+typedef struct Safetensors Safetensors; /* chapter 14 */
 
 /* An arena is one block of memory that holds everything of one lifetime (weights, gradients, moments, activations).
  * The same carving code runs twice: over a NULL base it only measures, over a real one it places. */
@@ -138,110 +93,59 @@ typedef struct {
     size_t used; /* bytes */
 } Arena;
 
-/* The next count objects of size bytes, 64-byte aligned; NULL while measuring. */
-static void *carve(Arena *arena, size_t count, size_t size)
-{
-    void *p = arena->base ? arena->base + arena->used : NULL;
-    arena->used += round_up(count * size, 64);
-    return p;
-}
-
-/* ---- Files ------------------------------------------------------------------------------------------------------- */
+/* Long work on stderr: a bar on a terminal, else a line now and then. */
+typedef struct {
+    const char *unit;    /* "step", "window", .. */
+    size_t first, total; /* units done before the start, and at the end */
+    size_t tokens;       /* in a unit */
+    int terminal;
+    double start, shown; /* seconds */
+} Meter;
 
 typedef struct {
-    const char *data;
-    size_t size; /* bytes */
-} Map;
+    int *id;
+    size_t n, capacity;
+} Tokens; /* starts as {NULL, 0, 0}; free(id) ends it */
 
-/* Maps a whole regular file read-only; dies if there is none. An empty file gives data "" and size 0. */
-static Map map_file(const char *path)
-{
-    Map map = {"", 0};
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_NONBLOCK); /* or a pipe would make us wait for a writer */
-    if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) die("%s is not a regular file", path);
-    if (st.st_size > 0) {
-        map.size = (size_t)st.st_size;
-        map.data = (const char *)mmap(NULL, map.size, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (map.data == (const char *)MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
-    }
-    close(fd);
-    return map;
-}
+/* Chapter 13. */
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...);
+static void *xcalloc(size_t count, size_t size);
+static void *grow(void *p, size_t n, size_t *capacity, size_t size);
+static void *carve(Arena *arena, size_t count, size_t size);
+static void meter_show(Meter *m, size_t done, const char *name, double value);
 
-static void unmap_file(Map map)
-{
-    if (map.size) munmap((void *)map.data, map.size);
-}
+/* Chapter 15. */
+static void push_token(Tokens *tokens, int id);
+static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n);
+static size_t space_before(const char *text, size_t n);
+static const char *strip(const char *text, size_t *n);
 
-/* "folder/name" in a buffer of PATH_MAX bytes; dies if it does not fit. Returns the buffer. */
-static char *join_path(char path[PATH_MAX], const char *folder, const char *name)
-{
-    if (snprintf(path, PATH_MAX, "%s/%s", folder, name) >= PATH_MAX) die("the path %s/%s is too long", folder, name);
-    return path;
-}
+/* Chapter 11. */
+static void *device_calloc(size_t bytes);
+static void device_free(void *p);
+static const char *device_kind(void);
+static int device_count(void);
+static double device_memory(void);
+static void device_select(int rank, int ranks);
+static void device_synchronize(void);
+static void device_zero(void *p, size_t bytes);
+static void device_copy(void *to, const void *from, size_t bytes);
+static void device_upload(void *to, const void *from, size_t bytes);
+static void device_download(void *to, const void *from, size_t bytes);
+static void act_upload(act *to, const real *from, size_t n);
+static void act_download(real *to, const act *from, size_t n);
 
-static int file_exists(const char *folder, const char *name)
-{
-    char path[PATH_MAX];
-    return access(join_path(path, folder, name), F_OK) == 0;
-}
+/* ================================================================================================================
+ * Chapter 1. Operators, what they compute [§2.2]
+ * =============================================================================================================
+ *
+ * Each operator is a function of pointers and dimensions; it knows no ranks and keeps no state. Outputs come first.
+ * Backward writes dx and adds to dw. Threads share out work that is cut the same way however many there are, and no
+ * two threads add to one number: results do not depend on the number of OpenMP threads, bit for bit.
+ *
+ * Letters: N = B*T rows (batch x time), C channels, I inputs and O outputs of a linear layer, H heads of size D. */
 
-/* ---- Random numbers ---------------------------------------------------------------------------------------------- */
-
-/* A round of Philox on the counter c0..c3. */
-static inline HOST_DEVICE void philox_round(uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3, uint64_t seed,
-                                            uint32_t round)
-{
-    const uint32_t k0 = (uint32_t)seed + round * 0x9E3779B9, k1 = (uint32_t)(seed >> 32) + round * 0xBB67AE85;
-    const uint64_t p0 = (uint64_t)0xD2511F53 * *c0, p1 = (uint64_t)0xCD9E8D57 * *c2;
-    *c0 = (uint32_t)(p1 >> 32) ^ *c1 ^ k0;
-    *c2 = (uint32_t)(p0 >> 32) ^ *c3 ^ k1;
-    *c1 = (uint32_t)p1;
-    *c3 = (uint32_t)p0;
-}
-
-/* Philox4x32-10 (Salmon et al. 2011; also PyTorch's and cuRAND's on GPUs): four random words as a pure function of a
- * key and a counter. There is no state to save, and any rank, in any layout, in any order, draws the same number for
- * the same (seed, site, step, index): masks and initial weights do not depend on how the model is cut.
- * DEVIATION from [App. B.2], where each GPU owns a generator: see drop() in chapter 5. */
-static inline HOST_DEVICE void philox(uint32_t out[4], uint64_t seed, uint64_t block, uint32_t site, uint32_t step)
-{
-    out[0] = (uint32_t)block, out[1] = (uint32_t)(block >> 32), out[2] = site, out[3] = step;
-    for (uint32_t round = 0; round < 10; round++) philox_round(out, out + 1, out + 2, out + 3, seed, round);
-}
-
-/* Sites keep the streams apart: dropout sites count up from 0 (chapter 5), the others carry a high bit. */
-enum { SITE_INIT = 0x40000000, SITE_SHUFFLE = 0x20000000, SITE_SAMPLE = 0x10000000 };
-
-/* Word number index of a stream. */
-static inline uint32_t random_word(uint64_t seed, uint32_t site, uint32_t step, uint64_t index)
-{
-    uint32_t word[4];
-    philox(word, seed, index / 4, site, step);
-    return word[index % 4];
-}
-
-/* Uniform in (0, 1): 32 bits, never 0 and never 1. */
-static inline double uniform(uint32_t word) { return (word + 0.5) * 0x1p-32; }
-
-/* out[i] = normal variate number first + i of a stream, i < n, by Box and Muller: four words give four variates. */
-static void random_normals(real *out, uint64_t seed, uint32_t site, size_t first, size_t n)
-{
-    for (size_t i = first; i < first + n;) {
-        uint32_t word[4];
-        double z[4];
-        philox(word, seed, i / 4, site, 0);
-        for (int pair = 0; pair < 4; pair += 2) {
-            double r = sqrt(-2 * log(uniform(word[pair]))), angle = 2 * M_PI * uniform(word[pair + 1]);
-            z[pair] = r * cos(angle);
-            z[pair + 1] = r * sin(angle);
-        }
-        do out[i - first] = (real)z[i % 4];
-        while (++i % 4 && i < first + n);
-    }
-}
+typedef enum { GELU_TANH, GELU_ERF } Gelu;
 
 /* Which elements a dropout site zeroes. Element i of a tensor is kept if word first + i of the stream (seed, site,
  * step) is at least p * 2^32, and is then scaled by 1 / (1 - p). */
@@ -253,982 +157,136 @@ typedef struct {
     size_t heads; /* attention only: heads of the whole layer, so that sequence b starts at first + b*heads*T*T */
 } Dropout;
 
-/* A word below this drops its element; p < 1. */
-static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1p32); }
-
-/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on blocks side by side, round by round,
- * so that it vectorises. Ones, and no numbers drawn, where there is no dropout. */
-static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n)
-{
-    enum { SIDE = 32 }; /* blocks, of four words each */
-    if (d.p == 0) {
-        for (size_t i = 0; i < n; i++) out[i] = 1;
-        return;
-    }
-    const uint32_t threshold = dropout_threshold(d.p);
-    const real scale = 1 / (1 - d.p);
-    size_t skip = (d.first + index) % 4; /* words of the first block that come before ours */
-    for (uint64_t block = (d.first + index) / 4; n > 0; block += SIDE) {
-        uint32_t c[4][SIDE];
-        real factor[4 * SIDE];
-        for (int i = 0; i < SIDE; i++) {
-            c[0][i] = (uint32_t)(block + (uint64_t)i), c[1][i] = (uint32_t)((block + (uint64_t)i) >> 32);
-            c[2][i] = d.site, c[3][i] = d.step;
-        }
-        for (uint32_t round = 0; round < 10; round++)
-#pragma omp simd
-            for (int i = 0; i < SIDE; i++) philox_round(&c[0][i], &c[1][i], &c[2][i], &c[3][i], d.seed, round);
-        for (int i = 0; i < SIDE; i++)
-            for (int j = 0; j < 4; j++) factor[4 * i + j] = c[j][i] >= threshold ? scale : 0;
-        size_t count = min_size(n, 4 * SIDE - skip);
-        memcpy(out, factor + skip, count * sizeof *out);
-        out += count, n -= count, skip = 0;
-    }
-}
-
-/* ---- Progress ---------------------------------------------------------------------------------------------------- */
-
-static double now(void) /* seconds */
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Long work on stderr: a bar on a terminal, else a line now and then. */
-typedef struct {
-    const char *unit;    /* "step", "window", .. */
-    size_t first, total; /* units done before the start, and at the end */
-    size_t tokens;       /* in a unit */
-    int terminal;
-    double start, shown; /* seconds */
-} Meter;
-
-static Meter meter_start(const char *unit, size_t first, size_t total, size_t tokens)
-{
-    double t = now();
-    Meter m = {unit, first, total, tokens, isatty(STDERR_FILENO), t, t};
-    return m;
-}
-
-static double meter_rate(const Meter *m, size_t done) /* tokens a second so far */
-{
-    return (double)(done - m->first) * (double)m->tokens / fmax(now() - m->start, 1e-9);
-}
-
-/* Shows how far the work is, and one value of its own, if it is time to. */
-static void meter_show(Meter *m, size_t done, const char *name, double value)
-{
-    double t = now(), rate = meter_rate(m, done),
-           left = (double)(m->total - done) * (double)m->tokens / fmax(rate, 1e-9);
-    char bar[33] = "................................";
-    if (done < m->total && t - m->shown < (m->terminal ? 0.1 : 10)) return;
-    m->shown = t;
-    for (size_t i = 0; m->total && i < 32 * done / m->total; i++) bar[i] = '#';
-    fprintf(stderr, "%s%s%s%s %zu/%zu  %s %.4f  %.0f tokens/s  %.0f:%02.0f left%s", m->terminal ? "\r[" : "",
-            m->terminal ? bar : "", m->terminal ? "] " : "", m->unit, done, m->total, name, value, rate,
-            floor(left / 60), floor(fmod(left, 60)), m->terminal && done < m->total ? "\033[K" : "\n");
-}
-
-/* ---- The machine ------------------------------------------------------------------------------------------------- */
-
-/* Cores that this process may use. */
-static int cores(void)
-{
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef __linux__
-    cpu_set_t set;
-    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
-#endif
-    return n > 0 ? (int)n : 1;
-}
-
-/* Threads that a parallel loop of this rank gets. */
-static int openmp_threads(void)
-{
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-/* ---- Types that both machines' operators share ------------------------------------------------------------------- */
-
-typedef enum { GELU_TANH, GELU_ERF } Gelu;
-typedef enum { SUM, MAX } Op;
-typedef enum { ACT, REAL_ARRAY, DOUBLE_ARRAY } Type; /* of an array's elements; only the twin's act is not real */
-
 typedef struct {
     double lr, beta1, beta2, eps, decay;
     double grad_scale; /* multiplies every gradient: 1 / loss scale, clipping */
     size_t step;       /* counts from 1 */
 } AdamW;
 
-/* ---- Functions of one number ------------------------------------------------------------------------------------- */
-
-/* Both machines' operators call these. But the twin, whose real is always float, says sqrtf, and expf in its softmax:
- * GPUs have an instruction that does most of it. */
-
-static inline real square_root(real x) { return sizeof x == sizeof(float) ? sqrtf((float)x) : (real)sqrt(x); }
-
-/* e^x in a form that compilers vectorise: e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2, and for e^r a
- * polynomial that is within 0.06 ulp of it. Error: at most 1.02 ulp, for all floats. 0 below -86.5 (e^x < 2^-124);
- * inf above 88.72283, where floats end; NaN stays NaN. Adding 1.5 * 2^23 leaves n in the sum's low bits. 2^(n-1)
- * times a doubled polynomial reaches the last binade, where 2^n alone would not exist. */
-static inline HOST_DEVICE real exponential(real x)
-{
-    if (sizeof x != sizeof(float)) return (real)exp(x);
-    float f = (float)x, shifted = f * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, scale;
-    float r = (f - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: n * the first is exact */
-    float q = 0.001381446547f;
-    q = q * r + 0.008368780424f;
-    q = q * r + 0.04166839425f;
-    q = q * r + 0.1666652011f;
-    q = q * r + 0.4999999341f;
-    uint32_t bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits + 126) << 23;
-    memcpy(&scale, &bits, 4);
-    float y = (1 + (r + r * r * q)) * 2 * scale;
-    return f < -86.5f ? 0 : f > 89 ? INFINITY : y;
-}
-
-/* Phi(x), through erfc: 1 + erf would cancel on the left. libm's erfc is within a few ulp; the rounding of x / sqrt(2)
- * makes x^2 ulp more of it on the left. */
-static inline HOST_DEVICE real normal_cdf(real x)
-{
-    return sizeof x == sizeof(float) ? erfcf((float)x * -(float)M_SQRT1_2) / 2 : (real)(erfc(x * -M_SQRT1_2) / 2);
-}
-
-/* GeLU [§2.2]: x * Phi(x). Megatron's tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), equals
- * x / (1 + e^-2u): one exponential, no tanh. GELU_ERF is the exact form [P41]. Error, tanh: at most 2.2 ulp from 0 on;
- * 3.3 (1 + |2u|) ulp left of 0, where e^-2u makes a relative error of what is lost of 2u; below -10.05 4e-38, which is
- * the function itself. erf: 1.8 ulp from 0 on, 1.8 (1 + x^2) ulp left of 0. Both are NaN at -inf. */
-static inline HOST_DEVICE real gelu(real x, Gelu kind)
-{
-    if (kind == GELU_ERF) return x * normal_cdf(x);
-    return x / (1 + exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * x * x)));
-}
-
-/* d gelu / dx = s + x s(1-s) 2u' with t = e^-2u, s = 1 / (1 + t), 1-s = t s. Error, tanh: at most 2^-22 = 2.4e-7 (gelu'
- * is 0 near -0.75: no bound in ulp there), and 4.2 (1 + |2u|) ulp from -9.96 to -1. erf: 1.6e-7, and 3.8 (1 + x^2) ulp
- * from -13 to -1. Left of these 7e-36 and 2e-37. */
-static inline HOST_DEVICE real gelu_slope(real x, Gelu kind)
-{
-    const real low = kind == GELU_ERF ? -40 : -10; /* gelu' is 0 there, and 1 at 40: no 0 * infinity, and t is finite */
-    x = x > 40 ? 40 : x < low ? low : x;
-    if (kind == GELU_ERF) return normal_cdf(x) + x * (real)0.3989422804014327 * exponential(-x * x / 2); /* + x phi */
-    const real xx = x * x, t = exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * xx)), s = 1 / (1 + t);
-    return s + x * (t * s) * s * (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * xx);
-}
-
-#ifdef GPT2_OPERATORS
-#include GPT2_OPERATORS
-#else
-
-/* ================================================================================================================
- * Chapter 2. Operators [§2.2]: the seam between one text and two machines. This is the CPU's side
- * ================================================================================================================
- *
- * Each operator is a function of pointers and dimensions; it knows no ranks and keeps no state. Outputs come first.
- * Backward writes dx and adds to dw. Threads share out work that is cut the same way however many there are, and no
- * two threads add to one number: results do not depend on the number of OpenMP threads, bit for bit.
- *
- * Letters: N = B*T rows (batch x time), C channels, I inputs and O outputs of a linear layer, H heads of size D. */
-
-/* ---- Memory ------------------------------------------------------------------------------------------------------ */
-
-/* Zeroed, 64-byte aligned; dies when there is none. Large arrays ask for pages of 2 MB: fewer misses of the TLB. */
-static void *device_calloc(size_t bytes)
-{
-    const size_t huge = (size_t)2 << 20, align = bytes < huge ? 64 : huge;
-    void *p = aligned_alloc(align, round_up(max_size(bytes, 1), align));
-    if (!p) die("out of memory: %zu bytes were asked for", bytes);
-#ifdef MADV_HUGEPAGE
-    if (align == huge) madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    return memset(p, 0, bytes);
-}
-
-static void device_free(void *p) { free(p); }
-static const char DEVICES[] = "cores"; /* what ranks share, for messages; how many, and bytes of memory in all */
-static int device_count(void) { return cores(); }
-static double device_memory(void) { return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE); }
-static void device_select(int rank, int ranks) { (void)rank, (void)ranks; } /* the twin: which GPU is this rank's */
-static void device_synchronize(void) {}                                     /* the twin: wait for this rank's stream */
-static void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
-static void device_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
-static void device_upload(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
-static void device_download(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
-static void act_upload(act *to, const real *from, size_t n) { memcpy(to, from, n * sizeof *to); }
-static void act_download(real *to, const act *from, size_t n) { memcpy(to, from, n * sizeof *to); }
-
-enum { SMALL = 16384 }; /* numbers that one thread has done with before others would wake up */
-
-/* n reals of working space, 64-byte aligned and not zeroed; free() it. */
-static real *scratch(size_t n)
-{
-    void *p = aligned_alloc(64, n * sizeof(real) / 64 * 64 + 64);
-    if (!p) die("out of memory: %zu bytes of scratch were asked for", n * sizeof(real));
-    return (real *)p;
-}
-
-/* ---- Matrix product ---------------------------------------------------------------------------------------------- */
-
-/* C (M,N) = A (M,K) B (K,N), four fifths of all time. One product serves X W', dY W and dY' X, because A and B are
- * read through a (row, column) stride; N is C's columns here, not B*T. It makes C in tiles of 6 rows x TILE_VECS vectors:
- *
- *                   TILE_COLS              in registers  the tile of C, and one row of B's panel at a time
- *              B   +--+==+--+--+           in L1, L2     a K_BLOCK x TILE_COLS panel of B (24 KB with AVX2, 96 KB with
- *          K_BLOCK |  |##|  |  |                         AVX-512), which all strips meet before the next panel comes
- *                  +--+==+--+--+           in L2, L3     ROW_BLOCK x K_BLOCK of A (1.8 MB), in strips of 6 rows (9 KB)
- *     A  K_BLOCK                                         that are read one after the other
- *      +========+  +--+--+--+--+
- *    6 |########|  |  |##|  |  | C         For each k a tile loads TILE_VECS vectors of B and 6 numbers of A, and
- *      +========+  +--+--+--+--+           makes 6 * TILE_VECS multiply-adds of vectors: the arithmetic units never
- *      |        |  |  |  |  |  |           wait for the loads.
- *
- * Strips and panels are packed: copied so that the tile's loop reads them in order, whatever their strides. Each thread
- * makes a rectangle of C of its own, from copies of its own: nobody waits for anybody before the end, and a sum over k
- * has one order, whoever makes it; `dot`, for C of less than 4 rows, has another. doc/matmul.md gets here step by step. */
-
-#if defined __AVX512F__
-enum { VEC_BYTES = 64, TILE_VECS = 4 };
-#elif defined __AVX__
-enum { VEC_BYTES = 32, TILE_VECS = 2 };
-#elif defined __aarch64__
-enum { VEC_BYTES = 16, TILE_VECS = 4 };
-#else
-enum { VEC_BYTES = 16, TILE_VECS = 2 };
-#endif
-typedef real vec __attribute__((vector_size(VEC_BYTES)));
-typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias)); /* any address */
-
-enum {
-    LANES = VEC_BYTES / sizeof(real),
-    TILE_ROWS = 6,
-    TILE_COLS = TILE_VECS * LANES,
-    K_RUN = 16, /* steps of k that are packed at a time */
-    K_BLOCK = 384,
-    ROW_BLOCK = 1152, /* so that 1,024 rows need one copy of B */
-};
-static_assert(K_BLOCK % K_RUN == 0 && ROW_BLOCK % TILE_ROWS == 0 && TILE_ROWS % 2 == 0, "pack and product rely on it");
-
-typedef struct {
-    const act *p; /* element (i, j) is p[i * row + j * col] */
-    size_t row, col;
-} Mat;
-
-static inline Mat from_element(Mat m, size_t i, size_t j) /* the part of m from row i and column j on */
-{
-    return (Mat){m.p + i * m.row + j * m.col, m.row, m.col};
-}
-
-typedef enum { BIAS, BIAS_GELU, GELU_SLOPE } EpilogueKind;
-
-/* What happens to an element of C when its sum is complete. */
-typedef struct {
-    EpilogueKind kind;
-    const act *bias; /* BIAS, BIAS_GELU: (N), or NULL */
-    act *pre;        /* BIAS_GELU: (M,N) gets C + bias, or NULL. GELU_SLOPE: C is multiplied by gelu'(pre) */
-    Gelu gelu;
-} Epilogue;
-
-/* out (ceil(n/width), K, width) = from (n,K) in strips of width rows, each transposed, the last filled up with zeros.
- * Two rows at a time: compilers store pairs. width, which is even, is a constant where this is inlined. */
-static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n, const size_t width, size_t K)
-{
-    /* Steps of k before the next strip. 16, where that strip reads on in the lines of cache that this one began. */
-    const size_t stretch = from.col == 1 ? K : (size_t)K_RUN;
-    for (size_t k0 = 0; k0 < K; k0 += stretch)
-        for (size_t i = 0; i < n; i += width)
-            for (size_t k = k0; k < min_size(k0 + stretch, K); k += K_RUN) {
-                const Mat m = from_element(from, i, k);
-                const size_t run = min_size(K_RUN, K - k), rows = min_size(width, n - i);
-                const int whole = rows == width && run == K_RUN;
-                real *to = out + i * K + k * width;
-                if (whole && m.col == 1)
-                    for (size_t r = 0; r < width; r += 2) {
-                        const real *x = m.p + r * m.row, *y = x + m.row;
-                        __builtin_prefetch(x + 2 * K_RUN), __builtin_prefetch(y + 2 * K_RUN);
-                        for (size_t c = 0; c < K_RUN; c++) to[c * width + r] = x[c], to[c * width + r + 1] = y[c];
-                    }
-                else if (whole && m.row == 1)
-                    for (size_t c = 0; c < K_RUN; c++) {
-                        __builtin_prefetch(m.p + c * m.col + 2 * K_RUN); /* of use to A only: for its next strips */
-                        memcpy(to + c * width, m.p + c * m.col, width * sizeof *to);
-                    }
-                else
-                    for (size_t c = 0; c < run; c++)
-                        for (size_t r = 0; r < width; r++)
-                            to[c * width + r] = r < rows ? m.p[r * m.row + c * m.col] : 0;
-            }
-}
-
-/* The epilogue on rows x cols elements of C, whose rows are c_row apart; the first is element `at` of C, in column `col`.
- * Both GeLUs have loops of their own, because only the tanh form vectorises: the other calls libm. */
-static void finish(act *c, size_t c_row, size_t at, size_t col, size_t rows, size_t cols, const Epilogue *e)
-{
-    const int forward = e->kind == BIAS_GELU, backward = e->kind == GELU_SLOPE, erf_form = e->gelu == GELU_ERF;
-    for (size_t i = 0; i < rows; i++, at += c_row) {
-        act *x = c + at, *pre = e->pre ? e->pre + at : NULL;
-        if (e->bias)
-#pragma omp simd
-            for (size_t j = 0; j < cols; j++) x[j] += e->bias[col + j];
-        if (forward && pre) memcpy(pre, x, cols * sizeof *x);
-        if (forward && erf_form)
-            for (size_t j = 0; j < cols; j++) x[j] = gelu(x[j], GELU_ERF);
-        else if (forward)
-#pragma omp simd
-            for (size_t j = 0; j < cols; j++) x[j] = gelu(x[j], GELU_TANH);
-        else if (backward && erf_form)
-            for (size_t j = 0; j < cols; j++) x[j] *= gelu_slope(pre[j], GELU_ERF);
-        else if (backward)
-#pragma omp simd
-            for (size_t j = 0; j < cols; j++) x[j] *= gelu_slope(pre[j], GELU_TANH);
-    }
-}
-
-/* c (m,n) [+]= strip' panel, strip (K,6), panel (K,TILE_COLS). n fits in vecs vectors, a constant where this is
- * inlined; a tile of less than 6 rows, or not as wide as vecs vectors, goes through `edge`. */
-static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act *c, size_t c_row, size_t m, size_t n,
-                                                          const real *strip, const real *panel, size_t K, int add)
-{
-    vec t[TILE_ROWS][TILE_VECS] = {{{0}}};
-    for (size_t i = 0; i < m; i++)
-        for (size_t j = 0; j < vecs; j++) __builtin_prefetch(c + i * c_row + j * LANES, 1);
-#pragma GCC unroll 8 /* gcc leaves it to us: 4% */
-    for (size_t k = 0; k < K; k++, strip += TILE_ROWS, panel += TILE_COLS)
-        for (size_t i = 0; i < TILE_ROWS; i++)
-            for (size_t j = 0; j < vecs; j++) t[i][j] += strip[i] * *(const vec *)(panel + j * LANES);
-    const int whole = m == TILE_ROWS && n == vecs * LANES;
-    const size_t row = whole ? c_row : (size_t)TILE_COLS;
-    real edge[TILE_ROWS * TILE_COLS], *to = whole ? c : edge;
-    for (size_t i = 0; i < TILE_ROWS; i++, to += row)
-        for (size_t j = 0; j < vecs; j++) {
-            if (whole && add) t[i][j] += *(loose_vec *)(to + j * LANES);
-            *(loose_vec *)(to + j * LANES) = t[i][j];
-        }
-    for (size_t i = 0; i < m && !whole; i++)
-        for (size_t j = 0; j < n; j++) c[i * c_row + j] = edge[i * TILE_COLS + j] + (add ? c[i * c_row + j] : 0);
-}
-
-/* Tiles of 2, 3 and 4 vectors where TILE_VECS is 4, of 1 and 2 where it is 2. Not inlined: its loops need all registers,
- * and gcc spills sums where other loops are about. */
-static __attribute__((noinline)) void tile(act *c, size_t c_row, size_t m, size_t n, const real *strip,
-                                           const real *panel, size_t K, int add)
-{
-    const size_t vecs = ceil_div(n, LANES);
-    if (vecs <= TILE_VECS / 2) tile_of(TILE_VECS / 2, c, c_row, m, n, strip, panel, K, add);
-    else if (vecs < TILE_VECS) tile_of(TILE_VECS - 1, c, c_row, m, n, strip, panel, K, add);
-    else tile_of(TILE_VECS, c, c_row, m, n, strip, panel, K, add);
-}
-
-/* Rows i0 .. i1-1 and columns j0 .. j1-1 of c, whose rows are c_row apart, [+]= a (.,K) b (K,.), and e, which may be
- * NULL. strips: room for min(ROW_BLOCK, i1 - i0) rows, rounded up to whole strips, of min(K_BLOCK, K) numbers. K > 0. */
-static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1, size_t K, int add,
-                    const Epilogue *e, real *strips)
-{
-    const size_t block = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), K_RUN); /* of k: all about equal */
-    real panel[K_BLOCK * TILE_COLS] __attribute__((aligned(64)));
-    for (; i0 < i1 && j0 < j1; i0 += ROW_BLOCK)
-        for (size_t k0 = 0; k0 < K; k0 += block) {
-            const size_t end = min_size(i0 + ROW_BLOCK, i1), depth = min_size(block, K - k0);
-            const int last = e && k0 + depth == K;
-            pack(strips, from_element(a, i0, k0), end - i0, TILE_ROWS, depth);
-            for (size_t j = j0; j < j1; j += TILE_COLS) {
-                const size_t n = min_size(TILE_COLS, j1 - j);
-                pack(panel, from_element((Mat){b.p, b.col, b.row}, j, k0), n, TILE_COLS, depth); /* B' */
-                for (size_t i = i0; i < end; i += TILE_ROWS) {
-                    const size_t m = min_size(TILE_ROWS, end - i), at = i * c_row + j;
-                    for (size_t r = 0; r < m && last && e->pre; r++)
-                        for (size_t q = 0; q < n; q += LANES) __builtin_prefetch(e->pre + at + r * c_row + q);
-                    tile(c + at, c_row, m, n, strips + (i - i0) * depth, panel, depth, add || k0 > 0);
-                    if (last) finish(c, c_row, at, j, m, n, e);
-                }
-            }
-        }
-}
-
-/* a' b for vectors of n numbers. */
-static real dot(const real *a, const real *b, size_t n)
-{
-    enum { CHAINS = 4, AHEAD = 2048 }; /* independent sums hide the adder's latency; prefetchers stop where pages end */
-    vec s[CHAINS] = {{0}};
-    real sum = 0;
-    size_t i = 0;
-    for (; i + CHAINS * LANES <= n; i += CHAINS * LANES)
-        for (int j = 0; j < CHAINS; j++) {
-            __builtin_prefetch(b + i + j * LANES + AHEAD);
-            s[j] += *(const loose_vec *)(a + i + j * LANES) * *(const loose_vec *)(b + i + j * LANES);
-        }
-    s[0] = (s[0] + s[1]) + (s[2] + s[3]);
-    for (int lane = 0; lane < LANES; lane++) sum += s[0][lane];
-    for (; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-/* c (M,N) [+]= a (M,K) b (K,N), K > 0, and e, which may be NULL. A few rows times a transposed matrix, as in generation,
- * run at the speed at which b is read: so once, and as it lies. */
-static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e)
-{
-    if (M < 4 && a.col == 1 && b.row == 1) {
-#pragma omp parallel for schedule(static) if (N * K > SMALL)
-        for (size_t j = 0; j < N; j++)
-            for (size_t i = 0; i < M; i++)
-                c[i * N + j] = dot(a.p + i * a.row, b.p + j * b.col, K) + (add ? c[i * N + j] : 0);
-        if (e) finish(c, N, 0, 0, M, N, e);
-        return;
-    }
-    const size_t parts = M * N * K > 8 * SMALL ? (size_t)openmp_threads() : 1;
-    size_t down = 1, rows = 0, cols = 0, least = SIZE_MAX; /* C is cut into down x (parts / down) rectangles of */
-    for (size_t d = 1; d <= parts; d++) {                  /* rows x cols, such that a thread copies least of A and B */
-        const size_t high = round_up(ceil_div(M, d), TILE_ROWS), wide = round_up(ceil_div(N, parts / d), TILE_COLS);
-        const size_t copied = high + wide * ceil_div(high, ROW_BLOCK);
-        if (parts % d == 0 && copied < least) down = d, rows = high, cols = wide, least = copied;
-    }
-#pragma omp parallel for schedule(static) if (parts > 1)
-    for (size_t part = 0; part < parts; part++) {
-        const size_t i0 = part % down * rows, i1 = min_size(i0 + rows, M), j0 = part / down * cols;
-        real *strips = scratch(min_size(rows, ROW_BLOCK) * min_size(K, K_BLOCK));
-        product(c, N, a, b, i0, i1, j0, min_size(j0 + cols, N), K, add, e, strips);
-        free(strips);
-    }
-}
-
-/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] ---------------------------------------- */
+/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] ----------------------------------------- */
 
 /* y (N,O) = x (N,I) w' + b; w (O,I); b (O) or NULL. */
-static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I, size_t O)
-{
-    const Epilogue bias = {BIAS, b, NULL, GELU_TANH};
-    matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &bias);
-}
-
-enum { COLUMN_BLOCK = 64 }; /* columns a thread takes at a time where sums run down the rows */
-
-/* db (C) += column sums of x (N,C). */
-static void add_column_sums(act *db, const act *x, size_t N, size_t C)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
-        real sum[COLUMN_BLOCK] = {0};
-        const size_t count = min_size(COLUMN_BLOCK, C - c0);
-        for (size_t n = 0; n < N; n++)
-#pragma omp simd
-            for (size_t c = 0; c < count; c++) sum[c] += x[n * C + c0 + c];
-        for (size_t c = 0; c < count; c++) db[c0 + c] += sum[c];
-    }
-}
+static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I, size_t O);
 
 /* dx (N,I) = dy w; dw (O,I) += dy' x; db (O) += column sums of dy. NULL: not wanted. */
 static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w, size_t N, size_t I,
-                            size_t O)
-{
-    if (dx) matmul(dx, (Mat){dy, O, 1}, (Mat){w, I, 1}, N, I, O, 0, NULL);
-    if (dw) matmul(dw, (Mat){dy, 1, O}, (Mat){x, I, 1}, O, I, N, 1, NULL);
-    if (db) add_column_sums(db, dy, N, O);
-}
+                            size_t O);
 
 /* pre (N,O) = x w' + b; y = gelu(pre) [§3 eq.1; eq.3 where w is one rank's columns]. pre may be NULL (inference). */
 static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b, size_t N, size_t I,
-                                size_t O, Gelu kind)
-{
-    const Epilogue e = {BIAS_GELU, b, pre, kind};
-    matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &e);
-}
+                                size_t O, Gelu kind);
 
 /* Backward of y = gelu(pre), z = y w': dpre (N,I) = (dz w) * gelu'(pre); dw (O,I) += dz' y. z has no bias: w is
  * row-parallel, and its bias comes after g [§3, Z = sum of Y_i B_i]. */
 static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre, const act *w,
-                                 size_t N, size_t I, size_t O, Gelu kind)
-{
-    const Epilogue slope = {GELU_SLOPE, NULL, (act *)pre, kind};
-    matmul(dpre, (Mat){dz, O, 1}, (Mat){w, I, 1}, N, I, O, 0, &slope);
-    matmul(dw, (Mat){dz, 1, O}, (Mat){y, I, 1}, O, I, N, 1, NULL);
-}
+                                 size_t N, size_t I, size_t O, Gelu kind);
 
-/* ---- Embeddings -------------------------------------------------------------------------------------------------- */
+/* ---- Embeddings --------------------------------------------------------------------------------------------------- */
 
 /* x (N,C) = row tokens[n] - v0 of wte (Vp,C) where this slice [v0, v0+Vp) of the vocabulary owns the token, else
  * 0. */
-static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C, size_t v0, size_t Vp)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        const size_t row = (size_t)tokens[n] - v0; /* below v0 it wraps to a huge number */
-        if (row < Vp) memcpy(x + n * C, wte + row * C, C * sizeof *x);
-        else memset(x + n * C, 0, C * sizeof *x);
-    }
-}
+static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C, size_t v0, size_t Vp);
 
 /* dwte[tokens[n] - v0] += dx[n]. A token may repeat, so threads take columns, not rows. */
 static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N, size_t C, size_t v0,
-                                     size_t Vp)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK)
-        for (size_t n = 0; n < N; n++) {
-            const size_t row = (size_t)tokens[n] - v0, end = min_size(c0 + COLUMN_BLOCK, C);
-            if (row < Vp)
-#pragma omp simd
-                for (size_t c = c0; c < end; c++) dwte[row * C + c] += dx[n * C + c];
-        }
-}
-
-enum { KEEP_BLOCK = 512 }; /* dropout factors at a time: they stay in L1 */
-
-/* x (C) *= the mask of elements index .. index+C-1. */
-static void drop_row(act *x, size_t C, Dropout d, size_t index)
-{
-    real keep[KEEP_BLOCK];
-    for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
-        const size_t count = min_size(KEEP_BLOCK, C - c0);
-        dropout_factors(keep, d, index + c0, count);
-#pragma omp simd
-        for (size_t c = 0; c < count; c++) x[c0 + c] *= keep[c];
-    }
-}
-
-/* out (C) = residual + mask * (y + bias), for elements index .. index+C-1. residual may be NULL. */
-static void bias_dropout_add_row(act *out, const act *y, const act *bias, const act *residual, size_t C, Dropout d,
-                                 size_t index)
-{
-    real keep[KEEP_BLOCK];
-    for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
-        const size_t end = min_size(c0 + KEEP_BLOCK, C);
-        dropout_factors(keep, d, index + c0, end - c0);
-#pragma omp simd
-        for (size_t c = c0; c < end; c++) out[c] = (residual ? residual[c] : 0) + (y[c] + bias[c]) * keep[c - c0];
-    }
-}
+                                     size_t Vp);
 
 /* x (B,T,C) = dropout(x + wpe[past + t]), in place. */
-static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C, size_t past, Dropout d)
-{
-#pragma omp parallel for schedule(static) if (B * T * C > SMALL)
-    for (size_t n = 0; n < B * T; n++)
-        bias_dropout_add_row(x + n * C, x + n * C, wpe + (past + n % T) * C, NULL, C, d, n * C);
-}
+static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C, size_t past, Dropout d);
 
 /* dx = mask * dx in place: the gradient of the token embedding's output. dwpe[t] += its sum over b. */
-static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C, Dropout d)
-{
-#pragma omp parallel for schedule(static) if (B * T * C > SMALL)
-    for (size_t t = 0; t < T; t++)
-        for (size_t b = 0; b < B; b++) {
-            const size_t n = b * T + t;
-            if (d.p > 0) drop_row(dx + n * C, C, d, n * C);
-#pragma omp simd
-            for (size_t c = 0; c < C; c++) dwpe[t * C + c] += dx[n * C + c];
-        }
-}
+static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C, Dropout d);
 
-/* ---- LayerNorm --------------------------------------------------------------------------------------------------- */
-
-/* y (C) = (x - mean) * rstd * g + b. Two passes over x (it is in L1): no cancellation, unlike E[x^2] - E[x]^2. Error of
- * y, with h = (x - mean) * rstd and U = 2^-24: simd sums run in at least 4 lanes, and the mean's is D = (C/4 + 4) U *
- * mean(|x|) * rstd at most; so |g| D + |h g| ((C/8 + 8) U + D^2) + |y| U. Roundings are random, and far below that. */
-static void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t C, real eps)
-{
-    real sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t c = 0; c < C; c++) sum += x[c];
-    const real m = sum / (real)C;
-#pragma omp simd reduction(+ : squares)
-    for (size_t c = 0; c < C; c++) squares += (x[c] - m) * (x[c] - m);
-    const real r = 1 / square_root(squares / (real)C + eps);
-#pragma omp simd
-    for (size_t c = 0; c < C; c++) y[c] = (x[c] - m) * r * g[c] + b[c];
-    *mean = m, *rstd = r;
-}
+/* ---- LayerNorm ---------------------------------------------------------------------------------------------------- */
 
 /* y (N,C); mean, rstd (N) are kept for backward. */
 static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t N,
-                              size_t C, real eps)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) layernorm_row(y + n * C, mean + n, rstd + n, x + n * C, g, b, C, eps);
-}
+                              size_t C, real eps);
 
 /* dx = dres + the gradient through LayerNorm (dres NULL: none; dres may be dx itself); dg, db (C) += . With h = the
  * normalised x: dh = dy * g, dx = rstd * (dh - mean(dh) - h * mean(dh * h)). */
 static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g, const real *mean,
-                               const real *rstd, const act *dres, size_t N, size_t C)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) { /* dx may overwrite dy's or x's buffer: this comes first */
-        real sum_g[COLUMN_BLOCK] = {0}, sum_b[COLUMN_BLOCK] = {0};
-        const size_t count = min_size(COLUMN_BLOCK, C - c0);
-        for (size_t n = 0; n < N; n++) {
-            const act *dy_n = dy + n * C + c0, *x_n = x + n * C + c0;
-            const real m = mean[n], r = rstd[n];
-#pragma omp simd
-            for (size_t c = 0; c < count; c++) {
-                sum_g[c] += dy_n[c] * ((x_n[c] - m) * r);
-                sum_b[c] += dy_n[c];
-            }
-        }
-        for (size_t c = 0; c < count; c++) dg[c0 + c] += sum_g[c], db[c0 + c] += sum_b[c];
-    }
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        act *dx_n = dx + n * C;
-        const act *dy_n = dy + n * C, *x_n = x + n * C, *dres_n = dres ? dres + n * C : NULL;
-        const real m = mean[n], r = rstd[n];
-        real sum = 0, sum_h = 0;
-#pragma omp simd reduction(+ : sum, sum_h)
-        for (size_t c = 0; c < C; c++) {
-            sum += dy_n[c] * g[c];
-            sum_h += dy_n[c] * g[c] * ((x_n[c] - m) * r);
-        }
-        sum /= (real)C, sum_h /= (real)C;
-#pragma omp simd
-        for (size_t c = 0; c < C; c++)
-            dx_n[c] = (dres_n ? dres_n[c] : 0) + r * (dy_n[c] * g[c] - sum - (x_n[c] - m) * r * sum_h);
-    }
-}
+                               const real *rstd, const act *dres, size_t N, size_t C);
 
-/* ---- Bias + dropout + residual (+ LayerNorm) --------------------------------------------------------------------- */
+/* ---- Bias + dropout + residual (+ LayerNorm) ---------------------------------------------------------------------- */
 
 /* out (N,C) = residual + dropout(y + bias). The bias is added once, after g: inside the partial sums it would come t
  * times [P4]. out may be y or residual. */
 static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual, size_t N, size_t C,
-                                     Dropout d)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) bias_dropout_add_row(out + n * C, y + n * C, bias, residual + n * C, C, d, n * C);
-}
+                                     Dropout d);
 
 /* The same, and the LayerNorm that follows it, while the row is in L1: res as above, ln = LN(res). */
 static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd, const act *y, const act *bias,
                                                const act *residual, const act *g, const act *b, size_t N, size_t C,
-                                               real eps, Dropout d)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        bias_dropout_add_row(res + n * C, y + n * C, bias, residual + n * C, C, d, n * C);
-        layernorm_row(ln + n * C, mean + n, rstd + n, res + n * C, g, b, C, eps);
-    }
-}
+                                               real eps, Dropout d);
 
 /* dy = mask * dout; dbias (C) += column sums of dy. The residual's gradient is dout itself. */
-static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C, Dropout d)
-{
-#pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        if (dy != dout) memcpy(dy + n * C, dout + n * C, C * sizeof *dy);
-        if (d.p > 0) drop_row(dy + n * C, C, d, n * C);
-    }
-    add_column_sums(dbias, dy, N, C);
-}
+static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C, Dropout d);
 
-/* ---- Causal self-attention [§3 Fig. 3b] -------------------------------------------------------------------------- */
-
-/* For one head: S = Q K' / sqrt(D), P = softmax of each row i over the keys j <= i, out = dropout(P) V. The T x T
- * matrices never exist: a block of QUERIES rows meets the keys KEYS at a time, and the softmax is kept as a
- * running maximum m, a running sum l of e^(s-m) and a running out, the last two shrunk by e^(old m - new m) when m
- * grows. Blocks above the diagonal are skipped. What remains for backward is lse = m + log l, for P = e^(S - lse)
- * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles, on rows as they lie in qkv. */
-enum { QUERIES = 48, KEYS = K_BLOCK }; /* multiples of K_RUN: faster. KEYS is K_BLOCK: strips suffices for any D */
-static_assert(KEYS % QUERIES == 0,
-              "no block of keys may begin inside a block of queries: each query must see a key of it");
-static_assert(QUERIES % TILE_ROWS == 0 && KEYS % TILE_ROWS == 0, "strips has no room for a strip that is not full");
-
-/* The largest of top and x (n); NaNs are passed over. Lane by lane: not every compiler reorders a maximum. */
-static real largest(const real *x, size_t n, real top)
-{
-    enum { SIDE = 32 };
-    real side[SIDE];
-    for (size_t j = 0; j < SIDE; j++) side[j] = top;
-    for (; n >= SIDE; n -= SIDE, x += SIDE)
-#pragma omp simd
-        for (size_t j = 0; j < SIDE; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
-    for (size_t j = 0; j < n; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
-    for (size_t j = 0; j < SIDE; j++) top = side[j] > top ? side[j] : top;
-    return top;
-}
-
-/* One row of products q k' in s (n) becomes dropped-out probabilities relative to e^m; the row's m, l and out (D)
- * follow. */
-static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, act *out, size_t D, Dropout d,
-                               size_t index)
-{
-    real sum = 0, keep[KEYS];
-    const real top = fmax(*m, largest(s, n, -INFINITY) * scale);
-    const real shrink = exponential(*m - top); /* 0 the first time, when m = -inf */
-    dropout_factors(keep, d, index, n);
-#pragma omp simd reduction(+ : sum)
-    for (size_t j = 0; j < n; j++) {
-        const real e = exponential(s[j] * scale - top);
-        sum += e;
-        s[j] = e * keep[j];
-    }
-    *l = *l * shrink + sum; /* the softmax is of all scores: dropout comes after it */
-    *m = top;
-    if (shrink != 1)
-#pragma omp simd
-        for (size_t c = 0; c < D; c++) out[c] *= shrink;
-}
+/* ---- Causal self-attention [§3 Fig. 3b] --------------------------------------------------------------------------- */
 
 /* out (B,T,H*D), lse (B,H,T) log-sum-exp of scaled scores; qkv (B,T,3*H*D): [Q;K;V], each H heads of D [P11].
  * Dropout element (b,h,i,j) has index d.first + ((b*d.heads + h)*T + i)*T + j. A task is a block of queries of one
  * head, those with the most keys first: threads end together. lse is NULL for a prompt of generation, below. */
-static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
-{
-    const size_t C = H * D, blocks = ceil_div(T, QUERIES);
-    const real scale = 1 / square_root((real)D);
-#pragma omp parallel for schedule(dynamic) if (B * H * T * D > SMALL)
-    for (size_t task = 0; task < B * H * blocks; task++) {
-        const size_t b = task / blocks / H, h = task / blocks % H, i0 = (blocks - 1 - task % blocks) * QUERIES;
-        const size_t rows = min_size(QUERIES, T - i0);
-        const act *q = qkv + b * T * 3 * C + h * D;
-        act *o = out + (b * T + i0) * C + h * D;
-        real s[QUERIES * KEYS], strips[QUERIES * KEYS], m[QUERIES], l[QUERIES];
-        for (size_t i = 0; i < rows; i++) m[i] = -INFINITY, l[i] = 0, memset(o + i * C, 0, D * sizeof *o);
-        for (size_t j0 = 0; j0 < i0 + rows; j0 += KEYS) {
-            const size_t keys = min_size(KEYS, i0 + rows - j0);
-            const act *k = q + C + j0 * 3 * C, *v = k + C;
-            product(s, KEYS, (Mat){q + i0 * 3 * C, 3 * C, 1}, (Mat){k, 1, 3 * C}, 0, rows, 0, keys, D, 0, NULL, strips);
-            for (size_t i = 0; i < rows; i++) {
-                const size_t n = min_size(i0 + i + 1 - j0, keys); /* what it may see */
-                online_softmax_row(s + i * KEYS, n, scale, m + i, l + i, o + i * C, D, d,
-                                   ((b * d.heads + h) * T + i0 + i) * T + j0);
-                memset(s + i * KEYS + n, 0, (keys - n) * sizeof *s);
-            }
-            product(o, C, (Mat){s, KEYS, 1}, (Mat){v, 3 * C, 1}, 0, rows, 0, D, keys, 1, NULL, strips);
-        }
-        for (size_t i = 0; i < rows; i++) {
-            for (size_t c = 0; c < D; c++) o[i * C + c] /= l[i];
-            if (lse) lse[(b * H + h) * T + i0 + i] = m[i] + (real)log((double)l[i]);
-        }
-    }
-}
-
-/* One row: products s become the dropped-out P, and dp = dO V' becomes dS = P (mask dp - delta) * scale, the gradient
- * of q k'. */
-static void softmax_backward_row(real *s, real *dp, size_t n, real scale, real lse, real delta, Dropout d, size_t index)
-{
-    real keep[KEYS];
-    dropout_factors(keep, d, index, n);
-#pragma omp simd
-    for (size_t j = 0; j < n; j++) {
-        const real p = exponential(s[j] * scale - lse);
-        s[j] = p * keep[j];
-        dp[j] = (s[j] * dp[j] - p * delta) * scale;
-    }
-}
+static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d);
 
 /* dqkv is written. delta (B,H,T): scratch, sum over c of dout * out = sum over j of P mask dO V'. A head is one task, so
  * that dK and dV are summed in one order. */
 static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out, const real *lse, const act *qkv,
-                               size_t B, size_t T, size_t H, size_t D, Dropout d)
-{
-    const size_t C = H * D, row = 3 * C;
-    const real scale = 1 / square_root((real)D);
-#pragma omp parallel for schedule(dynamic) if (B * H * T * D > SMALL)
-    for (size_t head = 0; head < B * H; head++) {
-        const size_t b = head / H, h = head % H, first = b * T * row + h * D;
-        real p[QUERIES * KEYS], ds[QUERIES * KEYS], strips[QUERIES * KEYS];
-        for (size_t i = 0; i < T; i++) {
-            const size_t at = (b * T + i) * C + h * D;
-            delta[head * T + i] = dot(dout + at, out + at, D);
-            for (size_t part = 0; part < 3; part++) memset(dqkv + first + i * row + part * C, 0, D * sizeof *dqkv);
-        }
-        for (size_t j0 = 0; j0 < T; j0 += KEYS)
-            for (size_t i0 = j0; i0 < T; i0 += QUERIES) {
-                const size_t rows = min_size(QUERIES, T - i0), keys = min_size(KEYS, i0 + rows - j0);
-                const act *q = qkv + first + i0 * row, *k = qkv + first + C + j0 * row, *v = k + C;
-                const act *go = dout + (b * T + i0) * C + h * D;
-                act *dq = dqkv + first + i0 * row, *dk = dqkv + first + C + j0 * row, *dv = dk + C;
-                product(p, KEYS, (Mat){q, row, 1}, (Mat){k, 1, row}, 0, rows, 0, keys, D, 0, NULL, strips);
-                product(ds, KEYS, (Mat){go, C, 1}, (Mat){v, 1, row}, 0, rows, 0, keys, D, 0, NULL, strips);
-                for (size_t i = 0; i < rows; i++) {
-                    const size_t n = min_size(i0 + i + 1 - j0, keys), at = head * T + i0 + i;
-                    softmax_backward_row(p + i * KEYS, ds + i * KEYS, n, scale, lse[at], delta[at], d,
-                                         ((b * d.heads + h) * T + i0 + i) * T + j0);
-                    memset(p + i * KEYS + n, 0, (keys - n) * sizeof *p);
-                    memset(ds + i * KEYS + n, 0, (keys - n) * sizeof *ds);
-                }
-                product(dv, row, (Mat){p, 1, KEYS}, (Mat){go, C, 1}, 0, keys, 0, D, rows, 1, NULL, strips);
-                product(dk, row, (Mat){ds, 1, KEYS}, (Mat){q, row, 1}, 0, keys, 0, D, rows, 1, NULL, strips);
-                product(dq, row, (Mat){ds, KEYS, 1}, (Mat){k, row, 1}, 0, rows, 0, D, keys, 1, NULL, strips);
-            }
-    }
-}
+                               size_t B, size_t T, size_t H, size_t D, Dropout d);
 
 /* Generation, one sequence: n new rows qkv (n,3*H*D) at positions past .. past+n-1. Appends their K and V to the
  * caches (positions, H*D) and attends to everything so far; out (n,H*D). */
 static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n, size_t past,
-                                     size_t H, size_t D)
-{
-    const size_t C = H * D;
-    const real scale = 1 / square_root((real)D);
-    const Dropout none = {0, 0, 0, 0, 0, H};
-    for (size_t i = 0; i < n; i++) {
-        memcpy(k_cache + (past + i) * C, qkv + i * 3 * C + C, C * sizeof *k_cache);
-        memcpy(v_cache + (past + i) * C, qkv + i * 3 * C + 2 * C, C * sizeof *v_cache);
-    }
-    if (past == 0 && n > 1) { /* a prompt: nothing but itself to attend to */
-        attention_forward(out, NULL, qkv, 1, n, H, D, none);
-        return;
-    }
-#pragma omp parallel for schedule(static) if (n * (past + n) * C > SMALL)
-    for (size_t task = 0; task < n * H; task++) {
-        const size_t i = task / H, h = task % H, count = past + i + 1;
-        const act *q = qkv + i * 3 * C + h * D;
-        act *o = out + i * C + h * D;
-        real s[KEYS], m = -INFINITY, l = 0;
-        memset(o, 0, D * sizeof *o);
-        for (size_t j0 = 0; j0 < count; j0 += KEYS) {
-            const size_t keys = min_size(KEYS, count - j0);
-            const act *k = k_cache + j0 * C + h * D, *v = v_cache + j0 * C + h * D;
-            for (size_t j = 0; j < keys; j++) s[j] = dot(q, k + j * C, D);
-            online_softmax_row(s, keys, scale, &m, &l, o, D, none, 0);
-            for (size_t j = 0; j < keys; j++)
-#pragma omp simd
-                for (size_t c = 0; c < D; c++) o[c] += s[j] * v[j * C + c];
-        }
-        for (size_t c = 0; c < D; c++) o[c] /= l;
-    }
-}
+                                     size_t H, size_t D);
 
-/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] ----------------------------------------------- */
+/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] ------------------------------------------------ */
 
 /* This rank's columns are the tokens v0 .. v0+Vp-1; the first `valid` are real, the rest padding that takes part in
  * nothing. Between these steps chapter 5 reduces max, sum and target_logit over the ranks: three numbers a row travel
  * where the logits would be V. */
 
 /* max (N) of the valid logits (N,Vp); -inf if there are none. */
-static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t valid)
-{
-#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
-    for (size_t n = 0; n < N; n++) max[n] = largest(logits + n * Vp, valid, -INFINITY);
-}
+static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t valid);
 
 /* sum = sum of e^(z - max) over the valid tokens; target_logit = z[target] - max if this slice owns it, else 0. Summed
  * in double: the errors left are the exponential's, 1.02 ulp of each term, and of z - max, which e^x makes a relative
  * one, (max - z) U with U = 2^-24. In all (3.1 + depth) U of the sum, depth being the softmax's mean of max - z [P16]. */
 static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max, const int *targets,
-                           size_t N, size_t Vp, size_t valid, size_t v0)
-{
-#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        const act *z = logits + n * Vp;
-        const size_t target = (size_t)targets[n] - v0;
-        const real top = max[n];
-        double total = 0;
-#pragma omp simd reduction(+ : total)
-        for (size_t v = 0; v < valid; v++) total += (double)exponential(z[v] - top);
-        sum[n] = (real)total;
-        target_logit[n] = target < valid ? z[target] - top : 0;
-    }
-}
+                           size_t N, size_t Vp, size_t valid, size_t v0);
 
 /* loss (N) = log(sum) - target_logit, both summed over the ranks by now: -log softmax(z)[target]. On one rank its error
  * is at most (3.1 + depth + max - z[target] + loss) U. */
-static void cross_entropy_loss(real *loss, const real *sum, const real *target_logit, size_t N)
-{
-    for (size_t n = 0; n < N; n++) loss[n] = (real)(log((double)sum[n]) - (double)target_logit[n]);
-}
+static void cross_entropy_loss(real *loss, const real *sum, const real *target_logit, size_t N);
 
 /* In place: logits (N,Vp) become (softmax - onehot) * weight[n] * scale; padding becomes 0. With w = weight[n] * scale, on
  * one rank, an element's error is at most |w| (U (softmax * (9 + max - z + depth) + 2 onehot) + 2^-124) + 2^-149. */
 static void cross_entropy_backward(act *logits, const real *max, const real *sum, const int *targets,
-                                   const real *weight, real scale, size_t N, size_t Vp, size_t valid, size_t v0)
-{
-#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        act *z = logits + n * Vp;
-        const size_t target = (size_t)targets[n] - v0;
-        const real top = max[n], w = weight[n] * scale, w_over_sum = w / sum[n];
-#pragma omp simd
-        for (size_t v = 0; v < valid; v++) z[v] = exponential(z[v] - top) * w_over_sum;
-        for (size_t v = valid; v < Vp; v++) z[v] = 0;
-        if (target < valid) z[target] -= w;
-    }
-}
+                                   const real *weight, real scale, size_t N, size_t Vp, size_t valid, size_t v0);
 
-/* ---- Optimiser's and collectives' inner loops -------------------------------------------------------------------- */
+/* ---- The optimiser ------------------------------------------------------------------------------------------------ */
 
 /* AdamW on n parameters: p -= lr * (m^ / (sqrt(v^) + eps) + decay * p) [P32], m^ and v^ free of the bias of their
  * zero start. master: float weights behind narrower ones; NULL: w itself. */
-static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h)
-{
-    const real lr = (real)h.lr, decay = (real)h.decay, eps = (real)h.eps, grad_scale = (real)h.grad_scale;
-    const real b1 = (real)h.beta1, b2 = (real)h.beta2, r1 = (real)(1 - h.beta1), r2 = (real)(1 - h.beta2);
-    const real c1 = (real)(1 / (1 - pow(h.beta1, (double)h.step)));
-    const real c2 = (real)(1 / (1 - pow(h.beta2, (double)h.step)));
-    real *p = master ? master : w;
-#pragma omp parallel for simd schedule(static) if (n > SMALL)
-    for (size_t i = 0; i < n; i++) {
-        const real gi = g[i] * grad_scale;
-        m[i] = b1 * m[i] + r1 * gi;
-        v[i] = b2 * v[i] + r2 * gi * gi;
-        p[i] -= lr * (m[i] * c1 / (square_root(v[i] * c2) + eps) + decay * p[i]);
-        w[i] = p[i];
-    }
-}
+static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h);
 
 /* Sum of squares, in double over a fixed number of runs: the order depends on n alone. */
-static double sum_squares(const act *x, size_t n)
-{
-    enum { RUNS = 64 };
-    double part[RUNS], total = 0;
-#pragma omp parallel for schedule(static) if (n > SMALL)
-    for (size_t r = 0; r < RUNS; r++) {
-        double sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (size_t i = n / RUNS * r + min_size(r, n % RUNS); i < n / RUNS * (r + 1) + min_size(r + 1, n % RUNS); i++)
-            sum += (double)x[i] * (double)x[i];
-        part[r] = sum;
-    }
-    for (size_t r = 0; r < RUNS; r++) total += part[r];
-    return total;
-}
-
-/* The loop of all_reduce: elements [begin, begin+n) of all P arrays become op over the P arrays, in rank order. A NaN
- * wins every MAX. type is ACT or REAL_ARRAY, which only the twin must tell apart. */
-static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op)
-{
-    enum { RUN = 1024 }; /* elements that stay in L1 while the ranks' arrays pass by */
-    (void)type;
-#pragma omp parallel for schedule(static) if (n > SMALL)
-    for (size_t i0 = begin; i0 < begin + n; i0 += RUN) {
-        const size_t count = min_size(RUN, begin + n - i0);
-        real total[RUN];
-        memcpy(total, (real *)x[0] + i0, count * sizeof *total);
-        for (int r = 1; r < P; r++) {
-            const real *a = (real *)x[r] + i0;
-#pragma omp simd
-            for (size_t i = 0; i < count; i++)
-                total[i] = op == SUM ? total[i] + a[i] : a[i] > total[i] || a[i] != a[i] ? a[i] : total[i];
-        }
-        for (int r = 0; r < P; r++) memcpy((real *)x[r] + i0, total, count * sizeof *total);
-    }
-}
-
-#endif                      /* GPT2_OPERATORS */
-#ifdef GPT2_AFTER_OPERATORS /* a stopwatch around every operator, for dev/bench/cpu.c */
-#include GPT2_AFTER_OPERATORS
-#endif
+static double sum_squares(const act *x, size_t n);
 
 /* ================================================================================================================
- * Chapter 3. Ranks and collectives [§2.3, App. B.1]
+ * Chapter 2. Ranks and groups [§2.3, App. B.1, Fig. 8]
+ * =============================================================================================================
  *
  * Every GPU of the paper is a thread here, called a rank. Rank code is written as if it were alone; ranks meet only in
- * the collectives below, which bear their MPI and NCCL names. A Comm is one rank's view of a group; the group's Board
- * is what its ranks share. The protocol of every collective is the same:
- *
- *     1. each rank posts its pointer and count on the board;      2. barrier: all posts can be read;
- *     3. each rank reads the others' buffers and does its part;   4. barrier: the buffers are their owners' again.
+ * the collectives below, which bear their MPI and NCCL names. A Comm is one rank's view of a group.
  *
  * Sums run in rank order, and each element is summed by one rank only and then written to all: every run repeats bit
- * for bit, and all ranks hold the same bits afterwards.
- * ============================================================================================================= */
+ * for bit, and all ranks hold the same bits afterwards. */
 
 enum { MAX_RANKS = 64 };
+
+typedef enum { SUM, MAX } Op;
+typedef enum { ACT, REAL_ARRAY, DOUBLE_ARRAY } Type; /* of an array's elements; only the twin's act is not real */
 
 /* Where in the model a rank is at work: for error messages and for `trace`. */
 typedef struct {
@@ -1238,44 +296,8 @@ typedef struct {
     int layer;             /* -1 outside the layers */
 } Place;
 
-/* One collective as `trace` prints it. */
-typedef struct {
-    const char *op, *group;
-    size_t elements, bytes; /* of the message: what each rank passes in */
-    Place place;
-} Event;
-
-typedef struct {
-    Event *event;
-    size_t n, capacity;
-} Trace;
-
-/* A buffered one-way channel between two ranks: send waits while it is full, recv while it is empty. */
-typedef struct {
-    pthread_mutex_t mutex;
-    pthread_cond_t changed;
-    int full;
-    void *data;
-    size_t capacity, bytes;
-} Mailbox;
-
-/* What one rank posts. */
-typedef struct {
-    const char *op;
-    void *x;
-    size_t n;
-    int type, world_rank;
-} Post;
-
-typedef struct {
-    int size, spin;
-    int arrived;         /* barrier: ranks that wait */
-    unsigned generation; /* barrier: how often it has opened */
-    pthread_mutex_t mutex;
-    pthread_cond_t opened;
-    Post post[MAX_RANKS];
-    Mailbox *mailbox; /* [from * size + to] */
-} Board;
+typedef struct Trace Trace;
+typedef struct Board Board;
 
 typedef struct {
     int rank, size;
@@ -1286,213 +308,35 @@ typedef struct {
     Trace *trace;       /* NULL: not recorded */
 } Comm;
 
-static size_t type_size(Type type)
-{
-    return type == ACT ? sizeof(act) : type == REAL_ARRAY ? sizeof(real) : sizeof(double);
-}
-
-/* spin: how often a barrier looks before it sleeps. */
-static Board *board_create(int size, int spin)
-{
-    Board *board = (Board *)xcalloc(1, sizeof *board);
-    board->size = size;
-    board->spin = spin;
-    board->mailbox = (Mailbox *)xcalloc((size_t)size * size, sizeof *board->mailbox);
-    pthread_mutex_init(&board->mutex, NULL);
-    pthread_cond_init(&board->opened, NULL);
-    for (int i = 0; i < size * size; i++) {
-        pthread_mutex_init(&board->mailbox[i].mutex, NULL);
-        pthread_cond_init(&board->mailbox[i].changed, NULL);
-    }
-    return board;
-}
-
-/* Called by one rank, after the last barrier of the group. */
-static void board_destroy(Board *board)
-{
-    for (int i = 0; i < board->size * board->size; i++) device_free(board->mailbox[i].data);
-    free(board->mailbox);
-    free(board);
-}
-
 /* No rank returns before all have come. Spins briefly, since ranks are usually close together, and then sleeps. */
-static void barrier(Comm *c)
-{
-    Board *b = c->board;
-    unsigned generation = __atomic_load_n(&b->generation, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&b->arrived, 1, __ATOMIC_ACQ_REL) == b->size) {
-        __atomic_store_n(&b->arrived, 0, __ATOMIC_RELAXED);
-        pthread_mutex_lock(&b->mutex); /* so that no rank falls asleep between its last look and our call */
-        __atomic_store_n(&b->generation, generation + 1, __ATOMIC_RELEASE);
-        pthread_cond_broadcast(&b->opened);
-        pthread_mutex_unlock(&b->mutex);
-        return;
-    }
-    for (int i = 0; i < b->spin; i++)
-        if (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) != generation) return;
-    pthread_mutex_lock(&b->mutex);
-    while (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) == generation) pthread_cond_wait(&b->opened, &b->mutex);
-    pthread_mutex_unlock(&b->mutex);
-}
-
-static void record(Comm *c, const char *op, size_t n, Type type)
-{
-    static const Place nowhere = {"-", "", "", -1};
-    Trace *trace = c->trace;
-    if (!trace) return;
-    trace->event = (Event *)grow(trace->event, trace->n, &trace->capacity, sizeof *trace->event);
-    Event *event = &trace->event[trace->n++];
-    event->op = op;
-    event->group = c->name;
-    event->elements = n;
-    event->bytes = n * type_size(type);
-    event->place = c->place ? *c->place : nowhere;
-}
-
-/* Steps 1 and 2 of the protocol. A program whose ranks disagree on what comes next is broken beyond repair: say who. */
-static void meet(Comm *c, const char *op, void *x, size_t n, Type type)
-{
-    Post *mine = &c->board->post[c->rank];
-    mine->op = op, mine->x = x, mine->n = n, mine->type = type, mine->world_rank = c->world_rank;
-    device_synchronize();
-    barrier(c);
-    for (int r = 0; r < c->size; r++) {
-        const Post *other = &c->board->post[r];
-        if (other->n != n || other->type != (int)type || strcmp(other->op, op))
-            die("ranks disagree in group %s: rank %d calls %s of %zu elements, rank %d calls %s of %zu", c->name,
-                c->world_rank, op, n, other->world_rank, other->op, other->n);
-    }
-    record(c, op, n, type);
-}
-
-static void leave(Comm *c)
-{
-    device_synchronize();
-    barrier(c);
-}
-
-/* reduce_slice for a few scalars in the host's memory. */
-static void reduce_scalars(void *const *x, int P, size_t begin, size_t n, Op op)
-{
-    for (size_t i = begin; i < begin + n; i++) {
-        double total = ((double *)x[0])[i];
-        for (int r = 1; r < P; r++) {
-            const double a = ((double *)x[r])[i];
-            total = op == SUM ? total + a : a > total || a != a ? a : total;
-        }
-        for (int r = 0; r < P; r++) ((double *)x[r])[i] = total;
-    }
-}
+static void barrier(Comm *c);
 
 /* x[i] = x_0[i] op x_1[i] op .. over the ranks of the group, i < n, in place, on all ranks. Rank r reduces slice r for
  * everyone: as in a ring all-reduce, 2 (t-1)/t n elements of each rank cross over, read from others and written to them
  * [P8]. */
-static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op)
-{
-    if (c->size == 1) return;
-    meet(c, op == SUM ? "all_reduce" : "all_reduce_max", x, n, type);
-    void *buffer[MAX_RANKS];
-    for (int r = 0; r < c->size; r++) buffer[r] = c->board->post[r].x;
-    size_t begin = n * c->rank / c->size, end = n * (c->rank + 1) / c->size;
-    if (type == DOUBLE_ARRAY) reduce_scalars(buffer, c->size, begin, end - begin, op);
-    else reduce_slice(buffer, c->size, begin, end - begin, type, op);
-    leave(c);
-}
-
-/* n elements of another rank's array, or of this one's. A DOUBLE_ARRAY is a few scalars in the host's memory; all others
- * are the device's. */
-static void copy_array(void *to, const void *from, size_t n, Type type)
-{
-    if (type == DOUBLE_ARRAY) memmove(to, from, n * type_size(type));
-    else device_copy(to, from, n * type_size(type));
-}
+static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op);
 
 /* out[r * n + i] = x[i] of rank r. */
-static void all_gather(Comm *c, void *out, void *x, size_t n, Type type)
-{
-    size_t bytes = n * type_size(type);
-    if (c->size > 1) meet(c, "all_gather", x, n, type);
-    for (int r = 0; r < c->size; r++)
-        copy_array((char *)out + r * bytes, c->size > 1 ? c->board->post[r].x : x, n, type);
-    if (c->size > 1) leave(c);
-}
+static void all_gather(Comm *c, void *out, void *x, size_t n, Type type);
 
 /* x of every rank = x of the root. */
-static void broadcast(Comm *c, void *x, size_t n, Type type, int root)
-{
-    if (c->size == 1) return;
-    meet(c, "broadcast", x, n, type);
-    if (c->rank != root) copy_array(x, c->board->post[root].x, n, type);
-    leave(c);
-}
+static void broadcast(Comm *c, void *x, size_t n, Type type, int root);
 
 /* Point to point: the message is copied into the mailbox, so send returns before the other side has called recv,
  * unless an earlier message still waits there. */
-static void send(Comm *c, const void *x, size_t n, Type type, int to)
-{
-    Mailbox *box = &c->board->mailbox[c->rank * c->size + to];
-    size_t bytes = n * type_size(type);
-    record(c, "send", n, type);
-    pthread_mutex_lock(&box->mutex);
-    while (box->full) pthread_cond_wait(&box->changed, &box->mutex);
-    if (bytes > box->capacity) { /* the first message only: later steps allocate nothing */
-        device_free(box->data);
-        box->data = device_calloc(bytes);
-        box->capacity = bytes;
-    }
-    device_copy(box->data, x, bytes);
-    device_synchronize();
-    box->bytes = bytes;
-    box->full = 1;
-    pthread_cond_broadcast(&box->changed);
-    pthread_mutex_unlock(&box->mutex);
-}
+static void send(Comm *c, const void *x, size_t n, Type type, int to);
 
-static void recv(Comm *c, void *x, size_t n, Type type, int from)
-{
-    Mailbox *box = &c->board->mailbox[from * c->size + c->rank];
-    record(c, "recv", n, type);
-    pthread_mutex_lock(&box->mutex);
-    while (!box->full) pthread_cond_wait(&box->changed, &box->mutex);
-    if (box->bytes != n * type_size(type))
-        die("rank %d receives %zu bytes in group %s, but %zu were sent", c->world_rank, n * type_size(type), c->name,
-            box->bytes);
-    device_copy(x, box->data, box->bytes);
-    device_synchronize();
-    box->full = 0;
-    pthread_cond_broadcast(&box->changed);
-    pthread_mutex_unlock(&box->mutex);
-}
+static void recv(Comm *c, void *x, size_t n, Type type, int from);
 
 /* As MPI_Comm_split: the ranks of parent that pass the same color form a group, ordered by their rank in parent.
  * Every rank of parent must call it. */
-static Comm comm_split(Comm *parent, int color, const char *name)
-{
-    Post *mine = &parent->board->post[parent->rank];
-    Comm c = {0, 0, NULL, name, parent->world_rank, NULL, NULL};
-    int leader = -1;
-    mine->n = (size_t)color;
-    barrier(parent);
-    for (int r = 0; r < parent->size; r++) {
-        if (parent->board->post[r].n != (size_t)color) continue;
-        if (leader < 0) leader = r;
-        if (r == parent->rank) c.rank = c.size;
-        c.size++;
-    }
-    if (leader == parent->rank) mine->x = board_create(c.size, parent->board->spin);
-    barrier(parent);
-    c.board = (Board *)parent->board->post[leader].x;
-    barrier(parent); /* the posts may be reused only when all have read them */
-    return c;
-}
+static Comm comm_split(Comm *parent, int color, const char *name);
 
 /* Every rank calls it; the group is then gone. */
-static void comm_free(Comm *c)
-{
-    barrier(c);
-    int last = __atomic_add_fetch(&c->board->arrived, 1, __ATOMIC_ACQ_REL) == c->size;
-    if (last) board_destroy(c->board); /* the others have left the barrier before they counted themselves in */
-}
+static void comm_free(Comm *c);
+
+/* Runs body as n ranks, each a thread with its own world Comm, and returns when all have returned. */
+static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg);
 
 /* ---- Layout: who is who ------------------------------------------------------------------------------------------ */
 
@@ -1520,45 +364,11 @@ static int embedding_color(Layout s, int rank)
     return stage == 0 || stage == s.pp - 1 ? pp_color(s, rank) : s.tp * s.dp + rank;
 }
 
-/* ---- Starting the ranks ------------------------------------------------------------------------------------------ */
-
-typedef struct {
-    Comm world;
-    void (*body)(Comm *world, void *arg);
-    void *arg;
-} Start;
-
-static void *start_rank(void *arg)
-{
-    Start *start = (Start *)arg;
-    device_select(start->world.rank, start->world.size);
-#ifdef _OPENMP
-    omp_set_num_threads(cores() / start->world.size > 1 ? cores() / start->world.size : 1); /* ranks share the cores */
-#endif
-    start->body(&start->world, start->arg);
-    return NULL;
-}
-
-/* Runs body as n ranks, each a thread with its own world Comm, and returns when all have returned. */
-static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg)
-{
-    pthread_t thread[MAX_RANKS];
-    Start start[MAX_RANKS];
-    if (n < 1 || n > MAX_RANKS) die("%d ranks were asked for: 1 to %d are possible", n, MAX_RANKS);
-    Board *board = board_create(n, n <= cores() ? 4096 : 0); /* never burn a core that another rank needs */
-    for (int r = 0; r < n; r++) {
-        Comm world = {r, n, board, "world", r, NULL, NULL};
-        start[r].world = world, start[r].body = body, start[r].arg = arg;
-        if (pthread_create(&thread[r], NULL, start_rank, &start[r]))
-            die("cannot start a thread for rank %d of %d", r, n);
-    }
-    for (int r = 0; r < n; r++) pthread_join(thread[r], NULL);
-    board_destroy(board);
-}
-
 /* ================================================================================================================
- * Chapter 4. Shapes, parameters, initialisation [§4.2, §5.1, Tables 1 and 2]
+ * Chapter 3. The model-parallel transformer [§3]
  * ============================================================================================================= */
+
+typedef struct Tensor Tensor; /* chapter 5 */
 
 /* The shape of a model: Hugging Face's n_layer n_embd n_head n_inner n_positions vocab_size, and so on. */
 typedef struct {
@@ -1567,76 +377,6 @@ typedef struct {
     real eps; /* LayerNorm's */
     real embd_pdrop, attn_pdrop, resid_pdrop;
 } Config;
-
-typedef struct {
-    const char *name, *what;
-    size_t L, C, H, T, V;
-} Preset;
-
-/* The paper pads its vocabulary to 51,200 in all experiments [§5.1]. 124M, 774M and 1558M are OpenAI's GPT-2. */
-/* clang-format off */
-static const Preset presets[] = {
-    {"tiny", "the demo: text as bytes", 4, 128, 4, 64, 257},
-    {"124M", "GPT-2", 12, 768, 12, 1024, 50257},
-    {"355M", "Table 2", 24, 1024, 16, 1024, 51200},
-    {"774M", "GPT-2", 36, 1280, 20, 1024, 50257},
-    {"1558M", "GPT-2", 48, 1600, 25, 1024, 50257},
-    {"1.2B", "Table 1", 40, 1536, 16, 1024, 51200},
-    {"2.5B", "Tables 1 and 2", 54, 1920, 20, 1024, 51200},
-    {"4.2B", "Table 1", 64, 2304, 24, 1024, 51200},
-    {"8.3B", "Table 2", 72, 3072, 24, 1024, 51200},
-    {"8.3B-scaling", "Table 1", 72, 3072, 32, 1024, 51200},
-};
-/* clang-format on */
-enum { N_PRESETS = sizeof presets / sizeof *presets };
-
-/* A model of this shape with the paper's other choices [§4.2, P41]. */
-static Config make_config(size_t L, size_t C, size_t H, size_t T, size_t V)
-{
-    Config c = {L, C, H, 4 * C, T, V, GELU_TANH, (real)1e-5, (real)0.1, (real)0.1, (real)0.1};
-    return c;
-}
-
-static Config find_preset(const char *name)
-{
-    char known[256] = "";
-    for (int i = 0; i < N_PRESETS; i++) {
-        const Preset *p = &presets[i];
-        if (!strcmp(p->name, name)) return make_config(p->L, p->C, p->H, p->T, p->V);
-        snprintf(known + strlen(known), sizeof known - strlen(known), " %s", p->name);
-    }
-    die("--config %s is not known; there are:%s", name, known);
-}
-
-/* The vocabulary is padded to a multiple of 128 t, so that all tensor ranks hold equally many [§5.1, P14]. */
-static size_t padded_vocab(size_t V, int tp) { return round_up(V, 128 * (size_t)tp); }
-
-/* Dies unless the model can be cut this way. */
-static void check_layout(const Config *c, Layout s)
-{
-    if (s.tp < 1 || s.pp < 1 || s.dp < 1) die("--tp %d --pp %d --dp %d: each must be at least 1", s.tp, s.pp, s.dp);
-    if (s.tp > MAX_RANKS || s.pp > MAX_RANKS || s.dp > MAX_RANKS || world_size(s) > MAX_RANKS)
-        die("--tp %d --pp %d --dp %d: at most %d ranks are possible", s.tp, s.pp, s.dp, MAX_RANKS);
-    if (c->H % s.tp)
-        die("--tp %d does not divide %zu heads: choose a divisor, since each rank owns whole heads", s.tp, c->H);
-    if (c->F % s.tp) die("--tp %d does not divide the MLP width %zu: choose a divisor", s.tp, c->F);
-    if (c->L % s.pp)
-        die("--pp %d does not divide %zu layers: choose a divisor, since stages are equally deep", s.pp, c->L);
-}
-
-/* ---- The one table of tensors ------------------------------------------------------------------------------------ */
-
-/* How tensor ranks share a tensor [§3]. Weights are [out, in], as in Megatron. */
-typedef enum {
-    WHOLE, /* replicated: every rank has all of it and computes the same gradient for it */
-    ROWS,  /* column-parallel in the paper's words (its A stands transposed here), or vocabulary rows */
-    QKV,   /* rows too, but of each of Q, K, V: rank r holds [Q_r; K_r; V_r], whole heads [P11] */
-    COLS   /* row-parallel */
-} Split;
-
-typedef enum { ONE, DIM_C, DIM_3C, DIM_F, DIM_P, DIM_V } Dim;
-
-typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_SCALED } Init;
 
 /* One transformer layer [Fig. 2], as one tensor rank sees it. Cp = C/t, Fp = F/t. */
 typedef struct {
@@ -1655,191 +395,6 @@ typedef struct {
     Layer *layer;       /* [L / stages] */
     act *lnf_g, *lnf_b; /* (C) */
 } Params;
-
-/* What there is to know about a tensor. Placing, initialisation, sharding, weight decay, clipping, checkpoints and
- * convert.c walk this table; no second list of tensors exists. */
-typedef struct {
-    const char *name; /* Hugging Face's, without its prefix "transformer."; %zu is the layer */
-    size_t field;     /* of the pointer in Layer, or in Params if not in_layer */
-    int in_layer;
-    Dim rows, cols; /* [out, in] */
-    Split split;
-    Init init;
-    int decay;  /* weight decay: matrices and embeddings; not biases, not LayerNorm [P31] */
-    int conv1d; /* Hugging Face stores it transposed, [in, out], after OpenAI's Conv1D */
-} Spec;
-
-/* clang-format off */
-static const Spec specs[] = {
-    /* name                      field                      layer rows    cols   split  init         decay conv1d */
-    {"wte.weight",               offsetof(Params, wte),     0,    DIM_V,  DIM_C, ROWS,  INIT_NORMAL, 1,    0},
-    {"wpe.weight",               offsetof(Params, wpe),     0,    DIM_P,  DIM_C, WHOLE, INIT_NORMAL, 1,    0},
-    {"h.%zu.ln_1.weight",        offsetof(Layer, ln1_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
-    {"h.%zu.ln_1.bias",          offsetof(Layer, ln1_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"h.%zu.attn.c_attn.weight", offsetof(Layer, qkv_w),    1,    DIM_3C, DIM_C, QKV,   INIT_NORMAL, 1,    1},
-    {"h.%zu.attn.c_attn.bias",   offsetof(Layer, qkv_b),    1,    DIM_3C, ONE,   QKV,   INIT_ZERO,   0,    0},
-    {"h.%zu.attn.c_proj.weight", offsetof(Layer, proj_w),   1,    DIM_C,  DIM_C, COLS,  INIT_SCALED, 1,    1},
-    {"h.%zu.attn.c_proj.bias",   offsetof(Layer, proj_b),   1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"h.%zu.ln_2.weight",        offsetof(Layer, ln2_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
-    {"h.%zu.ln_2.bias",          offsetof(Layer, ln2_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"h.%zu.mlp.c_fc.weight",    offsetof(Layer, fc_w),     1,    DIM_F,  DIM_C, ROWS,  INIT_NORMAL, 1,    1},
-    {"h.%zu.mlp.c_fc.bias",      offsetof(Layer, fc_b),     1,    DIM_F,  ONE,   ROWS,  INIT_ZERO,   0,    0},
-    {"h.%zu.mlp.c_proj.weight",  offsetof(Layer, out_w),    1,    DIM_C,  DIM_F, COLS,  INIT_SCALED, 1,    1},
-    {"h.%zu.mlp.c_proj.bias",    offsetof(Layer, out_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"ln_f.weight",              offsetof(Params, lnf_g),   0,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
-    {"ln_f.bias",                offsetof(Params, lnf_b),   0,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-};
-/* clang-format on */
-enum { N_SPECS = sizeof specs / sizeof *specs, NAME_SIZE = 64 };
-
-static size_t dim_size(const Config *c, Dim dim)
-{
-    switch (dim) {
-    case DIM_C: return c->C;
-    case DIM_3C: return 3 * c->C;
-    case DIM_F: return c->F;
-    case DIM_P: return c->P;
-    case DIM_V: return c->V;
-    default: return 1;
-    }
-}
-
-/* One tensor, as one rank holds it. */
-typedef struct {
-    const Spec *spec;
-    size_t layer;                  /* its number in the whole model */
-    size_t rows, cols;             /* of the whole tensor, [out, in]; wte without padding */
-    size_t local_rows, local_cols; /* of this rank's slice; wte with padding */
-    size_t offset, n;              /* where the slice starts in the arenas, and its size; elements */
-    int counted; /* 1 on exactly one rank for each distinct element: global sums must count replicas once [P27] */
-} Tensor;
-
-/* The name, with the layer filled in. */
-static char *tensor_name(char name[NAME_SIZE], const Tensor *t)
-{
-    if (t->spec->in_layer) snprintf(name, NAME_SIZE, t->spec->name, t->layer);
-    else snprintf(name, NAME_SIZE, "%s", t->spec->name);
-    return name;
-}
-
-/* Does this stage hold the tensor? Embeddings live on the first stage, the final LayerNorm on the last, which also
- * holds a copy of the word embedding for the logits. */
-static int on_stage(const Spec *spec, int stage, int stages)
-{
-    int first = stage == 0, last = stage == stages - 1;
-    if (spec->in_layer) return 1;
-    if (spec->field == offsetof(Params, wte)) return first || last;
-    return spec->field == offsetof(Params, wpe) ? first : last;
-}
-
-static void add_tensor(Tensor *t, size_t *offset, const Config *c, const Spec *spec, size_t layer, Layout s, int rank)
-{
-    int copied = spec->field == offsetof(Params, wte) && !spec->in_layer && pp_rank(s, rank) > 0;
-    t->spec = spec;
-    t->layer = layer;
-    t->rows = dim_size(c, spec->rows);
-    t->cols = dim_size(c, spec->cols);
-    t->local_rows = spec->rows == DIM_V ? padded_vocab(t->rows, s.tp) : t->rows;
-    if (spec->split == ROWS || spec->split == QKV) t->local_rows /= (size_t)s.tp;
-    t->local_cols = spec->split == COLS ? t->cols / (size_t)s.tp : t->cols;
-    t->n = t->local_rows * t->local_cols;
-    t->offset = *offset;
-    t->counted = !copied && (spec->split != WHOLE || tp_rank(s, rank) == 0);
-    *offset += round_up(t->n, 64); /* every tensor starts on a cache line, whatever its type */
-}
-
-/* Lists the tensors of one rank, in the order of the table, layer by layer. list has room for max_tensors(c), or is
- * NULL: then they are only counted. Returns their number; *elements (if wanted) the size of an arena for them. */
-static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layout s, int rank)
-{
-    int stage = pp_rank(s, rank);
-    size_t n = 0, offset = 0, depth = c->L / (size_t)s.pp, first = (size_t)stage * depth;
-    for (int i = 0; i < N_SPECS;) {
-        int end = i + 1; /* the layer's specs are neighbours: they repeat together */
-        while (specs[i].in_layer && end < N_SPECS && specs[end].in_layer) end++;
-        size_t repeats = specs[i].in_layer ? depth : 1;
-        for (size_t l = 0; l < repeats; l++)
-            for (int j = i; j < end; j++) {
-                Tensor t;
-                if (!on_stage(&specs[j], stage, s.pp)) continue;
-                add_tensor(list ? &list[n] : &t, &offset, c, &specs[j], specs[j].in_layer ? first + l : 0, s, rank);
-                n++;
-            }
-        i = end;
-    }
-    if (elements) *elements = offset;
-    return n;
-}
-
-/* Row of the whole tensor that local row i of tensor rank r's slice is; columns start at whole_col(). */
-static size_t whole_row(const Tensor *t, int r, size_t i)
-{
-    size_t rows = t->local_rows;
-    if (t->spec->split == ROWS) return (size_t)r * rows + i;
-    if (t->spec->split == QKV) return i / (rows / 3) * (t->rows / 3) + (size_t)r * (rows / 3) + i % (rows / 3);
-    return i;
-}
-
-static size_t whole_col(const Tensor *t, int r) { return t->spec->split == COLS ? (size_t)r * t->local_cols : 0; }
-
-/* Local rows that exist in the whole tensor: all but the padding of the vocabulary, which stays zero for ever. */
-static size_t real_rows(const Tensor *t, int r)
-{
-    if (t->spec->rows != DIM_V) return t->local_rows;
-    size_t first = (size_t)r * t->local_rows;
-    return first >= t->rows ? 0 : min_size(t->local_rows, t->rows - first);
-}
-
-/* Number of parameters of the whole model, without padding: 12 L C^2 (1 + 13/(12C) + (V+T)/(12 L C)) + 2C [P42, P43]. */
-static size_t count_parameters(const Config *c)
-{
-    size_t total = 0;
-    for (int i = 0; i < N_SPECS; i++)
-        total += dim_size(c, specs[i].rows) * dim_size(c, specs[i].cols) * (specs[i].in_layer ? c->L : 1);
-    return total;
-}
-
-/* Points the fields of p into an arena at base. p->layer has room for the stage's layers, of which the first is layer
- * number first_layer of the model. */
-static void place_params(Params *p, act *base, const Tensor *list, size_t n, size_t first_layer)
-{
-    for (size_t i = 0; i < n; i++) {
-        const Tensor *t = &list[i];
-        char *owner = t->spec->in_layer ? (char *)&p->layer[t->layer - first_layer] : (char *)p;
-        *(act **)(void *)(owner + t->spec->field) = base + t->offset;
-    }
-}
-
-/* Draws the initial weights of a rank: N(0, 0.02), residual outputs scaled by 1/sqrt(2L), biases 0, LayerNorm 1 and 0
- * [§4.2, P40]. An element's value depends on the tensor and its place in the whole, so every layout draws one and the
- * same model [P13]; Megatron gets there by drawing the whole matrix on every rank and keeping a slice. */
-static void init_params(act *base, const Tensor *list, size_t n, const Config *c, uint64_t seed, int r)
-{
-    for (size_t i = 0; i < n; i++) {
-        const Tensor *t = &list[i];
-        uint32_t site = SITE_INIT + (uint32_t)(t->layer * N_SPECS + (size_t)(t->spec - specs));
-        double std = t->spec->init == INIT_SCALED ? 0.02 / sqrt(2.0 * (double)c->L) : 0.02;
-        const size_t cols = t->local_cols, rows = real_rows(t, r), at_once = 1024;
-        real *block = (real *)xcalloc(min_size(rows, at_once) * cols, sizeof *block);
-        for (size_t row0 = 0; row0 < rows; row0 += at_once) { /* padding stays zero */
-            const size_t count = min_size(at_once, rows - row0);
-#pragma omp parallel for
-            for (size_t row = 0; row < count; row++) {
-                real *x = block + row * cols;
-                if (t->spec->init >= INIT_NORMAL)
-                    random_normals(x, seed, site, whole_row(t, r, row0 + row) * t->cols + whole_col(t, r), cols);
-                for (size_t col = 0; col < cols; col++)
-                    x[col] = t->spec->init == INIT_ZERO ? 0 : t->spec->init == INIT_ONE ? 1 : (real)std * x[col];
-            }
-            act_upload(base + t->offset + row0 * cols, block, count * cols);
-        }
-        free(block);
-    }
-}
-
-/* ================================================================================================================
- * Chapter 5. The model-parallel transformer [§3]
- * ============================================================================================================= */
 
 /* clang-format off */
 /* What a layer keeps of one micro-batch for its backward pass. N = B*T rows; Cp, Fp, Hp: this rank's share. */
@@ -2082,7 +637,1148 @@ static void logits_backward(Rank *k, MicroBatch *mb, const act *x, real scale)
 }
 
 /* ================================================================================================================
- * Chapter 6. Stages, recomputation [§4.2] and the pipeline (beyond the paper: arXiv 2104.04473 §2.2)
+ * Chapter 4. Operators, how they do it [§2.2, Fig. 2, 3]
+ * ============================================================================================================= */
+
+/* ---- Random numbers ----------------------------------------------------------------------------------------------- */
+
+/* A round of Philox on the counter c0..c3. */
+static inline HOST_DEVICE void philox_round(uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3, uint64_t seed,
+                                            uint32_t round)
+{
+    const uint32_t k0 = (uint32_t)seed + round * 0x9E3779B9, k1 = (uint32_t)(seed >> 32) + round * 0xBB67AE85;
+    const uint64_t p0 = (uint64_t)0xD2511F53 * *c0, p1 = (uint64_t)0xCD9E8D57 * *c2;
+    *c0 = (uint32_t)(p1 >> 32) ^ *c1 ^ k0;
+    *c2 = (uint32_t)(p0 >> 32) ^ *c3 ^ k1;
+    *c1 = (uint32_t)p1;
+    *c3 = (uint32_t)p0;
+}
+
+/* Philox4x32-10 (Salmon et al. 2011; also PyTorch's and cuRAND's on GPUs): four random words as a pure function of a
+ * key and a counter. There is no state to save, and any rank, in any layout, in any order, draws the same number for
+ * the same (seed, site, step, index): masks and initial weights do not depend on how the model is cut.
+ * DEVIATION from [App. B.2], where each GPU owns a generator: see drop() in chapter 5. */
+static inline HOST_DEVICE void philox(uint32_t out[4], uint64_t seed, uint64_t block, uint32_t site, uint32_t step)
+{
+    out[0] = (uint32_t)block, out[1] = (uint32_t)(block >> 32), out[2] = site, out[3] = step;
+    for (uint32_t round = 0; round < 10; round++) philox_round(out, out + 1, out + 2, out + 3, seed, round);
+}
+
+/* Sites keep the streams apart: dropout sites count up from 0 (chapter 5), the others carry a high bit. */
+enum { SITE_INIT = 0x40000000, SITE_SHUFFLE = 0x20000000, SITE_SAMPLE = 0x10000000 };
+
+/* Word number index of a stream. */
+static inline uint32_t random_word(uint64_t seed, uint32_t site, uint32_t step, uint64_t index)
+{
+    uint32_t word[4];
+    philox(word, seed, index / 4, site, step);
+    return word[index % 4];
+}
+
+/* Uniform in (0, 1): 32 bits, never 0 and never 1. */
+static inline double uniform(uint32_t word) { return (word + 0.5) * 0x1p-32; }
+
+/* A word below this drops its element; p < 1. */
+static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1p32); }
+
+/* ---- Functions of one number -------------------------------------------------------------------------------------- */
+
+/* Both machines' operators call these. But the twin, whose real is always float, says sqrtf, and expf in its softmax:
+ * GPUs have an instruction that does most of it. */
+
+static HOST_DEVICE real exponential(real x); /* chapter 11 */
+
+static inline real square_root(real x) { return sizeof x == sizeof(float) ? sqrtf((float)x) : (real)sqrt(x); }
+
+/* Phi(x), through erfc: 1 + erf would cancel on the left. libm's erfc is within a few ulp; the rounding of x / sqrt(2)
+ * makes x^2 ulp more of it on the left. */
+static inline HOST_DEVICE real normal_cdf(real x)
+{
+    return sizeof x == sizeof(float) ? erfcf((float)x * -(float)M_SQRT1_2) / 2 : (real)(erfc(x * -M_SQRT1_2) / 2);
+}
+
+/* GeLU [§2.2]: x * Phi(x). Megatron's tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), equals
+ * x / (1 + e^-2u): one exponential, no tanh. GELU_ERF is the exact form [P41]. Error, tanh: at most 2.2 ulp from 0 on;
+ * 3.3 (1 + |2u|) ulp left of 0, where e^-2u makes a relative error of what is lost of 2u; below -10.05 4e-38, which is
+ * the function itself. erf: 1.8 ulp from 0 on, 1.8 (1 + x^2) ulp left of 0. Both are NaN at -inf. */
+static inline HOST_DEVICE real gelu(real x, Gelu kind)
+{
+    if (kind == GELU_ERF) return x * normal_cdf(x);
+    return x / (1 + exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * x * x)));
+}
+
+/* d gelu / dx = s + x s(1-s) 2u' with t = e^-2u, s = 1 / (1 + t), 1-s = t s. Error, tanh: at most 2^-22 = 2.4e-7 (gelu'
+ * is 0 near -0.75: no bound in ulp there), and 4.2 (1 + |2u|) ulp from -9.96 to -1. erf: 1.6e-7, and 3.8 (1 + x^2) ulp
+ * from -13 to -1. Left of these 7e-36 and 2e-37. */
+static inline HOST_DEVICE real gelu_slope(real x, Gelu kind)
+{
+    const real low = kind == GELU_ERF ? -40 : -10; /* gelu' is 0 there, and 1 at 40: no 0 * infinity, and t is finite */
+    x = x > 40 ? 40 : x < low ? low : x;
+    if (kind == GELU_ERF) return normal_cdf(x) + x * (real)0.3989422804014327 * exponential(-x * x / 2); /* + x phi */
+    const real xx = x * x, t = exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * xx)), s = 1 / (1 + t);
+    return s + x * (t * s) * s * (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * xx);
+}
+
+#ifndef OTHER_OPERATORS /* the CPU's side; megatron_gpt2.cu has the GPU's */
+
+enum { SMALL = 16384 }; /* numbers that one thread has done with before others would wake up */
+
+typedef struct {
+    const act *p; /* element (i, j) is p[i * row + j * col] */
+    size_t row, col;
+} Mat;
+
+typedef enum { BIAS, BIAS_GELU, GELU_SLOPE } EpilogueKind;
+
+/* What happens to an element of C when its sum is complete. */
+typedef struct {
+    EpilogueKind kind;
+    const act *bias; /* BIAS, BIAS_GELU: (N), or NULL */
+    act *pre;        /* BIAS_GELU: (M,N) gets C + bias, or NULL. GELU_SLOPE: C is multiplied by gelu'(pre) */
+    Gelu gelu;
+} Epilogue;
+
+/* Chapter 11. */
+static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e);
+static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1, size_t K, int add,
+                    const Epilogue *e, real *strips);
+static real dot(const real *a, const real *b, size_t n);
+static real largest(const real *x, size_t n, real top);
+static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n);
+
+/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] ---------------------------------------- */
+
+enum { COLUMN_BLOCK = 64 }; /* columns a thread takes at a time where sums run down the rows */
+
+/* db (C) += column sums of x (N,C). */
+static void add_column_sums(act *db, const act *x, size_t N, size_t C)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
+        real sum[COLUMN_BLOCK] = {0};
+        const size_t count = min_size(COLUMN_BLOCK, C - c0);
+        for (size_t n = 0; n < N; n++)
+#pragma omp simd
+            for (size_t c = 0; c < count; c++) sum[c] += x[n * C + c0 + c];
+        for (size_t c = 0; c < count; c++) db[c0 + c] += sum[c];
+    }
+}
+
+static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I, size_t O)
+{
+    const Epilogue bias = {BIAS, b, NULL, GELU_TANH};
+    matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &bias);
+}
+
+static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w, size_t N, size_t I,
+                            size_t O)
+{
+    if (dx) matmul(dx, (Mat){dy, O, 1}, (Mat){w, I, 1}, N, I, O, 0, NULL);
+    if (dw) matmul(dw, (Mat){dy, 1, O}, (Mat){x, I, 1}, O, I, N, 1, NULL);
+    if (db) add_column_sums(db, dy, N, O);
+}
+
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b, size_t N, size_t I,
+                                size_t O, Gelu kind)
+{
+    const Epilogue e = {BIAS_GELU, b, pre, kind};
+    matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &e);
+}
+
+static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre, const act *w,
+                                 size_t N, size_t I, size_t O, Gelu kind)
+{
+    const Epilogue slope = {GELU_SLOPE, NULL, (act *)pre, kind};
+    matmul(dpre, (Mat){dz, O, 1}, (Mat){w, I, 1}, N, I, O, 0, &slope);
+    matmul(dw, (Mat){dz, 1, O}, (Mat){y, I, 1}, O, I, N, 1, NULL);
+}
+
+/* ---- Embeddings -------------------------------------------------------------------------------------------------- */
+
+static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C, size_t v0, size_t Vp)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        const size_t row = (size_t)tokens[n] - v0; /* below v0 it wraps to a huge number */
+        if (row < Vp) memcpy(x + n * C, wte + row * C, C * sizeof *x);
+        else memset(x + n * C, 0, C * sizeof *x);
+    }
+}
+
+static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N, size_t C, size_t v0,
+                                     size_t Vp)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK)
+        for (size_t n = 0; n < N; n++) {
+            const size_t row = (size_t)tokens[n] - v0, end = min_size(c0 + COLUMN_BLOCK, C);
+            if (row < Vp)
+#pragma omp simd
+                for (size_t c = c0; c < end; c++) dwte[row * C + c] += dx[n * C + c];
+        }
+}
+
+enum { KEEP_BLOCK = 512 }; /* dropout factors at a time: they stay in L1 */
+
+/* x (C) *= the mask of elements index .. index+C-1. */
+static void drop_row(act *x, size_t C, Dropout d, size_t index)
+{
+    real keep[KEEP_BLOCK];
+    for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
+        const size_t count = min_size(KEEP_BLOCK, C - c0);
+        dropout_factors(keep, d, index + c0, count);
+#pragma omp simd
+        for (size_t c = 0; c < count; c++) x[c0 + c] *= keep[c];
+    }
+}
+
+/* out (C) = residual + mask * (y + bias), for elements index .. index+C-1. residual may be NULL. */
+static void bias_dropout_add_row(act *out, const act *y, const act *bias, const act *residual, size_t C, Dropout d,
+                                 size_t index)
+{
+    real keep[KEEP_BLOCK];
+    for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
+        const size_t end = min_size(c0 + KEEP_BLOCK, C);
+        dropout_factors(keep, d, index + c0, end - c0);
+#pragma omp simd
+        for (size_t c = c0; c < end; c++) out[c] = (residual ? residual[c] : 0) + (y[c] + bias[c]) * keep[c - c0];
+    }
+}
+
+static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C, size_t past, Dropout d)
+{
+#pragma omp parallel for schedule(static) if (B * T * C > SMALL)
+    for (size_t n = 0; n < B * T; n++)
+        bias_dropout_add_row(x + n * C, x + n * C, wpe + (past + n % T) * C, NULL, C, d, n * C);
+}
+
+static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C, Dropout d)
+{
+#pragma omp parallel for schedule(static) if (B * T * C > SMALL)
+    for (size_t t = 0; t < T; t++)
+        for (size_t b = 0; b < B; b++) {
+            const size_t n = b * T + t;
+            if (d.p > 0) drop_row(dx + n * C, C, d, n * C);
+#pragma omp simd
+            for (size_t c = 0; c < C; c++) dwpe[t * C + c] += dx[n * C + c];
+        }
+}
+
+/* ---- LayerNorm --------------------------------------------------------------------------------------------------- */
+
+/* y (C) = (x - mean) * rstd * g + b. Two passes over x (it is in L1): no cancellation, unlike E[x^2] - E[x]^2. Error of
+ * y, with h = (x - mean) * rstd and U = 2^-24: simd sums run in at least 4 lanes, and the mean's is D = (C/4 + 4) U *
+ * mean(|x|) * rstd at most; so |g| D + |h g| ((C/8 + 8) U + D^2) + |y| U. Roundings are random, and far below that. */
+static void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t C, real eps)
+{
+    real sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t c = 0; c < C; c++) sum += x[c];
+    const real m = sum / (real)C;
+#pragma omp simd reduction(+ : squares)
+    for (size_t c = 0; c < C; c++) squares += (x[c] - m) * (x[c] - m);
+    const real r = 1 / square_root(squares / (real)C + eps);
+#pragma omp simd
+    for (size_t c = 0; c < C; c++) y[c] = (x[c] - m) * r * g[c] + b[c];
+    *mean = m, *rstd = r;
+}
+
+static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t N,
+                              size_t C, real eps)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) layernorm_row(y + n * C, mean + n, rstd + n, x + n * C, g, b, C, eps);
+}
+
+static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g, const real *mean,
+                               const real *rstd, const act *dres, size_t N, size_t C)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) { /* dx may overwrite dy's or x's buffer: this comes first */
+        real sum_g[COLUMN_BLOCK] = {0}, sum_b[COLUMN_BLOCK] = {0};
+        const size_t count = min_size(COLUMN_BLOCK, C - c0);
+        for (size_t n = 0; n < N; n++) {
+            const act *dy_n = dy + n * C + c0, *x_n = x + n * C + c0;
+            const real m = mean[n], r = rstd[n];
+#pragma omp simd
+            for (size_t c = 0; c < count; c++) {
+                sum_g[c] += dy_n[c] * ((x_n[c] - m) * r);
+                sum_b[c] += dy_n[c];
+            }
+        }
+        for (size_t c = 0; c < count; c++) dg[c0 + c] += sum_g[c], db[c0 + c] += sum_b[c];
+    }
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        act *dx_n = dx + n * C;
+        const act *dy_n = dy + n * C, *x_n = x + n * C, *dres_n = dres ? dres + n * C : NULL;
+        const real m = mean[n], r = rstd[n];
+        real sum = 0, sum_h = 0;
+#pragma omp simd reduction(+ : sum, sum_h)
+        for (size_t c = 0; c < C; c++) {
+            sum += dy_n[c] * g[c];
+            sum_h += dy_n[c] * g[c] * ((x_n[c] - m) * r);
+        }
+        sum /= (real)C, sum_h /= (real)C;
+#pragma omp simd
+        for (size_t c = 0; c < C; c++)
+            dx_n[c] = (dres_n ? dres_n[c] : 0) + r * (dy_n[c] * g[c] - sum - (x_n[c] - m) * r * sum_h);
+    }
+}
+
+/* ---- Bias + dropout + residual (+ LayerNorm) --------------------------------------------------------------------- */
+
+static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual, size_t N, size_t C,
+                                     Dropout d)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) bias_dropout_add_row(out + n * C, y + n * C, bias, residual + n * C, C, d, n * C);
+}
+
+static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd, const act *y, const act *bias,
+                                               const act *residual, const act *g, const act *b, size_t N, size_t C,
+                                               real eps, Dropout d)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        bias_dropout_add_row(res + n * C, y + n * C, bias, residual + n * C, C, d, n * C);
+        layernorm_row(ln + n * C, mean + n, rstd + n, res + n * C, g, b, C, eps);
+    }
+}
+
+static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C, Dropout d)
+{
+#pragma omp parallel for schedule(static) if (N * C > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        if (dy != dout) memcpy(dy + n * C, dout + n * C, C * sizeof *dy);
+        if (d.p > 0) drop_row(dy + n * C, C, d, n * C);
+    }
+    add_column_sums(dbias, dy, N, C);
+}
+
+/* ---- Causal self-attention [§3 Fig. 3b] -------------------------------------------------------------------------- */
+
+/* For one head: S = Q K' / sqrt(D), P = softmax of each row i over the keys j <= i, out = dropout(P) V. The T x T
+ * matrices never exist: a block of QUERIES rows meets the keys KEYS at a time, and the softmax is kept as a
+ * running maximum m, a running sum l of e^(s-m) and a running out, the last two shrunk by e^(old m - new m) when m
+ * grows. Blocks above the diagonal are skipped. What remains for backward is lse = m + log l, for P = e^(S - lse)
+ * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles, on rows as they lie in qkv. */
+enum { QUERIES = 48, KEYS = 384 }; /* multiples of K_RUN: faster */
+static_assert(KEYS % QUERIES == 0,
+              "no block of keys may begin inside a block of queries: each query must see a key of it");
+
+/* One row of products q k' in s (n) becomes dropped-out probabilities relative to e^m; the row's m, l and out (D)
+ * follow. */
+static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, act *out, size_t D, Dropout d,
+                               size_t index)
+{
+    real sum = 0, keep[KEYS];
+    const real top = fmax(*m, largest(s, n, -INFINITY) * scale);
+    const real shrink = exponential(*m - top); /* 0 the first time, when m = -inf */
+    dropout_factors(keep, d, index, n);
+#pragma omp simd reduction(+ : sum)
+    for (size_t j = 0; j < n; j++) {
+        const real e = exponential(s[j] * scale - top);
+        sum += e;
+        s[j] = e * keep[j];
+    }
+    *l = *l * shrink + sum; /* the softmax is of all scores: dropout comes after it */
+    *m = top;
+    if (shrink != 1)
+#pragma omp simd
+        for (size_t c = 0; c < D; c++) out[c] *= shrink;
+}
+
+static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
+{
+    const size_t C = H * D, blocks = ceil_div(T, QUERIES);
+    const real scale = 1 / square_root((real)D);
+#pragma omp parallel for schedule(dynamic) if (B * H * T * D > SMALL)
+    for (size_t task = 0; task < B * H * blocks; task++) {
+        const size_t b = task / blocks / H, h = task / blocks % H, i0 = (blocks - 1 - task % blocks) * QUERIES;
+        const size_t rows = min_size(QUERIES, T - i0);
+        const act *q = qkv + b * T * 3 * C + h * D;
+        act *o = out + (b * T + i0) * C + h * D;
+        real s[QUERIES * KEYS], strips[QUERIES * KEYS], m[QUERIES], l[QUERIES];
+        for (size_t i = 0; i < rows; i++) m[i] = -INFINITY, l[i] = 0, memset(o + i * C, 0, D * sizeof *o);
+        for (size_t j0 = 0; j0 < i0 + rows; j0 += KEYS) {
+            const size_t keys = min_size(KEYS, i0 + rows - j0);
+            const act *k = q + C + j0 * 3 * C, *v = k + C;
+            product(s, KEYS, (Mat){q + i0 * 3 * C, 3 * C, 1}, (Mat){k, 1, 3 * C}, 0, rows, 0, keys, D, 0, NULL, strips);
+            for (size_t i = 0; i < rows; i++) {
+                const size_t n = min_size(i0 + i + 1 - j0, keys); /* what it may see */
+                online_softmax_row(s + i * KEYS, n, scale, m + i, l + i, o + i * C, D, d,
+                                   ((b * d.heads + h) * T + i0 + i) * T + j0);
+                memset(s + i * KEYS + n, 0, (keys - n) * sizeof *s);
+            }
+            product(o, C, (Mat){s, KEYS, 1}, (Mat){v, 3 * C, 1}, 0, rows, 0, D, keys, 1, NULL, strips);
+        }
+        for (size_t i = 0; i < rows; i++) {
+            for (size_t c = 0; c < D; c++) o[i * C + c] /= l[i];
+            if (lse) lse[(b * H + h) * T + i0 + i] = m[i] + (real)log((double)l[i]);
+        }
+    }
+}
+
+/* One row: products s become the dropped-out P, and dp = dO V' becomes dS = P (mask dp - delta) * scale, the gradient
+ * of q k'. */
+static void softmax_backward_row(real *s, real *dp, size_t n, real scale, real lse, real delta, Dropout d, size_t index)
+{
+    real keep[KEYS];
+    dropout_factors(keep, d, index, n);
+#pragma omp simd
+    for (size_t j = 0; j < n; j++) {
+        const real p = exponential(s[j] * scale - lse);
+        s[j] = p * keep[j];
+        dp[j] = (s[j] * dp[j] - p * delta) * scale;
+    }
+}
+
+static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out, const real *lse, const act *qkv,
+                               size_t B, size_t T, size_t H, size_t D, Dropout d)
+{
+    const size_t C = H * D, row = 3 * C;
+    const real scale = 1 / square_root((real)D);
+#pragma omp parallel for schedule(dynamic) if (B * H * T * D > SMALL)
+    for (size_t head = 0; head < B * H; head++) {
+        const size_t b = head / H, h = head % H, first = b * T * row + h * D;
+        real p[QUERIES * KEYS], ds[QUERIES * KEYS], strips[QUERIES * KEYS];
+        for (size_t i = 0; i < T; i++) {
+            const size_t at = (b * T + i) * C + h * D;
+            delta[head * T + i] = dot(dout + at, out + at, D);
+            for (size_t part = 0; part < 3; part++) memset(dqkv + first + i * row + part * C, 0, D * sizeof *dqkv);
+        }
+        for (size_t j0 = 0; j0 < T; j0 += KEYS)
+            for (size_t i0 = j0; i0 < T; i0 += QUERIES) {
+                const size_t rows = min_size(QUERIES, T - i0), keys = min_size(KEYS, i0 + rows - j0);
+                const act *q = qkv + first + i0 * row, *k = qkv + first + C + j0 * row, *v = k + C;
+                const act *go = dout + (b * T + i0) * C + h * D;
+                act *dq = dqkv + first + i0 * row, *dk = dqkv + first + C + j0 * row, *dv = dk + C;
+                product(p, KEYS, (Mat){q, row, 1}, (Mat){k, 1, row}, 0, rows, 0, keys, D, 0, NULL, strips);
+                product(ds, KEYS, (Mat){go, C, 1}, (Mat){v, 1, row}, 0, rows, 0, keys, D, 0, NULL, strips);
+                for (size_t i = 0; i < rows; i++) {
+                    const size_t n = min_size(i0 + i + 1 - j0, keys), at = head * T + i0 + i;
+                    softmax_backward_row(p + i * KEYS, ds + i * KEYS, n, scale, lse[at], delta[at], d,
+                                         ((b * d.heads + h) * T + i0 + i) * T + j0);
+                    memset(p + i * KEYS + n, 0, (keys - n) * sizeof *p);
+                    memset(ds + i * KEYS + n, 0, (keys - n) * sizeof *ds);
+                }
+                product(dv, row, (Mat){p, 1, KEYS}, (Mat){go, C, 1}, 0, keys, 0, D, rows, 1, NULL, strips);
+                product(dk, row, (Mat){ds, 1, KEYS}, (Mat){q, row, 1}, 0, keys, 0, D, rows, 1, NULL, strips);
+                product(dq, row, (Mat){ds, KEYS, 1}, (Mat){k, row, 1}, 0, rows, 0, D, keys, 1, NULL, strips);
+            }
+    }
+}
+
+static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n, size_t past,
+                                     size_t H, size_t D)
+{
+    const size_t C = H * D;
+    const real scale = 1 / square_root((real)D);
+    const Dropout none = {0, 0, 0, 0, 0, H};
+    for (size_t i = 0; i < n; i++) {
+        memcpy(k_cache + (past + i) * C, qkv + i * 3 * C + C, C * sizeof *k_cache);
+        memcpy(v_cache + (past + i) * C, qkv + i * 3 * C + 2 * C, C * sizeof *v_cache);
+    }
+    if (past == 0 && n > 1) { /* a prompt: nothing but itself to attend to */
+        attention_forward(out, NULL, qkv, 1, n, H, D, none);
+        return;
+    }
+#pragma omp parallel for schedule(static) if (n * (past + n) * C > SMALL)
+    for (size_t task = 0; task < n * H; task++) {
+        const size_t i = task / H, h = task % H, count = past + i + 1;
+        const act *q = qkv + i * 3 * C + h * D;
+        act *o = out + i * C + h * D;
+        real s[KEYS], m = -INFINITY, l = 0;
+        memset(o, 0, D * sizeof *o);
+        for (size_t j0 = 0; j0 < count; j0 += KEYS) {
+            const size_t keys = min_size(KEYS, count - j0);
+            const act *k = k_cache + j0 * C + h * D, *v = v_cache + j0 * C + h * D;
+            for (size_t j = 0; j < keys; j++) s[j] = dot(q, k + j * C, D);
+            online_softmax_row(s, keys, scale, &m, &l, o, D, none, 0);
+            for (size_t j = 0; j < keys; j++)
+#pragma omp simd
+                for (size_t c = 0; c < D; c++) o[c] += s[j] * v[j * C + c];
+        }
+        for (size_t c = 0; c < D; c++) o[c] /= l;
+    }
+}
+
+/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] ----------------------------------------------- */
+
+static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t valid)
+{
+#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
+    for (size_t n = 0; n < N; n++) max[n] = largest(logits + n * Vp, valid, -INFINITY);
+}
+
+static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max, const int *targets,
+                           size_t N, size_t Vp, size_t valid, size_t v0)
+{
+#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        const act *z = logits + n * Vp;
+        const size_t target = (size_t)targets[n] - v0;
+        const real top = max[n];
+        double total = 0;
+#pragma omp simd reduction(+ : total)
+        for (size_t v = 0; v < valid; v++) total += (double)exponential(z[v] - top);
+        sum[n] = (real)total;
+        target_logit[n] = target < valid ? z[target] - top : 0;
+    }
+}
+
+static void cross_entropy_loss(real *loss, const real *sum, const real *target_logit, size_t N)
+{
+    for (size_t n = 0; n < N; n++) loss[n] = (real)(log((double)sum[n]) - (double)target_logit[n]);
+}
+
+static void cross_entropy_backward(act *logits, const real *max, const real *sum, const int *targets,
+                                   const real *weight, real scale, size_t N, size_t Vp, size_t valid, size_t v0)
+{
+#pragma omp parallel for schedule(static) if (N * Vp > SMALL)
+    for (size_t n = 0; n < N; n++) {
+        act *z = logits + n * Vp;
+        const size_t target = (size_t)targets[n] - v0;
+        const real top = max[n], w = weight[n] * scale, w_over_sum = w / sum[n];
+#pragma omp simd
+        for (size_t v = 0; v < valid; v++) z[v] = exponential(z[v] - top) * w_over_sum;
+        for (size_t v = valid; v < Vp; v++) z[v] = 0;
+        if (target < valid) z[target] -= w;
+    }
+}
+
+/* ---- The optimiser ------------------------------------------------------------------------------------------------ */
+
+static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h)
+{
+    const real lr = (real)h.lr, decay = (real)h.decay, eps = (real)h.eps, grad_scale = (real)h.grad_scale;
+    const real b1 = (real)h.beta1, b2 = (real)h.beta2, r1 = (real)(1 - h.beta1), r2 = (real)(1 - h.beta2);
+    const real c1 = (real)(1 / (1 - pow(h.beta1, (double)h.step)));
+    const real c2 = (real)(1 / (1 - pow(h.beta2, (double)h.step)));
+    real *p = master ? master : w;
+#pragma omp parallel for simd schedule(static) if (n > SMALL)
+    for (size_t i = 0; i < n; i++) {
+        const real gi = g[i] * grad_scale;
+        m[i] = b1 * m[i] + r1 * gi;
+        v[i] = b2 * v[i] + r2 * gi * gi;
+        p[i] -= lr * (m[i] * c1 / (square_root(v[i] * c2) + eps) + decay * p[i]);
+        w[i] = p[i];
+    }
+}
+
+static double sum_squares(const act *x, size_t n)
+{
+    enum { RUNS = 64 };
+    double part[RUNS], total = 0;
+#pragma omp parallel for schedule(static) if (n > SMALL)
+    for (size_t r = 0; r < RUNS; r++) {
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size_t i = n / RUNS * r + min_size(r, n % RUNS); i < n / RUNS * (r + 1) + min_size(r + 1, n % RUNS); i++)
+            sum += (double)x[i] * (double)x[i];
+        part[r] = sum;
+    }
+    for (size_t r = 0; r < RUNS; r++) total += part[r];
+    return total;
+}
+
+#endif /* OTHER_OPERATORS */
+
+/* ================================================================================================================
+ * Chapter 5. Parameters [§4.2, §5.1, Tables 1 and 2]
+ * ============================================================================================================= */
+
+typedef struct {
+    const char *name, *what;
+    size_t L, C, H, T, V;
+} Preset;
+
+/* The paper pads its vocabulary to 51,200 in all experiments [§5.1]. 124M, 774M and 1558M are OpenAI's GPT-2. */
+/* clang-format off */
+static const Preset presets[] = {
+    {"tiny", "the demo: text as bytes", 4, 128, 4, 64, 257},
+    {"124M", "GPT-2", 12, 768, 12, 1024, 50257},
+    {"355M", "Table 2", 24, 1024, 16, 1024, 51200},
+    {"774M", "GPT-2", 36, 1280, 20, 1024, 50257},
+    {"1558M", "GPT-2", 48, 1600, 25, 1024, 50257},
+    {"1.2B", "Table 1", 40, 1536, 16, 1024, 51200},
+    {"2.5B", "Tables 1 and 2", 54, 1920, 20, 1024, 51200},
+    {"4.2B", "Table 1", 64, 2304, 24, 1024, 51200},
+    {"8.3B", "Table 2", 72, 3072, 24, 1024, 51200},
+    {"8.3B-scaling", "Table 1", 72, 3072, 32, 1024, 51200},
+};
+/* clang-format on */
+enum { N_PRESETS = sizeof presets / sizeof *presets };
+
+/* A model of this shape with the paper's other choices [§4.2, P41]. */
+static Config make_config(size_t L, size_t C, size_t H, size_t T, size_t V)
+{
+    Config c = {L, C, H, 4 * C, T, V, GELU_TANH, (real)1e-5, (real)0.1, (real)0.1, (real)0.1};
+    return c;
+}
+
+static Config find_preset(const char *name)
+{
+    char known[256] = "";
+    for (int i = 0; i < N_PRESETS; i++) {
+        const Preset *p = &presets[i];
+        if (!strcmp(p->name, name)) return make_config(p->L, p->C, p->H, p->T, p->V);
+        snprintf(known + strlen(known), sizeof known - strlen(known), " %s", p->name);
+    }
+    die("--config %s is not known; there are:%s", name, known);
+}
+
+/* The vocabulary is padded to a multiple of 128 t, so that all tensor ranks hold equally many [§5.1, P14]. */
+static size_t padded_vocab(size_t V, int tp) { return round_up(V, 128 * (size_t)tp); }
+
+/* Dies unless the model can be cut this way. */
+static void check_layout(const Config *c, Layout s)
+{
+    if (s.tp < 1 || s.pp < 1 || s.dp < 1) die("--tp %d --pp %d --dp %d: each must be at least 1", s.tp, s.pp, s.dp);
+    if (s.tp > MAX_RANKS || s.pp > MAX_RANKS || s.dp > MAX_RANKS || world_size(s) > MAX_RANKS)
+        die("--tp %d --pp %d --dp %d: at most %d ranks are possible", s.tp, s.pp, s.dp, MAX_RANKS);
+    if (c->H % s.tp)
+        die("--tp %d does not divide %zu heads: choose a divisor, since each rank owns whole heads", s.tp, c->H);
+    if (c->F % s.tp) die("--tp %d does not divide the MLP width %zu: choose a divisor", s.tp, c->F);
+    if (c->L % s.pp)
+        die("--pp %d does not divide %zu layers: choose a divisor, since stages are equally deep", s.pp, c->L);
+}
+
+/* ---- The one table of tensors ------------------------------------------------------------------------------------ */
+
+/* How tensor ranks share a tensor [§3]. Weights are [out, in], as in Megatron. */
+typedef enum {
+    WHOLE, /* replicated: every rank has all of it and computes the same gradient for it */
+    ROWS,  /* column-parallel in the paper's words (its A stands transposed here), or vocabulary rows */
+    QKV,   /* rows too, but of each of Q, K, V: rank r holds [Q_r; K_r; V_r], whole heads [P11] */
+    COLS   /* row-parallel */
+} Split;
+
+typedef enum { ONE, DIM_C, DIM_3C, DIM_F, DIM_P, DIM_V } Dim;
+
+typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_SCALED } Init;
+
+/* What there is to know about a tensor. Placing, initialisation, sharding, weight decay, clipping, checkpoints and
+ * convert.c walk this table; no second list of tensors exists. */
+typedef struct {
+    const char *name; /* Hugging Face's, without its prefix "transformer."; %zu is the layer */
+    size_t field;     /* of the pointer in Layer, or in Params if not in_layer */
+    int in_layer;
+    Dim rows, cols; /* [out, in] */
+    Split split;
+    Init init;
+    int decay;  /* weight decay: matrices and embeddings; not biases, not LayerNorm [P31] */
+    int conv1d; /* Hugging Face stores it transposed, [in, out], after OpenAI's Conv1D */
+} Spec;
+
+/* clang-format off */
+static const Spec specs[] = {
+    /* name                      field                      layer rows    cols   split  init         decay conv1d */
+    {"wte.weight",               offsetof(Params, wte),     0,    DIM_V,  DIM_C, ROWS,  INIT_NORMAL, 1,    0},
+    {"wpe.weight",               offsetof(Params, wpe),     0,    DIM_P,  DIM_C, WHOLE, INIT_NORMAL, 1,    0},
+    {"h.%zu.ln_1.weight",        offsetof(Layer, ln1_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
+    {"h.%zu.ln_1.bias",          offsetof(Layer, ln1_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"h.%zu.attn.c_attn.weight", offsetof(Layer, qkv_w),    1,    DIM_3C, DIM_C, QKV,   INIT_NORMAL, 1,    1},
+    {"h.%zu.attn.c_attn.bias",   offsetof(Layer, qkv_b),    1,    DIM_3C, ONE,   QKV,   INIT_ZERO,   0,    0},
+    {"h.%zu.attn.c_proj.weight", offsetof(Layer, proj_w),   1,    DIM_C,  DIM_C, COLS,  INIT_SCALED, 1,    1},
+    {"h.%zu.attn.c_proj.bias",   offsetof(Layer, proj_b),   1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"h.%zu.ln_2.weight",        offsetof(Layer, ln2_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
+    {"h.%zu.ln_2.bias",          offsetof(Layer, ln2_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"h.%zu.mlp.c_fc.weight",    offsetof(Layer, fc_w),     1,    DIM_F,  DIM_C, ROWS,  INIT_NORMAL, 1,    1},
+    {"h.%zu.mlp.c_fc.bias",      offsetof(Layer, fc_b),     1,    DIM_F,  ONE,   ROWS,  INIT_ZERO,   0,    0},
+    {"h.%zu.mlp.c_proj.weight",  offsetof(Layer, out_w),    1,    DIM_C,  DIM_F, COLS,  INIT_SCALED, 1,    1},
+    {"h.%zu.mlp.c_proj.bias",    offsetof(Layer, out_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    {"ln_f.weight",              offsetof(Params, lnf_g),   0,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
+    {"ln_f.bias",                offsetof(Params, lnf_b),   0,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+};
+/* clang-format on */
+enum { N_SPECS = sizeof specs / sizeof *specs, NAME_SIZE = 64 };
+
+static size_t dim_size(const Config *c, Dim dim)
+{
+    switch (dim) {
+    case DIM_C: return c->C;
+    case DIM_3C: return 3 * c->C;
+    case DIM_F: return c->F;
+    case DIM_P: return c->P;
+    case DIM_V: return c->V;
+    default: return 1;
+    }
+}
+
+/* One tensor, as one rank holds it. */
+struct Tensor {
+    const Spec *spec;
+    size_t layer;                  /* its number in the whole model */
+    size_t rows, cols;             /* of the whole tensor, [out, in]; wte without padding */
+    size_t local_rows, local_cols; /* of this rank's slice; wte with padding */
+    size_t offset, n;              /* where the slice starts in the arenas, and its size; elements */
+    int counted; /* 1 on exactly one rank for each distinct element: global sums must count replicas once [P27] */
+};
+
+/* The name, with the layer filled in. */
+static char *tensor_name(char name[NAME_SIZE], const Tensor *t)
+{
+    if (t->spec->in_layer) snprintf(name, NAME_SIZE, t->spec->name, t->layer);
+    else snprintf(name, NAME_SIZE, "%s", t->spec->name);
+    return name;
+}
+
+/* Does this stage hold the tensor? Embeddings live on the first stage, the final LayerNorm on the last, which also
+ * holds a copy of the word embedding for the logits. */
+static int on_stage(const Spec *spec, int stage, int stages)
+{
+    int first = stage == 0, last = stage == stages - 1;
+    if (spec->in_layer) return 1;
+    if (spec->field == offsetof(Params, wte)) return first || last;
+    return spec->field == offsetof(Params, wpe) ? first : last;
+}
+
+static void add_tensor(Tensor *t, size_t *offset, const Config *c, const Spec *spec, size_t layer, Layout s, int rank)
+{
+    int copied = spec->field == offsetof(Params, wte) && !spec->in_layer && pp_rank(s, rank) > 0;
+    t->spec = spec;
+    t->layer = layer;
+    t->rows = dim_size(c, spec->rows);
+    t->cols = dim_size(c, spec->cols);
+    t->local_rows = spec->rows == DIM_V ? padded_vocab(t->rows, s.tp) : t->rows;
+    if (spec->split == ROWS || spec->split == QKV) t->local_rows /= (size_t)s.tp;
+    t->local_cols = spec->split == COLS ? t->cols / (size_t)s.tp : t->cols;
+    t->n = t->local_rows * t->local_cols;
+    t->offset = *offset;
+    t->counted = !copied && (spec->split != WHOLE || tp_rank(s, rank) == 0);
+    *offset += round_up(t->n, 64); /* every tensor starts on a cache line, whatever its type */
+}
+
+/* Lists the tensors of one rank, in the order of the table, layer by layer. list has room for max_tensors(c), or is
+ * NULL: then they are only counted. Returns their number; *elements (if wanted) the size of an arena for them. */
+static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layout s, int rank)
+{
+    int stage = pp_rank(s, rank);
+    size_t n = 0, offset = 0, depth = c->L / (size_t)s.pp, first = (size_t)stage * depth;
+    for (int i = 0; i < N_SPECS;) {
+        int end = i + 1; /* the layer's specs are neighbours: they repeat together */
+        while (specs[i].in_layer && end < N_SPECS && specs[end].in_layer) end++;
+        size_t repeats = specs[i].in_layer ? depth : 1;
+        for (size_t l = 0; l < repeats; l++)
+            for (int j = i; j < end; j++) {
+                Tensor t;
+                if (!on_stage(&specs[j], stage, s.pp)) continue;
+                add_tensor(list ? &list[n] : &t, &offset, c, &specs[j], specs[j].in_layer ? first + l : 0, s, rank);
+                n++;
+            }
+        i = end;
+    }
+    if (elements) *elements = offset;
+    return n;
+}
+
+/* Row of the whole tensor that local row i of tensor rank r's slice is; columns start at whole_col(). */
+static size_t whole_row(const Tensor *t, int r, size_t i)
+{
+    size_t rows = t->local_rows;
+    if (t->spec->split == ROWS) return (size_t)r * rows + i;
+    if (t->spec->split == QKV) return i / (rows / 3) * (t->rows / 3) + (size_t)r * (rows / 3) + i % (rows / 3);
+    return i;
+}
+
+static size_t whole_col(const Tensor *t, int r) { return t->spec->split == COLS ? (size_t)r * t->local_cols : 0; }
+
+/* Local rows that exist in the whole tensor: all but the padding of the vocabulary, which stays zero for ever. */
+static size_t real_rows(const Tensor *t, int r)
+{
+    if (t->spec->rows != DIM_V) return t->local_rows;
+    size_t first = (size_t)r * t->local_rows;
+    return first >= t->rows ? 0 : min_size(t->local_rows, t->rows - first);
+}
+
+/* Number of parameters of the whole model, without padding: 12 L C^2 (1 + 13/(12C) + (V+T)/(12 L C)) + 2C [P42, P43]. */
+static size_t count_parameters(const Config *c)
+{
+    size_t total = 0;
+    for (int i = 0; i < N_SPECS; i++)
+        total += dim_size(c, specs[i].rows) * dim_size(c, specs[i].cols) * (specs[i].in_layer ? c->L : 1);
+    return total;
+}
+
+/* Points the fields of p into an arena at base. p->layer has room for the stage's layers, of which the first is layer
+ * number first_layer of the model. */
+static void place_params(Params *p, act *base, const Tensor *list, size_t n, size_t first_layer)
+{
+    for (size_t i = 0; i < n; i++) {
+        const Tensor *t = &list[i];
+        char *owner = t->spec->in_layer ? (char *)&p->layer[t->layer - first_layer] : (char *)p;
+        *(act **)(void *)(owner + t->spec->field) = base + t->offset;
+    }
+}
+
+/* out[i] = normal variate number first + i of a stream, i < n, by Box and Muller: four words give four variates. */
+static void random_normals(real *out, uint64_t seed, uint32_t site, size_t first, size_t n)
+{
+    for (size_t i = first; i < first + n;) {
+        uint32_t word[4];
+        double z[4];
+        philox(word, seed, i / 4, site, 0);
+        for (int pair = 0; pair < 4; pair += 2) {
+            double r = sqrt(-2 * log(uniform(word[pair]))), angle = 2 * M_PI * uniform(word[pair + 1]);
+            z[pair] = r * cos(angle);
+            z[pair + 1] = r * sin(angle);
+        }
+        do out[i - first] = (real)z[i % 4];
+        while (++i % 4 && i < first + n);
+    }
+}
+
+/* Draws the initial weights of a rank: N(0, 0.02), residual outputs scaled by 1/sqrt(2L), biases 0, LayerNorm 1 and 0
+ * [§4.2, P40]. An element's value depends on the tensor and its place in the whole, so every layout draws one and the
+ * same model [P13]; Megatron gets there by drawing the whole matrix on every rank and keeping a slice. */
+static void init_params(act *base, const Tensor *list, size_t n, const Config *c, uint64_t seed, int r)
+{
+    for (size_t i = 0; i < n; i++) {
+        const Tensor *t = &list[i];
+        uint32_t site = SITE_INIT + (uint32_t)(t->layer * N_SPECS + (size_t)(t->spec - specs));
+        double std = t->spec->init == INIT_SCALED ? 0.02 / sqrt(2.0 * (double)c->L) : 0.02;
+        const size_t cols = t->local_cols, rows = real_rows(t, r), at_once = 1024;
+        real *block = (real *)xcalloc(min_size(rows, at_once) * cols, sizeof *block);
+        for (size_t row0 = 0; row0 < rows; row0 += at_once) { /* padding stays zero */
+            const size_t count = min_size(at_once, rows - row0);
+#pragma omp parallel for
+            for (size_t row = 0; row < count; row++) {
+                real *x = block + row * cols;
+                if (t->spec->init >= INIT_NORMAL)
+                    random_normals(x, seed, site, whole_row(t, r, row0 + row) * t->cols + whole_col(t, r), cols);
+                for (size_t col = 0; col < cols; col++)
+                    x[col] = t->spec->init == INIT_ZERO ? 0 : t->spec->init == INIT_ONE ? 1 : (real)std * x[col];
+            }
+            act_upload(base + t->offset + row0 * cols, block, count * cols);
+        }
+        free(block);
+    }
+}
+
+/* ================================================================================================================
+ * Chapter 6. Optimisation [§4.2]
+ * ============================================================================================================= */
+
+typedef enum { DECAY_PAPER, DECAY_MEGATRON, DECAY_COSINE } Decay;
+
+typedef struct {
+    double lr, min_lr;
+    size_t warmup, decay_steps;
+    Decay decay; /* of the learning rate */
+    double beta1, beta2, eps, weight_decay;
+    double clip;       /* global gradient norm; 0: no clipping */
+    double loss_scale; /* fixed; 0: dynamic */
+} Optimizer;
+
+/* Learning rate of update n, counted from 0: linear warm-up, then a cosine down to min_lr [§4.2]. The scheduler stands
+ * at 0 during the first update, which therefore changes nothing [P33]. Three readings of "cosine":
+ *     paper      over the 297k iterations after the warm-up, down to 0, but never below the floor [P35]
+ *     megatron   as its code of 2020 has it: the whole 300k are the period, and the floor comes later [P34]
+ *     cosine     from the peak to the floor itself: Megatron today, and most others */
+static double learning_rate(const Optimizer *o, size_t n)
+{
+    double w = (double)o->warmup, end = (double)o->decay_steps, k = (double)n;
+    if (n <= o->warmup && o->warmup > 0) return o->lr * k / w;
+    if (o->decay == DECAY_MEGATRON) return fmax(o->lr / 2 * (cos(M_PI * (fmin(k, end - w) - w) / end) + 1), o->min_lr);
+    double fall = end > w ? (cos(M_PI * (fmin(k, end) - w) / (end - w)) + 1) / 2 : 1; /* 1 .. 0 */
+    return o->decay == DECAY_PAPER ? fmax(o->lr * fall, o->min_lr) : o->min_lr + (o->lr - o->min_lr) * fall;
+}
+
+/* Dynamic loss scaling: fp16 gradients are kept away from underflow by a factor as large as does not overflow. Two
+ * overflows (hysteresis) halve it once, each further one again; 1000 clean steps double it [P36-P38]. */
+typedef struct {
+    double scale;
+    int dynamic, hysteresis;
+    long long iteration, last_overflow;
+} LossScaler;
+
+enum { SCALE_WINDOW = 1000, HYSTERESIS = 2 };
+
+static LossScaler make_loss_scaler(double fixed)
+{
+    LossScaler s = {fixed > 0 ? fixed : 0x1p32, fixed <= 0, HYSTERESIS, 0, -1};
+    return s;
+}
+
+static void loss_scaler_update(LossScaler *s, int overflow)
+{
+    if (s->dynamic && overflow) {
+        if (s->hysteresis == 1) s->scale = fmax(s->scale / 2, 1);
+        else s->hysteresis--;
+        s->last_overflow = s->iteration;
+    } else if (s->dynamic && (s->iteration - s->last_overflow) % SCALE_WINDOW == 0) {
+        s->scale *= 2;
+        s->hysteresis = HYSTERESIS;
+    }
+    s->iteration++;
+}
+
+/* Where a run stands: all that resuming needs beside weights and moments. */
+typedef struct {
+    size_t step;    /* optimizer steps tried, skipped ones included: what the user counts, and what draws dropout */
+    size_t updates; /* steps that changed the weights: Adam's and the learning rate's clock [P39] */
+    size_t samples; /* sequences consumed */
+    LossScaler scaler;
+} Progress;
+
+/* 2-norm of the whole model's gradient, equal on all ranks. Every distinct element counts once: slices on each tensor
+ * rank, replicas on the first one, the last stage's copy of the embedding not at all [P27]. Data replicas hold equal
+ * gradients: the first one speaks for all. Infinite or NaN if any element is. */
+static double gradient_norm(Rank *k)
+{
+    double sum = 0;
+    set_place(k, "gradient norm", "[§4.2]", -1);
+    for (size_t i = 0, end; i < k->tensors && k->dp.rank == 0; i = end) {
+        const Tensor *t = &k->tensor[i]; /* it and its neighbours at once: there are zeros between them */
+        size_t n = 0;
+        for (end = i; end < k->tensors && k->tensor[end].counted == t->counted; end++)
+            n = k->tensor[end].offset + k->tensor[end].n - t->offset;
+        if (t->counted) sum += sum_squares(k->gradients + t->offset, n);
+    }
+    all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
+    return sqrt(sum);
+}
+
+/* Sums the gradients of what is held more than once: the tied embedding of first and last stage, then the data
+ * replicas, each of which saw other sequences [§2.3]. Replicas within a tensor group need nothing: equal inputs and
+ * equal incoming gradients made equal gradients [§3]. */
+static void reduce_gradients(Rank *k)
+{
+    if (k->first_stage || k->last_stage) {
+        set_place(k, "tied embedding", "[beyond the paper]", -1);
+        all_reduce(&k->embedding, k->g.wte, k->Vp * k->config.C, ACT, SUM);
+    }
+    set_place(k, "data parallel", "[§2.3]", -1);
+    all_reduce(&k->dp, k->gradients, k->elements, ACT, SUM);
+}
+
+/* AdamW with decoupled decay; none for biases and LayerNorm [§4.2, P31, P32]. */
+static void update_weights(Rank *k, const Optimizer *o, size_t update, double gradient_scale)
+{
+    for (size_t i = 0; i < k->tensors; i++) {
+        const Tensor *t = &k->tensor[i];
+        AdamW h = {learning_rate(o, update), o->beta1,  o->beta2, o->eps, t->spec->decay ? o->weight_decay : 0,
+                   gradient_scale,           update + 1};
+        size_t o0 = t->offset;
+        adamw(k->weights + o0, k->master ? k->master + o0 : NULL, k->m + o0, k->v + o0, k->gradients + o0, t->n, h);
+    }
+}
+
+/* Where a step's micro-batches come from: fills mb's tokens, targets, weight and sequence for micro-batch number i. */
+typedef void (*Feed)(void *source, Rank *k, MicroBatch *mb, size_t i);
+
+/* Chapter 8. */
+static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real scale);
+
+typedef struct {
+    double loss, lr, grad_norm, loss_scale;
+    int skipped; /* an overflow: the weights did not change */
+} StepResult;
+
+/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py): zero gradients, forward and
+ * backward of all micro-batches with the scaled loss, sum over replicas, unscale, clip, update the scale, AdamW unless
+ * some gradient overflowed anywhere.
+ * DEVIATION: the loss is the mean over all targets of the global batch, and the mean over data replicas is folded into
+ * each target's share of it [P29, P30]; Megatron divides by d before the sum of gradients. An overflow shows in the
+ * gradient norm; Megatron reduces a flag of its own. */
+static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t micro_batches, Feed feed, void *source)
+{
+    StepResult r;
+    size_t sequences = k->B * micro_batches * (size_t)k->dp.size;
+    double targets = (double)(sequences * k->T);
+    k->step = (uint32_t)p->step;
+    r.loss_scale = p->scaler.scale;
+    r.lr = learning_rate(o, p->updates);
+
+    device_zero(k->gradients, k->elements * sizeof(act));
+    r.loss = pipeline_step(k, micro_batches, feed, source, (real)(r.loss_scale / targets)) / targets;
+    reduce_gradients(k);
+    r.grad_norm = gradient_norm(k) / r.loss_scale;
+    r.skipped = !isfinite(r.grad_norm); /* on one rank means on all: every rank reads the same norm [P39] */
+    set_place(k, "logged loss", "[§4.2]", -1);
+    all_reduce(&k->world, &r.loss, 1, DOUBLE_ARRAY, SUM);
+
+    double coefficient = o->clip > 0 ? fmin(o->clip / (r.grad_norm + 1e-6), 1) : 1; /* [P28] */
+    if (!r.skipped) update_weights(k, o, p->updates++, coefficient / r.loss_scale);
+    loss_scaler_update(&p->scaler, r.skipped);
+    p->step++;
+    p->samples += sequences;
+    return r;
+}
+
+/* ================================================================================================================
+ * Chapter 7. Data and the training loop [§4.1]
+ * ============================================================================================================= */
+
+/* A run of tokens in memory. Where a document does not end with <|endoftext|>, one is read behind its last token. */
+typedef struct {
+    const char *data;      /* uint16_t or int32_t, little-endian as every machine this runs on */
+    size_t width;          /* bytes of a token there: 2 or 4 */
+    size_t stored, length; /* tokens there; tokens in the document, with the <|endoftext|> that is added */
+} Document;
+
+static int document_token(const Document *d, size_t i, int end_of_text)
+{
+    if (i >= d->stored) return end_of_text;
+    return d->width == 2 ? ((const uint16_t *)d->data)[i] : ((const int32_t *)d->data)[i];
+}
+
+typedef struct Storage Storage; /* chapter 15 */
+
+typedef struct {
+    Document *document; /* all that are not empty, in the order of the paths */
+    Storage *storage;
+    size_t documents, document_capacity, stores, storage_capacity;
+    size_t tokens;     /* in all documents */
+    size_t vocabulary; /* every token is below it */
+    int end_of_text;   /* -1: documents follow each other unmarked */
+} Corpus;
+
+/* ---- Samples ----------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    Document *document; /* (documents) of the training part, or of the held-out part */
+    size_t documents, tokens, T;
+    size_t samples; /* in an epoch */
+    uint64_t seed;
+    int end_of_text;
+    pthread_mutex_t lock; /* of the rest: the order of an epoch, which follows from (seed, epoch) alone */
+    size_t epoch;         /* SIZE_MAX: none yet */
+    size_t *order;        /* (documents) shuffled */
+    size_t *start;        /* (documents + 1) where each of them begins in the row of all tokens */
+    size_t *sample;       /* (samples) shuffled */
+} Dataset;
+
+/* The last valid_percent (0..100) of the tokens are held out. The dataset has those, or the others (held_out 0). */
+static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out, size_t T, uint64_t seed)
+{
+    Dataset *d = (Dataset *)xcalloc(1, sizeof(Dataset));
+    size_t cut = c->tokens - min_size((size_t)((double)c->tokens * valid_percent / 100), c->tokens);
+    size_t first = held_out ? cut : 0, last = held_out ? c->tokens : cut, at = 0;
+
+    d->tokens = last - first, d->T = T, d->seed = seed, d->end_of_text = c->end_of_text;
+    if (d->tokens < T + 1)
+        die("the %s text has %zu tokens, but a sample of %zu needs %zu: give more text, a smaller --seq, or a %s "
+            "--valid-percent",
+            held_out ? "held-out" : "training", d->tokens, T, T + 1, held_out ? "larger" : "smaller");
+    d->samples = (d->tokens - 1) / T;
+    d->document = (Document *)xcalloc(c->documents, sizeof(Document));
+    for (size_t i = 0; i < c->documents; at += c->document[i++].length) {
+        Document part = c->document[i];
+        size_t begin = max_size(first, at), end = min_size(last, at + part.length);
+        if (begin >= end) continue;
+        part.data += (begin - at) * part.width;
+        part.stored -= begin - at; /* may be more than length now: what is behind that is not read */
+        part.length = end - begin;
+        d->document[d->documents++] = part;
+    }
+    d->epoch = SIZE_MAX;
+    d->order = (size_t *)xcalloc(d->documents, sizeof(size_t));
+    d->start = (size_t *)xcalloc(d->documents + 1, sizeof(size_t));
+    d->sample = (size_t *)xcalloc(d->samples, sizeof(size_t));
+    pthread_mutex_init(&d->lock, NULL);
+    return d;
+}
+
+static void dataset_close(Dataset *d)
+{
+    pthread_mutex_destroy(&d->lock);
+    free(d->order), free(d->start), free(d->sample), free(d->document), free(d);
+}
+
+/* x = a permutation of 0..n-1 (Fisher and Yates). DEVIATION: Megatron shuffles with NumPy's RandomState [code V]. */
+static void shuffle(size_t *x, size_t n, uint64_t seed, uint32_t site, uint32_t epoch)
+{
+    for (size_t i = 0; i < n; i++) x[i] = i;
+    for (size_t i = n; i > 1; i--) {
+        uint32_t word[4];
+        philox(word, seed, i, site, epoch);
+        size_t j = ((uint64_t)word[0] << 32 | word[1]) % i, swap = x[j];
+        x[j] = x[i - 1], x[i - 1] = swap;
+    }
+}
+
+/* Documents in a shuffled order form one row of tokens, which is cut every T tokens; the pieces are shuffled too. */
+static void start_epoch(Dataset *d, size_t epoch)
+{
+    shuffle(d->order, d->documents, d->seed, SITE_SHUFFLE, (uint32_t)epoch);
+    shuffle(d->sample, d->samples, d->seed, SITE_SHUFFLE + 1, (uint32_t)epoch);
+    for (size_t i = 0; i < d->documents; i++) d->start[i + 1] = d->start[i] + d->document[d->order[i]].length;
+    d->epoch = epoch;
+}
+
+/* Sample number n of a whole run, in which epochs follow each other without end: to resume, that number is enough.
+ * tokens (T + 1): T inputs and one label more, the first input of the next piece [code V data/gpt2_dataset.py]. Ranks
+ * may call this at the same time. */
+static void dataset_sample(Dataset *d, size_t n, int *tokens)
+{
+    size_t low = 0, high = d->documents; /* the first document is in [low, high) */
+    pthread_mutex_lock(&d->lock);
+    if (d->epoch != n / d->samples) start_epoch(d, n / d->samples);
+
+    size_t at = d->sample[n % d->samples] * d->T, stop = at + d->T + 1;
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (d->start[middle] <= at) low = middle;
+        else high = middle;
+    }
+    for (; at < stop; low++)
+        for (const Document *doc = &d->document[d->order[low]]; at < stop && at < d->start[low + 1]; at++)
+            *tokens++ = document_token(doc, at - d->start[low], d->end_of_text);
+    pthread_mutex_unlock(&d->lock);
+}
+
+/* Gives a rank its tokens: row b of the micro-batch predicts tokens[1..T] from tokens[0..T-1]; tokens (B, T+1), weight
+ * (B, T) or NULL for all ones. */
+static void set_tokens(Rank *k, MicroBatch *mb, const int *tokens, const real *weight)
+{
+    size_t N = k->B * k->T;
+    int *ids = k->host_ids;
+    for (size_t n = 0; n < N; n++) {
+        ids[n] = tokens[n / k->T * (k->T + 1) + n % k->T];
+        ids[N + n] = tokens[n / k->T * (k->T + 1) + n % k->T + 1];
+        k->host[n] = weight ? weight[n] : 1;
+    }
+    device_upload(mb->tokens, ids, N * sizeof *ids);
+    device_upload(mb->targets, ids + N, N * sizeof *ids);
+    device_upload(mb->weight, k->host, N * sizeof *k->host);
+}
+
+static void stage_forward(Rank *k, MicroBatch *mb);
+static double sum_losses(const Rank *k, const MicroBatch *mb);
+
+/* Mean loss over the held-out samples, every one once, or over the first `batches` micro-batches of each data rank if
+ * that is not 0. Called by all ranks, during training. */
+static double validation_loss(Rank *k, Dataset *held_out, size_t batches)
+{
+    MicroBatch *mb = &k->flight[0];
+    size_t B = k->B, T = k->T, together = B * (size_t)k->dp.size, samples = held_out->samples;
+    if (batches) samples = min_size(samples, batches * together);
+    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens), training = k->training;
+    real *weight = (real *)xcalloc(B * T, sizeof *weight);
+    double sum = 0;
+    k->training = 0;
+    for (size_t first = 0; first < samples; first += together) {
+        for (size_t b = 0; b < B; b++) {
+            size_t i = first + (size_t)k->dp.rank * B + b;
+            dataset_sample(held_out, min_size(i, samples - 1), tokens + b * (T + 1));
+            for (size_t t = 0; t < T; t++) weight[b * T + t] = i < samples;
+        }
+        set_tokens(k, mb, tokens, weight);
+        stage_forward(k, mb);
+        sum += sum_losses(k, mb);
+    }
+    k->training = training;
+    set_place(k, "validation loss", "[§5.2]", -1);
+    all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
+    free(tokens), free(weight);
+    return sum / (double)(samples * T);
+}
+
+/* ================================================================================================================
+ * Chapter 8. Recomputation [§4.2], stages, 1F1B (beyond the paper: arXiv 2104.04473 §2.2)
  * ============================================================================================================= */
 
 /* ---- A rank's memory --------------------------------------------------------------------------------------------- */
@@ -2308,9 +2004,6 @@ static void stage_backward(Rank *k, MicroBatch *mb, real scale)
 
 /* ---- 1F1B -------------------------------------------------------------------------------------------------------- */
 
-/* Where a step's micro-batches come from: fills mb's tokens, targets, weight and sequence for micro-batch number i. */
-typedef void (*Feed)(void *source, Rank *k, MicroBatch *mb, size_t i);
-
 /* Sum over this rank's targets of weight * loss, in double; 0 on ranks that have no losses of their own. */
 static double sum_losses(const Rank *k, const MicroBatch *mb)
 {
@@ -2349,157 +2042,1182 @@ static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real sca
 }
 
 /* ================================================================================================================
- * Chapter 7. Optimisation [§4.2]
+ * Chapter 9. Evaluation [§5.2, App. E]
  * ============================================================================================================= */
 
-typedef enum { DECAY_PAPER, DECAY_MEGATRON, DECAY_COSINE } Decay;
+/* ---- WikiText-103 [§5.2, App. E; code V tasks/zeroshot_gpt2] ----------------------------------------------------- */
 
-typedef struct {
-    double lr, min_lr;
-    size_t warmup, decay_steps;
-    Decay decay; /* of the learning rate */
-    double beta1, beta2, eps, weight_decay;
-    double clip;       /* global gradient norm; 0: no clipping */
-    double loss_scale; /* fixed; 0: dynamic */
-} Optimizer;
-
-/* Learning rate of update n, counted from 0: linear warm-up, then a cosine down to min_lr [§4.2]. The scheduler stands
- * at 0 during the first update, which therefore changes nothing [P33]. Three readings of "cosine":
- *     paper      over the 297k iterations after the warm-up, down to 0, but never below the floor [P35]
- *     megatron   as its code of 2020 has it: the whole 300k are the period, and the floor comes later [P34]
- *     cosine     from the peak to the floor itself: Megatron today, and most others */
-static double learning_rate(const Optimizer *o, size_t n)
+/* T_o, what the paper's perplexity is normalised by: len(text.strip().split(" ")) [P51]. */
+static size_t wikitext_original_tokens(const char *text, size_t n)
 {
-    double w = (double)o->warmup, end = (double)o->decay_steps, k = (double)n;
-    if (n <= o->warmup && o->warmup > 0) return o->lr * k / w;
-    if (o->decay == DECAY_MEGATRON) return fmax(o->lr / 2 * (cos(M_PI * (fmin(k, end - w) - w) / end) + 1), o->min_lr);
-    double fall = end > w ? (cos(M_PI * (fmin(k, end) - w) / (end - w)) + 1) / 2 : 1; /* 1 .. 0 */
-    return o->decay == DECAY_PAPER ? fmax(o->lr * fall, o->min_lr) : o->min_lr + (o->lr - o->min_lr) * fall;
+    size_t count = 1;
+    text = strip(text, &n);
+    for (size_t i = 0; i < n; i++) count += text[i] == ' ';
+    return count;
 }
 
-/* Dynamic loss scaling: fp16 gradients are kept away from underflow by a factor as large as does not overflow. Two
- * overflows (hysteresis) halve it once, each further one again; 1000 clean steps double it [P36-P38]. */
-typedef struct {
-    double scale;
-    int dynamic, hysteresis;
-    long long iteration, last_overflow;
-} LossScaler;
-
-enum { SCALE_WINDOW = 1000, HYSTERESIS = 2 };
-
-static LossScaler make_loss_scaler(double fixed)
+/* Both of these work in place, from left to right, and return the new length, which is not larger. */
+static size_t replace_all(char *text, size_t n, const char *from, const char *to)
 {
-    LossScaler s = {fixed > 0 ? fixed : 0x1p32, fixed <= 0, HYSTERESIS, 0, -1};
-    return s;
+    size_t from_length = strlen(from), to_length = strlen(to), out = 0;
+    for (size_t i = 0; i < n;)
+        if (text[i] == from[0] && n - i >= from_length && !memcmp(text + i, from, from_length)) {
+            memcpy(text + out, to, to_length);
+            out += to_length, i += from_length;
+        } else text[out++] = text[i++];
+    return out;
 }
 
-static void loss_scaler_update(LossScaler *s, int overflow)
+/* "( a )" -> "(a)": from each opening sign to the next closing one, re.sub(r"\(\s*([^\)]*?)\s*\)", r"(\1)", text). */
+static size_t strip_inside(char *text, size_t n, char opening, char closing)
 {
-    if (s->dynamic && overflow) {
-        if (s->hysteresis == 1) s->scale = fmax(s->scale / 2, 1);
-        else s->hysteresis--;
-        s->last_overflow = s->iteration;
-    } else if (s->dynamic && (s->iteration - s->last_overflow) % SCALE_WINDOW == 0) {
-        s->scale *= 2;
-        s->hysteresis = HYSTERESIS;
+    size_t out = 0, i = 0;
+    const char *begin, *end;
+    while ((begin = (const char *)memchr(text + i, opening, n - i)) &&
+           (end = (const char *)memchr(begin + 1, closing, n - (size_t)(begin + 1 - text)))) {
+        size_t before = (size_t)(begin + 1 - text) - i, length = (size_t)(end - begin - 1);
+        const char *inside = strip(begin + 1, &length);
+        memmove(text + out, text + i, before), out += before;
+        memmove(text + out, inside, length), out += length;
+        text[out++] = closing;
+        i = (size_t)(end + 1 - text);
     }
-    s->iteration++;
+    memmove(text + out, text + i, n - i);
+    return out + n - i;
 }
 
-/* Where a run stands: all that resuming needs beside weights and moments. */
-typedef struct {
-    size_t step;    /* optimizer steps tried, skipped ones included: what the user counts, and what draws dropout */
-    size_t updates; /* steps that changed the weights: Adam's and the learning rate's clock [P39] */
-    size_t samples; /* sequences consumed */
-    LossScaler scaler;
-} Progress;
-
-/* 2-norm of the whole model's gradient, equal on all ranks. Every distinct element counts once: slices on each tensor
- * rank, replicas on the first one, the last stage's copy of the embedding not at all [P27]. Data replicas hold equal
- * gradients: the first one speaks for all. Infinite or NaN if any element is. */
-static double gradient_norm(Rank *k)
+/* WikiText's tokens back into text, in place; returns the new length. The order matters: rules see what earlier ones
+ * left. (Megatron's second rule, /' [0-9]/, has slashes that never match: it is left out.) */
+static size_t wikitext_detokenise(char *text, size_t n)
 {
+    static const char *const rules[][2] = {
+        {"s '", "s'"},       {" @-@ ", "-"},   {" @,@ ", ","}, {" @.@ ", "."},
+        {" : ", ": "},       {" ; ", "; "},    {" . ", ". "},  {" ! ", "! "},
+        {" ? ", "? "},       {" , ", ", "},    {"(", ")"},     {"[", "]"},
+        {"{", "}"},          {"\"", "\""},     {"'", "'"},                                 /* strip inside these */
+        {"= = = =", "===="}, {"= = =", "==="}, {"= =", "=="},  {" \xC2\xB0 ", "\xC2\xB0"}, /* degrees */
+        {" \n", "\n"},       {"\n ", "\n"},    {" N ", " 1 "}, {" 's", "'s"},
+    };
+    for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++)
+        if (!rules[i][0][1]) n = strip_inside(text, n, rules[i][0][0], rules[i][1][0]);
+        else n = replace_all(text, n, rules[i][0], rules[i][1]);
+    return n;
+}
+
+/* Window i of T tokens begins at token overlap * i. Window 0 scores all its targets; a later one only the last
+ * `overlap`, each of which has at least T - overlap tokens before it. The count is Megatron's: it takes the first
+ * window to score `overlap` targets, not T, so that the last windows have none to score [P52]. 0 < overlap <= T. */
+static size_t window_count(size_t targets, size_t overlap) { return targets ? (targets - 1) / overlap + 1 : 1; }
+
+/* tokens (T + 1), weight (T) of window i over a text of n tokens: target t is tokens[t + 1], and counts weight[t].
+ * Behind the text stands pad. */
+static void window_fill(int *tokens, real *weight, const int *text, size_t n, size_t i, size_t T, size_t overlap,
+                        int pad)
+{
+    size_t start = i * overlap, left = start < n ? n - start : 0;
+    for (size_t t = 0; t <= T; t++) tokens[t] = t < left ? text[start + t] : pad;
+    for (size_t t = 0; t < T; t++) weight[t] = t + 1 < left && (i == 0 || t >= T - overlap) ? 1 : 0;
+}
+
+/* ---- LAMBADA [§5.2; code V, --strict-lambada] -------------------------------------------------------------------- */
+
+/* The last word is to be predicted from the text before it: right if all of its tokens are the most probable ones. */
+typedef struct {
+    size_t first, context, label; /* tokens[first ..]: the context's, then the last word's */
+} LambadaExample;
+
+typedef struct {
+    Tokens tokens;
+    LambadaExample *example; /* (n) */
+    size_t n, capacity;
+} Lambada;
+
+static void lambada_add(Lambada *l, const Tokenizer *t, const char *text, size_t n, const char *what)
+{
+    LambadaExample e = {l->tokens.n, 0, 0};
+    text = strip(text, &n);
+    size_t word = n, context;
+    while (word > 0 && !space_before(text, word)) word--;
+    context = word;
+    strip(text, &context);
+    if (!context) die("%s: the text needs two words at least: the last is predicted from those before it", what);
+    char *label = (char *)xcalloc(n - word + 1, 1); /* " word" */
+    label[0] = ' ';
+    memcpy(label + 1, text + word, n - word);
+    encode(&l->tokens, t, text, context);
+    e.context = l->tokens.n - e.first;
+    encode(&l->tokens, t, label, n - word + 1);
+    e.label = l->tokens.n - e.first - e.context;
+    free(label);
+    l->example = (LambadaExample *)grow(l->example, l->n, &l->capacity, sizeof(LambadaExample));
+    l->example[l->n++] = e;
+}
+
+/* tokens (T + 1), weight (T) of example i, as window_fill(). Of one that is longer than T + 1 the end counts. */
+static void lambada_fill(int *tokens, real *weight, const Lambada *l, size_t i, size_t T, int pad)
+{
+    LambadaExample e = l->example[i];
+    size_t n = e.context + e.label, cut = n > T + 1 ? n - (T + 1) : 0;
+    for (size_t t = 0; t <= T; t++) tokens[t] = cut + t < n ? l->tokens.id[e.first + cut + t] : pad;
+    for (size_t t = 0; t < T; t++) weight[t] = cut + t + 1 >= e.context && cut + t + 1 < n ? 1 : 0;
+}
+
+/* ---- Scores [§5.2, App. E] --------------------------------------------------------------------------------------- */
+
+typedef struct {
+    double loss; /* mean over the targets, nats */
+    size_t targets;
+} Score;
+
+/* exp(loss) [App. E eq.4], with Megatron's cap on the exponent. */
+static double perplexity(double loss) { return exp(fmin(loss, 20)); }
+
+/* Loss of a text in overlapping windows: each target is scored once, with as much context as there is, but at least
+ * T - overlap tokens [App. E, P52]. Runs the first `limit` windows. Tensor ranks only; all call it. */
+static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit, int pad, Meter *meter)
+{
+    MicroBatch *mb = &k->flight[0];
+    size_t B = k->B, T = k->T, windows = window_count(text->n - 1, overlap);
+    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens);
+    real *weight = (real *)xcalloc(B * T, sizeof *weight);
     double sum = 0;
-    set_place(k, "gradient norm", "[§4.2]", -1);
-    for (size_t i = 0, end; i < k->tensors && k->dp.rank == 0; i = end) {
-        const Tensor *t = &k->tensor[i]; /* it and its neighbours at once: there are zeros between them */
-        size_t n = 0;
-        for (end = i; end < k->tensors && k->tensor[end].counted == t->counted; end++)
-            n = k->tensor[end].offset + k->tensor[end].n - t->offset;
-        if (t->counted) sum += sum_squares(k->gradients + t->offset, n);
+    Score score = {0, 0};
+    windows = min_size(windows, limit);
+    for (size_t first = 0; first < windows; first += B) {
+        size_t scored = 0;
+        for (size_t b = 0; b < B; b++) {
+            real *w = weight + b * T;
+            window_fill(tokens + b * (T + 1), w, text->id, text->n, min_size(first + b, windows - 1), T, overlap, pad);
+            for (size_t t = 0; t < T; t++) scored += w[t] = first + b < windows ? w[t] : 0;
+        }
+        if (scored) { /* Megatron's last windows have nothing left to score */
+            set_tokens(k, mb, tokens, weight);
+            stage_forward(k, mb);
+            sum += sum_losses(k, mb);
+        }
+        score.targets += scored;
+        if (meter && k->world.rank == 0)
+            meter_show(meter, min_size(first + B, windows), "loss", sum / (double)max_size(score.targets, 1));
     }
-    all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
-    return sqrt(sum);
+    free(tokens), free(weight);
+    all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM);
+    score.loss = sum / (double)max_size(score.targets, 1);
+    return score;
 }
 
-/* Sums the gradients of what is held more than once: the tied embedding of first and last stage, then the data
- * replicas, each of which saw other sequences [§2.3]. Replicas within a tensor group need nothing: equal inputs and
- * equal incoming gradients made equal gradients [§3]. */
-static void reduce_gradients(Rank *k)
+/* id[i] = the most probable token after row row[i] of the micro-batch: each tensor rank finds the best of its own
+ * tokens, and all compare. Of equal ones the first counts, as with argmax. Tensor ranks only; all call it. */
+static void most_probable(Rank *k, const MicroBatch *mb, const size_t *row, size_t n, int *id)
 {
-    if (k->first_stage || k->last_stage) {
-        set_place(k, "tied embedding", "[beyond the paper]", -1);
-        all_reduce(&k->embedding, k->g.wte, k->Vp * k->config.C, ACT, SUM);
+    size_t Vp = k->Vp, t = (size_t)k->tp.size;
+    real *logits = (real *)xcalloc(Vp, sizeof *logits);
+    double *mine = (double *)xcalloc(2 * n, sizeof *mine), *all = (double *)xcalloc(2 * n * t, sizeof *all);
+    for (size_t i = 0; i < n; i++) {
+        act_download(logits, mb->logits + row[i] * Vp, Vp);
+        mine[2 * i] = -INFINITY;
+        for (size_t v = 0; v < k->valid; v++)
+            if (logits[v] > mine[2 * i]) mine[2 * i] = logits[v], mine[2 * i + 1] = (double)(k->v0 + v);
     }
-    set_place(k, "data parallel", "[§2.3]", -1);
-    all_reduce(&k->dp, k->gradients, k->elements, ACT, SUM);
-}
-
-/* AdamW with decoupled decay; none for biases and LayerNorm [§4.2, P31, P32]. */
-static void update_weights(Rank *k, const Optimizer *o, size_t update, double gradient_scale)
-{
-    for (size_t i = 0; i < k->tensors; i++) {
-        const Tensor *t = &k->tensor[i];
-        AdamW h = {learning_rate(o, update), o->beta1,  o->beta2, o->eps, t->spec->decay ? o->weight_decay : 0,
-                   gradient_scale,           update + 1};
-        size_t o0 = t->offset;
-        adamw(k->weights + o0, k->master ? k->master + o0 : NULL, k->m + o0, k->v + o0, k->gradients + o0, t->n, h);
+    all_gather(&k->tp, all, mine, 2 * n, DOUBLE_ARRAY);
+    for (size_t i = 0; i < n; i++) {
+        const double *best = &all[2 * i];
+        for (size_t r = 1; r < t; r++)
+            if (all[2 * (r * n + i)] > best[0]) best = &all[2 * (r * n + i)];
+        id[i] = (int)best[1];
     }
+    free(logits), free(mine), free(all);
 }
 
 typedef struct {
-    double loss, lr, grad_norm, loss_scale;
-    int skipped; /* an overflow: the weights did not change */
-} StepResult;
+    size_t examples, correct, last_correct; /* all tokens of the last word right; its last token right */
+} Accuracy;
 
-/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py): zero gradients, forward and
- * backward of all micro-batches with the scaled loss, sum over replicas, unscale, clip, update the scale, AdamW unless
- * some gradient overflowed anywhere.
- * DEVIATION: the loss is the mean over all targets of the global batch, and the mean over data replicas is folded into
- * each target's share of it [P29, P30]; Megatron divides by d before the sum of gradients. An overflow shows in the
- * gradient norm; Megatron reduces a flag of its own. */
-static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t micro_batches, Feed feed, void *source)
+/* LAMBADA: is every token of the last word the most probable one, given the true tokens before it [§5.2]? Runs the
+ * first `limit` examples. Tensor ranks only; all call it. */
+static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pad, Meter *meter)
 {
-    StepResult r;
-    size_t sequences = k->B * micro_batches * (size_t)k->dp.size;
-    double targets = (double)(sequences * k->T);
-    k->step = (uint32_t)p->step;
-    r.loss_scale = p->scaler.scale;
-    r.lr = learning_rate(o, p->updates);
-
-    device_zero(k->gradients, k->elements * sizeof(act));
-    r.loss = pipeline_step(k, micro_batches, feed, source, (real)(r.loss_scale / targets)) / targets;
-    reduce_gradients(k);
-    r.grad_norm = gradient_norm(k) / r.loss_scale;
-    r.skipped = !isfinite(r.grad_norm); /* on one rank means on all: every rank reads the same norm [P39] */
-    set_place(k, "logged loss", "[§4.2]", -1);
-    all_reduce(&k->world, &r.loss, 1, DOUBLE_ARRAY, SUM);
-
-    double coefficient = o->clip > 0 ? fmin(o->clip / (r.grad_norm + 1e-6), 1) : 1; /* [P28] */
-    if (!r.skipped) update_weights(k, o, p->updates++, coefficient / r.loss_scale);
-    loss_scaler_update(&p->scaler, r.skipped);
-    p->step++;
-    p->samples += sequences;
-    return r;
+    MicroBatch *mb = &k->flight[0];
+    size_t B = k->B, T = k->T, examples = min_size(l->n, limit);
+    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens), *best = (int *)xcalloc(B * T, sizeof *best);
+    real *weight = (real *)xcalloc(B * T, sizeof *weight);
+    size_t *row = (size_t *)xcalloc(B * T, sizeof *row);
+    Accuracy a = {0, 0, 0};
+    for (size_t first = 0; first < examples; first += B) {
+        size_t longest = 1, n = 0;
+        for (size_t b = 0; b < B && first + b < examples; b++)
+            longest = max_size(longest, l->example[first + b].context + l->example[first + b].label - 1);
+        k->T = min_size(longest, T); /* no need to compute the padding of the longest example of all */
+        memset(weight, 0, B * T * sizeof *weight);
+        for (size_t b = 0; b < B; b++)
+            lambada_fill(tokens + b * (k->T + 1), weight + b * k->T, l, min_size(first + b, examples - 1), k->T, pad);
+        set_tokens(k, mb, tokens, weight);
+        stage_forward(k, mb);
+        for (size_t i = 0; i < B * k->T; i++)
+            if (weight[i] != 0) row[n++] = i;
+        most_probable(k, mb, row, n, best);
+        for (size_t i = 0, right = 1; i < n; i++) {
+            size_t b = row[i] / k->T;
+            int last = i + 1 == n || row[i + 1] / k->T != b;
+            int hit = best[i] == tokens[b * (k->T + 1) + row[i] % k->T + 1];
+            if (first + b >= examples) break; /* the last batch is filled up with copies */
+            right = right && hit;
+            if (!last) continue;
+            a.examples++, a.correct += right, a.last_correct += (size_t)hit;
+            right = 1;
+        }
+        k->T = T;
+        if (meter && k->world.rank == 0)
+            meter_show(meter, min_size(first + B, examples), "accuracy", (double)a.correct / (double)a.examples);
+    }
+    free(tokens), free(best), free(weight), free(row);
+    return a;
 }
 
 /* ================================================================================================================
- * Chapter 8. Text and data [§4.1]
+ * Chapter 10. Generation [App. C]
+ * ============================================================================================================= */
+
+typedef struct {
+    double temperature; /* 0: always the most probable token */
+    size_t top_k;       /* draw from the k most probable tokens only; 0: from all */
+    double top_p;       /* draw from the most probable tokens that make up this probability; 1: from all */
+    uint64_t seed;
+} Sampler;
+
+typedef struct {
+    double p;
+    int id;
+} Candidate;
+
+/* More probable; of equals, the earlier token. */
+static int better(Candidate a, Candidate b) { return a.p > b.p || (a.p == b.p && a.id < b.id); }
+
+/* Restores the heap (no child better than its parent) below place i. */
+static void sift_down(Candidate *heap, size_t n, size_t i)
+{
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && better(heap[child + 1], heap[child])) child++;
+        if (!better(heap[child], heap[i])) return;
+        Candidate swap = heap[i];
+        heap[i] = heap[child], heap[child] = swap;
+    }
+}
+
+/* The next token from its logits (V): softmax(z / temperature), cut by top-k and then top-p. A heap yields the tokens in
+ * order of probability, so that only those that are kept get sorted. Token number `index` of a text draws its own
+ * random number, whatever came before. heap: (V) scratch. */
+static int sample_token(const real *z, size_t V, const Sampler *s, size_t index, Candidate *heap)
+{
+    size_t best = 0, kept = 0, left = V;
+    double total = 0, mass = 0, u = uniform(random_word(s->seed, SITE_SAMPLE, 0, index));
+    for (size_t i = 0; i < V; i++) best = z[i] > z[best] ? i : best;
+    if (s->temperature == 0) return (int)best;
+    for (size_t i = 0; i < V; i++) {
+        heap[i].p = exp(((double)z[i] - z[best]) / s->temperature), heap[i].id = (int)i;
+        total += heap[i].p;
+    }
+    if ((s->top_k == 0 || s->top_k >= V) && s->top_p >= 1) mass = total, kept = V;
+    else {
+        for (size_t i = V / 2; i-- > 0;) sift_down(heap, V, i);
+        while (kept < V && (kept == 0 || ((s->top_k == 0 || kept < s->top_k) && mass < s->top_p * total))) {
+            Candidate top = heap[0];
+            heap[0] = heap[--left];
+            sift_down(heap, left, 0);
+            heap[left] = top; /* the kept ones gather behind the heap */
+            mass += top.p, kept++;
+        }
+    }
+    for (size_t i = V - kept; i < V; i++)
+        if ((u -= heap[i].p / mass) < 0) return heap[i].id;
+    return heap[V - 1].id; /* rounding left a crumb of u */
+}
+
+typedef struct {
+    Rank *k;
+    Cache cache;
+    act *slices;     /* (t, Vp) every tensor rank's logits of one row */
+    real *logits;    /* (t * Vp) the same on the host; the first V are no padding */
+    Candidate *heap; /* (V) */
+} Generator;
+
+/* Keys and values of up to T positions, for a rank with B = 1. */
+static Generator *generator_create(Rank *k)
+{
+    Generator *g = (Generator *)xcalloc(1, sizeof *g);
+    size_t all = (size_t)k->tp.size * k->Vp;
+    g->k = k;
+    g->cache.k = (act **)xcalloc(k->depth, sizeof(act *)), g->cache.v = (act **)xcalloc(k->depth, sizeof(act *));
+    for (size_t l = 0; l < k->depth; l++) {
+        g->cache.k[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
+        g->cache.v[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
+    }
+    g->slices = (act *)device_calloc(all * sizeof(act));
+    g->logits = (real *)xcalloc(all, sizeof(real));
+    g->heap = (Candidate *)xcalloc(k->config.V, sizeof(Candidate));
+    k->cache = &g->cache;
+    return g;
+}
+
+static void generator_free(Generator *g)
+{
+    for (size_t l = 0; l < g->k->depth; l++) device_free(g->cache.k[l]), device_free(g->cache.v[l]);
+    g->k->cache = NULL;
+    device_free(g->slices);
+    free(g->cache.k), free(g->cache.v), free(g->logits), free(g->heap), free(g);
+}
+
+/* Reads n more tokens at positions past .. past+n-1 and leaves the logits of the token that follows in g->logits, on
+ * all tensor ranks. A prompt comes as one batch; then one token at a time: its keys and values join the cache, so
+ * nothing is computed twice. */
+static void generator_read(Generator *g, const int *tokens, size_t n)
+{
+    Rank *k = g->k;
+    MicroBatch *mb = &k->flight[0];
+    size_t T = k->T, C = k->config.C;
+    k->T = n;
+    device_upload(mb->tokens, tokens, n * sizeof *tokens);
+    embedding_forward(k, mb->layer[0].x, mb);
+    for (size_t l = 0; l < k->depth; l++) block_forward(k, l, mb);
+    logits_forward(k, mb, mb->layer[k->depth].x + (n - 1) * C, 1);
+    all_gather(&k->tp, g->slices, mb->logits, k->Vp, ACT);
+    act_download(g->logits, g->slices, (size_t)k->tp.size * k->Vp);
+    g->cache.past += n;
+    k->T = T;
+}
+
+/* Appends up to `count` tokens to text, and calls emit for each; ends early at end_of_text, which is appended but not
+ * emitted. Every tensor rank calls it, and draws the same tokens. Of a longer prompt the last P tokens count. When all P
+ * positions are full, the last P/2 tokens are read again from position 0: learned positions allow no sliding. */
+static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s, int end_of_text,
+                     void (*emit)(void *arg, int id), void *arg)
+{
+    size_t T = g->k->T, stop = text->n + count, unread = min_size(text->n, T);
+    g->cache.past = 0;
+    while (text->n < stop) {
+        if (g->cache.past + unread > T) g->cache.past = 0, unread = (T + 1) / 2;
+        generator_read(g, text->id + text->n - unread, unread);
+        double next = sample_token(g->logits, g->k->config.V, s, text->n, g->heap);
+        broadcast(&g->k->tp, &next, 1, DOUBLE_ARRAY, 0); /* all would draw the same; one decides */
+        int id = (int)next;
+        push_token(text, id);
+        if (id == end_of_text) return;
+        if (emit) emit(arg, id);
+        unread = 1;
+    }
+}
+
+/* ================================================================================================================
  *
- * Text becomes numbers by GPT-2's byte-level byte-pair encoding. A text is cut into words; a word is a row of bytes,
- * of which neighbours merge by a list of pairs, the list's first pair first, until no pair of the list is left in it.
- * As every byte is a token, any bytes can be encoded, and decoding gives them back. Documents, with <|endoftext|>
- * between them, are joined and cut into samples of T + 1 tokens: T inputs, and the same shifted by one as labels.
+ * PART II. THE MACHINE
+ *
+ * ============================================================================================================= */
+
+/* ================================================================================================================
+ * Chapter 11. Products, vector loops, memory
+ * ============================================================================================================= */
+
+/* ---- The machine ------------------------------------------------------------------------------------------------- */
+
+/* Cores that this process may use. */
+static int cores(void)
+{
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
+#endif
+    return n > 0 ? (int)n : 1;
+}
+
+/* Threads that a parallel loop of this rank gets. */
+static int openmp_threads(void)
+{
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+/* ---- Vector loops ------------------------------------------------------------------------------------------------- */
+
+/* e^x in a form that compilers vectorise: e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2, and for e^r a
+ * polynomial that is within 0.06 ulp of it. Error: at most 1.02 ulp, for all floats. 0 below -86.5 (e^x < 2^-124);
+ * inf above 88.72283, where floats end; NaN stays NaN. Adding 1.5 * 2^23 leaves n in the sum's low bits. 2^(n-1)
+ * times a doubled polynomial reaches the last binade, where 2^n alone would not exist. */
+static inline HOST_DEVICE real exponential(real x)
+{
+    if (sizeof x != sizeof(float)) return (real)exp(x);
+    float f = (float)x, shifted = f * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, scale;
+    float r = (f - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: n * the first is exact */
+    float q = 0.001381446547f;
+    q = q * r + 0.008368780424f;
+    q = q * r + 0.04166839425f;
+    q = q * r + 0.1666652011f;
+    q = q * r + 0.4999999341f;
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits = (bits + 126) << 23;
+    memcpy(&scale, &bits, 4);
+    float y = (1 + (r + r * r * q)) * 2 * scale;
+    return f < -86.5f ? 0 : f > 89 ? INFINITY : y;
+}
+
+#ifndef OTHER_OPERATORS
+
+/* The largest of top and x (n); NaNs are passed over. Lane by lane: not every compiler reorders a maximum. */
+static real largest(const real *x, size_t n, real top)
+{
+    enum { SIDE = 32 };
+    real side[SIDE];
+    for (size_t j = 0; j < SIDE; j++) side[j] = top;
+    for (; n >= SIDE; n -= SIDE, x += SIDE)
+#pragma omp simd
+        for (size_t j = 0; j < SIDE; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
+    for (size_t j = 0; j < n; j++) side[j] = x[j] > side[j] ? x[j] : side[j];
+    for (size_t j = 0; j < SIDE; j++) top = side[j] > top ? side[j] : top;
+    return top;
+}
+
+/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on blocks side by side, round by round,
+ * so that it vectorises. Ones, and no numbers drawn, where there is no dropout. */
+static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n)
+{
+    enum { SIDE = 32 }; /* blocks, of four words each */
+    if (d.p == 0) {
+        for (size_t i = 0; i < n; i++) out[i] = 1;
+        return;
+    }
+    const uint32_t threshold = dropout_threshold(d.p);
+    const real scale = 1 / (1 - d.p);
+    size_t skip = (d.first + index) % 4; /* words of the first block that come before ours */
+    for (uint64_t block = (d.first + index) / 4; n > 0; block += SIDE) {
+        uint32_t c[4][SIDE];
+        real factor[4 * SIDE];
+        for (int i = 0; i < SIDE; i++) {
+            c[0][i] = (uint32_t)(block + (uint64_t)i), c[1][i] = (uint32_t)((block + (uint64_t)i) >> 32);
+            c[2][i] = d.site, c[3][i] = d.step;
+        }
+        for (uint32_t round = 0; round < 10; round++)
+#pragma omp simd
+            for (int i = 0; i < SIDE; i++) philox_round(&c[0][i], &c[1][i], &c[2][i], &c[3][i], d.seed, round);
+        for (int i = 0; i < SIDE; i++)
+            for (int j = 0; j < 4; j++) factor[4 * i + j] = c[j][i] >= threshold ? scale : 0;
+        size_t count = min_size(n, 4 * SIDE - skip);
+        memcpy(out, factor + skip, count * sizeof *out);
+        out += count, n -= count, skip = 0;
+    }
+}
+
+/* The loop of all_reduce: elements [begin, begin+n) of all P arrays become op over the P arrays, in rank order. A NaN
+ * wins every MAX. type is ACT or REAL_ARRAY, which only the twin must tell apart. */
+static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op)
+{
+    enum { RUN = 1024 }; /* elements that stay in L1 while the ranks' arrays pass by */
+    (void)type;
+#pragma omp parallel for schedule(static) if (n > SMALL)
+    for (size_t i0 = begin; i0 < begin + n; i0 += RUN) {
+        const size_t count = min_size(RUN, begin + n - i0);
+        real total[RUN];
+        memcpy(total, (real *)x[0] + i0, count * sizeof *total);
+        for (int r = 1; r < P; r++) {
+            const real *a = (real *)x[r] + i0;
+#pragma omp simd
+            for (size_t i = 0; i < count; i++)
+                total[i] = op == SUM ? total[i] + a[i] : a[i] > total[i] || a[i] != a[i] ? a[i] : total[i];
+        }
+        for (int r = 0; r < P; r++) memcpy((real *)x[r] + i0, total, count * sizeof *total);
+    }
+}
+
+/* ---- Memory ------------------------------------------------------------------------------------------------------ */
+
+/* Zeroed, 64-byte aligned; dies when there is none. Large arrays ask for pages of 2 MB: fewer misses of the TLB. */
+static void *device_calloc(size_t bytes)
+{
+    const size_t huge = (size_t)2 << 20, align = bytes < huge ? 64 : huge;
+    void *p = aligned_alloc(align, round_up(max_size(bytes, 1), align));
+    if (!p) die("out of memory: %zu bytes were asked for", bytes);
+#ifdef MADV_HUGEPAGE
+    if (align == huge) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return memset(p, 0, bytes);
+}
+
+static void device_free(void *p) { free(p); }
+static const char *device_kind(void) { return "cores"; } /* what ranks share, for messages; how many, and bytes of memory in all */
+static int device_count(void) { return cores(); }
+static double device_memory(void) { return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE); }
+static void device_select(int rank, int ranks) { (void)rank, (void)ranks; } /* the twin: which GPU is this rank's */
+static void device_synchronize(void) {}                                     /* the twin: wait for this rank's stream */
+static void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
+static void device_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
+static void device_upload(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
+static void device_download(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
+static void act_upload(act *to, const real *from, size_t n) { memcpy(to, from, n * sizeof *to); }
+static void act_download(real *to, const act *from, size_t n) { memcpy(to, from, n * sizeof *to); }
+
+/* n reals of working space, 64-byte aligned and not zeroed; free() it. */
+static real *scratch(size_t n)
+{
+    void *p = aligned_alloc(64, n * sizeof(real) / 64 * 64 + 64);
+    if (!p) die("out of memory: %zu bytes of scratch were asked for", n * sizeof(real));
+    return (real *)p;
+}
+
+/* ---- Matrix product ---------------------------------------------------------------------------------------------- */
+
+/* C (M,N) = A (M,K) B (K,N), four fifths of all time. One product serves X W', dY W and dY' X, because A and B are
+ * read through a (row, column) stride; N is C's columns here, not B*T. It makes C in tiles of 6 rows x TILE_VECS vectors:
+ *
+ *                   TILE_COLS              in registers  the tile of C, and one row of B's panel at a time
+ *              B   +--+==+--+--+           in L1, L2     a K_BLOCK x TILE_COLS panel of B (24 KB with AVX2, 96 KB with
+ *          K_BLOCK |  |##|  |  |                         AVX-512), which all strips meet before the next panel comes
+ *                  +--+==+--+--+           in L2, L3     ROW_BLOCK x K_BLOCK of A (1.8 MB), in strips of 6 rows (9 KB)
+ *     A  K_BLOCK                                         that are read one after the other
+ *      +========+  +--+--+--+--+
+ *    6 |########|  |  |##|  |  | C         For each k a tile loads TILE_VECS vectors of B and 6 numbers of A, and
+ *      +========+  +--+--+--+--+           makes 6 * TILE_VECS multiply-adds of vectors: the arithmetic units never
+ *      |        |  |  |  |  |  |           wait for the loads.
+ *
+ * Strips and panels are packed: copied so that the tile's loop reads them in order, whatever their strides. Each thread
+ * makes a rectangle of C of its own, from copies of its own: nobody waits for anybody before the end, and a sum over k
+ * has one order, whoever makes it; `dot`, for C of less than 4 rows, has another. doc/matmul.md gets here step by step. */
+
+#if defined __AVX512F__
+enum { VEC_BYTES = 64, TILE_VECS = 4 };
+#elif defined __AVX__
+enum { VEC_BYTES = 32, TILE_VECS = 2 };
+#elif defined __aarch64__
+enum { VEC_BYTES = 16, TILE_VECS = 4 };
+#else
+enum { VEC_BYTES = 16, TILE_VECS = 2 };
+#endif
+typedef real vec __attribute__((vector_size(VEC_BYTES)));
+typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias)); /* any address */
+
+enum {
+    LANES = VEC_BYTES / sizeof(real),
+    TILE_ROWS = 6,
+    TILE_COLS = TILE_VECS * LANES,
+    K_RUN = 16, /* steps of k that are packed at a time */
+    K_BLOCK = 384,
+    ROW_BLOCK = 1152, /* so that 1,024 rows need one copy of B */
+};
+static_assert(K_BLOCK % K_RUN == 0 && ROW_BLOCK % TILE_ROWS == 0 && TILE_ROWS % 2 == 0, "pack and product rely on it");
+
+static_assert(QUERIES % TILE_ROWS == 0 && KEYS % TILE_ROWS == 0, "strips has no room for a strip that is not full");
+static_assert((int)KEYS == (int)K_BLOCK, "strips suffices for any D");
+
+static inline Mat from_element(Mat m, size_t i, size_t j) /* the part of m from row i and column j on */
+{
+    return (Mat){m.p + i * m.row + j * m.col, m.row, m.col};
+}
+
+/* out (ceil(n/width), K, width) = from (n,K) in strips of width rows, each transposed, the last filled up with zeros.
+ * Two rows at a time: compilers store pairs. width, which is even, is a constant where this is inlined. */
+static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n, const size_t width, size_t K)
+{
+    /* Steps of k before the next strip. 16, where that strip reads on in the lines of cache that this one began. */
+    const size_t stretch = from.col == 1 ? K : (size_t)K_RUN;
+    for (size_t k0 = 0; k0 < K; k0 += stretch)
+        for (size_t i = 0; i < n; i += width)
+            for (size_t k = k0; k < min_size(k0 + stretch, K); k += K_RUN) {
+                const Mat m = from_element(from, i, k);
+                const size_t run = min_size(K_RUN, K - k), rows = min_size(width, n - i);
+                const int whole = rows == width && run == K_RUN;
+                real *to = out + i * K + k * width;
+                if (whole && m.col == 1)
+                    for (size_t r = 0; r < width; r += 2) {
+                        const real *x = m.p + r * m.row, *y = x + m.row;
+                        __builtin_prefetch(x + 2 * K_RUN), __builtin_prefetch(y + 2 * K_RUN);
+                        for (size_t c = 0; c < K_RUN; c++) to[c * width + r] = x[c], to[c * width + r + 1] = y[c];
+                    }
+                else if (whole && m.row == 1)
+                    for (size_t c = 0; c < K_RUN; c++) {
+                        __builtin_prefetch(m.p + c * m.col + 2 * K_RUN); /* of use to A only: for its next strips */
+                        memcpy(to + c * width, m.p + c * m.col, width * sizeof *to);
+                    }
+                else
+                    for (size_t c = 0; c < run; c++)
+                        for (size_t r = 0; r < width; r++)
+                            to[c * width + r] = r < rows ? m.p[r * m.row + c * m.col] : 0;
+            }
+}
+
+/* The epilogue on rows x cols elements of C, whose rows are c_row apart; the first is element `at` of C, in column `col`.
+ * Both GeLUs have loops of their own, because only the tanh form vectorises: the other calls libm. */
+static void finish(act *c, size_t c_row, size_t at, size_t col, size_t rows, size_t cols, const Epilogue *e)
+{
+    const int forward = e->kind == BIAS_GELU, backward = e->kind == GELU_SLOPE, erf_form = e->gelu == GELU_ERF;
+    for (size_t i = 0; i < rows; i++, at += c_row) {
+        act *x = c + at, *pre = e->pre ? e->pre + at : NULL;
+        if (e->bias)
+#pragma omp simd
+            for (size_t j = 0; j < cols; j++) x[j] += e->bias[col + j];
+        if (forward && pre) memcpy(pre, x, cols * sizeof *x);
+        if (forward && erf_form)
+            for (size_t j = 0; j < cols; j++) x[j] = gelu(x[j], GELU_ERF);
+        else if (forward)
+#pragma omp simd
+            for (size_t j = 0; j < cols; j++) x[j] = gelu(x[j], GELU_TANH);
+        else if (backward && erf_form)
+            for (size_t j = 0; j < cols; j++) x[j] *= gelu_slope(pre[j], GELU_ERF);
+        else if (backward)
+#pragma omp simd
+            for (size_t j = 0; j < cols; j++) x[j] *= gelu_slope(pre[j], GELU_TANH);
+    }
+}
+
+/* c (m,n) [+]= strip' panel, strip (K,6), panel (K,TILE_COLS). n fits in vecs vectors, a constant where this is
+ * inlined; a tile of less than 6 rows, or not as wide as vecs vectors, goes through `edge`. */
+static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act *c, size_t c_row, size_t m, size_t n,
+                                                          const real *strip, const real *panel, size_t K, int add)
+{
+    vec t[TILE_ROWS][TILE_VECS] = {{{0}}};
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < vecs; j++) __builtin_prefetch(c + i * c_row + j * LANES, 1);
+#pragma GCC unroll 8 /* gcc leaves it to us: 4% */
+    for (size_t k = 0; k < K; k++, strip += TILE_ROWS, panel += TILE_COLS)
+        for (size_t i = 0; i < TILE_ROWS; i++)
+            for (size_t j = 0; j < vecs; j++) t[i][j] += strip[i] * *(const vec *)(panel + j * LANES);
+    const int whole = m == TILE_ROWS && n == vecs * LANES;
+    const size_t row = whole ? c_row : (size_t)TILE_COLS;
+    real edge[TILE_ROWS * TILE_COLS], *to = whole ? c : edge;
+    for (size_t i = 0; i < TILE_ROWS; i++, to += row)
+        for (size_t j = 0; j < vecs; j++) {
+            if (whole && add) t[i][j] += *(loose_vec *)(to + j * LANES);
+            *(loose_vec *)(to + j * LANES) = t[i][j];
+        }
+    for (size_t i = 0; i < m && !whole; i++)
+        for (size_t j = 0; j < n; j++) c[i * c_row + j] = edge[i * TILE_COLS + j] + (add ? c[i * c_row + j] : 0);
+}
+
+/* Tiles of 2, 3 and 4 vectors where TILE_VECS is 4, of 1 and 2 where it is 2. Not inlined: its loops need all registers,
+ * and gcc spills sums where other loops are about. */
+static __attribute__((noinline)) void tile(act *c, size_t c_row, size_t m, size_t n, const real *strip,
+                                           const real *panel, size_t K, int add)
+{
+    const size_t vecs = ceil_div(n, LANES);
+    if (vecs <= TILE_VECS / 2) tile_of(TILE_VECS / 2, c, c_row, m, n, strip, panel, K, add);
+    else if (vecs < TILE_VECS) tile_of(TILE_VECS - 1, c, c_row, m, n, strip, panel, K, add);
+    else tile_of(TILE_VECS, c, c_row, m, n, strip, panel, K, add);
+}
+
+/* Rows i0 .. i1-1 and columns j0 .. j1-1 of c, whose rows are c_row apart, [+]= a (.,K) b (K,.), and e, which may be
+ * NULL. strips: room for min(ROW_BLOCK, i1 - i0) rows, rounded up to whole strips, of min(K_BLOCK, K) numbers. K > 0. */
+static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1, size_t K, int add,
+                    const Epilogue *e, real *strips)
+{
+    const size_t block = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), K_RUN); /* of k: all about equal */
+    real panel[K_BLOCK * TILE_COLS] __attribute__((aligned(64)));
+    for (; i0 < i1 && j0 < j1; i0 += ROW_BLOCK)
+        for (size_t k0 = 0; k0 < K; k0 += block) {
+            const size_t end = min_size(i0 + ROW_BLOCK, i1), depth = min_size(block, K - k0);
+            const int last = e && k0 + depth == K;
+            pack(strips, from_element(a, i0, k0), end - i0, TILE_ROWS, depth);
+            for (size_t j = j0; j < j1; j += TILE_COLS) {
+                const size_t n = min_size(TILE_COLS, j1 - j);
+                pack(panel, from_element((Mat){b.p, b.col, b.row}, j, k0), n, TILE_COLS, depth); /* B' */
+                for (size_t i = i0; i < end; i += TILE_ROWS) {
+                    const size_t m = min_size(TILE_ROWS, end - i), at = i * c_row + j;
+                    for (size_t r = 0; r < m && last && e->pre; r++)
+                        for (size_t q = 0; q < n; q += LANES) __builtin_prefetch(e->pre + at + r * c_row + q);
+                    tile(c + at, c_row, m, n, strips + (i - i0) * depth, panel, depth, add || k0 > 0);
+                    if (last) finish(c, c_row, at, j, m, n, e);
+                }
+            }
+        }
+}
+
+/* a' b for vectors of n numbers. */
+static real dot(const real *a, const real *b, size_t n)
+{
+    enum { CHAINS = 4, AHEAD = 2048 }; /* independent sums hide the adder's latency; prefetchers stop where pages end */
+    vec s[CHAINS] = {{0}};
+    real sum = 0;
+    size_t i = 0;
+    for (; i + CHAINS * LANES <= n; i += CHAINS * LANES)
+        for (int j = 0; j < CHAINS; j++) {
+            __builtin_prefetch(b + i + j * LANES + AHEAD);
+            s[j] += *(const loose_vec *)(a + i + j * LANES) * *(const loose_vec *)(b + i + j * LANES);
+        }
+    s[0] = (s[0] + s[1]) + (s[2] + s[3]);
+    for (int lane = 0; lane < LANES; lane++) sum += s[0][lane];
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* c (M,N) [+]= a (M,K) b (K,N), K > 0, and e, which may be NULL. A few rows times a transposed matrix, as in generation,
+ * run at the speed at which b is read: so once, and as it lies. */
+static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e)
+{
+    if (M < 4 && a.col == 1 && b.row == 1) {
+#pragma omp parallel for schedule(static) if (N * K > SMALL)
+        for (size_t j = 0; j < N; j++)
+            for (size_t i = 0; i < M; i++)
+                c[i * N + j] = dot(a.p + i * a.row, b.p + j * b.col, K) + (add ? c[i * N + j] : 0);
+        if (e) finish(c, N, 0, 0, M, N, e);
+        return;
+    }
+    const size_t parts = M * N * K > 8 * SMALL ? (size_t)openmp_threads() : 1;
+    size_t down = 1, rows = 0, cols = 0, least = SIZE_MAX; /* C is cut into down x (parts / down) rectangles of */
+    for (size_t d = 1; d <= parts; d++) {                  /* rows x cols, such that a thread copies least of A and B */
+        const size_t high = round_up(ceil_div(M, d), TILE_ROWS), wide = round_up(ceil_div(N, parts / d), TILE_COLS);
+        const size_t copied = high + wide * ceil_div(high, ROW_BLOCK);
+        if (parts % d == 0 && copied < least) down = d, rows = high, cols = wide, least = copied;
+    }
+#pragma omp parallel for schedule(static) if (parts > 1)
+    for (size_t part = 0; part < parts; part++) {
+        const size_t i0 = part % down * rows, i1 = min_size(i0 + rows, M), j0 = part / down * cols;
+        real *strips = scratch(min_size(rows, ROW_BLOCK) * min_size(K, K_BLOCK));
+        product(c, N, a, b, i0, i1, j0, min_size(j0 + cols, N), K, add, e, strips);
+        free(strips);
+    }
+}
+
+#else
+static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op);
+#endif /* OTHER_OPERATORS */
+
+/* ================================================================================================================
+ * Chapter 12. Ranks as threads
+ * =============================================================================================================
+ *
+ * A group's Board is what its ranks share. The protocol of every collective is the same:
+ *
+ *     1. each rank posts its pointer and count on the board;      2. barrier: all posts can be read;
+ *     3. each rank reads the others' buffers and does its part;   4. barrier: the buffers are their owners' again. */
+
+/* One collective as `trace` prints it. */
+typedef struct {
+    const char *op, *group;
+    size_t elements, bytes; /* of the message: what each rank passes in */
+    Place place;
+} Event;
+
+struct Trace {
+    Event *event;
+    size_t n, capacity;
+};
+
+/* A buffered one-way channel between two ranks: send waits while it is full, recv while it is empty. */
+typedef struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    int full;
+    void *data;
+    size_t capacity, bytes;
+} Mailbox;
+
+/* What one rank posts. */
+typedef struct {
+    const char *op;
+    void *x;
+    size_t n;
+    int type, world_rank;
+} Post;
+
+struct Board {
+    int size, spin;
+    int arrived;         /* barrier: ranks that wait */
+    unsigned generation; /* barrier: how often it has opened */
+    pthread_mutex_t mutex;
+    pthread_cond_t opened;
+    Post post[MAX_RANKS];
+    Mailbox *mailbox; /* [from * size + to] */
+};
+
+static size_t type_size(Type type)
+{
+    return type == ACT ? sizeof(act) : type == REAL_ARRAY ? sizeof(real) : sizeof(double);
+}
+
+/* spin: how often a barrier looks before it sleeps. */
+static Board *board_create(int size, int spin)
+{
+    Board *board = (Board *)xcalloc(1, sizeof *board);
+    board->size = size;
+    board->spin = spin;
+    board->mailbox = (Mailbox *)xcalloc((size_t)size * size, sizeof *board->mailbox);
+    pthread_mutex_init(&board->mutex, NULL);
+    pthread_cond_init(&board->opened, NULL);
+    for (int i = 0; i < size * size; i++) {
+        pthread_mutex_init(&board->mailbox[i].mutex, NULL);
+        pthread_cond_init(&board->mailbox[i].changed, NULL);
+    }
+    return board;
+}
+
+/* Called by one rank, after the last barrier of the group. */
+static void board_destroy(Board *board)
+{
+    for (int i = 0; i < board->size * board->size; i++) device_free(board->mailbox[i].data);
+    free(board->mailbox);
+    free(board);
+}
+
+static void barrier(Comm *c)
+{
+    Board *b = c->board;
+    unsigned generation = __atomic_load_n(&b->generation, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&b->arrived, 1, __ATOMIC_ACQ_REL) == b->size) {
+        __atomic_store_n(&b->arrived, 0, __ATOMIC_RELAXED);
+        pthread_mutex_lock(&b->mutex); /* so that no rank falls asleep between its last look and our call */
+        __atomic_store_n(&b->generation, generation + 1, __ATOMIC_RELEASE);
+        pthread_cond_broadcast(&b->opened);
+        pthread_mutex_unlock(&b->mutex);
+        return;
+    }
+    for (int i = 0; i < b->spin; i++)
+        if (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) != generation) return;
+    pthread_mutex_lock(&b->mutex);
+    while (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) == generation) pthread_cond_wait(&b->opened, &b->mutex);
+    pthread_mutex_unlock(&b->mutex);
+}
+
+static void record(Comm *c, const char *op, size_t n, Type type)
+{
+    static const Place nowhere = {"-", "", "", -1};
+    Trace *trace = c->trace;
+    if (!trace) return;
+    trace->event = (Event *)grow(trace->event, trace->n, &trace->capacity, sizeof *trace->event);
+    Event *event = &trace->event[trace->n++];
+    event->op = op;
+    event->group = c->name;
+    event->elements = n;
+    event->bytes = n * type_size(type);
+    event->place = c->place ? *c->place : nowhere;
+}
+
+/* Steps 1 and 2 of the protocol. A program whose ranks disagree on what comes next is broken beyond repair: say who. */
+static void meet(Comm *c, const char *op, void *x, size_t n, Type type)
+{
+    Post *mine = &c->board->post[c->rank];
+    mine->op = op, mine->x = x, mine->n = n, mine->type = type, mine->world_rank = c->world_rank;
+    device_synchronize();
+    barrier(c);
+    for (int r = 0; r < c->size; r++) {
+        const Post *other = &c->board->post[r];
+        if (other->n != n || other->type != (int)type || strcmp(other->op, op))
+            die("ranks disagree in group %s: rank %d calls %s of %zu elements, rank %d calls %s of %zu", c->name,
+                c->world_rank, op, n, other->world_rank, other->op, other->n);
+    }
+    record(c, op, n, type);
+}
+
+static void leave(Comm *c)
+{
+    device_synchronize();
+    barrier(c);
+}
+
+/* reduce_slice for a few scalars in the host's memory. */
+static void reduce_scalars(void *const *x, int P, size_t begin, size_t n, Op op)
+{
+    for (size_t i = begin; i < begin + n; i++) {
+        double total = ((double *)x[0])[i];
+        for (int r = 1; r < P; r++) {
+            const double a = ((double *)x[r])[i];
+            total = op == SUM ? total + a : a > total || a != a ? a : total;
+        }
+        for (int r = 0; r < P; r++) ((double *)x[r])[i] = total;
+    }
+}
+
+static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op)
+{
+    if (c->size == 1) return;
+    meet(c, op == SUM ? "all_reduce" : "all_reduce_max", x, n, type);
+    void *buffer[MAX_RANKS];
+    for (int r = 0; r < c->size; r++) buffer[r] = c->board->post[r].x;
+    size_t begin = n * c->rank / c->size, end = n * (c->rank + 1) / c->size;
+    if (type == DOUBLE_ARRAY) reduce_scalars(buffer, c->size, begin, end - begin, op);
+    else reduce_slice(buffer, c->size, begin, end - begin, type, op);
+    leave(c);
+}
+
+/* n elements of another rank's array, or of this one's. A DOUBLE_ARRAY is a few scalars in the host's memory; all others
+ * are the device's. */
+static void copy_array(void *to, const void *from, size_t n, Type type)
+{
+    if (type == DOUBLE_ARRAY) memmove(to, from, n * type_size(type));
+    else device_copy(to, from, n * type_size(type));
+}
+
+static void all_gather(Comm *c, void *out, void *x, size_t n, Type type)
+{
+    size_t bytes = n * type_size(type);
+    if (c->size > 1) meet(c, "all_gather", x, n, type);
+    for (int r = 0; r < c->size; r++)
+        copy_array((char *)out + r * bytes, c->size > 1 ? c->board->post[r].x : x, n, type);
+    if (c->size > 1) leave(c);
+}
+
+static void broadcast(Comm *c, void *x, size_t n, Type type, int root)
+{
+    if (c->size == 1) return;
+    meet(c, "broadcast", x, n, type);
+    if (c->rank != root) copy_array(x, c->board->post[root].x, n, type);
+    leave(c);
+}
+
+static void send(Comm *c, const void *x, size_t n, Type type, int to)
+{
+    Mailbox *box = &c->board->mailbox[c->rank * c->size + to];
+    size_t bytes = n * type_size(type);
+    record(c, "send", n, type);
+    pthread_mutex_lock(&box->mutex);
+    while (box->full) pthread_cond_wait(&box->changed, &box->mutex);
+    if (bytes > box->capacity) { /* the first message only: later steps allocate nothing */
+        device_free(box->data);
+        box->data = device_calloc(bytes);
+        box->capacity = bytes;
+    }
+    device_copy(box->data, x, bytes);
+    device_synchronize();
+    box->bytes = bytes;
+    box->full = 1;
+    pthread_cond_broadcast(&box->changed);
+    pthread_mutex_unlock(&box->mutex);
+}
+
+static void recv(Comm *c, void *x, size_t n, Type type, int from)
+{
+    Mailbox *box = &c->board->mailbox[from * c->size + c->rank];
+    record(c, "recv", n, type);
+    pthread_mutex_lock(&box->mutex);
+    while (!box->full) pthread_cond_wait(&box->changed, &box->mutex);
+    if (box->bytes != n * type_size(type))
+        die("rank %d receives %zu bytes in group %s, but %zu were sent", c->world_rank, n * type_size(type), c->name,
+            box->bytes);
+    device_copy(x, box->data, box->bytes);
+    device_synchronize();
+    box->full = 0;
+    pthread_cond_broadcast(&box->changed);
+    pthread_mutex_unlock(&box->mutex);
+}
+
+static Comm comm_split(Comm *parent, int color, const char *name)
+{
+    Post *mine = &parent->board->post[parent->rank];
+    Comm c = {0, 0, NULL, name, parent->world_rank, NULL, NULL};
+    int leader = -1;
+    mine->n = (size_t)color;
+    barrier(parent);
+    for (int r = 0; r < parent->size; r++) {
+        if (parent->board->post[r].n != (size_t)color) continue;
+        if (leader < 0) leader = r;
+        if (r == parent->rank) c.rank = c.size;
+        c.size++;
+    }
+    if (leader == parent->rank) mine->x = board_create(c.size, parent->board->spin);
+    barrier(parent);
+    c.board = (Board *)parent->board->post[leader].x;
+    barrier(parent); /* the posts may be reused only when all have read them */
+    return c;
+}
+
+static void comm_free(Comm *c)
+{
+    barrier(c);
+    int last = __atomic_add_fetch(&c->board->arrived, 1, __ATOMIC_ACQ_REL) == c->size;
+    if (last) board_destroy(c->board); /* the others have left the barrier before they counted themselves in */
+}
+
+/* ---- Starting the ranks ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    Comm world;
+    void (*body)(Comm *world, void *arg);
+    void *arg;
+} Start;
+
+static void *start_rank(void *arg)
+{
+    Start *start = (Start *)arg;
+    device_select(start->world.rank, start->world.size);
+#ifdef _OPENMP
+    omp_set_num_threads(cores() / start->world.size > 1 ? cores() / start->world.size : 1); /* ranks share the cores */
+#endif
+    start->body(&start->world, start->arg);
+    return NULL;
+}
+
+static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg)
+{
+    pthread_t thread[MAX_RANKS];
+    Start start[MAX_RANKS];
+    if (n < 1 || n > MAX_RANKS) die("%d ranks were asked for: 1 to %d are possible", n, MAX_RANKS);
+    Board *board = board_create(n, n <= cores() ? 4096 : 0); /* never burn a core that another rank needs */
+    for (int r = 0; r < n; r++) {
+        Comm world = {r, n, board, "world", r, NULL, NULL};
+        start[r].world = world, start[r].body = body, start[r].arg = arg;
+        if (pthread_create(&thread[r], NULL, start_rank, &start[r]))
+            die("cannot start a thread for rank %d of %d", r, n);
+    }
+    for (int r = 0; r < n; r++) pthread_join(thread[r], NULL);
+    board_destroy(board);
+}
+
+/* ================================================================================================================
+ *
+ * PART III. THE PROGRAM AROUND IT
+ *
+ * ============================================================================================================= */
+
+/* ================================================================================================================
+ * Chapter 13. Ground
+ * ============================================================================================================= */
+
+#ifndef PROGRAM
+#define PROGRAM "megatron_gpt2" /* whose messages these are: convert.c includes this file */
+#endif
+
+/* Ends the program with one line on stderr. Several ranks often meet the same bad input at once: the first one speaks,
+ * the others wait for the end. Not exit(): other ranks still run, and must not meet torn-down libraries. */
+__attribute__((noreturn)) static void end_with(int status, const char *format, va_list args)
+{
+    static int spoken;
+    char line[2 * PATH_MAX];
+    while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
+    vsnprintf(line, sizeof line, format, args);
+    for (char *c = line; *c; c++) /* names in files and paths may hold anything; the message stays one line */
+        if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
+    fflush(stdout);
+    fprintf(stderr, PROGRAM ": %s\n", line);
+    _exit(status);
+}
+
+/* Bad input: says what was seen, what was expected and what to do. Exit status 1. */
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    end_with(1, format, args);
+}
+
+/* Wrong use of the command line: exit status 2. */
+__attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    end_with(2, format, args);
+}
+
+/* Zeroed host memory for count objects of size bytes; dies instead of returning NULL. */
+static void *xcalloc(size_t count, size_t size)
+{
+    void *p = calloc(count ? count : 1, size ? size : 1);
+    if (!p) die("out of memory: %zu objects of %zu bytes were asked for; try a smaller model or batch", count, size);
+    return p;
+}
+
+/* Room for one element more in a growing array of n elements: p itself, or p moved into twice the capacity. */
+static void *grow(void *p, size_t n, size_t *capacity, size_t size)
+{
+    if (n < *capacity) return p;
+    *capacity = *capacity ? 2 * *capacity : 64;
+    p = realloc(p, *capacity * size);
+    if (!p) die("out of memory: %zu objects of %zu bytes were asked for; give less text", *capacity, size);
+    return p;
+}
+
+/* The next count objects of size bytes, 64-byte aligned; NULL while measuring. */
+static void *carve(Arena *arena, size_t count, size_t size)
+{
+    void *p = arena->base ? arena->base + arena->used : NULL;
+    arena->used += round_up(count * size, 64);
+    return p;
+}
+
+/* ---- Files ------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *data;
+    size_t size; /* bytes */
+} Map;
+
+/* Maps a whole regular file read-only; dies if there is none. An empty file gives data "" and size 0. */
+static Map map_file(const char *path)
+{
+    Map map = {"", 0};
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NONBLOCK); /* or a pipe would make us wait for a writer */
+    if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
+    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) die("%s is not a regular file", path);
+    if (st.st_size > 0) {
+        map.size = (size_t)st.st_size;
+        map.data = (const char *)mmap(NULL, map.size, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (map.data == (const char *)MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
+    }
+    close(fd);
+    return map;
+}
+
+static void unmap_file(Map map)
+{
+    if (map.size) munmap((void *)map.data, map.size);
+}
+
+/* "folder/name" in a buffer of PATH_MAX bytes; dies if it does not fit. Returns the buffer. */
+static char *join_path(char path[PATH_MAX], const char *folder, const char *name)
+{
+    if (snprintf(path, PATH_MAX, "%s/%s", folder, name) >= PATH_MAX) die("the path %s/%s is too long", folder, name);
+    return path;
+}
+
+static int file_exists(const char *folder, const char *name)
+{
+    char path[PATH_MAX];
+    return access(join_path(path, folder, name), F_OK) == 0;
+}
+
+/* ---- Progress ---------------------------------------------------------------------------------------------------- */
+
+static double now(void) /* seconds */
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static Meter meter_start(const char *unit, size_t first, size_t total, size_t tokens)
+{
+    double t = now();
+    Meter m = {unit, first, total, tokens, isatty(STDERR_FILENO), t, t};
+    return m;
+}
+
+static double meter_rate(const Meter *m, size_t done) /* tokens a second so far */
+{
+    return (double)(done - m->first) * (double)m->tokens / fmax(now() - m->start, 1e-9);
+}
+
+/* Shows how far the work is, and one value of its own, if it is time to. */
+static void meter_show(Meter *m, size_t done, const char *name, double value)
+{
+    double t = now(), rate = meter_rate(m, done),
+           left = (double)(m->total - done) * (double)m->tokens / fmax(rate, 1e-9);
+    char bar[33] = "................................";
+    if (done < m->total && t - m->shown < (m->terminal ? 0.1 : 10)) return;
+    m->shown = t;
+    for (size_t i = 0; m->total && i < 32 * done / m->total; i++) bar[i] = '#';
+    fprintf(stderr, "%s%s%s%s %zu/%zu  %s %.4f  %.0f tokens/s  %.0f:%02.0f left%s", m->terminal ? "\r[" : "",
+            m->terminal ? bar : "", m->terminal ? "] " : "", m->unit, done, m->total, name, value, rate,
+            floor(left / 60), floor(fmod(left, 60)), m->terminal && done < m->total ? "\033[K" : "\n");
+}
+
+/* ================================================================================================================
+ * Chapter 14. Files: checkpoints
+ *
+ * A model is a folder as Hugging Face has it: config.json and model.safetensors, or shards of it with an index. A
+ * checkpoint is such a folder with AdamW's moments and the state of training beside them, in trainer.safetensors.
+ * These files hold whole tensors and know nothing of ranks: each rank picks its slices out of the mapped file, and
+ * puts them back into one on saving, so that what was saved in one layout is loaded in any other.
+ *
+ * A safetensors file is 8 bytes, the length of the header; the header, in JSON, with type, shape and place of each
+ * tensor; the tensors, little-endian, row by row, without gaps. Nothing is believed before everything is checked.
  * ============================================================================================================= */
 
 /* ---- JSON -------------------------------------------------------------------------------------------------------- */
@@ -2831,1234 +3549,6 @@ static void json_write_next(FILE *out, const char *key, double x)
     json_write_number(out, key, x);
 }
 
-#include "dev/unicode/classes.h" /* class_starts[]: which code points are letters, numbers, white space */
-
-static const char END_OF_TEXT[] = "<|endoftext|>";
-
-typedef struct {
-    int *id;
-    size_t n, capacity;
-} Tokens; /* starts as {NULL, 0, 0}; free(id) ends it */
-
-static void push_token(Tokens *tokens, int id)
-{
-    tokens->id = (int *)grow(tokens->id, tokens->n, &tokens->capacity, sizeof(int));
-    tokens->id[tokens->n++] = id;
-}
-
-/* ---- Words: the pre-tokeniser ------------------------------------------------------------------------------------ */
-
-enum { NOT_A_CHARACTER = 0x110000 }; /* one past the last code point: stands for a byte that is not UTF-8 */
-
-/* The character that begins at text, n > 0 bytes left: its code point, and its length in bytes as the result. A byte
- * that begins no well-formed character counts as one character by itself. */
-static size_t next_character(uint32_t *code, const char *text, size_t n)
-{
-    size_t length = utf8_length(text, n);
-    unsigned char first = (unsigned char)*text;
-    *code = length == 1 ? first : length ? first & (0x7Fu >> length) : (uint32_t)NOT_A_CHARACTER;
-    for (size_t i = 1; i < length; i++) *code = *code << 6 | (text[i] & 0x3F);
-    return max_size(length, 1);
-}
-
-/* CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE or CLASS_OTHER. */
-static int class_of(uint32_t code)
-{
-    size_t low = 0, high = sizeof(class_starts) / sizeof(class_starts[0]); /* the answer is in [low, high) */
-    if (code < 0x80 && (code | 32) - 'a' < 26u) return CLASS_LETTER;       /* most of most texts */
-    while (high - low > 1) {
-        size_t middle = (low + high) / 2;
-        if (class_starts[middle] >> 2 <= code) low = middle;
-        else high = middle;
-    }
-    return class_starts[low] & 3;
-}
-
-/* Bytes of 's 't 're 've 'm 'll 'd at text, or 0. */
-static size_t contraction(const char *text, size_t n)
-{
-    if (n < 2 || text[0] != '\'') return 0;
-    if (memchr("stmd", text[1], 4)) return 2;
-    return n > 2 && (!memcmp(text + 1, "re", 2) || !memcmp(text + 1, "ve", 2) || !memcmp(text + 1, "ll", 2)) ? 3 : 0;
-}
-
-/* The end of the word that begins at start < n: what GPT-2's regular expression
- *     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
- * would match there. A word is a run of one class, and may take along one blank before it. */
-static size_t word_end(const char *text, size_t n, size_t start)
-{
-    uint32_t code;
-    size_t end = start, last = start, length; /* last: where the run's last character begins */
-    int kind;
-
-    if ((length = contraction(text + start, n - start))) return start + length;
-    length = next_character(&code, text + start, n - start);
-    kind = class_of(code);
-    if (code == ' ' && start + 1 < n) {
-        uint32_t after;
-        next_character(&after, text + start + 1, n - start - 1);
-        if (class_of(after) != CLASS_SPACE) kind = class_of(after), end = start + 1; /* " word" */
-    }
-    while (end < n) {
-        length = next_character(&code, text + end, n - end);
-        if (class_of(code) != kind) break;
-        last = end, end += length;
-    }
-    /* White space before a word leaves its last character to that word: \s+(?!\S). */
-    return kind == CLASS_SPACE && end < n && last > start ? last : end;
-}
-
-/* ---- Byte-pair encoding ------------------------------------------------------------------------------------------ */
-
-typedef struct {
-    const char *bytes;
-    size_t n;
-    int id;
-} Token;
-
-typedef struct {
-    uint32_t left, right; /* these two neighbouring tokens .. */
-    uint32_t rank, id;    /* .. merge into this one, the lowest rank first */
-} Merge;
-
-typedef struct {
-    size_t vocabulary;
-    int end_of_text;  /* id of <|endoftext|>, -1 if there is none */
-    Token *token;     /* (vocabulary) by id */
-    char *bytes;      /* what they point into */
-    int byte_id[256]; /* the token of a single byte */
-    Merge *merge;     /* sorted by left, then right: every look-up is a binary search, so no input makes it slow */
-    size_t *row;      /* (vocabulary + 1) where each left token's merges begin in it */
-} Tokenizer;
-
-/* The merge of two neighbours, or NULL. */
-static const Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right)
-{
-    size_t low = t->row[left], high = t->row[left + 1];
-    while (low < high) {
-        size_t middle = (low + high) / 2;
-        if (t->merge[middle].right == right) return &t->merge[middle];
-        if (t->merge[middle].right < right) low = middle + 1;
-        else high = middle;
-    }
-    return NULL;
-}
-
-/* A word while it is merged: a linked list of symbols, each at the position of its first byte, and a heap of the
- * merges that are possible. A word of n bytes takes O(n log n), be it one letter a million times. The heap holds 2n
- * entries at most: n - 1 at first, and each merge takes one away and adds two. */
-typedef struct {
-    uint32_t *id, *before, *after; /* (capacity) token and neighbours; after = n: none */
-    uint64_t *heap;                /* (2 capacity) rank << 32 | position of the left symbol, the smallest on top */
-    size_t capacity, n, entries;
-} Word;
-
-static const uint32_t MERGED = UINT32_MAX; /* the id at a position whose symbol went into its left neighbour */
-
-/* The merge of the symbol at position i with the next one, or NULL. */
-static const Merge *merge_at(const Word *w, const Tokenizer *t, uint32_t i)
-{
-    if (w->id[i] == MERGED || w->after[i] >= w->n) return NULL;
-    return find_merge(t, w->id[i], w->id[w->after[i]]);
-}
-
-/* Puts the merge at position i, if there is one, onto the heap. */
-static void heap_push(Word *w, const Tokenizer *t, uint32_t i)
-{
-    const Merge *merge = merge_at(w, t, i);
-    size_t at;
-    if (!merge) return;
-    uint64_t key = (uint64_t)merge->rank << 32 | i;
-    for (at = w->entries++; at > 0 && w->heap[(at - 1) / 2] > key; at = (at - 1) / 2)
-        w->heap[at] = w->heap[(at - 1) / 2];
-    w->heap[at] = key;
-}
-
-static uint64_t heap_pop(Word *w)
-{
-    uint64_t top = w->heap[0], key = w->heap[--w->entries];
-    size_t at = 0, child;
-    while ((child = 2 * at + 1) < w->entries) {
-        if (child + 1 < w->entries && w->heap[child + 1] < w->heap[child]) child++;
-        if (w->heap[child] >= key) break;
-        w->heap[at] = w->heap[child], at = child;
-    }
-    w->heap[at] = key;
-    return top;
-}
-
-static void encode_word(Tokens *out, const Tokenizer *t, Word *w, const char *text, size_t n)
-{
-    if (n > UINT32_MAX / 2) die("a word of %zu bytes: a text with so long a word cannot be encoded", n);
-    if (n > w->capacity) {
-        free(w->id), free(w->heap);
-        w->capacity = max_size(n, 2 * w->capacity);
-        w->id = (uint32_t *)xcalloc(3 * w->capacity, sizeof(uint32_t));
-        w->before = w->id + w->capacity, w->after = w->before + w->capacity;
-        w->heap = (uint64_t *)xcalloc(2 * w->capacity, sizeof(uint64_t));
-    }
-    w->n = n, w->entries = 0;
-    for (uint32_t i = 0; i < n; i++)
-        w->id[i] = (uint32_t)t->byte_id[(unsigned char)text[i]], w->before[i] = i - 1, w->after[i] = i + 1;
-    for (uint32_t i = 0; i + 1 < n; i++) heap_push(w, t, i);
-    while (w->entries) {
-        uint64_t key = heap_pop(w);
-        uint32_t i = (uint32_t)key, j;
-        const Merge *merge = merge_at(w, t, i);
-        if (!merge || merge->rank != key >> 32) continue; /* an entry from before a neighbour merged */
-        j = w->after[i];
-        w->id[i] = merge->id, w->id[j] = MERGED, w->after[i] = w->after[j];
-        if (w->after[i] < n) w->before[w->after[i]] = i;
-        heap_push(w, t, i);
-        if (i > 0) heap_push(w, t, w->before[i]);
-    }
-    for (uint32_t i = 0; i < n; i = w->after[i]) push_token(out, (int)w->id[i]);
-}
-
-/* Appends the tokens of a text. <|endoftext|> in it is the one special token, as in Hugging Face's tokenizers. */
-static void encode_part(Tokens *out, const Tokenizer *t, const char *text, size_t n)
-{
-    Word word = {NULL, NULL, NULL, NULL, 0, 0, 0};
-    size_t special = sizeof(END_OF_TEXT) - 1;
-    for (size_t start = 0; start < n;) {
-        const char *found = NULL;
-        if (t->end_of_text >= 0) found = (const char *)memmem(text + start, n - start, END_OF_TEXT, special);
-        size_t stop = found ? (size_t)(found - text) : n;
-        for (size_t end; start < stop; start = end) {
-            end = word_end(text, stop, start);
-            encode_word(out, t, &word, text + start, end - start);
-        }
-        if (found) push_token(out, t->end_of_text), start += special;
-    }
-    free(word.id), free(word.heap);
-}
-
-/* The same, a long text in parts side by side. A part ends between a visible ASCII character and white space: there
- * every word ends, whatever comes after. */
-static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
-{
-    enum { PART = 1 << 17 }; /* bytes */
-    Tokens *part = (Tokens *)xcalloc(n / PART + 1, sizeof(Tokens));
-    size_t *start = (size_t *)xcalloc(n / PART + 2, sizeof(size_t)), parts = 0;
-    while (start[parts] < n) {
-        size_t end = min_size(start[parts] + PART, n);
-        while (end < n && !((text[end] == ' ' || text[end] == '\n') && text[end - 1] > ' ' && text[end - 1] < 0x7F))
-            end++;
-        start[++parts] = end;
-    }
-#pragma omp parallel for schedule(dynamic) if (parts > 1)
-    for (size_t i = 0; i < parts; i++) encode_part(&part[i], t, text + start[i], start[i + 1] - start[i]);
-    for (size_t i = 0; i < parts; i++) {
-        for (size_t j = 0; j < part[i].n; j++) push_token(out, part[i].id[j]);
-        free(part[i].id);
-    }
-    free(part), free(start);
-}
-
-/* The n bytes of a token; none for an id outside the vocabulary (a model's has padding behind it). */
-static const char *decode(size_t *n, const Tokenizer *t, int id)
-{
-    int known = id >= 0 && (size_t)id < t->vocabulary;
-    *n = known ? t->token[id].n : 0;
-    return known ? t->token[id].bytes : "";
-}
-
-/* ---- vocab.json and merges.txt ----------------------------------------------------------------------------------- */
-
-/* These files write a byte as one printable character: itself where it is one in Latin-1, else U+0100 and up. */
-enum { BYTE_CHARACTERS = 324 };
-
-static void byte_characters(int byte_of[BYTE_CHARACTERS]) /* -1: no byte is written so */
-{
-    int next = 256;
-    for (int c = 0; c < BYTE_CHARACTERS; c++) byte_of[c] = -1;
-    for (int b = 0; b < 256; b++)
-        byte_of[(b >= '!' && b <= '~') || (b >= 0xA1 && b != 0xAD && b <= 0xFF) ? b : next++] = b;
-}
-
-/* Reads a token's name as bytes into out; returns how many, 0 if the name is empty or not of this alphabet. */
-static size_t bytes_of_name(char *out, const int byte_of[BYTE_CHARACTERS], const char *name, size_t n)
-{
-    size_t count = 0;
-    uint32_t code;
-    for (size_t i = 0; i < n; count++) {
-        i += next_character(&code, name + i, n - i);
-        if (code >= BYTE_CHARACTERS || byte_of[code] < 0) return 0;
-        out[count] = (char)byte_of[code];
-    }
-    return count;
-}
-
-static int compare_tokens(const void *a, const void *b)
-{
-    const Token *x = (const Token *)a, *y = (const Token *)b;
-    int order = memcmp(x->bytes, y->bytes, min_size(x->n, y->n));
-    return order ? order : (x->n > y->n) - (x->n < y->n);
-}
-
-static int compare_merges(const void *a, const void *b)
-{
-    const Merge *x = (const Merge *)a, *y = (const Merge *)b;
-    uint64_t p = (uint64_t)x->left << 32 | x->right, q = (uint64_t)y->left << 32 | y->right;
-    return (p > q) - (p < q);
-}
-
-/* The id of the token of these bytes, -1 if there is none. */
-static int token_id(const Token *sorted, size_t vocabulary, const char *bytes, size_t n)
-{
-    Token key = {bytes, n, 0};
-    const Token *found = (const Token *)bsearch(&key, sorted, vocabulary, sizeof(Token), compare_tokens);
-    return found ? found->id : -1;
-}
-
-/* {"!": 0, "\"": 1, ..}: n tokens whose ids are 0..n-1. */
-static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS])
-{
-    Map map = map_file(path);
-    Json json = json_parse(map.data, map.size, path);
-    const JsonValue *root = json.value;
-    size_t used = 0;
-    char shown[SHOWN];
-
-    if (root->type != JSON_OBJECT || !root->length || root->length > INT_MAX)
-        die("%s is not a JSON object of tokens with their ids", path);
-    t->vocabulary = root->length;
-    t->token = (Token *)xcalloc(t->vocabulary, sizeof(Token));
-    t->bytes = (char *)xcalloc(map.size, 1); /* a byte takes one character, so all names together fit */
-    for (size_t i = 1; i < root->end; i = json.value[i].end) {
-        const JsonValue *v = &json.value[i];
-        size_t n = bytes_of_name(t->bytes + used, byte_of, v->key, strlen(v->key));
-        Token token = {t->bytes + used, n, 0};
-        double id = v->type == JSON_NUMBER ? v->number : -1;
-        printable(shown, v->key);
-        if (!n) die("%s: \"%s\" is not in GPT-2's alphabet of byte-level tokens", path, shown);
-        if (id < 0 || id >= (double)root->length || id != floor(id))
-            die("%s: the id of \"%s\" must be an integer below %zu, the number of tokens", path, shown, root->length);
-        token.id = (int)id;
-        if (t->token[token.id].n) die("%s: the id %d is given twice, now to \"%s\"", path, token.id, shown);
-        t->token[token.id] = token;
-        used += n;
-    }
-    json_free(&json);
-    unmap_file(map);
-}
-
-/* A line "left right" for each merge, the first merge first; above them perhaps a line "#version: .." */
-static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS], const Token *sorted)
-{
-    Map map = map_file(path);
-    char *pair = (char *)xcalloc(map.size, 1); /* the bytes of left and right, one after the other */
-    size_t n = 0, capacity = 0, number = 0;
-    for (const char *line = map.data, *stop = line + map.size, *next; line < stop; line = next) {
-        const char *end = (const char *)memchr(line, '\n', (size_t)(stop - line));
-        next = end ? end + 1 : stop;
-        end = end ? end : stop;
-        if (end > line && end[-1] == '\r') end--;
-        if (number++ == 0 && end - line >= 8 && !memcmp(line, "#version", 8)) continue;
-        if (end == line) continue;
-
-        const char *blank = (const char *)memchr(line, ' ', (size_t)(end - line));
-        size_t left = blank ? bytes_of_name(pair, byte_of, line, (size_t)(blank - line)) : 0;
-        size_t right = left ? bytes_of_name(pair + left, byte_of, blank + 1, (size_t)(end - blank - 1)) : 0;
-        if (!right) die("%s line %zu: expected two byte-level tokens with one blank between them", path, number);
-        int a = token_id(sorted, t->vocabulary, pair, left);
-        int b = token_id(sorted, t->vocabulary, pair + left, right);
-        int ab = token_id(sorted, t->vocabulary, pair, left + right);
-        if (a < 0 || b < 0 || ab < 0)
-            die("%s line %zu: %s is not in the vocabulary: do both files belong to one tokenizer?", path, number,
-                a < 0   ? "the left token"
-                : b < 0 ? "the right token"
-                        : "what the two tokens merge into");
-        Merge merge = {(uint32_t)a, (uint32_t)b, (uint32_t)n, (uint32_t)ab};
-        t->merge = (Merge *)grow(t->merge, n, &capacity, sizeof(Merge));
-        t->merge[n++] = merge;
-    }
-    if (n) qsort(t->merge, n, sizeof(Merge), compare_merges);
-    for (size_t i = 0; i < n; i++) {
-        if (i && !compare_merges(&t->merge[i - 1], &t->merge[i]))
-            die("%s: merges %u and %u are of the same two tokens", path, t->merge[i - 1].rank, t->merge[i].rank);
-        t->row[t->merge[i].left + 1]++;
-    }
-    for (size_t i = 0; i < t->vocabulary; i++) t->row[i + 1] += t->row[i];
-    free(pair);
-    unmap_file(map);
-}
-
-/* Reads the tokenizer of a folder: vocab.json and merges.txt, or by their older names encoder.json and vocab.bpe. */
-static Tokenizer *tokenizer_open(const char *folder)
-{
-    Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
-    int old = !file_exists(folder, "vocab.json") && file_exists(folder, "encoder.json"), byte_of[BYTE_CHARACTERS];
-    char path[PATH_MAX];
-
-    byte_characters(byte_of);
-    load_vocabulary(t, join_path(path, folder, old ? "encoder.json" : "vocab.json"), byte_of);
-    t->row = (size_t *)xcalloc(t->vocabulary + 1, sizeof(size_t));
-    Token *sorted = (Token *)xcalloc(t->vocabulary, sizeof(Token)); /* by bytes */
-    memcpy(sorted, t->token, t->vocabulary * sizeof(Token));
-    qsort(sorted, t->vocabulary, sizeof(Token), compare_tokens);
-    for (int b = 0; b < 256; b++) {
-        char byte = (char)b;
-        t->byte_id[b] = token_id(sorted, t->vocabulary, &byte, 1);
-        if (t->byte_id[b] < 0) die("%s has no token for the byte 0x%02X: all 256 are expected", path, (unsigned)b);
-    }
-    t->end_of_text = token_id(sorted, t->vocabulary, END_OF_TEXT, sizeof(END_OF_TEXT) - 1);
-    load_merges(t, join_path(path, folder, old ? "vocab.bpe" : "merges.txt"), byte_of, sorted);
-    free(sorted);
-    return t;
-}
-
-/* Where there is no tokenizer: ids 0..255 are bytes, 256 is <|endoftext|>. */
-static Tokenizer *tokenizer_bytes(void)
-{
-    Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
-    t->vocabulary = 257, t->end_of_text = 256;
-    t->token = (Token *)xcalloc(257, sizeof(Token));
-    t->bytes = (char *)xcalloc(256, 1);
-    t->row = (size_t *)xcalloc(258, sizeof(size_t));
-    for (int b = 0; b < 256; b++) {
-        Token token = {t->bytes + b, 1, b};
-        t->bytes[b] = (char)b, t->byte_id[b] = b, t->token[b] = token;
-    }
-    Token special = {END_OF_TEXT, sizeof(END_OF_TEXT) - 1, 256};
-    t->token[256] = special;
-    return t;
-}
-
-static void tokenizer_close(Tokenizer *t) { free(t->token), free(t->bytes), free(t->merge), free(t->row), free(t); }
-
-/* ---- Documents --------------------------------------------------------------------------------------------------- */
-
-/* A run of tokens in memory. Where a document does not end with <|endoftext|>, one is read behind its last token. */
-typedef struct {
-    const char *data;      /* uint16_t or int32_t, little-endian as every machine this runs on */
-    size_t width;          /* bytes of a token there: 2 or 4 */
-    size_t stored, length; /* tokens there; tokens in the document, with the <|endoftext|> that is added */
-} Document;
-
-static int document_token(const Document *d, size_t i, int end_of_text)
-{
-    if (i >= d->stored) return end_of_text;
-    return d->width == 2 ? ((const uint16_t *)d->data)[i] : ((const int32_t *)d->data)[i];
-}
-
-/* What documents point into: the tokens of a text, or a mapped PREFIX.bin. */
-typedef struct {
-    int *id;
-    Map map;
-} Storage;
-
-typedef struct {
-    Document *document; /* all that are not empty, in the order of the paths */
-    Storage *storage;
-    size_t documents, document_capacity, stores, storage_capacity;
-    size_t tokens;     /* in all documents */
-    size_t vocabulary; /* every token is below it */
-    int end_of_text;   /* -1: documents follow each other unmarked */
-} Corpus;
-
-static void add_storage(Corpus *c, int *id, Map map)
-{
-    Storage storage = {id, map};
-    c->storage = (Storage *)grow(c->storage, c->stores, &c->storage_capacity, sizeof(Storage));
-    c->storage[c->stores++] = storage;
-}
-
-/* prefix and suffix in one path. */
-static char *extend_path(char path[PATH_MAX], const char *prefix, const char *suffix)
-{
-    if (snprintf(path, PATH_MAX, "%s%s", prefix, suffix) >= PATH_MAX) die("the path %s is too long", prefix);
-    return path;
-}
-
-static void add_document(Corpus *c, const char *path, const char *data, size_t width, size_t n)
-{
-    Document d = {data, width, n, n};
-    uint32_t largest = 0;
-    if (n == 0) return;
-#pragma omp parallel for reduction(max : largest) if (n > 1 << 20)
-    for (size_t i = 0; i < n; i++) {
-        uint32_t id = (uint32_t)document_token(&d, i, 0); /* a negative one becomes very large */
-        largest = id > largest ? id : largest;
-    }
-    if (largest >= c->vocabulary)
-        die("%s has the token %d, but the vocabulary %zu tokens: it needs another tokenizer or model", path,
-            (int)largest, c->vocabulary);
-    d.length += c->end_of_text >= 0 && document_token(&d, n - 1, 0) != c->end_of_text;
-    c->document = (Document *)grow(c->document, c->documents, &c->document_capacity, sizeof(Document));
-    c->document[c->documents++] = d;
-    c->tokens += d.length;
-}
-
-/* A text is encoded here, once. A document ends at <|endoftext|> or at the end of the file. */
-static void add_text(Corpus *c, const Tokenizer *t, const char *path)
-{
-    Tokens text = {NULL, 0, 0};
-    Map map = map_file(path), none = {"", 0};
-    encode(&text, t, map.data, map.size);
-    unmap_file(map);
-    add_storage(c, text.id, none);
-    for (size_t start = 0, end; start < text.n; start = end + 1) {
-        for (end = start; end < text.n && text.id[end] != c->end_of_text;) end++;
-        add_document(c, path, (const char *)(text.id + start), sizeof(int), end - start);
-    }
-}
-
-static uint64_t little_endian(const char *p, size_t bytes)
-{
-    uint64_t x = 0;
-    memcpy(&x, p, bytes);
-    return x;
-}
-
-/* Megatron's indexed dataset, version 1. PREFIX.bin holds the tokens. PREFIX.idx holds, little-endian and unaligned:
- *
- *     "MMIDIDX\0\0"   u64 version = 1   u8 type of a token   u64 n sequences   u64 m marks
- *     i32 tokens[n]   i64 byte in PREFIX.bin[n]   i64 mark[m]: document i is the sequences mark[i] .. mark[i+1] - 1
- */
-enum { INDEX_HEADER = 34, TYPE_INT32 = 4, TYPE_UINT16 = 8 };
-static const char INDEX_MAGIC[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', 0, 0};
-
-static void add_indexed(Corpus *c, const char *prefix)
-{
-    static const char *const types[8] = {"no type", "uint8", "int8", "int16", "int32", "int64", "float32", "float64"};
-    char path[PATH_MAX];
-    Map bin = map_file(extend_path(path, prefix, ".bin")), index = map_file(extend_path(path, prefix, ".idx"));
-    const char *p = index.data;
-    add_storage(c, NULL, bin);
-
-    if (index.size < INDEX_HEADER || memcmp(p, INDEX_MAGIC, sizeof(INDEX_MAGIC)) || little_endian(p + 9, 8) != 1)
-        die("%s is not a Megatron indexed dataset of version 1, which begins with MMIDIDX", path);
-    int type = (unsigned char)p[17];
-    size_t n = little_endian(p + 18, 8), m = little_endian(p + 26, 8), width = type == TYPE_UINT16 ? 2 : 4, end = 0;
-    if (type != TYPE_UINT16 && type != TYPE_INT32)
-        die("%s has tokens of type %d (%s); only int32 (4) and uint16 (8) are read", path, type,
-            type < 8 ? types[type] : "unknown");
-    if (n > index.size / 12 || m > index.size / 8 || INDEX_HEADER + 12 * n + 8 * m != index.size)
-        die("%s has %zu bytes, which is not what %zu sequences and %zu document marks take: it is damaged", path,
-            index.size, n, m);
-
-    const char *sizes = p + INDEX_HEADER, *pointers = sizes + 4 * n, *marks = pointers + 8 * n;
-    for (size_t i = 0; i < n; i++) {
-        size_t size = little_endian(sizes + 4 * i, 4); /* a negative one becomes very large */
-        if (little_endian(pointers + 8 * i, 8) != end || size > (bin.size - end) / width)
-            die("%s: sequence %zu must begin where the one before ends, and end within the %zu bytes of %s.bin", path,
-                i, bin.size, prefix);
-        end += size * width;
-    }
-    if (end != bin.size) die("%s describes %zu bytes of %s.bin, which has %zu", path, end, prefix, bin.size);
-    if (m == 0 || little_endian(marks, 8) != 0 || little_endian(marks + 8 * (m - 1), 8) != n)
-        die("%s: the document marks must go from 0 to the number of sequences, %zu", path, n);
-    for (size_t i = 0, begin = 0; i + 1 < m; i++) {
-        size_t mark = little_endian(marks + 8 * i, 8), next = little_endian(marks + 8 * i + 8, 8);
-        if (next > n || next < mark) die("%s: document mark %zu is out of order", path, i + 1);
-        size_t stop = next < n ? little_endian(pointers + 8 * next, 8) : end;
-        add_document(c, prefix, bin.data + begin, width, (stop - begin) / width);
-        begin = stop;
-    }
-    unmap_file(index);
-}
-
-/* ---- Where documents are found ----------------------------------------------------------------------------------- */
-
-/* Why a folder's entry is not read as text; NULL if it is, or is a folder. */
-static const char *why_skipped(const char *path, const char *name)
-{
-    struct stat st, link;
-    char head[4096];
-    if (name[0] == '.') return "hidden";
-    if (lstat(path, &link) || stat(path, &st)) return strerror(errno);
-    if (S_ISDIR(st.st_mode)) return S_ISLNK(link.st_mode) ? "a link to a folder" : NULL; /* they may run in circles */
-    if (!S_ISREG(st.st_mode)) return "not a regular file";
-    FILE *f = fopen(path, "rb");
-    if (!f) return strerror(errno);
-    size_t n = fread(head, 1, sizeof(head), f);
-    fclose(f);
-    return memchr(head, 0, n) ? "not text: it has zero bytes" : NULL;
-}
-
-static int by_name(const struct dirent **a, const struct dirent **b) { return strcmp((*a)->d_name, (*b)->d_name); }
-
-/* All text files of a folder and of the folders in it, in the order of their names. Paths grow behind `path`. */
-static void add_folder(Corpus *c, const Tokenizer *t, char path[PATH_MAX])
-{
-    struct dirent **entry;
-    struct stat st;
-    size_t length = strlen(path);
-    int n = scandir(path, &entry, NULL, by_name);
-    if (n < 0) die("cannot read the folder %s: %s", path, strerror(errno));
-    for (int i = 0; i < n; i++) {
-        const char *name = entry[i]->d_name, *why;
-        if (strcmp(name, ".") && strcmp(name, "..")) {
-            if (length + 1 + strlen(name) >= PATH_MAX) die("the path %s/%s is too long", path, name);
-            path[length] = '/', strcpy(path + length + 1, name);
-            if ((why = why_skipped(path, name))) fprintf(stderr, "skipped %s: %s\n", path, why);
-            else if (!stat(path, &st) && S_ISDIR(st.st_mode)) add_folder(c, t, path);
-            else add_text(c, t, path);
-        }
-        free(entry[i]);
-    }
-    free(entry);
-}
-
-/* A text file, a folder of them, or the prefix of PREFIX.bin and PREFIX.idx (or one of these two names). */
-static void add_path(Corpus *c, const Tokenizer *t, const char *name)
-{
-    char path[PATH_MAX], index[PATH_MAX];
-    struct stat st;
-    size_t n = strlen(extend_path(path, name, ""));
-    int found = !stat(path, &st), half = n > 4 && (!strcmp(path + n - 4, ".bin") || !strcmp(path + n - 4, ".idx"));
-    if (half) path[n - 4] = 0;
-    if (found && S_ISDIR(st.st_mode)) add_folder(c, t, extend_path(path, name, ""));
-    else if ((half || !found) && !access(extend_path(index, path, ".idx"), F_OK)) add_indexed(c, path);
-    else if (found) add_text(c, t, name);
-    else die("there is no %s: expected a text, a folder, or the prefix of an indexed dataset's .bin and .idx", name);
-}
-
-/* Reads and checks everything that n paths name. Dies if a token is not in the vocabulary: the model's, or where no
- * model is at hand the tokenizer's own. */
-static Corpus *corpus_open(const char *const *paths, size_t n, const Tokenizer *t, size_t vocabulary)
-{
-    Corpus *c = (Corpus *)xcalloc(1, sizeof(Corpus));
-    c->vocabulary = vocabulary, c->end_of_text = t->end_of_text;
-    if (t->end_of_text >= 0 && (size_t)t->end_of_text >= vocabulary)
-        die("<|endoftext|> is token %d of the tokenizer, but the model has %zu tokens", t->end_of_text, vocabulary);
-    for (size_t i = 0; i < n; i++) add_path(c, t, paths[i]);
-    if (!c->tokens) die("there is no text in %s%s", n ? paths[0] : "no paths", n > 1 ? " and the other paths" : "");
-    return c;
-}
-
-static void corpus_close(Corpus *c)
-{
-    for (size_t i = 0; i < c->stores; i++) free(c->storage[i].id), unmap_file(c->storage[i].map);
-    free(c->storage), free(c->document), free(c);
-}
-
-/* Appends all tokens of a corpus. */
-static void corpus_tokens(Tokens *out, const Corpus *c)
-{
-    for (size_t i = 0; i < c->documents; i++)
-        for (size_t j = 0; j < c->document[i].length; j++)
-            push_token(out, document_token(&c->document[i], j, c->end_of_text));
-}
-
-/* ---- Writing an indexed dataset ---------------------------------------------------------------------------------- */
-
-static void put(FILE *f, uint64_t x, size_t bytes) { fwrite(&x, bytes, 1, f); } /* finish_file() sees errors */
-
-static FILE *create_file(const char *path)
-{
-    FILE *f = fopen(path, "wb");
-    if (!f) die("cannot create %s: %s", path, strerror(errno));
-    return f;
-}
-
-/* Makes sure that what was written is on the disk. */
-static void finish_file(FILE *f, const char *path)
-{
-    if (fflush(f) || ferror(f) || fsync(fileno(f)) || fclose(f)) {
-        int error = errno;
-        unlink(path);
-        die("cannot write %s: %s", path, strerror(error));
-    }
-}
-
-/* Writes PREFIX.bin and PREFIX.idx, a sequence for each document, <|endoftext|> included. The index comes last: where
- * it exists, both files are whole, whenever the program was killed. */
-static void corpus_write(const Corpus *c, const char *prefix)
-{
-    char bin_path[PATH_MAX], idx_path[PATH_MAX], bin_new[PATH_MAX], idx_new[PATH_MAX];
-    FILE *bin = create_file(extend_path(bin_new, prefix, ".bin.tmp"));
-    FILE *idx = create_file(extend_path(idx_new, prefix, ".idx.tmp"));
-    size_t width = c->vocabulary < 65500 ? 2 : 4, end = 0; /* Megatron's limit */
-
-    fwrite(INDEX_MAGIC, sizeof(INDEX_MAGIC), 1, idx);
-    put(idx, 1, 8), put(idx, width == 2 ? TYPE_UINT16 : TYPE_INT32, 1);
-    put(idx, c->documents, 8), put(idx, c->documents + 1, 8);
-    for (size_t i = 0; i < c->documents; i++) {
-        const Document *d = &c->document[i];
-        if (d->length > INT32_MAX) die("a document of %zu tokens is too long to be written: split it", d->length);
-        for (size_t j = 0; j < d->length; j++) put(bin, (uint32_t)document_token(d, j, c->end_of_text), width);
-        put(idx, d->length, 4);
-    }
-    for (size_t i = 0; i < c->documents; i++) put(idx, end, 8), end += c->document[i].length * width;
-    for (size_t i = 0; i <= c->documents; i++) put(idx, i, 8);
-
-    finish_file(bin, bin_new), finish_file(idx, idx_new);
-    unlink(extend_path(idx_path, prefix, ".idx")); /* an older one does not fit the new tokens */
-    if (rename(bin_new, extend_path(bin_path, prefix, ".bin")) || rename(idx_new, idx_path))
-        die("cannot rename %s and %s to %s and %s: %s", bin_new, idx_new, bin_path, idx_path, strerror(errno));
-}
-
-/* ---- Samples ----------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    Document *document; /* (documents) of the training part, or of the held-out part */
-    size_t documents, tokens, T;
-    size_t samples; /* in an epoch */
-    uint64_t seed;
-    int end_of_text;
-    pthread_mutex_t lock; /* of the rest: the order of an epoch, which follows from (seed, epoch) alone */
-    size_t epoch;         /* SIZE_MAX: none yet */
-    size_t *order;        /* (documents) shuffled */
-    size_t *start;        /* (documents + 1) where each of them begins in the row of all tokens */
-    size_t *sample;       /* (samples) shuffled */
-} Dataset;
-
-/* The last valid_percent (0..100) of the tokens are held out. The dataset has those, or the others (held_out 0). */
-static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out, size_t T, uint64_t seed)
-{
-    Dataset *d = (Dataset *)xcalloc(1, sizeof(Dataset));
-    size_t cut = c->tokens - min_size((size_t)((double)c->tokens * valid_percent / 100), c->tokens);
-    size_t first = held_out ? cut : 0, last = held_out ? c->tokens : cut, at = 0;
-
-    d->tokens = last - first, d->T = T, d->seed = seed, d->end_of_text = c->end_of_text;
-    if (d->tokens < T + 1)
-        die("the %s text has %zu tokens, but a sample of %zu needs %zu: give more text, a smaller --seq, or a %s "
-            "--valid-percent",
-            held_out ? "held-out" : "training", d->tokens, T, T + 1, held_out ? "larger" : "smaller");
-    d->samples = (d->tokens - 1) / T;
-    d->document = (Document *)xcalloc(c->documents, sizeof(Document));
-    for (size_t i = 0; i < c->documents; at += c->document[i++].length) {
-        Document part = c->document[i];
-        size_t begin = max_size(first, at), end = min_size(last, at + part.length);
-        if (begin >= end) continue;
-        part.data += (begin - at) * part.width;
-        part.stored -= begin - at; /* may be more than length now: what is behind that is not read */
-        part.length = end - begin;
-        d->document[d->documents++] = part;
-    }
-    d->epoch = SIZE_MAX;
-    d->order = (size_t *)xcalloc(d->documents, sizeof(size_t));
-    d->start = (size_t *)xcalloc(d->documents + 1, sizeof(size_t));
-    d->sample = (size_t *)xcalloc(d->samples, sizeof(size_t));
-    pthread_mutex_init(&d->lock, NULL);
-    return d;
-}
-
-static void dataset_close(Dataset *d)
-{
-    pthread_mutex_destroy(&d->lock);
-    free(d->order), free(d->start), free(d->sample), free(d->document), free(d);
-}
-
-/* x = a permutation of 0..n-1 (Fisher and Yates). DEVIATION: Megatron shuffles with NumPy's RandomState [code V]. */
-static void shuffle(size_t *x, size_t n, uint64_t seed, uint32_t site, uint32_t epoch)
-{
-    for (size_t i = 0; i < n; i++) x[i] = i;
-    for (size_t i = n; i > 1; i--) {
-        uint32_t word[4];
-        philox(word, seed, i, site, epoch);
-        size_t j = ((uint64_t)word[0] << 32 | word[1]) % i, swap = x[j];
-        x[j] = x[i - 1], x[i - 1] = swap;
-    }
-}
-
-/* Documents in a shuffled order form one row of tokens, which is cut every T tokens; the pieces are shuffled too. */
-static void start_epoch(Dataset *d, size_t epoch)
-{
-    shuffle(d->order, d->documents, d->seed, SITE_SHUFFLE, (uint32_t)epoch);
-    shuffle(d->sample, d->samples, d->seed, SITE_SHUFFLE + 1, (uint32_t)epoch);
-    for (size_t i = 0; i < d->documents; i++) d->start[i + 1] = d->start[i] + d->document[d->order[i]].length;
-    d->epoch = epoch;
-}
-
-/* Sample number n of a whole run, in which epochs follow each other without end: to resume, that number is enough.
- * tokens (T + 1): T inputs and one label more, the first input of the next piece [code V data/gpt2_dataset.py]. Ranks
- * may call this at the same time. */
-static void dataset_sample(Dataset *d, size_t n, int *tokens)
-{
-    size_t low = 0, high = d->documents; /* the first document is in [low, high) */
-    pthread_mutex_lock(&d->lock);
-    if (d->epoch != n / d->samples) start_epoch(d, n / d->samples);
-
-    size_t at = d->sample[n % d->samples] * d->T, stop = at + d->T + 1;
-    while (high - low > 1) {
-        size_t middle = (low + high) / 2;
-        if (d->start[middle] <= at) low = middle;
-        else high = middle;
-    }
-    for (; at < stop; low++)
-        for (const Document *doc = &d->document[d->order[low]]; at < stop && at < d->start[low + 1]; at++)
-            *tokens++ = document_token(doc, at - d->start[low], d->end_of_text);
-    pthread_mutex_unlock(&d->lock);
-}
-
-/* ================================================================================================================
- * Chapter 9. Evaluation [§5.2, App. E]
- * ============================================================================================================= */
-
-/* ---- WikiText-103 [§5.2, App. E; code V tasks/zeroshot_gpt2] ----------------------------------------------------- */
-
-/* Bytes of the white-space character at text, 0 if none begins there. Python's str.isspace(), which its strip(),
- * split() and \s follow, has four control characters more than White_Space. */
-static size_t space_at(const char *text, size_t n)
-{
-    uint32_t code;
-    size_t length = n ? next_character(&code, text, n) : 0;
-    return length && (class_of(code) == CLASS_SPACE || (code >= 0x1C && code <= 0x1F)) ? length : 0;
-}
-
-/* Bytes of the white-space character that ends the n bytes of text, 0 if none does. */
-static size_t space_before(const char *text, size_t n)
-{
-    for (size_t back = 1; back <= 4 && back <= n; back++)
-        if (space_at(text + n - back, back) == back) return back;
-    return 0;
-}
-
-/* The text without white space at both ends, as str.strip(): its begin, and its length in *n. */
-static const char *strip(const char *text, size_t *n)
-{
-    size_t length;
-    while ((length = space_before(text, *n))) *n -= length;
-    while ((length = space_at(text, *n))) text += length, *n -= length;
-    return text;
-}
-
-/* T_o, what the paper's perplexity is normalised by: len(text.strip().split(" ")) [P51]. */
-static size_t wikitext_original_tokens(const char *text, size_t n)
-{
-    size_t count = 1;
-    text = strip(text, &n);
-    for (size_t i = 0; i < n; i++) count += text[i] == ' ';
-    return count;
-}
-
-/* Both of these work in place, from left to right, and return the new length, which is not larger. */
-static size_t replace_all(char *text, size_t n, const char *from, const char *to)
-{
-    size_t from_length = strlen(from), to_length = strlen(to), out = 0;
-    for (size_t i = 0; i < n;)
-        if (text[i] == from[0] && n - i >= from_length && !memcmp(text + i, from, from_length)) {
-            memcpy(text + out, to, to_length);
-            out += to_length, i += from_length;
-        } else text[out++] = text[i++];
-    return out;
-}
-
-/* "( a )" -> "(a)": from each opening sign to the next closing one, re.sub(r"\(\s*([^\)]*?)\s*\)", r"(\1)", text). */
-static size_t strip_inside(char *text, size_t n, char opening, char closing)
-{
-    size_t out = 0, i = 0;
-    const char *begin, *end;
-    while ((begin = (const char *)memchr(text + i, opening, n - i)) &&
-           (end = (const char *)memchr(begin + 1, closing, n - (size_t)(begin + 1 - text)))) {
-        size_t before = (size_t)(begin + 1 - text) - i, length = (size_t)(end - begin - 1);
-        const char *inside = strip(begin + 1, &length);
-        memmove(text + out, text + i, before), out += before;
-        memmove(text + out, inside, length), out += length;
-        text[out++] = closing;
-        i = (size_t)(end + 1 - text);
-    }
-    memmove(text + out, text + i, n - i);
-    return out + n - i;
-}
-
-/* WikiText's tokens back into text, in place; returns the new length. The order matters: rules see what earlier ones
- * left. (Megatron's second rule, /' [0-9]/, has slashes that never match: it is left out.) */
-static size_t wikitext_detokenise(char *text, size_t n)
-{
-    static const char *const rules[][2] = {
-        {"s '", "s'"},       {" @-@ ", "-"},   {" @,@ ", ","}, {" @.@ ", "."},
-        {" : ", ": "},       {" ; ", "; "},    {" . ", ". "},  {" ! ", "! "},
-        {" ? ", "? "},       {" , ", ", "},    {"(", ")"},     {"[", "]"},
-        {"{", "}"},          {"\"", "\""},     {"'", "'"},                                 /* strip inside these */
-        {"= = = =", "===="}, {"= = =", "==="}, {"= =", "=="},  {" \xC2\xB0 ", "\xC2\xB0"}, /* degrees */
-        {" \n", "\n"},       {"\n ", "\n"},    {" N ", " 1 "}, {" 's", "'s"},
-    };
-    for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++)
-        if (!rules[i][0][1]) n = strip_inside(text, n, rules[i][0][0], rules[i][1][0]);
-        else n = replace_all(text, n, rules[i][0], rules[i][1]);
-    return n;
-}
-
-/* Window i of T tokens begins at token overlap * i. Window 0 scores all its targets; a later one only the last
- * `overlap`, each of which has at least T - overlap tokens before it. The count is Megatron's: it takes the first
- * window to score `overlap` targets, not T, so that the last windows have none to score [P52]. 0 < overlap <= T. */
-static size_t window_count(size_t targets, size_t overlap) { return targets ? (targets - 1) / overlap + 1 : 1; }
-
-/* tokens (T + 1), weight (T) of window i over a text of n tokens: target t is tokens[t + 1], and counts weight[t].
- * Behind the text stands pad. */
-static void window_fill(int *tokens, real *weight, const int *text, size_t n, size_t i, size_t T, size_t overlap,
-                        int pad)
-{
-    size_t start = i * overlap, left = start < n ? n - start : 0;
-    for (size_t t = 0; t <= T; t++) tokens[t] = t < left ? text[start + t] : pad;
-    for (size_t t = 0; t < T; t++) weight[t] = t + 1 < left && (i == 0 || t >= T - overlap) ? 1 : 0;
-}
-
-/* ---- LAMBADA [§5.2; code V, --strict-lambada] -------------------------------------------------------------------- */
-
-/* The last word is to be predicted from the text before it: right if all of its tokens are the most probable ones. */
-typedef struct {
-    size_t first, context, label; /* tokens[first ..]: the context's, then the last word's */
-} LambadaExample;
-
-typedef struct {
-    Tokens tokens;
-    LambadaExample *example; /* (n) */
-    size_t n, capacity;
-} Lambada;
-
-static void lambada_add(Lambada *l, const Tokenizer *t, const char *text, size_t n, const char *what)
-{
-    LambadaExample e = {l->tokens.n, 0, 0};
-    text = strip(text, &n);
-    size_t word = n, context;
-    while (word > 0 && !space_before(text, word)) word--;
-    context = word;
-    strip(text, &context);
-    if (!context) die("%s: the text needs two words at least: the last is predicted from those before it", what);
-    char *label = (char *)xcalloc(n - word + 1, 1); /* " word" */
-    label[0] = ' ';
-    memcpy(label + 1, text + word, n - word);
-    encode(&l->tokens, t, text, context);
-    e.context = l->tokens.n - e.first;
-    encode(&l->tokens, t, label, n - word + 1);
-    e.label = l->tokens.n - e.first - e.context;
-    free(label);
-    l->example = (LambadaExample *)grow(l->example, l->n, &l->capacity, sizeof(LambadaExample));
-    l->example[l->n++] = e;
-}
-
-/* Reads {"text": ".."} lines. */
-static Lambada lambada_open(const char *path, const Tokenizer *t)
-{
-    Lambada l = {{NULL, 0, 0}, NULL, 0, 0};
-    Map map = map_file(path);
-    char what[PATH_MAX + 32];
-    size_t number = 0, length;
-    for (const char *line = map.data, *stop = line + map.size, *next; line < stop; line = next) {
-        const char *end = (const char *)memchr(line, '\n', (size_t)(stop - line));
-        next = end ? end + 1 : stop;
-        length = (size_t)(next - line);
-        number++;
-        strip(line, &length);
-        if (!length) continue;
-        snprintf(what, sizeof(what), "%s line %zu", path, number);
-        Json json = json_parse(line, (size_t)(next - line), what);
-        const JsonValue *text = json_get(&json, json.value, "text");
-        if (!text || text->type != JSON_STRING) die("%s: expected {\"text\": \"..\"}", what);
-        lambada_add(&l, t, text->string, text->length, what);
-        json_free(&json);
-    }
-    unmap_file(map);
-    if (!l.n) die("%s has no examples: expected lines of {\"text\": \"..\"}", path);
-    return l;
-}
-
-static void lambada_close(Lambada *l) { free(l->tokens.id), free(l->example); }
-
-/* tokens (T + 1), weight (T) of example i, as window_fill(). Of one that is longer than T + 1 the end counts. */
-static void lambada_fill(int *tokens, real *weight, const Lambada *l, size_t i, size_t T, int pad)
-{
-    LambadaExample e = l->example[i];
-    size_t n = e.context + e.label, cut = n > T + 1 ? n - (T + 1) : 0;
-    for (size_t t = 0; t <= T; t++) tokens[t] = cut + t < n ? l->tokens.id[e.first + cut + t] : pad;
-    for (size_t t = 0; t < T; t++) weight[t] = cut + t + 1 >= e.context && cut + t + 1 < n ? 1 : 0;
-}
-
-/* ---- Scores [§5.2, App. E] --------------------------------------------------------------------------------------- */
-
-/* Gives a rank its tokens: row b of the micro-batch predicts tokens[1..T] from tokens[0..T-1]; tokens (B, T+1), weight
- * (B, T) or NULL for all ones. */
-static void set_tokens(Rank *k, MicroBatch *mb, const int *tokens, const real *weight)
-{
-    size_t N = k->B * k->T;
-    int *ids = k->host_ids;
-    for (size_t n = 0; n < N; n++) {
-        ids[n] = tokens[n / k->T * (k->T + 1) + n % k->T];
-        ids[N + n] = tokens[n / k->T * (k->T + 1) + n % k->T + 1];
-        k->host[n] = weight ? weight[n] : 1;
-    }
-    device_upload(mb->tokens, ids, N * sizeof *ids);
-    device_upload(mb->targets, ids + N, N * sizeof *ids);
-    device_upload(mb->weight, k->host, N * sizeof *k->host);
-}
-
-typedef struct {
-    double loss; /* mean over the targets, nats */
-    size_t targets;
-} Score;
-
-/* exp(loss) [App. E eq.4], with Megatron's cap on the exponent. */
-static double perplexity(double loss) { return exp(fmin(loss, 20)); }
-
-/* Mean loss over the held-out samples, every one once, or over the first `batches` micro-batches of each data rank if
- * that is not 0. Called by all ranks, during training. */
-static double validation_loss(Rank *k, Dataset *held_out, size_t batches)
-{
-    MicroBatch *mb = &k->flight[0];
-    size_t B = k->B, T = k->T, together = B * (size_t)k->dp.size, samples = held_out->samples;
-    if (batches) samples = min_size(samples, batches * together);
-    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens), training = k->training;
-    real *weight = (real *)xcalloc(B * T, sizeof *weight);
-    double sum = 0;
-    k->training = 0;
-    for (size_t first = 0; first < samples; first += together) {
-        for (size_t b = 0; b < B; b++) {
-            size_t i = first + (size_t)k->dp.rank * B + b;
-            dataset_sample(held_out, min_size(i, samples - 1), tokens + b * (T + 1));
-            for (size_t t = 0; t < T; t++) weight[b * T + t] = i < samples;
-        }
-        set_tokens(k, mb, tokens, weight);
-        stage_forward(k, mb);
-        sum += sum_losses(k, mb);
-    }
-    k->training = training;
-    set_place(k, "validation loss", "[§5.2]", -1);
-    all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
-    free(tokens), free(weight);
-    return sum / (double)(samples * T);
-}
-
-/* Loss of a text in overlapping windows: each target is scored once, with as much context as there is, but at least
- * T - overlap tokens [App. E, P52]. Runs the first `limit` windows. Tensor ranks only; all call it. */
-static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit, int pad, Meter *meter)
-{
-    MicroBatch *mb = &k->flight[0];
-    size_t B = k->B, T = k->T, windows = window_count(text->n - 1, overlap);
-    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens);
-    real *weight = (real *)xcalloc(B * T, sizeof *weight);
-    double sum = 0;
-    Score score = {0, 0};
-    windows = min_size(windows, limit);
-    for (size_t first = 0; first < windows; first += B) {
-        size_t scored = 0;
-        for (size_t b = 0; b < B; b++) {
-            real *w = weight + b * T;
-            window_fill(tokens + b * (T + 1), w, text->id, text->n, min_size(first + b, windows - 1), T, overlap, pad);
-            for (size_t t = 0; t < T; t++) scored += w[t] = first + b < windows ? w[t] : 0;
-        }
-        if (scored) { /* Megatron's last windows have nothing left to score */
-            set_tokens(k, mb, tokens, weight);
-            stage_forward(k, mb);
-            sum += sum_losses(k, mb);
-        }
-        score.targets += scored;
-        if (meter && k->world.rank == 0)
-            meter_show(meter, min_size(first + B, windows), "loss", sum / (double)max_size(score.targets, 1));
-    }
-    free(tokens), free(weight);
-    all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM);
-    score.loss = sum / (double)max_size(score.targets, 1);
-    return score;
-}
-
-/* id[i] = the most probable token after row row[i] of the micro-batch: each tensor rank finds the best of its own
- * tokens, and all compare. Of equal ones the first counts, as with argmax. Tensor ranks only; all call it. */
-static void most_probable(Rank *k, const MicroBatch *mb, const size_t *row, size_t n, int *id)
-{
-    size_t Vp = k->Vp, t = (size_t)k->tp.size;
-    real *logits = (real *)xcalloc(Vp, sizeof *logits);
-    double *mine = (double *)xcalloc(2 * n, sizeof *mine), *all = (double *)xcalloc(2 * n * t, sizeof *all);
-    for (size_t i = 0; i < n; i++) {
-        act_download(logits, mb->logits + row[i] * Vp, Vp);
-        mine[2 * i] = -INFINITY;
-        for (size_t v = 0; v < k->valid; v++)
-            if (logits[v] > mine[2 * i]) mine[2 * i] = logits[v], mine[2 * i + 1] = (double)(k->v0 + v);
-    }
-    all_gather(&k->tp, all, mine, 2 * n, DOUBLE_ARRAY);
-    for (size_t i = 0; i < n; i++) {
-        const double *best = &all[2 * i];
-        for (size_t r = 1; r < t; r++)
-            if (all[2 * (r * n + i)] > best[0]) best = &all[2 * (r * n + i)];
-        id[i] = (int)best[1];
-    }
-    free(logits), free(mine), free(all);
-}
-
-typedef struct {
-    size_t examples, correct, last_correct; /* all tokens of the last word right; its last token right */
-} Accuracy;
-
-/* LAMBADA: is every token of the last word the most probable one, given the true tokens before it [§5.2]? Runs the
- * first `limit` examples. Tensor ranks only; all call it. */
-static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pad, Meter *meter)
-{
-    MicroBatch *mb = &k->flight[0];
-    size_t B = k->B, T = k->T, examples = min_size(l->n, limit);
-    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens), *best = (int *)xcalloc(B * T, sizeof *best);
-    real *weight = (real *)xcalloc(B * T, sizeof *weight);
-    size_t *row = (size_t *)xcalloc(B * T, sizeof *row);
-    Accuracy a = {0, 0, 0};
-    for (size_t first = 0; first < examples; first += B) {
-        size_t longest = 1, n = 0;
-        for (size_t b = 0; b < B && first + b < examples; b++)
-            longest = max_size(longest, l->example[first + b].context + l->example[first + b].label - 1);
-        k->T = min_size(longest, T); /* no need to compute the padding of the longest example of all */
-        memset(weight, 0, B * T * sizeof *weight);
-        for (size_t b = 0; b < B; b++)
-            lambada_fill(tokens + b * (k->T + 1), weight + b * k->T, l, min_size(first + b, examples - 1), k->T, pad);
-        set_tokens(k, mb, tokens, weight);
-        stage_forward(k, mb);
-        for (size_t i = 0; i < B * k->T; i++)
-            if (weight[i] != 0) row[n++] = i;
-        most_probable(k, mb, row, n, best);
-        for (size_t i = 0, right = 1; i < n; i++) {
-            size_t b = row[i] / k->T;
-            int last = i + 1 == n || row[i + 1] / k->T != b;
-            int hit = best[i] == tokens[b * (k->T + 1) + row[i] % k->T + 1];
-            if (first + b >= examples) break; /* the last batch is filled up with copies */
-            right = right && hit;
-            if (!last) continue;
-            a.examples++, a.correct += right, a.last_correct += (size_t)hit;
-            right = 1;
-        }
-        k->T = T;
-        if (meter && k->world.rank == 0)
-            meter_show(meter, min_size(first + B, examples), "accuracy", (double)a.correct / (double)a.examples);
-    }
-    free(tokens), free(best), free(weight), free(row);
-    return a;
-}
-
-/* ================================================================================================================
- * Chapter 10. Generation [App. C]
- * ============================================================================================================= */
-
-typedef struct {
-    double temperature; /* 0: always the most probable token */
-    size_t top_k;       /* draw from the k most probable tokens only; 0: from all */
-    double top_p;       /* draw from the most probable tokens that make up this probability; 1: from all */
-    uint64_t seed;
-} Sampler;
-
-typedef struct {
-    double p;
-    int id;
-} Candidate;
-
-/* More probable; of equals, the earlier token. */
-static int better(Candidate a, Candidate b) { return a.p > b.p || (a.p == b.p && a.id < b.id); }
-
-/* Restores the heap (no child better than its parent) below place i. */
-static void sift_down(Candidate *heap, size_t n, size_t i)
-{
-    for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && better(heap[child + 1], heap[child])) child++;
-        if (!better(heap[child], heap[i])) return;
-        Candidate swap = heap[i];
-        heap[i] = heap[child], heap[child] = swap;
-    }
-}
-
-/* The next token from its logits (V): softmax(z / temperature), cut by top-k and then top-p. A heap yields the tokens in
- * order of probability, so that only those that are kept get sorted. Token number `index` of a text draws its own
- * random number, whatever came before. heap: (V) scratch. */
-static int sample_token(const real *z, size_t V, const Sampler *s, size_t index, Candidate *heap)
-{
-    size_t best = 0, kept = 0, left = V;
-    double total = 0, mass = 0, u = uniform(random_word(s->seed, SITE_SAMPLE, 0, index));
-    for (size_t i = 0; i < V; i++) best = z[i] > z[best] ? i : best;
-    if (s->temperature == 0) return (int)best;
-    for (size_t i = 0; i < V; i++) {
-        heap[i].p = exp(((double)z[i] - z[best]) / s->temperature), heap[i].id = (int)i;
-        total += heap[i].p;
-    }
-    if ((s->top_k == 0 || s->top_k >= V) && s->top_p >= 1) mass = total, kept = V;
-    else {
-        for (size_t i = V / 2; i-- > 0;) sift_down(heap, V, i);
-        while (kept < V && (kept == 0 || ((s->top_k == 0 || kept < s->top_k) && mass < s->top_p * total))) {
-            Candidate top = heap[0];
-            heap[0] = heap[--left];
-            sift_down(heap, left, 0);
-            heap[left] = top; /* the kept ones gather behind the heap */
-            mass += top.p, kept++;
-        }
-    }
-    for (size_t i = V - kept; i < V; i++)
-        if ((u -= heap[i].p / mass) < 0) return heap[i].id;
-    return heap[V - 1].id; /* rounding left a crumb of u */
-}
-
-typedef struct {
-    Rank *k;
-    Cache cache;
-    act *slices;     /* (t, Vp) every tensor rank's logits of one row */
-    real *logits;    /* (t * Vp) the same on the host; the first V are no padding */
-    Candidate *heap; /* (V) */
-} Generator;
-
-/* Keys and values of up to T positions, for a rank with B = 1. */
-static Generator *generator_create(Rank *k)
-{
-    Generator *g = (Generator *)xcalloc(1, sizeof *g);
-    size_t all = (size_t)k->tp.size * k->Vp;
-    g->k = k;
-    g->cache.k = (act **)xcalloc(k->depth, sizeof(act *)), g->cache.v = (act **)xcalloc(k->depth, sizeof(act *));
-    for (size_t l = 0; l < k->depth; l++) {
-        g->cache.k[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
-        g->cache.v[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
-    }
-    g->slices = (act *)device_calloc(all * sizeof(act));
-    g->logits = (real *)xcalloc(all, sizeof(real));
-    g->heap = (Candidate *)xcalloc(k->config.V, sizeof(Candidate));
-    k->cache = &g->cache;
-    return g;
-}
-
-static void generator_free(Generator *g)
-{
-    for (size_t l = 0; l < g->k->depth; l++) device_free(g->cache.k[l]), device_free(g->cache.v[l]);
-    g->k->cache = NULL;
-    device_free(g->slices);
-    free(g->cache.k), free(g->cache.v), free(g->logits), free(g->heap), free(g);
-}
-
-/* Reads n more tokens at positions past .. past+n-1 and leaves the logits of the token that follows in g->logits, on
- * all tensor ranks. A prompt comes as one batch; then one token at a time: its keys and values join the cache, so
- * nothing is computed twice. */
-static void generator_read(Generator *g, const int *tokens, size_t n)
-{
-    Rank *k = g->k;
-    MicroBatch *mb = &k->flight[0];
-    size_t T = k->T, C = k->config.C;
-    k->T = n;
-    device_upload(mb->tokens, tokens, n * sizeof *tokens);
-    embedding_forward(k, mb->layer[0].x, mb);
-    for (size_t l = 0; l < k->depth; l++) block_forward(k, l, mb);
-    logits_forward(k, mb, mb->layer[k->depth].x + (n - 1) * C, 1);
-    all_gather(&k->tp, g->slices, mb->logits, k->Vp, ACT);
-    act_download(g->logits, g->slices, (size_t)k->tp.size * k->Vp);
-    g->cache.past += n;
-    k->T = T;
-}
-
-/* Appends up to `count` tokens to text, and calls emit for each; ends early at end_of_text, which is appended but not
- * emitted. Every tensor rank calls it, and draws the same tokens. Of a longer prompt the last P tokens count. When all P
- * positions are full, the last P/2 tokens are read again from position 0: learned positions allow no sliding. */
-static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s, int end_of_text,
-                     void (*emit)(void *arg, int id), void *arg)
-{
-    size_t T = g->k->T, stop = text->n + count, unread = min_size(text->n, T);
-    g->cache.past = 0;
-    while (text->n < stop) {
-        if (g->cache.past + unread > T) g->cache.past = 0, unread = (T + 1) / 2;
-        generator_read(g, text->id + text->n - unread, unread);
-        double next = sample_token(g->logits, g->k->config.V, s, text->n, g->heap);
-        broadcast(&g->k->tp, &next, 1, DOUBLE_ARRAY, 0); /* all would draw the same; one decides */
-        int id = (int)next;
-        push_token(text, id);
-        if (id == end_of_text) return;
-        if (emit) emit(arg, id);
-        unread = 1;
-    }
-}
-
-/* ================================================================================================================
- * Chapter 11. Checkpoints
- *
- * A model is a folder as Hugging Face has it: config.json and model.safetensors, or shards of it with an index. A
- * checkpoint is such a folder with AdamW's moments and the state of training beside them, in trainer.safetensors.
- * These files hold whole tensors and know nothing of ranks: each rank picks its slices out of the mapped file, and
- * puts them back into one on saving, so that what was saved in one layout is loaded in any other.
- *
- * A safetensors file is 8 bytes, the length of the header; the header, in JSON, with type, shape and place of each
- * tensor; the tensors, little-endian, row by row, without gaps. Nothing is believed before everything is checked.
- * ============================================================================================================= */
-
 typedef enum { F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL_, N_DTYPES } Dtype; /* reals first */
 static const char *const dtype_name[] = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"};
 static const size_t dtype_size[] = {8, 4, 2, 2, 8, 4, 2, 1, 1, 1};
@@ -4081,12 +3571,12 @@ typedef struct {
     int expected;     /* the model has a place for it */
 } StoredTensor;
 
-typedef struct {
+struct Safetensors {
     StoredFile *file;
     size_t files;
     StoredTensor *tensor; /* sorted by name */
     size_t tensors;
-} Safetensors;
+};
 
 /* ---- Reading safetensors ----------------------------------------------------------------------------------------- */
 
@@ -4996,7 +4486,703 @@ static void print_info(const char *path, int json)
 }
 
 /* ================================================================================================================
- * Chapter 12. Planner [§5.1, Fig. 4]: what a training run will cost, without running it
+ * Chapter 15. Text
+ *
+ * Text becomes numbers by GPT-2's byte-level byte-pair encoding. A text is cut into words; a word is a row of bytes,
+ * of which neighbours merge by a list of pairs, the list's first pair first, until no pair of the list is left in it.
+ * As every byte is a token, any bytes can be encoded, and decoding gives them back. Documents, with <|endoftext|>
+ * between them, are joined and cut into samples of T + 1 tokens: T inputs, and the same shifted by one as labels.
+ * ============================================================================================================= */
+
+static int class_of(uint32_t code);
+#include "dev/unicode/classes.h" /* class_starts[]: which code points are letters, numbers, white space */
+
+static const char END_OF_TEXT[] = "<|endoftext|>";
+
+static void push_token(Tokens *tokens, int id)
+{
+    tokens->id = (int *)grow(tokens->id, tokens->n, &tokens->capacity, sizeof(int));
+    tokens->id[tokens->n++] = id;
+}
+
+/* ---- Words: the pre-tokeniser ------------------------------------------------------------------------------------ */
+
+enum { NOT_A_CHARACTER = 0x110000 }; /* one past the last code point: stands for a byte that is not UTF-8 */
+
+/* The character that begins at text, n > 0 bytes left: its code point, and its length in bytes as the result. A byte
+ * that begins no well-formed character counts as one character by itself. */
+static size_t next_character(uint32_t *code, const char *text, size_t n)
+{
+    size_t length = utf8_length(text, n);
+    unsigned char first = (unsigned char)*text;
+    *code = length == 1 ? first : length ? first & (0x7Fu >> length) : (uint32_t)NOT_A_CHARACTER;
+    for (size_t i = 1; i < length; i++) *code = *code << 6 | (text[i] & 0x3F);
+    return max_size(length, 1);
+}
+
+/* CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE or CLASS_OTHER. */
+static int class_of(uint32_t code)
+{
+    size_t low = 0, high = sizeof(class_starts) / sizeof(class_starts[0]); /* the answer is in [low, high) */
+    if (code < 0x80 && (code | 32) - 'a' < 26u) return CLASS_LETTER;       /* most of most texts */
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (class_starts[middle] >> 2 <= code) low = middle;
+        else high = middle;
+    }
+    return class_starts[low] & 3;
+}
+
+/* Bytes of the white-space character at text, 0 if none begins there. Python's str.isspace(), which its strip(),
+ * split() and \s follow, has four control characters more than White_Space. */
+static size_t space_at(const char *text, size_t n)
+{
+    uint32_t code;
+    size_t length = n ? next_character(&code, text, n) : 0;
+    return length && (class_of(code) == CLASS_SPACE || (code >= 0x1C && code <= 0x1F)) ? length : 0;
+}
+
+/* Bytes of the white-space character that ends the n bytes of text, 0 if none does. */
+static size_t space_before(const char *text, size_t n)
+{
+    for (size_t back = 1; back <= 4 && back <= n; back++)
+        if (space_at(text + n - back, back) == back) return back;
+    return 0;
+}
+
+/* The text without white space at both ends, as str.strip(): its begin, and its length in *n. */
+static const char *strip(const char *text, size_t *n)
+{
+    size_t length;
+    while ((length = space_before(text, *n))) *n -= length;
+    while ((length = space_at(text, *n))) text += length, *n -= length;
+    return text;
+}
+
+/* Bytes of 's 't 're 've 'm 'll 'd at text, or 0. */
+static size_t contraction(const char *text, size_t n)
+{
+    if (n < 2 || text[0] != '\'') return 0;
+    if (memchr("stmd", text[1], 4)) return 2;
+    return n > 2 && (!memcmp(text + 1, "re", 2) || !memcmp(text + 1, "ve", 2) || !memcmp(text + 1, "ll", 2)) ? 3 : 0;
+}
+
+/* The end of the word that begins at start < n: what GPT-2's regular expression
+ *     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+ * would match there. A word is a run of one class, and may take along one blank before it. */
+static size_t word_end(const char *text, size_t n, size_t start)
+{
+    uint32_t code;
+    size_t end = start, last = start, length; /* last: where the run's last character begins */
+    int kind;
+
+    if ((length = contraction(text + start, n - start))) return start + length;
+    length = next_character(&code, text + start, n - start);
+    kind = class_of(code);
+    if (code == ' ' && start + 1 < n) {
+        uint32_t after;
+        next_character(&after, text + start + 1, n - start - 1);
+        if (class_of(after) != CLASS_SPACE) kind = class_of(after), end = start + 1; /* " word" */
+    }
+    while (end < n) {
+        length = next_character(&code, text + end, n - end);
+        if (class_of(code) != kind) break;
+        last = end, end += length;
+    }
+    /* White space before a word leaves its last character to that word: \s+(?!\S). */
+    return kind == CLASS_SPACE && end < n && last > start ? last : end;
+}
+
+/* ---- Byte-pair encoding ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const char *bytes;
+    size_t n;
+    int id;
+} Token;
+
+typedef struct {
+    uint32_t left, right; /* these two neighbouring tokens .. */
+    uint32_t rank, id;    /* .. merge into this one, the lowest rank first */
+} Merge;
+
+struct Tokenizer {
+    size_t vocabulary;
+    int end_of_text;  /* id of <|endoftext|>, -1 if there is none */
+    Token *token;     /* (vocabulary) by id */
+    char *bytes;      /* what they point into */
+    int byte_id[256]; /* the token of a single byte */
+    Merge *merge;     /* sorted by left, then right: every look-up is a binary search, so no input makes it slow */
+    size_t *row;      /* (vocabulary + 1) where each left token's merges begin in it */
+};
+
+/* The merge of two neighbours, or NULL. */
+static const Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right)
+{
+    size_t low = t->row[left], high = t->row[left + 1];
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (t->merge[middle].right == right) return &t->merge[middle];
+        if (t->merge[middle].right < right) low = middle + 1;
+        else high = middle;
+    }
+    return NULL;
+}
+
+/* A word while it is merged: a linked list of symbols, each at the position of its first byte, and a heap of the
+ * merges that are possible. A word of n bytes takes O(n log n), be it one letter a million times. The heap holds 2n
+ * entries at most: n - 1 at first, and each merge takes one away and adds two. */
+typedef struct {
+    uint32_t *id, *before, *after; /* (capacity) token and neighbours; after = n: none */
+    uint64_t *heap;                /* (2 capacity) rank << 32 | position of the left symbol, the smallest on top */
+    size_t capacity, n, entries;
+} Word;
+
+static const uint32_t MERGED = UINT32_MAX; /* the id at a position whose symbol went into its left neighbour */
+
+/* The merge of the symbol at position i with the next one, or NULL. */
+static const Merge *merge_at(const Word *w, const Tokenizer *t, uint32_t i)
+{
+    if (w->id[i] == MERGED || w->after[i] >= w->n) return NULL;
+    return find_merge(t, w->id[i], w->id[w->after[i]]);
+}
+
+/* Puts the merge at position i, if there is one, onto the heap. */
+static void heap_push(Word *w, const Tokenizer *t, uint32_t i)
+{
+    const Merge *merge = merge_at(w, t, i);
+    size_t at;
+    if (!merge) return;
+    uint64_t key = (uint64_t)merge->rank << 32 | i;
+    for (at = w->entries++; at > 0 && w->heap[(at - 1) / 2] > key; at = (at - 1) / 2)
+        w->heap[at] = w->heap[(at - 1) / 2];
+    w->heap[at] = key;
+}
+
+static uint64_t heap_pop(Word *w)
+{
+    uint64_t top = w->heap[0], key = w->heap[--w->entries];
+    size_t at = 0, child;
+    while ((child = 2 * at + 1) < w->entries) {
+        if (child + 1 < w->entries && w->heap[child + 1] < w->heap[child]) child++;
+        if (w->heap[child] >= key) break;
+        w->heap[at] = w->heap[child], at = child;
+    }
+    w->heap[at] = key;
+    return top;
+}
+
+static void encode_word(Tokens *out, const Tokenizer *t, Word *w, const char *text, size_t n)
+{
+    if (n > UINT32_MAX / 2) die("a word of %zu bytes: a text with so long a word cannot be encoded", n);
+    if (n > w->capacity) {
+        free(w->id), free(w->heap);
+        w->capacity = max_size(n, 2 * w->capacity);
+        w->id = (uint32_t *)xcalloc(3 * w->capacity, sizeof(uint32_t));
+        w->before = w->id + w->capacity, w->after = w->before + w->capacity;
+        w->heap = (uint64_t *)xcalloc(2 * w->capacity, sizeof(uint64_t));
+    }
+    w->n = n, w->entries = 0;
+    for (uint32_t i = 0; i < n; i++)
+        w->id[i] = (uint32_t)t->byte_id[(unsigned char)text[i]], w->before[i] = i - 1, w->after[i] = i + 1;
+    for (uint32_t i = 0; i + 1 < n; i++) heap_push(w, t, i);
+    while (w->entries) {
+        uint64_t key = heap_pop(w);
+        uint32_t i = (uint32_t)key, j;
+        const Merge *merge = merge_at(w, t, i);
+        if (!merge || merge->rank != key >> 32) continue; /* an entry from before a neighbour merged */
+        j = w->after[i];
+        w->id[i] = merge->id, w->id[j] = MERGED, w->after[i] = w->after[j];
+        if (w->after[i] < n) w->before[w->after[i]] = i;
+        heap_push(w, t, i);
+        if (i > 0) heap_push(w, t, w->before[i]);
+    }
+    for (uint32_t i = 0; i < n; i = w->after[i]) push_token(out, (int)w->id[i]);
+}
+
+/* Appends the tokens of a text. <|endoftext|> in it is the one special token, as in Hugging Face's tokenizers. */
+static void encode_part(Tokens *out, const Tokenizer *t, const char *text, size_t n)
+{
+    Word word = {NULL, NULL, NULL, NULL, 0, 0, 0};
+    size_t special = sizeof(END_OF_TEXT) - 1;
+    for (size_t start = 0; start < n;) {
+        const char *found = NULL;
+        if (t->end_of_text >= 0) found = (const char *)memmem(text + start, n - start, END_OF_TEXT, special);
+        size_t stop = found ? (size_t)(found - text) : n;
+        for (size_t end; start < stop; start = end) {
+            end = word_end(text, stop, start);
+            encode_word(out, t, &word, text + start, end - start);
+        }
+        if (found) push_token(out, t->end_of_text), start += special;
+    }
+    free(word.id), free(word.heap);
+}
+
+/* The same, a long text in parts side by side. A part ends between a visible ASCII character and white space: there
+ * every word ends, whatever comes after. */
+static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
+{
+    enum { PART = 1 << 17 }; /* bytes */
+    Tokens *part = (Tokens *)xcalloc(n / PART + 1, sizeof(Tokens));
+    size_t *start = (size_t *)xcalloc(n / PART + 2, sizeof(size_t)), parts = 0;
+    while (start[parts] < n) {
+        size_t end = min_size(start[parts] + PART, n);
+        while (end < n && !((text[end] == ' ' || text[end] == '\n') && text[end - 1] > ' ' && text[end - 1] < 0x7F))
+            end++;
+        start[++parts] = end;
+    }
+#pragma omp parallel for schedule(dynamic) if (parts > 1)
+    for (size_t i = 0; i < parts; i++) encode_part(&part[i], t, text + start[i], start[i + 1] - start[i]);
+    for (size_t i = 0; i < parts; i++) {
+        for (size_t j = 0; j < part[i].n; j++) push_token(out, part[i].id[j]);
+        free(part[i].id);
+    }
+    free(part), free(start);
+}
+
+/* The n bytes of a token; none for an id outside the vocabulary (a model's has padding behind it). */
+static const char *decode(size_t *n, const Tokenizer *t, int id)
+{
+    int known = id >= 0 && (size_t)id < t->vocabulary;
+    *n = known ? t->token[id].n : 0;
+    return known ? t->token[id].bytes : "";
+}
+
+/* ---- vocab.json and merges.txt ----------------------------------------------------------------------------------- */
+
+/* These files write a byte as one printable character: itself where it is one in Latin-1, else U+0100 and up. */
+enum { BYTE_CHARACTERS = 324 };
+
+static void byte_characters(int byte_of[BYTE_CHARACTERS]) /* -1: no byte is written so */
+{
+    int next = 256;
+    for (int c = 0; c < BYTE_CHARACTERS; c++) byte_of[c] = -1;
+    for (int b = 0; b < 256; b++)
+        byte_of[(b >= '!' && b <= '~') || (b >= 0xA1 && b != 0xAD && b <= 0xFF) ? b : next++] = b;
+}
+
+/* Reads a token's name as bytes into out; returns how many, 0 if the name is empty or not of this alphabet. */
+static size_t bytes_of_name(char *out, const int byte_of[BYTE_CHARACTERS], const char *name, size_t n)
+{
+    size_t count = 0;
+    uint32_t code;
+    for (size_t i = 0; i < n; count++) {
+        i += next_character(&code, name + i, n - i);
+        if (code >= BYTE_CHARACTERS || byte_of[code] < 0) return 0;
+        out[count] = (char)byte_of[code];
+    }
+    return count;
+}
+
+static int compare_tokens(const void *a, const void *b)
+{
+    const Token *x = (const Token *)a, *y = (const Token *)b;
+    int order = memcmp(x->bytes, y->bytes, min_size(x->n, y->n));
+    return order ? order : (x->n > y->n) - (x->n < y->n);
+}
+
+static int compare_merges(const void *a, const void *b)
+{
+    const Merge *x = (const Merge *)a, *y = (const Merge *)b;
+    uint64_t p = (uint64_t)x->left << 32 | x->right, q = (uint64_t)y->left << 32 | y->right;
+    return (p > q) - (p < q);
+}
+
+/* The id of the token of these bytes, -1 if there is none. */
+static int token_id(const Token *sorted, size_t vocabulary, const char *bytes, size_t n)
+{
+    Token key = {bytes, n, 0};
+    const Token *found = (const Token *)bsearch(&key, sorted, vocabulary, sizeof(Token), compare_tokens);
+    return found ? found->id : -1;
+}
+
+/* {"!": 0, "\"": 1, ..}: n tokens whose ids are 0..n-1. */
+static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS])
+{
+    Map map = map_file(path);
+    Json json = json_parse(map.data, map.size, path);
+    const JsonValue *root = json.value;
+    size_t used = 0;
+    char shown[SHOWN];
+
+    if (root->type != JSON_OBJECT || !root->length || root->length > INT_MAX)
+        die("%s is not a JSON object of tokens with their ids", path);
+    t->vocabulary = root->length;
+    t->token = (Token *)xcalloc(t->vocabulary, sizeof(Token));
+    t->bytes = (char *)xcalloc(map.size, 1); /* a byte takes one character, so all names together fit */
+    for (size_t i = 1; i < root->end; i = json.value[i].end) {
+        const JsonValue *v = &json.value[i];
+        size_t n = bytes_of_name(t->bytes + used, byte_of, v->key, strlen(v->key));
+        Token token = {t->bytes + used, n, 0};
+        double id = v->type == JSON_NUMBER ? v->number : -1;
+        printable(shown, v->key);
+        if (!n) die("%s: \"%s\" is not in GPT-2's alphabet of byte-level tokens", path, shown);
+        if (id < 0 || id >= (double)root->length || id != floor(id))
+            die("%s: the id of \"%s\" must be an integer below %zu, the number of tokens", path, shown, root->length);
+        token.id = (int)id;
+        if (t->token[token.id].n) die("%s: the id %d is given twice, now to \"%s\"", path, token.id, shown);
+        t->token[token.id] = token;
+        used += n;
+    }
+    json_free(&json);
+    unmap_file(map);
+}
+
+/* A line "left right" for each merge, the first merge first; above them perhaps a line "#version: .." */
+static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS], const Token *sorted)
+{
+    Map map = map_file(path);
+    char *pair = (char *)xcalloc(map.size, 1); /* the bytes of left and right, one after the other */
+    size_t n = 0, capacity = 0, number = 0;
+    for (const char *line = map.data, *stop = line + map.size, *next; line < stop; line = next) {
+        const char *end = (const char *)memchr(line, '\n', (size_t)(stop - line));
+        next = end ? end + 1 : stop;
+        end = end ? end : stop;
+        if (end > line && end[-1] == '\r') end--;
+        if (number++ == 0 && end - line >= 8 && !memcmp(line, "#version", 8)) continue;
+        if (end == line) continue;
+
+        const char *blank = (const char *)memchr(line, ' ', (size_t)(end - line));
+        size_t left = blank ? bytes_of_name(pair, byte_of, line, (size_t)(blank - line)) : 0;
+        size_t right = left ? bytes_of_name(pair + left, byte_of, blank + 1, (size_t)(end - blank - 1)) : 0;
+        if (!right) die("%s line %zu: expected two byte-level tokens with one blank between them", path, number);
+        int a = token_id(sorted, t->vocabulary, pair, left);
+        int b = token_id(sorted, t->vocabulary, pair + left, right);
+        int ab = token_id(sorted, t->vocabulary, pair, left + right);
+        if (a < 0 || b < 0 || ab < 0)
+            die("%s line %zu: %s is not in the vocabulary: do both files belong to one tokenizer?", path, number,
+                a < 0   ? "the left token"
+                : b < 0 ? "the right token"
+                        : "what the two tokens merge into");
+        Merge merge = {(uint32_t)a, (uint32_t)b, (uint32_t)n, (uint32_t)ab};
+        t->merge = (Merge *)grow(t->merge, n, &capacity, sizeof(Merge));
+        t->merge[n++] = merge;
+    }
+    if (n) qsort(t->merge, n, sizeof(Merge), compare_merges);
+    for (size_t i = 0; i < n; i++) {
+        if (i && !compare_merges(&t->merge[i - 1], &t->merge[i]))
+            die("%s: merges %u and %u are of the same two tokens", path, t->merge[i - 1].rank, t->merge[i].rank);
+        t->row[t->merge[i].left + 1]++;
+    }
+    for (size_t i = 0; i < t->vocabulary; i++) t->row[i + 1] += t->row[i];
+    free(pair);
+    unmap_file(map);
+}
+
+/* Reads the tokenizer of a folder: vocab.json and merges.txt, or by their older names encoder.json and vocab.bpe. */
+static Tokenizer *tokenizer_open(const char *folder)
+{
+    Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
+    int old = !file_exists(folder, "vocab.json") && file_exists(folder, "encoder.json"), byte_of[BYTE_CHARACTERS];
+    char path[PATH_MAX];
+
+    byte_characters(byte_of);
+    load_vocabulary(t, join_path(path, folder, old ? "encoder.json" : "vocab.json"), byte_of);
+    t->row = (size_t *)xcalloc(t->vocabulary + 1, sizeof(size_t));
+    Token *sorted = (Token *)xcalloc(t->vocabulary, sizeof(Token)); /* by bytes */
+    memcpy(sorted, t->token, t->vocabulary * sizeof(Token));
+    qsort(sorted, t->vocabulary, sizeof(Token), compare_tokens);
+    for (int b = 0; b < 256; b++) {
+        char byte = (char)b;
+        t->byte_id[b] = token_id(sorted, t->vocabulary, &byte, 1);
+        if (t->byte_id[b] < 0) die("%s has no token for the byte 0x%02X: all 256 are expected", path, (unsigned)b);
+    }
+    t->end_of_text = token_id(sorted, t->vocabulary, END_OF_TEXT, sizeof(END_OF_TEXT) - 1);
+    load_merges(t, join_path(path, folder, old ? "vocab.bpe" : "merges.txt"), byte_of, sorted);
+    free(sorted);
+    return t;
+}
+
+/* Where there is no tokenizer: ids 0..255 are bytes, 256 is <|endoftext|>. */
+static Tokenizer *tokenizer_bytes(void)
+{
+    Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
+    t->vocabulary = 257, t->end_of_text = 256;
+    t->token = (Token *)xcalloc(257, sizeof(Token));
+    t->bytes = (char *)xcalloc(256, 1);
+    t->row = (size_t *)xcalloc(258, sizeof(size_t));
+    for (int b = 0; b < 256; b++) {
+        Token token = {t->bytes + b, 1, b};
+        t->bytes[b] = (char)b, t->byte_id[b] = b, t->token[b] = token;
+    }
+    Token special = {END_OF_TEXT, sizeof(END_OF_TEXT) - 1, 256};
+    t->token[256] = special;
+    return t;
+}
+
+static void tokenizer_close(Tokenizer *t) { free(t->token), free(t->bytes), free(t->merge), free(t->row), free(t); }
+
+/* ---- Documents --------------------------------------------------------------------------------------------------- */
+
+/* What documents point into: the tokens of a text, or a mapped PREFIX.bin. */
+struct Storage {
+    int *id;
+    Map map;
+};
+
+static void add_storage(Corpus *c, int *id, Map map)
+{
+    Storage storage = {id, map};
+    c->storage = (Storage *)grow(c->storage, c->stores, &c->storage_capacity, sizeof(Storage));
+    c->storage[c->stores++] = storage;
+}
+
+/* prefix and suffix in one path. */
+static char *extend_path(char path[PATH_MAX], const char *prefix, const char *suffix)
+{
+    if (snprintf(path, PATH_MAX, "%s%s", prefix, suffix) >= PATH_MAX) die("the path %s is too long", prefix);
+    return path;
+}
+
+static void add_document(Corpus *c, const char *path, const char *data, size_t width, size_t n)
+{
+    Document d = {data, width, n, n};
+    uint32_t largest = 0;
+    if (n == 0) return;
+#pragma omp parallel for reduction(max : largest) if (n > 1 << 20)
+    for (size_t i = 0; i < n; i++) {
+        uint32_t id = (uint32_t)document_token(&d, i, 0); /* a negative one becomes very large */
+        largest = id > largest ? id : largest;
+    }
+    if (largest >= c->vocabulary)
+        die("%s has the token %d, but the vocabulary %zu tokens: it needs another tokenizer or model", path,
+            (int)largest, c->vocabulary);
+    d.length += c->end_of_text >= 0 && document_token(&d, n - 1, 0) != c->end_of_text;
+    c->document = (Document *)grow(c->document, c->documents, &c->document_capacity, sizeof(Document));
+    c->document[c->documents++] = d;
+    c->tokens += d.length;
+}
+
+/* A text is encoded here, once. A document ends at <|endoftext|> or at the end of the file. */
+static void add_text(Corpus *c, const Tokenizer *t, const char *path)
+{
+    Tokens text = {NULL, 0, 0};
+    Map map = map_file(path), none = {"", 0};
+    encode(&text, t, map.data, map.size);
+    unmap_file(map);
+    add_storage(c, text.id, none);
+    for (size_t start = 0, end; start < text.n; start = end + 1) {
+        for (end = start; end < text.n && text.id[end] != c->end_of_text;) end++;
+        add_document(c, path, (const char *)(text.id + start), sizeof(int), end - start);
+    }
+}
+
+static uint64_t little_endian(const char *p, size_t bytes)
+{
+    uint64_t x = 0;
+    memcpy(&x, p, bytes);
+    return x;
+}
+
+/* Megatron's indexed dataset, version 1. PREFIX.bin holds the tokens. PREFIX.idx holds, little-endian and unaligned:
+ *
+ *     "MMIDIDX\0\0"   u64 version = 1   u8 type of a token   u64 n sequences   u64 m marks
+ *     i32 tokens[n]   i64 byte in PREFIX.bin[n]   i64 mark[m]: document i is the sequences mark[i] .. mark[i+1] - 1
+ */
+enum { INDEX_HEADER = 34, TYPE_INT32 = 4, TYPE_UINT16 = 8 };
+static const char INDEX_MAGIC[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', 0, 0};
+
+static void add_indexed(Corpus *c, const char *prefix)
+{
+    static const char *const types[8] = {"no type", "uint8", "int8", "int16", "int32", "int64", "float32", "float64"};
+    char path[PATH_MAX];
+    Map bin = map_file(extend_path(path, prefix, ".bin")), index = map_file(extend_path(path, prefix, ".idx"));
+    const char *p = index.data;
+    add_storage(c, NULL, bin);
+
+    if (index.size < INDEX_HEADER || memcmp(p, INDEX_MAGIC, sizeof(INDEX_MAGIC)) || little_endian(p + 9, 8) != 1)
+        die("%s is not a Megatron indexed dataset of version 1, which begins with MMIDIDX", path);
+    int type = (unsigned char)p[17];
+    size_t n = little_endian(p + 18, 8), m = little_endian(p + 26, 8), width = type == TYPE_UINT16 ? 2 : 4, end = 0;
+    if (type != TYPE_UINT16 && type != TYPE_INT32)
+        die("%s has tokens of type %d (%s); only int32 (4) and uint16 (8) are read", path, type,
+            type < 8 ? types[type] : "unknown");
+    if (n > index.size / 12 || m > index.size / 8 || INDEX_HEADER + 12 * n + 8 * m != index.size)
+        die("%s has %zu bytes, which is not what %zu sequences and %zu document marks take: it is damaged", path,
+            index.size, n, m);
+
+    const char *sizes = p + INDEX_HEADER, *pointers = sizes + 4 * n, *marks = pointers + 8 * n;
+    for (size_t i = 0; i < n; i++) {
+        size_t size = little_endian(sizes + 4 * i, 4); /* a negative one becomes very large */
+        if (little_endian(pointers + 8 * i, 8) != end || size > (bin.size - end) / width)
+            die("%s: sequence %zu must begin where the one before ends, and end within the %zu bytes of %s.bin", path,
+                i, bin.size, prefix);
+        end += size * width;
+    }
+    if (end != bin.size) die("%s describes %zu bytes of %s.bin, which has %zu", path, end, prefix, bin.size);
+    if (m == 0 || little_endian(marks, 8) != 0 || little_endian(marks + 8 * (m - 1), 8) != n)
+        die("%s: the document marks must go from 0 to the number of sequences, %zu", path, n);
+    for (size_t i = 0, begin = 0; i + 1 < m; i++) {
+        size_t mark = little_endian(marks + 8 * i, 8), next = little_endian(marks + 8 * i + 8, 8);
+        if (next > n || next < mark) die("%s: document mark %zu is out of order", path, i + 1);
+        size_t stop = next < n ? little_endian(pointers + 8 * next, 8) : end;
+        add_document(c, prefix, bin.data + begin, width, (stop - begin) / width);
+        begin = stop;
+    }
+    unmap_file(index);
+}
+
+/* ---- Where documents are found ----------------------------------------------------------------------------------- */
+
+/* Why a folder's entry is not read as text; NULL if it is, or is a folder. */
+static const char *why_skipped(const char *path, const char *name)
+{
+    struct stat st, link;
+    char head[4096];
+    if (name[0] == '.') return "hidden";
+    if (lstat(path, &link) || stat(path, &st)) return strerror(errno);
+    if (S_ISDIR(st.st_mode)) return S_ISLNK(link.st_mode) ? "a link to a folder" : NULL; /* they may run in circles */
+    if (!S_ISREG(st.st_mode)) return "not a regular file";
+    FILE *f = fopen(path, "rb");
+    if (!f) return strerror(errno);
+    size_t n = fread(head, 1, sizeof(head), f);
+    fclose(f);
+    return memchr(head, 0, n) ? "not text: it has zero bytes" : NULL;
+}
+
+static int by_name(const struct dirent **a, const struct dirent **b) { return strcmp((*a)->d_name, (*b)->d_name); }
+
+/* All text files of a folder and of the folders in it, in the order of their names. Paths grow behind `path`. */
+static void add_folder(Corpus *c, const Tokenizer *t, char path[PATH_MAX])
+{
+    struct dirent **entry;
+    struct stat st;
+    size_t length = strlen(path);
+    int n = scandir(path, &entry, NULL, by_name);
+    if (n < 0) die("cannot read the folder %s: %s", path, strerror(errno));
+    for (int i = 0; i < n; i++) {
+        const char *name = entry[i]->d_name, *why;
+        if (strcmp(name, ".") && strcmp(name, "..")) {
+            if (length + 1 + strlen(name) >= PATH_MAX) die("the path %s/%s is too long", path, name);
+            path[length] = '/', strcpy(path + length + 1, name);
+            if ((why = why_skipped(path, name))) fprintf(stderr, "skipped %s: %s\n", path, why);
+            else if (!stat(path, &st) && S_ISDIR(st.st_mode)) add_folder(c, t, path);
+            else add_text(c, t, path);
+        }
+        free(entry[i]);
+    }
+    free(entry);
+}
+
+/* A text file, a folder of them, or the prefix of PREFIX.bin and PREFIX.idx (or one of these two names). */
+static void add_path(Corpus *c, const Tokenizer *t, const char *name)
+{
+    char path[PATH_MAX], index[PATH_MAX];
+    struct stat st;
+    size_t n = strlen(extend_path(path, name, ""));
+    int found = !stat(path, &st), half = n > 4 && (!strcmp(path + n - 4, ".bin") || !strcmp(path + n - 4, ".idx"));
+    if (half) path[n - 4] = 0;
+    if (found && S_ISDIR(st.st_mode)) add_folder(c, t, extend_path(path, name, ""));
+    else if ((half || !found) && !access(extend_path(index, path, ".idx"), F_OK)) add_indexed(c, path);
+    else if (found) add_text(c, t, name);
+    else die("there is no %s: expected a text, a folder, or the prefix of an indexed dataset's .bin and .idx", name);
+}
+
+/* Reads and checks everything that n paths name. Dies if a token is not in the vocabulary: the model's, or where no
+ * model is at hand the tokenizer's own. */
+static Corpus *corpus_open(const char *const *paths, size_t n, const Tokenizer *t, size_t vocabulary)
+{
+    Corpus *c = (Corpus *)xcalloc(1, sizeof(Corpus));
+    c->vocabulary = vocabulary, c->end_of_text = t->end_of_text;
+    if (t->end_of_text >= 0 && (size_t)t->end_of_text >= vocabulary)
+        die("<|endoftext|> is token %d of the tokenizer, but the model has %zu tokens", t->end_of_text, vocabulary);
+    for (size_t i = 0; i < n; i++) add_path(c, t, paths[i]);
+    if (!c->tokens) die("there is no text in %s%s", n ? paths[0] : "no paths", n > 1 ? " and the other paths" : "");
+    return c;
+}
+
+static void corpus_close(Corpus *c)
+{
+    for (size_t i = 0; i < c->stores; i++) free(c->storage[i].id), unmap_file(c->storage[i].map);
+    free(c->storage), free(c->document), free(c);
+}
+
+/* Appends all tokens of a corpus. */
+static void corpus_tokens(Tokens *out, const Corpus *c)
+{
+    for (size_t i = 0; i < c->documents; i++)
+        for (size_t j = 0; j < c->document[i].length; j++)
+            push_token(out, document_token(&c->document[i], j, c->end_of_text));
+}
+
+/* ---- Writing an indexed dataset ---------------------------------------------------------------------------------- */
+
+static void put(FILE *f, uint64_t x, size_t bytes) { fwrite(&x, bytes, 1, f); } /* finish_file() sees errors */
+
+static FILE *create_file(const char *path)
+{
+    FILE *f = fopen(path, "wb");
+    if (!f) die("cannot create %s: %s", path, strerror(errno));
+    return f;
+}
+
+/* Makes sure that what was written is on the disk. */
+static void finish_file(FILE *f, const char *path)
+{
+    if (fflush(f) || ferror(f) || fsync(fileno(f)) || fclose(f)) {
+        int error = errno;
+        unlink(path);
+        die("cannot write %s: %s", path, strerror(error));
+    }
+}
+
+/* Writes PREFIX.bin and PREFIX.idx, a sequence for each document, <|endoftext|> included. The index comes last: where
+ * it exists, both files are whole, whenever the program was killed. */
+static void corpus_write(const Corpus *c, const char *prefix)
+{
+    char bin_path[PATH_MAX], idx_path[PATH_MAX], bin_new[PATH_MAX], idx_new[PATH_MAX];
+    FILE *bin = create_file(extend_path(bin_new, prefix, ".bin.tmp"));
+    FILE *idx = create_file(extend_path(idx_new, prefix, ".idx.tmp"));
+    size_t width = c->vocabulary < 65500 ? 2 : 4, end = 0; /* Megatron's limit */
+
+    fwrite(INDEX_MAGIC, sizeof(INDEX_MAGIC), 1, idx);
+    put(idx, 1, 8), put(idx, width == 2 ? TYPE_UINT16 : TYPE_INT32, 1);
+    put(idx, c->documents, 8), put(idx, c->documents + 1, 8);
+    for (size_t i = 0; i < c->documents; i++) {
+        const Document *d = &c->document[i];
+        if (d->length > INT32_MAX) die("a document of %zu tokens is too long to be written: split it", d->length);
+        for (size_t j = 0; j < d->length; j++) put(bin, (uint32_t)document_token(d, j, c->end_of_text), width);
+        put(idx, d->length, 4);
+    }
+    for (size_t i = 0; i < c->documents; i++) put(idx, end, 8), end += c->document[i].length * width;
+    for (size_t i = 0; i <= c->documents; i++) put(idx, i, 8);
+
+    finish_file(bin, bin_new), finish_file(idx, idx_new);
+    unlink(extend_path(idx_path, prefix, ".idx")); /* an older one does not fit the new tokens */
+    if (rename(bin_new, extend_path(bin_path, prefix, ".bin")) || rename(idx_new, idx_path))
+        die("cannot rename %s and %s to %s and %s: %s", bin_new, idx_new, bin_path, idx_path, strerror(errno));
+}
+
+/* Reads {"text": ".."} lines. */
+static Lambada lambada_open(const char *path, const Tokenizer *t)
+{
+    Lambada l = {{NULL, 0, 0}, NULL, 0, 0};
+    Map map = map_file(path);
+    char what[PATH_MAX + 32];
+    size_t number = 0, length;
+    for (const char *line = map.data, *stop = line + map.size, *next; line < stop; line = next) {
+        const char *end = (const char *)memchr(line, '\n', (size_t)(stop - line));
+        next = end ? end + 1 : stop;
+        length = (size_t)(next - line);
+        number++;
+        strip(line, &length);
+        if (!length) continue;
+        snprintf(what, sizeof(what), "%s line %zu", path, number);
+        Json json = json_parse(line, (size_t)(next - line), what);
+        const JsonValue *text = json_get(&json, json.value, "text");
+        if (!text || text->type != JSON_STRING) die("%s: expected {\"text\": \"..\"}", what);
+        lambada_add(&l, t, text->string, text->length, what);
+        json_free(&json);
+    }
+    unmap_file(map);
+    if (!l.n) die("%s has no examples: expected lines of {\"text\": \"..\"}", path);
+    return l;
+}
+
+static void lambada_close(Lambada *l) { free(l->tokens.id), free(l->example); }
+
+/* ================================================================================================================
+ * Chapter 16. Planner [§5.1, Fig. 4]: what a training run will cost, without running it
  *
  * All numbers come from shapes alone: memory and parameters from the table of chapter 4, messages from the places
  * where chapters 5 to 7 call collectives, floating point operations from the sizes of the products.
@@ -5824,8 +6010,12 @@ static int print_totals(const Trace *trace, const PlanInput *in, int stage, int 
 }
 
 /* ================================================================================================================
- * Chapter 13. Command line
+ * Chapter 17. Command line
  * ============================================================================================================= */
+
+#ifndef LOSS_SCALE
+#define LOSS_SCALE "1" /* --loss-scale, if it is not given */
+#endif
 
 enum { TRAIN = 1, EVAL = 2, GENERATE = 4, TOKENIZE = 8, PLAN = 16, TRACE = 32, INFO = 64, MAX_PATHS = 256 };
 enum { SHAPED = TRAIN | PLAN | TRACE, RUNS = TRAIN | EVAL | GENERATE | TRACE, ALL = 127 };
@@ -6122,7 +6312,7 @@ static void warn_if_crowded(Layout s)
     int n = world_size(s);
     if (n > device_count())
         fprintf(stderr, "%d ranks share %d %s: results are the same, but it takes longer\n", n, device_count(),
-                DEVICES);
+                device_kind());
 }
 
 /* ---- train ------------------------------------------------------------------------------------------------------- */
@@ -6462,7 +6652,7 @@ static void print_beginning(const Run *run)
     const Config *c = &run->ranks.config;
     Layout s = run->ranks.layout;
     fprintf(stderr, "%zu layers, hidden %zu, %zu heads, vocabulary %zu: %zu parameters; tp %d, pp %d, dp %d on %d %s; ",
-            c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp, s.dp, device_count(), DEVICES);
+            c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp, s.dp, device_count(), device_kind());
     fprintf(stderr, "%zu tokens of text; %zu sequences of %zu tokens a step\n", run->data->tokens, run->o->batch,
             run->o->seq);
 }

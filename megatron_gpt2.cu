@@ -14,32 +14,37 @@
  *
  * Every run repeats bit for bit: no kernel adds with atomics, and sums have an order that depends on shapes alone. */
 
-#ifndef TWIN /* the first time this is the program: all of megatron_gpt2.c .. */
-#define TWIN
-#ifndef GPT2_OPERATORS
-#define GPT2_OPERATORS "megatron_gpt2.cu"
-#endif
-#ifndef PROGRAM
-#define PROGRAM "megatron_gpt2_cuda"
-#endif
-#ifdef PRECISION_FP16
-#define LOSS_SCALE "0" /* dynamic: small gradients would be lost */
-#endif
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__
-#endif
-#include "megatron_gpt2.c"
-
-#else /* .. which includes this file again where its own chapter 2 would stand */
-
 #ifdef __CUDACC__
 #include <cublasLt.h>
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#define HOST_DEVICE __host__ __device__
 #else
 #include "dev/cudaemu/cudaemu.h"
 #endif
+
+#ifdef PRECISION_BF16
+#define ACT_TYPE __nv_bfloat16
+static const cudaDataType CUDA_ACT = CUDA_R_16BF;
+#elif defined PRECISION_FP16
+#define ACT_TYPE __half
+#define LOSS_SCALE "0" /* dynamic: small gradients would be lost */
+static const cudaDataType CUDA_ACT = CUDA_R_16F;
+#else
+static const cudaDataType CUDA_ACT = CUDA_R_32F;
+#endif
+#ifdef PRECISION_TF32
+static const cublasComputeType_t COMPUTE_TYPE = CUBLAS_COMPUTE_32F_FAST_TF32;
+#else
+static const cublasComputeType_t COMPUTE_TYPE = CUBLAS_COMPUTE_32F;
+#endif
+
+#ifndef PROGRAM
+#define PROGRAM "megatron_gpt2_cuda"
+#endif
+#define OTHER_OPERATORS /* megatron_gpt2.c leaves out its own: they follow below */
+#include "megatron_gpt2.c"
 
 /* ================================================================================================================
  * Chapter 2. Operators [§2.2]: the seam between one text and two machines. This is the GPU's side
@@ -51,22 +56,6 @@
  *
  * Rows are read 16 bytes a thread where their length and address allow it. Such kernels have a parameter W, the
  * numbers that a thread takes at once: WIDE, or 1 for rows of any length. */
-
-#ifdef PRECISION_BF16
-typedef __nv_bfloat16 act;
-static const cudaDataType ACT_TYPE = CUDA_R_16BF;
-#elif defined PRECISION_FP16
-typedef __half act;
-static const cudaDataType ACT_TYPE = CUDA_R_16F;
-#else
-typedef real act;
-static const cudaDataType ACT_TYPE = CUDA_R_32F;
-#endif
-#ifdef PRECISION_TF32
-static const cublasComputeType_t COMPUTE_TYPE = CUBLAS_COMPUTE_32F_FAST_TF32;
-#else
-static const cublasComputeType_t COMPUTE_TYPE = CUBLAS_COMPUTE_32F;
-#endif
 
 enum { WARP = 32, WIDE = 16 / sizeof(act), FULL_PRECISION = sizeof(act) == sizeof(real) };
 
@@ -139,7 +128,7 @@ Gpu::~Gpu() /* when the rank ends */
     cudaStreamDestroy(stream);
 }
 
-static const char DEVICES[] = "GPUs";
+static const char *device_kind(void) { return "GPUs"; }
 
 /* How many there are; dies if there are none. */
 static int device_count(void)
@@ -545,7 +534,7 @@ static void set_preference(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenc
 static cublasLtMatrixLayout_t matrix_layout(size_t rows, size_t cols)
 {
     cublasLtMatrixLayout_t layout;
-    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, ACT_TYPE, cols, rows, (int64_t)cols));
+    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, CUDA_ACT, cols, rows, (int64_t)cols));
     return layout;
 }
 
@@ -553,7 +542,7 @@ static cublasLtMatrixLayout_t matrix_layout(size_t rows, size_t cols)
 static void set_epilogue(cublasLtMatmulDesc_t desc, const Product *p, const act *bias, const act *aux)
 {
     const int64_t row = (int64_t)p->N;
-    const int32_t type = ACT_TYPE;
+    const int32_t type = CUDA_ACT;
     if (bias) {
         set_attribute(desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type, sizeof type);
         set_attribute(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
@@ -654,8 +643,8 @@ static void matmul(act *c, const act *a, bool a_transposed, const act *b, bool b
         CUBLAS_CHECK(cublasSetMathMode(g->blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)); /* parts in float */
     }
     CUBLAS_CHECK(cublasGemmEx(g->blas, b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                              a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, (int)N, (int)M, (int)K, &one, b, ACT_TYPE,
-                              (int)(b_transposed ? K : N), a, ACT_TYPE, (int)(a_transposed ? M : K), &beta, c, ACT_TYPE,
+                              a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, (int)N, (int)M, (int)K, &one, b, CUDA_ACT,
+                              (int)(b_transposed ? K : N), a, CUDA_ACT, (int)(a_transposed ? M : K), &beta, c, CUDA_ACT,
                               (int)N, COMPUTE_TYPE, CUBLAS_GEMM_DEFAULT));
 }
 
@@ -2265,5 +2254,3 @@ static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type typ
     if (type == ACT) reduce_slice_of<act>(x, P, begin, n, op);
     if (type == REAL_ARRAY) reduce_slice_of<real>(x, P, begin, n, op);
 }
-
-#endif /* TWIN */

@@ -18,9 +18,8 @@
  * A record is a line of name=value pairs: ms is the time of one call or step, work its FLOPs, bytes or tokens. */
 
 #define main gpt2_main
-#define GPT2_AFTER_OPERATORS "dev/bench/stopwatch.h"
 #define PROGRAM "cpu"
-#include "../../megatron_gpt2.c"
+#include "../../build/watched.c" /* megatron_gpt2.c; stopwatch.sed makes it */
 #undef main
 #include "bench.h"
 #ifdef __clang__

@@ -12,7 +12,11 @@
 
 #define main gpt2_main
 #define PROGRAM "gpu"
+#ifdef TWIN_SOURCE
+#include TWIN_SOURCE
+#else
 #include "../../megatron_gpt2.cu"
+#endif
 #undef main
 #include "bench.h"
 

@@ -39,7 +39,7 @@ build() { # build OUTPUT PRECISION SOURCE
     if [ "$tiny" ]; then
         sed -f dev/cudaemu/cu2cpp.sed megatron_gpt2.cu >"$1.cpp"
         [ "$3" = megatron_gpt2.cu ] && set -- "$1" "$2" "$1.cpp"
-        ${CXX:-g++} -std=gnu++17 -O1 -w -I. -DGPT2_OPERATORS="\"$1.cpp\"" "$2" -x c++ "$3" dev/cudaemu/cudaemu.cpp \
+        ${CXX:-g++} -std=gnu++17 -O1 -w -I. -DTWIN_SOURCE="\"$1.cpp\"" "$2" -x c++ "$3" dev/cudaemu/cudaemu.cpp \
             -o "$1" -lm -lpthread
     else "$NVCC" ${NVCCFLAGS:--O3 -std=c++17 -arch=native -Xcompiler -fopenmp} "$2" "$3" -o "$1" -lcublas -lcublasLt; fi
 }

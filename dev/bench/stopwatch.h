@@ -1,5 +1,6 @@
-/* stopwatch.h - a stopwatch around every operator. megatron_gpt2.c includes it after chapter 2 (GPT2_AFTER_OPERATORS),
- * so that chapters 3 to 13 call what is defined here. Only in the thread that has set watch.on does it take times.
+/* stopwatch.h - a stopwatch around every operator. stopwatch.sed makes a copy of megatron_gpt2.c that includes this file
+ * before chapter 3, and in which every call of an operator f is a call of watched_f. Only in the thread that has set
+ * watch.on are times taken.
  *
  * Linear layers are told apart into their products and the rest. The bias's gradient is a call of its own then. GeLU is
  * fused into the product: there the product runs again, alone and off the clock, and the rest is the difference. */
@@ -22,6 +23,7 @@ typedef struct {
 } Watch;
 
 static _Thread_local Watch watch;
+static double now(void); /* chapter 13 */
 
 static void watch_add(const char *name, int product, double seconds)
 {
@@ -108,29 +110,25 @@ static double watched_sum_squares(const act *x, size_t n)
     return sum;
 }
 
-/* A macro is not expanded again within itself: the inner names are chapter 2's. */
+/* Operators without a function of their own above. */
 #define WATCH(f, product, ...) (watch_start(), f(__VA_ARGS__), watch_stop(#f, product))
-#define linear_forward(...) WATCH(linear_forward, 1, __VA_ARGS__)
-#define linear_backward watched_linear_backward
-#define linear_gelu_forward watched_linear_gelu_forward
-#define gelu_linear_backward watched_gelu_linear_backward
-#define token_embedding_forward(...) WATCH(token_embedding_forward, 0, __VA_ARGS__)
-#define token_embedding_backward(...) WATCH(token_embedding_backward, 0, __VA_ARGS__)
-#define position_embedding_forward(...) WATCH(position_embedding_forward, 0, __VA_ARGS__)
-#define position_embedding_backward(...) WATCH(position_embedding_backward, 0, __VA_ARGS__)
-#define layernorm_forward(...) WATCH(layernorm_forward, 0, __VA_ARGS__)
-#define layernorm_backward(...) WATCH(layernorm_backward, 0, __VA_ARGS__)
-#define bias_dropout_add_forward(...) WATCH(bias_dropout_add_forward, 0, __VA_ARGS__)
-#define bias_dropout_add_layernorm_forward(...) WATCH(bias_dropout_add_layernorm_forward, 0, __VA_ARGS__)
-#define bias_dropout_add_backward(...) WATCH(bias_dropout_add_backward, 0, __VA_ARGS__)
-#define attention_forward(...) WATCH(attention_forward, 0, __VA_ARGS__)
-#define attention_backward(...) WATCH(attention_backward, 0, __VA_ARGS__)
-#define attention_cached_forward(...) WATCH(attention_cached_forward, 0, __VA_ARGS__)
-#define logits_max(...) WATCH(logits_max, 0, __VA_ARGS__)
-#define logits_sum_exp(...) WATCH(logits_sum_exp, 0, __VA_ARGS__)
-#define cross_entropy_loss(...) WATCH(cross_entropy_loss, 0, __VA_ARGS__)
-#define cross_entropy_backward(...) WATCH(cross_entropy_backward, 0, __VA_ARGS__)
-#define adamw(...) WATCH(adamw, 0, __VA_ARGS__)
-#define sum_squares watched_sum_squares
-#define reduce_slice(...) WATCH(reduce_slice, 0, __VA_ARGS__)
-#define device_zero(...) WATCH(device_zero, 0, __VA_ARGS__)
+#define watched_linear_forward(...) WATCH(linear_forward, 1, __VA_ARGS__)
+#define watched_token_embedding_forward(...) WATCH(token_embedding_forward, 0, __VA_ARGS__)
+#define watched_token_embedding_backward(...) WATCH(token_embedding_backward, 0, __VA_ARGS__)
+#define watched_position_embedding_forward(...) WATCH(position_embedding_forward, 0, __VA_ARGS__)
+#define watched_position_embedding_backward(...) WATCH(position_embedding_backward, 0, __VA_ARGS__)
+#define watched_layernorm_forward(...) WATCH(layernorm_forward, 0, __VA_ARGS__)
+#define watched_layernorm_backward(...) WATCH(layernorm_backward, 0, __VA_ARGS__)
+#define watched_bias_dropout_add_forward(...) WATCH(bias_dropout_add_forward, 0, __VA_ARGS__)
+#define watched_bias_dropout_add_layernorm_forward(...) WATCH(bias_dropout_add_layernorm_forward, 0, __VA_ARGS__)
+#define watched_bias_dropout_add_backward(...) WATCH(bias_dropout_add_backward, 0, __VA_ARGS__)
+#define watched_attention_forward(...) WATCH(attention_forward, 0, __VA_ARGS__)
+#define watched_attention_backward(...) WATCH(attention_backward, 0, __VA_ARGS__)
+#define watched_attention_cached_forward(...) WATCH(attention_cached_forward, 0, __VA_ARGS__)
+#define watched_logits_max(...) WATCH(logits_max, 0, __VA_ARGS__)
+#define watched_logits_sum_exp(...) WATCH(logits_sum_exp, 0, __VA_ARGS__)
+#define watched_cross_entropy_loss(...) WATCH(cross_entropy_loss, 0, __VA_ARGS__)
+#define watched_cross_entropy_backward(...) WATCH(cross_entropy_backward, 0, __VA_ARGS__)
+#define watched_adamw(...) WATCH(adamw, 0, __VA_ARGS__)
+#define watched_reduce_slice(...) WATCH(reduce_slice, 0, __VA_ARGS__)
+#define watched_device_zero(...) WATCH(device_zero, 0, __VA_ARGS__)
