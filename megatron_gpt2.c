@@ -1,20 +1,21 @@
 /* megatron_gpt2.c - Megatron-LM (Shoeybi et al., arXiv 1909.08053) in one C file.
  *
- * A GPT-2 that trains, evaluates and generates with the paper's tensor parallelism, and with the pipeline and data
- * parallelism that Megatron grew around it. Every GPU is a thread. Read it from top to bottom with the paper beside
- * you: [§3 eq.3] names a place in the paper, [P12] a statement about it that test_gpt2.c checks, "code A" and "code V"
- * are Megatron's own code of August 2019 and of version 1.0. doc/ holds the longer derivations.
+ * A GPT-2 that trains, evaluates and generates with the paper's tensor parallelism, and with the
+ * pipeline and data parallelism that Megatron grew around it. Every GPU is a thread. Read it from
+ * top to bottom with the paper beside you: [§3 eq.3] names a place in the paper, [P12] a statement
+ * about it that test_gpt2.c checks, "code A" and "code V" are Megatron's own code of August 2019
+ * and of version 1.0. doc/ holds the longer derivations.
  *
  * Part I, the paper: read it from top to bottom, and stop at Part II.
  *     1 operators, what they compute    2 ranks and groups    3 the model-parallel transformer
  *     4 operators, how they do it       5 parameters          6 optimisation       7 data and the training loop
  *     8 recomputation, stages, 1F1B     9 evaluation         10 generation
- * Part II, the machine: 11 products, vector loops, memory; 12 ranks as threads
- * Part III, the program: 13 ground; 14 files; 15 text; 16 planner, trace; 17 command line
+ * Part II, the machine: 11 products, vector loops, memory; 12 ranks as threads Part III, the
+ * program: 13 ground; 14 files; 15 text; 16 planner, trace; 17 command line
  *
- * Letters: B sequences in a micro-batch, T tokens in a sequence, N = B*T rows; C hidden size, H heads, D = C/H,
- * F = 4C width of the MLP, L layers, P positions, V tokens in the vocabulary; t x p x d ranks. A small p behind a
- * letter means this rank's part: Cp = C/t.
+ * Letters: B sequences in a micro-batch, T tokens in a sequence, N = B*T rows; C hidden size, H
+ * heads, D = C/H, F = 4C width of the MLP, L layers, P positions, V tokens in the vocabulary; t x p
+ * x d ranks. A small p behind a letter means this rank's part: Cp = C/t.
  *
  * The t x p x d grid of ranks [App. B.1, Fig. 8], here t = 2, p = 2, d = 2:
  *
@@ -22,10 +23,11 @@
  *     replica 0   | 0 1 |   ----->    | 4 5 |           pipeline group: 0-4, 1-5, 2-6, 3-7   share the layers
  *     replica 1   | 2 3 |   ----->    | 6 7 |           data group:     0-2, 1-3, 4-6, 5-7   share the batch
  *
- * Contracts: outputs come first, then inputs, then dimensions. Backward functions write dx and add to dw. Matrices are
- * row-major, and their shapes stand beside them. All state is in a Rank; nothing global changes but Ctrl-C's flag. Bad
- * input ends in die(): one line on stderr, exit 1. This text is C11 and C++17: megatron_gpt2.cu
- * includes it and has operators of its own in the place of those between #ifndef OTHER_OPERATORS and its #endif. */
+ * Contracts: outputs come first, then inputs, then dimensions. Backward functions write dx and add
+ * to dw. Matrices are row-major, and their shapes stand beside them. All state is in a Rank;
+ * nothing global changes but Ctrl-C's flag. Bad input ends in die(): one line on stderr, exit 1.
+ * This text is C11 and C++17: megatron_gpt2.cu includes it and has operators of its own in the
+ * place of those between #ifndef OTHER_OPERATORS and its #endif. */
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -56,11 +58,11 @@
 #include <omp.h>
 #endif
 
-/* ================================================================================================================
+/* =================================================================================================
  *
  * PART I. THE PAPER
  *
- * ============================================================================================================= */
+ * ============================================================================================== */
 
 #ifndef REAL
 #define REAL float
@@ -68,7 +70,8 @@
 typedef REAL real; /* the arithmetic: float; double where test_gpt2.c takes finite differences */
 
 #ifndef ACT_TYPE
-#define ACT_TYPE real /* weights, activations and their gradients; megatron_gpt2.cu may make it bf16 or fp16 */
+#define ACT_TYPE                                                                                   \
+    real /* weights, activations and their gradients; megatron_gpt2.cu may make it bf16 or fp16 */
 #endif
 typedef ACT_TYPE act;
 
@@ -81,13 +84,14 @@ static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 static size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
 static size_t round_up(size_t n, size_t d) { return (n + d - 1) / d * d; }
 
-/* ---- What this part takes from the others ------------------------------------------------------------------------- */
+/* ---- What this part takes from the others ---------------------------------------------------- */
 
 typedef struct Tokenizer Tokenizer;     /* chapter 15 */
 typedef struct Safetensors Safetensors; /* chapter 14 */
 
-/* An arena is one block of memory that holds everything of one lifetime (weights, gradients, moments, activations).
- * The same carving code runs twice: over a NULL base it only measures, over a real one it places. */
+/* An arena is one block of memory that holds everything of one lifetime (weights, gradients,
+ * moments, activations). The same carving code runs twice: over a NULL base it only measures, over
+ * a real one it places. */
 typedef struct {
     char *base;
     size_t used; /* bytes */
@@ -135,26 +139,30 @@ static void device_download(void *to, const void *from, size_t bytes);
 static void act_upload(act *to, const real *from, size_t n);
 static void act_download(real *to, const act *from, size_t n);
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 1. Operators, what they compute [§2.2]
- * =============================================================================================================
+ * =================================================================================================
  *
- * Each operator is a function of pointers and dimensions; it knows no ranks and keeps no state. Outputs come first.
- * Backward writes dx and adds to dw. Threads share out work that is cut the same way however many there are, and no
- * two threads add to one number: results do not depend on the number of OpenMP threads, bit for bit.
+ * Each operator is a function of pointers and dimensions; it knows no ranks and keeps no state.
+ * Outputs come first. Backward writes dx and adds to dw. Threads share out work that is cut the
+ * same way however many there are, and no two threads add to one number: results do not depend on
+ * the number of OpenMP threads, bit for bit.
  *
- * Letters: N = B*T rows (batch x time), C channels, I inputs and O outputs of a linear layer, H heads of size D. */
+ * Letters: N = B*T rows (batch x time), C channels, I inputs and O outputs of a linear layer, H
+ * heads of size D. */
 
 typedef enum { GELU_TANH, GELU_ERF } Gelu;
 
-/* Which elements a dropout site zeroes. Element i of a tensor is kept if word first + i of the stream (seed, site,
- * step) is at least p * 2^32, and is then scaled by 1 / (1 - p). */
+/* Which elements a dropout site zeroes. Element i of a tensor is kept if word first + i of the
+ * stream (seed, site, step) is at least p * 2^32, and is then scaled by 1 / (1 - p). */
 typedef struct {
     uint64_t seed;
     uint32_t site, step;
-    real p;       /* 0: no dropout */
-    size_t first; /* global index of the tensor's element 0: what makes a slice draw the mask of the whole */
-    size_t heads; /* attention only: heads of the whole layer, so that sequence b starts at first + b*heads*T*T */
+    real p; /* 0: no dropout */
+    size_t
+        first; /* global index of the tensor's element 0: what makes a slice draw the mask of the whole */
+    size_t
+        heads; /* attention only: heads of the whole layer, so that sequence b starts at first + b*heads*T*T */
 } Dropout;
 
 typedef struct {
@@ -163,137 +171,159 @@ typedef struct {
     size_t step;       /* counts from 1 */
 } AdamW;
 
-/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] ----------------------------------------- */
+/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] -------------------- */
 
 /* y (N,O) = x (N,I) w' + b; w (O,I); b (O) or NULL. */
-static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I, size_t O);
+static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I,
+                           size_t O);
 
 /* dx (N,I) = dy w; dw (O,I) += dy' x; db (O) += column sums of dy. NULL: not wanted. */
-static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w, size_t N, size_t I,
-                            size_t O);
+static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w,
+                            size_t N, size_t I, size_t O);
 
-/* pre (N,O) = x w' + b; y = gelu(pre) [§3 eq.1; eq.3 where w is one rank's columns]. pre may be NULL (inference). */
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b, size_t N, size_t I,
-                                size_t O, Gelu kind);
+/* pre (N,O) = x w' + b; y = gelu(pre) [§3 eq.1; eq.3 where w is one rank's columns]. pre may be
+ * NULL (inference). */
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b,
+                                size_t N, size_t I, size_t O, Gelu kind);
 
-/* Backward of y = gelu(pre), z = y w': dpre (N,I) = (dz w) * gelu'(pre); dw (O,I) += dz' y. z has no bias: w is
- * row-parallel, and its bias comes after g [§3, Z = sum of Y_i B_i]. */
-static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre, const act *w,
-                                 size_t N, size_t I, size_t O, Gelu kind);
+/* Backward of y = gelu(pre), z = y w': dpre (N,I) = (dz w) * gelu'(pre); dw (O,I) += dz' y. z has
+ * no bias: w is row-parallel, and its bias comes after g [§3, Z = sum of Y_i B_i]. */
+static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre,
+                                 const act *w, size_t N, size_t I, size_t O, Gelu kind);
 
-/* ---- Embeddings --------------------------------------------------------------------------------------------------- */
+/* ---- Embeddings ------------------------------------------------------------------------------ */
 
-/* x (N,C) = row tokens[n] - v0 of wte (Vp,C) where this slice [v0, v0+Vp) of the vocabulary owns the token, else
- * 0. */
-static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C, size_t v0, size_t Vp);
+/* x (N,C) = row tokens[n] - v0 of wte (Vp,C) where this slice [v0, v0+Vp) of the vocabulary owns
+ * the token, else 0. */
+static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C,
+                                    size_t v0, size_t Vp);
 
 /* dwte[tokens[n] - v0] += dx[n]. A token may repeat, so threads take columns, not rows. */
-static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N, size_t C, size_t v0,
-                                     size_t Vp);
+static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N,
+                                     size_t C, size_t v0, size_t Vp);
 
 /* x (B,T,C) = dropout(x + wpe[past + t]), in place. */
-static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C, size_t past, Dropout d);
+static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C,
+                                       size_t past, Dropout d);
 
-/* dx = mask * dx in place: the gradient of the token embedding's output. dwpe[t] += its sum over b. */
-static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C, Dropout d);
+/* dx = mask * dx in place: the gradient of the token embedding's output. dwpe[t] += its sum over
+ * b. */
+static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C,
+                                        Dropout d);
 
-/* ---- LayerNorm ---------------------------------------------------------------------------------------------------- */
+/* ---- LayerNorm ------------------------------------------------------------------------------- */
 
 /* y (N,C); mean, rstd (N) are kept for backward. */
-static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t N,
-                              size_t C, real eps);
+static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g,
+                              const act *b, size_t N, size_t C, real eps);
 
-/* dx = dres + the gradient through LayerNorm (dres NULL: none; dres may be dx itself); dg, db (C) += . With h = the
- * normalised x: dh = dy * g, dx = rstd * (dh - mean(dh) - h * mean(dh * h)). */
-static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g, const real *mean,
-                               const real *rstd, const act *dres, size_t N, size_t C);
+/* dx = dres + the gradient through LayerNorm (dres NULL: none; dres may be dx itself); dg, db (C)
+ * += . With h = the normalised x: dh = dy * g, dx = rstd * (dh - mean(dh) - h * mean(dh * h)). */
+static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g,
+                               const real *mean, const real *rstd, const act *dres, size_t N,
+                               size_t C);
 
-/* ---- Bias + dropout + residual (+ LayerNorm) ---------------------------------------------------------------------- */
+/* ---- Bias + dropout + residual (+ LayerNorm) ------------------------------------------------- */
 
-/* out (N,C) = residual + dropout(y + bias). The bias is added once, after g: inside the partial sums it would come t
- * times [P4]. out may be y or residual. */
-static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual, size_t N, size_t C,
-                                     Dropout d);
+/* out (N,C) = residual + dropout(y + bias). The bias is added once, after g: inside the partial
+ * sums it would come t times [P4]. out may be y or residual. */
+static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual,
+                                     size_t N, size_t C, Dropout d);
 
-/* The same, and the LayerNorm that follows it, while the row is in L1: res as above, ln = LN(res). */
-static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd, const act *y, const act *bias,
-                                               const act *residual, const act *g, const act *b, size_t N, size_t C,
+/* The same, and the LayerNorm that follows it, while the row is in L1: res as above, ln =
+ * LN(res). */
+static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd,
+                                               const act *y, const act *bias, const act *residual,
+                                               const act *g, const act *b, size_t N, size_t C,
                                                real eps, Dropout d);
 
 /* dy = mask * dout; dbias (C) += column sums of dy. The residual's gradient is dout itself. */
-static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C, Dropout d);
+static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C,
+                                      Dropout d);
 
-/* ---- Causal self-attention [§3 Fig. 3b] --------------------------------------------------------------------------- */
+/* ---- Causal self-attention [§3 Fig. 3b] ------------------------------------------------------ */
 
-/* out (B,T,H*D), lse (B,H,T) log-sum-exp of scaled scores; qkv (B,T,3*H*D): [Q;K;V], each H heads of D [P11].
- * Dropout element (b,h,i,j) has index d.first + ((b*d.heads + h)*T + i)*T + j. A task is a block of queries of one
- * head, those with the most keys first: threads end together. lse is NULL for a prompt of generation, below. */
-static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d);
+/* out (B,T,H*D), lse (B,H,T) log-sum-exp of scaled scores; qkv (B,T,3*H*D): [Q;K;V], each H heads
+ * of D [P11]. Dropout element (b,h,i,j) has index d.first + ((b*d.heads + h)*T + i)*T + j. A task
+ * is a block of queries of one head, those with the most keys first: threads end together. lse is
+ * NULL for a prompt of generation, below. */
+static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H,
+                              size_t D, Dropout d);
 
-/* dqkv is written. delta (B,H,T): scratch, sum over c of dout * out = sum over j of P mask dO V'. A head is one task, so
- * that dK and dV are summed in one order. */
-static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out, const real *lse, const act *qkv,
-                               size_t B, size_t T, size_t H, size_t D, Dropout d);
+/* dqkv is written. delta (B,H,T): scratch, sum over c of dout * out = sum over j of P mask dO V'. A
+ * head is one task, so that dK and dV are summed in one order. */
+static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out,
+                               const real *lse, const act *qkv, size_t B, size_t T, size_t H,
+                               size_t D, Dropout d);
 
-/* Generation, one sequence: n new rows qkv (n,3*H*D) at positions past .. past+n-1. Appends their K and V to the
- * caches (positions, H*D) and attends to everything so far; out (n,H*D). */
-static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n, size_t past,
-                                     size_t H, size_t D);
+/* Generation, one sequence: n new rows qkv (n,3*H*D) at positions past .. past+n-1. Appends their K
+ * and V to the caches (positions, H*D) and attends to everything so far; out (n,H*D). */
+static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n,
+                                     size_t past, size_t H, size_t D);
 
-/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] ------------------------------------------------ */
+/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] --------------------------- */
 
-/* This rank's columns are the tokens v0 .. v0+Vp-1; the first `valid` are real, the rest padding that takes part in
- * nothing. Between these steps chapter 5 reduces max, sum and target_logit over the ranks: three numbers a row travel
- * where the logits would be V. */
+/* This rank's columns are the tokens v0 .. v0+Vp-1; the first `valid` are real, the rest padding
+ * that takes part in nothing. Between these steps chapter 5 reduces max, sum and target_logit over
+ * the ranks: three numbers a row travel where the logits would be V. */
 
 /* max (N) of the valid logits (N,Vp); -inf if there are none. */
 static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t valid);
 
-/* sum = sum of e^(z - max) over the valid tokens; target_logit = z[target] - max if this slice owns it, else 0. Summed
- * in double: the errors left are the exponential's, 1.02 ulp of each term, and of z - max, which e^x makes a relative
- * one, (max - z) U with U = 2^-24. In all (3.1 + depth) U of the sum, depth being the softmax's mean of max - z [P16]. */
-static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max, const int *targets,
-                           size_t N, size_t Vp, size_t valid, size_t v0);
+/* sum = sum of e^(z - max) over the valid tokens; target_logit = z[target] - max if this slice owns
+ * it, else 0. Summed in double: the errors left are the exponential's, 1.02 ulp of each term, and
+ * of z - max, which e^x makes a relative one, (max - z) U with U = 2^-24. In all (3.1 + depth) U of
+ * the sum, depth being the softmax's mean of max - z [P16]. */
+static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max,
+                           const int *targets, size_t N, size_t Vp, size_t valid, size_t v0);
 
-/* loss (N) = log(sum) - target_logit, both summed over the ranks by now: -log softmax(z)[target]. On one rank its error
- * is at most (3.1 + depth + max - z[target] + loss) U. */
+/* loss (N) = log(sum) - target_logit, both summed over the ranks by now: -log softmax(z)[target].
+ * On one rank its error is at most (3.1 + depth + max - z[target] + loss) U. */
 static void cross_entropy_loss(real *loss, const real *sum, const real *target_logit, size_t N);
 
-/* In place: logits (N,Vp) become (softmax - onehot) * weight[n] * scale; padding becomes 0. With w = weight[n] * scale, on
- * one rank, an element's error is at most |w| (U (softmax * (9 + max - z + depth) + 2 onehot) + 2^-124) + 2^-149. */
-static void cross_entropy_backward(act *logits, const real *max, const real *sum, const int *targets,
-                                   const real *weight, real scale, size_t N, size_t Vp, size_t valid, size_t v0);
+/* In place: logits (N,Vp) become (softmax - onehot) * weight[n] * scale; padding becomes 0. With w
+ * = weight[n] * scale, on one rank, an element's error is at most |w| (U (softmax * (9 + max - z +
+ * depth) + 2 onehot) + 2^-124) + 2^-149. */
+static void cross_entropy_backward(act *logits, const real *max, const real *sum,
+                                   const int *targets, const real *weight, real scale, size_t N,
+                                   size_t Vp, size_t valid, size_t v0);
 
-/* ---- The optimiser ------------------------------------------------------------------------------------------------ */
+/* ---- The optimiser --------------------------------------------------------------------------- */
 
-/* AdamW on n parameters: p -= lr * (m^ / (sqrt(v^) + eps) + decay * p) [P32], m^ and v^ free of the bias of their
- * zero start. master: float weights behind narrower ones; NULL: w itself. */
+/* AdamW on n parameters: p -= lr * (m^ / (sqrt(v^) + eps) + decay * p) [P32], m^ and v^ free of the
+ * bias of their zero start. master: float weights behind narrower ones; NULL: w itself. */
 static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h);
 
 /* Sum of squares, in double over a fixed number of runs: the order depends on n alone. */
 static double sum_squares(const act *x, size_t n);
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 2. Ranks and groups [§2.3, App. B.1, Fig. 8]
- * =============================================================================================================
+ * =================================================================================================
  *
- * Every GPU of the paper is a thread here, called a rank. Rank code is written as if it were alone; ranks meet only in
- * the collectives below, which bear their MPI and NCCL names. A Comm is one rank's view of a group.
+ * Every GPU of the paper is a thread here, called a rank. Rank code is written as if it were alone;
+ * ranks meet only in the collectives below, which bear their MPI and NCCL names. A Comm is one
+ * rank's view of a group.
  *
- * Sums run in rank order, and each element is summed by one rank only and then written to all: every run repeats bit
- * for bit, and all ranks hold the same bits afterwards. */
+ * Sums run in rank order, and each element is summed by one rank only and then written to all:
+ * every run repeats bit for bit, and all ranks hold the same bits afterwards. */
 
 enum { MAX_RANKS = 64 };
 
 typedef enum { SUM, MAX } Op;
-typedef enum { ACT, REAL_ARRAY, DOUBLE_ARRAY } Type; /* of an array's elements; only the twin's act is not real */
+typedef enum {
+    ACT,
+    REAL_ARRAY,
+    DOUBLE_ARRAY
+} Type; /* of an array's elements; only the twin's act is not real */
 
 /* Where in the model a rank is at work: for error messages and for `trace`. */
 typedef struct {
     const char *operation; /* "attention", "loss", .. */
-    const char *edge;      /* "g forward" or "f backward", the edges of a model-parallel region [§3 Fig.3]; or "" */
-    const char *paper;     /* the paper's place, "[§3 Fig.3b]" */
-    int layer;             /* -1 outside the layers */
+    const char *
+        edge; /* "g forward" or "f backward", the edges of a model-parallel region [§3 Fig.3]; or "" */
+    const char *paper; /* the paper's place, "[§3 Fig.3b]" */
+    int layer;         /* -1 outside the layers */
 } Place;
 
 typedef struct Trace Trace;
@@ -308,12 +338,13 @@ typedef struct {
     Trace *trace;       /* NULL: not recorded */
 } Comm;
 
-/* No rank returns before all have come. Spins briefly, since ranks are usually close together, and then sleeps. */
+/* No rank returns before all have come. Spins briefly, since ranks are usually close together, and
+ * then sleeps. */
 static void barrier(Comm *c);
 
-/* x[i] = x_0[i] op x_1[i] op .. over the ranks of the group, i < n, in place, on all ranks. Rank r reduces slice r for
- * everyone: as in a ring all-reduce, 2 (t-1)/t n elements of each rank cross over, read from others and written to them
- * [P8]. */
+/* x[i] = x_0[i] op x_1[i] op .. over the ranks of the group, i < n, in place, on all ranks. Rank r
+ * reduces slice r for everyone: as in a ring all-reduce, 2 (t-1)/t n elements of each rank cross
+ * over, read from others and written to them [P8]. */
 static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op);
 
 /* out[r * n + i] = x[i] of rank r. */
@@ -322,26 +353,28 @@ static void all_gather(Comm *c, void *out, void *x, size_t n, Type type);
 /* x of every rank = x of the root. */
 static void broadcast(Comm *c, void *x, size_t n, Type type, int root);
 
-/* Point to point: the message is copied into the mailbox, so send returns before the other side has called recv,
- * unless an earlier message still waits there. */
+/* Point to point: the message is copied into the mailbox, so send returns before the other side has
+ * called recv, unless an earlier message still waits there. */
 static void send(Comm *c, const void *x, size_t n, Type type, int to);
 
 static void recv(Comm *c, void *x, size_t n, Type type, int from);
 
-/* As MPI_Comm_split: the ranks of parent that pass the same color form a group, ordered by their rank in parent.
- * Every rank of parent must call it. */
+/* As MPI_Comm_split: the ranks of parent that pass the same color form a group, ordered by their
+ * rank in parent. Every rank of parent must call it. */
 static Comm comm_split(Comm *parent, int color, const char *name);
 
 /* Every rank calls it; the group is then gone. */
 static void comm_free(Comm *c);
 
-/* Runs body as n ranks, each a thread with its own world Comm, and returns when all have returned. */
+/* Runs body as n ranks, each a thread with its own world Comm, and returns when all have
+ * returned. */
 static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg);
 
-/* ---- Layout: who is who ------------------------------------------------------------------------------------------ */
+/* ---- Layout: who is who ---------------------------------------------------------------------- */
 
-/* t x p x d ranks. Tensor ranks are neighbours, since they talk most; then come the data replicas, then the pipeline's
- * stages, as in Megatron [App. B.1 Fig.8, P22]: rank = (stage * d + replica) * t + tensor rank. */
+/* t x p x d ranks. Tensor ranks are neighbours, since they talk most; then come the data replicas,
+ * then the pipeline's stages, as in Megatron [App. B.1 Fig.8, P22]: rank = (stage * d + replica) *
+ * t + tensor rank. */
 typedef struct {
     int tp, pp, dp;
 } Layout;
@@ -356,23 +389,25 @@ static int tp_color(Layout s, int rank) { return rank / s.tp; }
 static int dp_color(Layout s, int rank) { return pp_rank(s, rank) * s.tp + tp_rank(s, rank); }
 static int pp_color(Layout s, int rank) { return rank % (s.tp * s.dp); }
 
-/* The first and the last stage of each pipeline share the tied embedding: they form a pair (Megatron's embedding
- * group); stages between stay alone. */
+/* The first and the last stage of each pipeline share the tied embedding: they form a pair
+ * (Megatron's embedding group); stages between stay alone. */
 static int embedding_color(Layout s, int rank)
 {
     int stage = pp_rank(s, rank);
     return stage == 0 || stage == s.pp - 1 ? pp_color(s, rank) : s.tp * s.dp + rank;
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 3. The model-parallel transformer [§3]
- * ============================================================================================================= */
+ * ============================================================================================== */
 
 typedef struct Tensor Tensor; /* chapter 5 */
 
-/* The shape of a model: Hugging Face's n_layer n_embd n_head n_inner n_positions vocab_size, and so on. */
+/* The shape of a model: Hugging Face's n_layer n_embd n_head n_inner n_positions vocab_size, and so
+ * on. */
 typedef struct {
-    size_t L, C, H, F, P, V; /* layers, hidden size, heads, MLP width (4C), positions, tokens of the vocabulary */
+    size_t L, C, H, F, P,
+        V; /* layers, hidden size, heads, MLP width (4C), positions, tokens of the vocabulary */
     Gelu gelu;
     real eps; /* LayerNorm's */
     real embd_pdrop, attn_pdrop, resid_pdrop;
@@ -388,16 +423,18 @@ typedef struct {
     act *out_w, *out_b;   /* (C, Fp) (C)     row-parallel */
 } Layer;
 
-/* All parameters of a rank, or their gradients. Stages hold only their own part; other fields are NULL. */
+/* All parameters of a rank, or their gradients. Stages hold only their own part; other fields are
+ * NULL. */
 typedef struct {
-    act *wte;           /* (Vp, C) rows of the vocabulary; on the last stage too, where it makes the logits */
-    act *wpe;           /* (T, C) */
+    act *wte; /* (Vp, C) rows of the vocabulary; on the last stage too, where it makes the logits */
+    act *wpe; /* (T, C) */
     Layer *layer;       /* [L / stages] */
     act *lnf_g, *lnf_b; /* (C) */
 } Params;
 
 /* clang-format off */
-/* What a layer keeps of one micro-batch for its backward pass. N = B*T rows; Cp, Fp, Hp: this rank's share. */
+/* What a layer keeps of one micro-batch for its backward pass. N = B*T rows; Cp, Fp, Hp: this
+ * rank's share. */
 typedef struct {
     act *x;                            /* (N, C)    the layer's input: the residual stream */
     act *ln1, *qkv, *att, *res, *ln2;  /* (N, C) (N, 3Cp) (N, Cp) (N, C) (N, C) */
@@ -460,13 +497,15 @@ typedef struct {
 
 static Place *set_place(Rank *k, const char *operation, const char *paper, int layer)
 {
-    k->place.operation = operation, k->place.edge = "", k->place.paper = paper, k->place.layer = layer;
+    k->place.operation = operation, k->place.edge = "", k->place.paper = paper,
+    k->place.layer = layer;
     return &k->place;
 }
 
-/* f and g [§3, Code 1, Fig. 3]: the conjugate pair that stands at the edges of every model-parallel region. f hands a
- * replicated x to all ranks, so its backward pass adds up what each rank's columns contribute to dx; g adds up the
- * ranks' partial sums, so its backward pass hands dx to all. Between them no rank talks [P1, P7]. */
+/* f and g [§3, Code 1, Fig. 3]: the conjugate pair that stands at the edges of every model-parallel
+ * region. f hands a replicated x to all ranks, so its backward pass adds up what each rank's
+ * columns contribute to dx; g adds up the ranks' partial sums, so its backward pass hands dx to
+ * all. Between them no rank talks [P1, P7]. */
 static void f_forward(Rank *k, act *x, size_t n) { (void)k, (void)x, (void)n; /* identity */ }
 static void f_backward(Rank *k, act *dx, size_t n)
 {
@@ -483,8 +522,8 @@ static void g_backward(Rank *k, act *dx, size_t n) { (void)k, (void)dx, (void)n;
 /* Dropout's sites: the embedding, and three in each layer. */
 enum { SITE_EMBEDDING = 0, SITE_ATTENTION = 1, SITE_ATTENTION_OUTPUT = 2, SITE_MLP_OUTPUT = 3 };
 
-/* Dropout of a replicated activation: masks are drawn by global index, so they are equal on all tensor ranks, as the
- * equal results of duplicated work require [App. B.2, P25]. */
+/* Dropout of a replicated activation: masks are drawn by global index, so they are equal on all
+ * tensor ranks, as the equal results of duplicated work require [App. B.2, P25]. */
 static Dropout drop(const Rank *k, int site, size_t layer, const MicroBatch *mb)
 {
     real p = site == SITE_EMBEDDING ? k->config.embd_pdrop : k->config.resid_pdrop;
@@ -497,10 +536,10 @@ static Dropout drop(const Rank *k, int site, size_t layer, const MicroBatch *mb)
     return d;
 }
 
-/* Dropout of the attention probabilities of this rank's heads.
- * DEVIATION: the paper draws attention masks from a generator per rank, seeded with 2718 + seed + rank, so they depend
- * on t [App. B.2, P24]; here they are drawn by the global head, differ between heads just as well, and a run does not
- * depend on its layout. */
+/* Dropout of the attention probabilities of this rank's heads. DEVIATION: the paper draws attention
+ * masks from a generator per rank, seeded with 2718 + seed + rank, so they depend on t [App. B.2,
+ * P24]; here they are drawn by the global head, differ between heads just as well, and a run does
+ * not depend on its layout. */
 static Dropout attention_drop(const Rank *k, size_t layer, const MicroBatch *mb)
 {
     size_t H = k->config.H, first_head = (size_t)k->tp.rank * k->Hp;
@@ -513,10 +552,10 @@ static Dropout attention_drop(const Rank *k, size_t layer, const MicroBatch *mb)
     return d;
 }
 
-/* ---- One layer [Fig. 2, Fig. 3, Fig. 4] -------------------------------------------------------------------------- */
+/* ---- One layer [Fig. 2, Fig. 3, Fig. 4] ------------------------------------------------------ */
 
-/* Layer l of this stage, from mb->layer[l].x to mb->layer[l + 1].x. Two all-reduces: the g of attention and the g of the
- * MLP [P5]. */
+/* Layer l of this stage, from mb->layer[l].x to mb->layer[l + 1].x. Two all-reduces: the g of
+ * attention and the g of the MLP [P5]. */
 static void block_forward(Rank *k, size_t l, MicroBatch *mb)
 {
     const Layer *w = &k->w.layer[l];
@@ -531,25 +570,27 @@ static void block_forward(Rank *k, size_t l, MicroBatch *mb)
     f_forward(k, a->ln1, N * C);
     linear_forward(a->qkv, a->ln1, w->qkv_w, w->qkv_b, N, C, 3 * k->Cp); /* (N,C) -> (N,3Cp) */
     if (k->cache)
-        attention_cached_forward(a->att, k->cache->k[l], k->cache->v[l], a->qkv, T, k->cache->past, k->Hp, k->D);
+        attention_cached_forward(a->att, k->cache->k[l], k->cache->v[l], a->qkv, T, k->cache->past,
+                                 k->Hp, k->D);
     else attention_forward(a->att, a->lse, a->qkv, B, T, k->Hp, k->D, attention_drop(k, layer, mb));
     linear_forward(a->res, a->att, w->proj_w, NULL, N, k->Cp, C); /* partial sums */
     g_forward(k, a->res, N * C);
-    bias_dropout_add_layernorm_forward(a->ln2, a->res, a->mean2, a->rstd2, a->res, w->proj_b, a->x, w->ln2_g, w->ln2_b,
-                                       N, C, eps,
-                                       drop(k, SITE_ATTENTION_OUTPUT, layer, mb)); /* bias once: after g [P4] */
+    bias_dropout_add_layernorm_forward(
+        a->ln2, a->res, a->mean2, a->rstd2, a->res, w->proj_b, a->x, w->ln2_g, w->ln2_b, N, C, eps,
+        drop(k, SITE_ATTENTION_OUTPUT, layer, mb)); /* bias once: after g [P4] */
 
     /* Fig. 3a: GeLU(X A_i) on each rank, since A is split by columns [§3 eq.3] */
     set_place(k, "mlp", "[§3 Fig.3a]", (int)layer);
     f_forward(k, a->ln2, N * C);
-    linear_gelu_forward(a->gelu, a->pre, a->ln2, w->fc_w, w->fc_b, N, C, k->Fp, k->config.gelu); /* (N,C) -> (N,Fp) */
-    linear_forward(out, a->gelu, w->out_w, NULL, N, k->Fp, C);                                   /* partial sums */
+    linear_gelu_forward(a->gelu, a->pre, a->ln2, w->fc_w, w->fc_b, N, C, k->Fp,
+                        k->config.gelu);                       /* (N,C) -> (N,Fp) */
+    linear_forward(out, a->gelu, w->out_w, NULL, N, k->Fp, C); /* partial sums */
     g_forward(k, out, N * C);
     bias_dropout_add_forward(out, out, w->out_b, a->res, N, C, drop(k, SITE_MLP_OUTPUT, layer, mb));
 }
 
-/* k->dx: gradient of the layer's output on entry, of its input on return. Adds to the gradients of the layer's
- * weights. block_forward read backwards; two all-reduces: the two f [P5]. */
+/* k->dx: gradient of the layer's output on entry, of its input on return. Adds to the gradients of
+ * the layer's weights. block_forward read backwards; two all-reduces: the two f [P5]. */
 static void block_backward(Rank *k, size_t l, const MicroBatch *mb)
 {
     const Layer *w = &k->w.layer[l], *g = &k->g.layer[l];
@@ -560,10 +601,12 @@ static void block_backward(Rank *k, size_t l, const MicroBatch *mb)
     set_place(k, "mlp", "[§3 Fig.3a]", (int)layer);
     bias_dropout_add_backward(dy, g->out_b, dx, N, C, drop(k, SITE_MLP_OUTPUT, layer, mb));
     g_backward(k, dy, N * C);
-    gelu_linear_backward(k->dpre, g->out_w, dy, a->gelu, a->pre, w->out_w, N, k->Fp, C, k->config.gelu);
+    gelu_linear_backward(k->dpre, g->out_w, dy, a->gelu, a->pre, w->out_w, N, k->Fp, C,
+                         k->config.gelu);
     linear_backward(dy, g->fc_w, g->fc_b, k->dpre, a->ln2, w->fc_w, N, C, k->Fp);
     f_backward(k, dy, N * C);
-    layernorm_backward(dx, g->ln2_g, g->ln2_b, dy, a->res, w->ln2_g, a->mean2, a->rstd2, dx, N, C); /* + residual */
+    layernorm_backward(dx, g->ln2_g, g->ln2_b, dy, a->res, w->ln2_g, a->mean2, a->rstd2, dx, N,
+                       C); /* + residual */
 
     set_place(k, "attention", "[§3 Fig.3b]", (int)layer);
     bias_dropout_add_backward(dy, g->proj_b, dx, N, C, drop(k, SITE_ATTENTION_OUTPUT, layer, mb));
@@ -573,13 +616,14 @@ static void block_backward(Rank *k, size_t l, const MicroBatch *mb)
                        attention_drop(k, layer, mb));
     linear_backward(dy, g->qkv_w, g->qkv_b, k->dqkv, a->ln1, w->qkv_w, N, C, 3 * k->Cp);
     f_backward(k, dy, N * C);
-    layernorm_backward(dx, g->ln1_g, g->ln1_b, dy, a->x, w->ln1_g, a->mean1, a->rstd1, dx, N, C); /* + residual */
+    layernorm_backward(dx, g->ln1_g, g->ln1_b, dy, a->x, w->ln1_g, a->mean1, a->rstd1, dx, N,
+                       C); /* + residual */
 }
 
-/* ---- Both ends: the vocabulary-parallel embedding and cross entropy [§3] ----------------------------------------- */
+/* ---- Both ends: the vocabulary-parallel embedding and cross entropy [§3] --------------------- */
 
-/* x (N,C) = dropout(word embedding + position embedding). Each rank looks up the tokens it owns and leaves zeros for
- * the others'; g adds the ranks up [P15]. */
+/* x (N,C) = dropout(word embedding + position embedding). Each rank looks up the tokens it owns and
+ * leaves zeros for the others'; g adds the ranks up [P15]. */
 static void embedding_forward(Rank *k, act *x, const MicroBatch *mb)
 {
     size_t N = k->B * k->T, C = k->config.C, past = k->cache ? k->cache->past : 0;
@@ -598,55 +642,62 @@ static void embedding_backward(Rank *k, const MicroBatch *mb)
     token_embedding_backward(k->g.wte, k->dx, mb->tokens, N, C, k->v0, k->Vp);
 }
 
-/* Logits of this rank's tokens for `rows` rows of x: the output layer is the word embedding again [§3]. */
+/* Logits of this rank's tokens for `rows` rows of x: the output layer is the word embedding again
+ * [§3]. */
 static void logits_forward(Rank *k, MicroBatch *mb, const act *x, size_t rows)
 {
     size_t C = k->config.C;
     set_place(k, "logits", "[§3 output embedding]", -1);
-    layernorm_forward(mb->lnf, mb->meanf, mb->rstdf, x, k->w.lnf_g, k->w.lnf_b, rows, C, k->config.eps);
+    layernorm_forward(mb->lnf, mb->meanf, mb->rstdf, x, k->w.lnf_g, k->w.lnf_b, rows, C,
+                      k->config.eps);
     f_forward(k, mb->lnf, rows * C);
     linear_forward(mb->logits, mb->lnf, k->w.wte, NULL, rows, C, k->Vp);
 }
 
-/* loss (N) = log sum_j exp(z_j) - z_target, where each rank has its own tokens' z only. Gathering the logits would move
- * N*V numbers; this moves 3N, in exactly three all-reduces [§3, P17, P18; doc/cross_entropy.md].
- * DEVIATION: Megatron lets the padding tokens take part in the softmax; here they do not, so that the loss depends
- * neither on t nor on the padding, and equals Hugging Face's. */
+/* loss (N) = log sum_j exp(z_j) - z_target, where each rank has its own tokens' z only. Gathering
+ * the logits would move N*V numbers; this moves 3N, in exactly three all-reduces [§3, P17, P18;
+ * doc/cross_entropy.md]. DEVIATION: Megatron lets the padding tokens take part in the softmax; here
+ * they do not, so that the loss depends neither on t nor on the padding, and equals Hugging
+ * Face's. */
 static void cross_entropy_forward(Rank *k, MicroBatch *mb)
 {
     size_t N = k->B * k->T;
     set_place(k, "cross entropy", "[§3 output embedding]", -1);
     logits_max(mb->max, mb->logits, N, k->Vp, k->valid);
     all_reduce(&k->tp, mb->max, N, REAL_ARRAY, MAX);
-    logits_sum_exp(mb->sum, mb->target_logit, mb->logits, mb->max, mb->targets, N, k->Vp, k->valid, k->v0);
+    logits_sum_exp(mb->sum, mb->target_logit, mb->logits, mb->max, mb->targets, N, k->Vp, k->valid,
+                   k->v0);
     all_reduce(&k->tp, mb->sum, N, REAL_ARRAY, SUM);
     all_reduce(&k->tp, mb->target_logit, N, REAL_ARRAY, SUM);
     cross_entropy_loss(mb->loss, mb->sum, mb->target_logit, N);
 }
 
-/* k->dx = gradient of sum_n weight_n loss_n * scale with respect to the last layer's output x. The softmax needs no
- * communication [P17]; the f of the logits needs one all-reduce. */
+/* k->dx = gradient of sum_n weight_n loss_n * scale with respect to the last layer's output x. The
+ * softmax needs no communication [P17]; the f of the logits needs one all-reduce. */
 static void logits_backward(Rank *k, MicroBatch *mb, const act *x, real scale)
 {
     size_t N = k->B * k->T, C = k->config.C;
     set_place(k, "logits", "[§3 output embedding]", -1);
-    cross_entropy_backward(mb->logits, mb->max, mb->sum, mb->targets, mb->weight, scale, N, k->Vp, k->valid, k->v0);
+    cross_entropy_backward(mb->logits, mb->max, mb->sum, mb->targets, mb->weight, scale, N, k->Vp,
+                           k->valid, k->v0);
     linear_backward(k->dy, k->g.wte, NULL, mb->logits, mb->lnf, k->w.wte, N, C, k->Vp);
     f_backward(k, k->dy, N * C);
-    layernorm_backward(k->dx, k->g.lnf_g, k->g.lnf_b, k->dy, x, k->w.lnf_g, mb->meanf, mb->rstdf, NULL, N, C);
+    layernorm_backward(k->dx, k->g.lnf_g, k->g.lnf_b, k->dy, x, k->w.lnf_g, mb->meanf, mb->rstdf,
+                       NULL, N, C);
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 4. Operators, how they do it [§2.2, Fig. 2, 3]
- * ============================================================================================================= */
+ * ============================================================================================== */
 
-/* ---- Random numbers ----------------------------------------------------------------------------------------------- */
+/* ---- Random numbers -------------------------------------------------------------------------- */
 
 /* A round of Philox on the counter c0..c3. */
-static inline HOST_DEVICE void philox_round(uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3, uint64_t seed,
-                                            uint32_t round)
+static inline HOST_DEVICE void philox_round(uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3,
+                                            uint64_t seed, uint32_t round)
 {
-    const uint32_t k0 = (uint32_t)seed + round * 0x9E3779B9, k1 = (uint32_t)(seed >> 32) + round * 0xBB67AE85;
+    const uint32_t k0 = (uint32_t)seed + round * 0x9E3779B9,
+                   k1 = (uint32_t)(seed >> 32) + round * 0xBB67AE85;
     const uint64_t p0 = (uint64_t)0xD2511F53 * *c0, p1 = (uint64_t)0xCD9E8D57 * *c2;
     *c0 = (uint32_t)(p1 >> 32) ^ *c1 ^ k0;
     *c2 = (uint32_t)(p0 >> 32) ^ *c3 ^ k1;
@@ -654,17 +705,21 @@ static inline HOST_DEVICE void philox_round(uint32_t *c0, uint32_t *c1, uint32_t
     *c3 = (uint32_t)p0;
 }
 
-/* Philox4x32-10 (Salmon et al. 2011; also PyTorch's and cuRAND's on GPUs): four random words as a pure function of a
- * key and a counter. There is no state to save, and any rank, in any layout, in any order, draws the same number for
- * the same (seed, site, step, index): masks and initial weights do not depend on how the model is cut.
- * DEVIATION from [App. B.2], where each GPU owns a generator: see drop() in chapter 5. */
-static inline HOST_DEVICE void philox(uint32_t out[4], uint64_t seed, uint64_t block, uint32_t site, uint32_t step)
+/* Philox4x32-10 (Salmon et al. 2011; also PyTorch's and cuRAND's on GPUs): four random words as a
+ * pure function of a key and a counter. There is no state to save, and any rank, in any layout, in
+ * any order, draws the same number for the same (seed, site, step, index): masks and initial
+ * weights do not depend on how the model is cut. DEVIATION from [App. B.2], where each GPU owns a
+ * generator: see drop() in chapter 5. */
+static inline HOST_DEVICE void philox(uint32_t out[4], uint64_t seed, uint64_t block, uint32_t site,
+                                      uint32_t step)
 {
     out[0] = (uint32_t)block, out[1] = (uint32_t)(block >> 32), out[2] = site, out[3] = step;
-    for (uint32_t round = 0; round < 10; round++) philox_round(out, out + 1, out + 2, out + 3, seed, round);
+    for (uint32_t round = 0; round < 10; round++)
+        philox_round(out, out + 1, out + 2, out + 3, seed, round);
 }
 
-/* Sites keep the streams apart: dropout sites count up from 0 (chapter 5), the others carry a high bit. */
+/* Sites keep the streams apart: dropout sites count up from 0 (chapter 5), the others carry a high
+ * bit. */
 enum { SITE_INIT = 0x40000000, SITE_SHUFFLE = 0x20000000, SITE_SAMPLE = 0x10000000 };
 
 /* Word number index of a stream. */
@@ -681,41 +736,52 @@ static inline double uniform(uint32_t word) { return (word + 0.5) * 0x1p-32; }
 /* A word below this drops its element; p < 1. */
 static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1p32); }
 
-/* ---- Functions of one number -------------------------------------------------------------------------------------- */
+/* ---- Functions of one number ----------------------------------------------------------------- */
 
-/* Both machines' operators call these. But the twin, whose real is always float, says sqrtf, and expf in its softmax:
- * GPUs have an instruction that does most of it. */
+/* Both machines' operators call these. But the twin, whose real is always float, says sqrtf, and
+ * expf in its softmax: GPUs have an instruction that does most of it. */
 
 static HOST_DEVICE real exponential(real x); /* chapter 11 */
 
-static inline real square_root(real x) { return sizeof x == sizeof(float) ? sqrtf((float)x) : (real)sqrt(x); }
-
-/* Phi(x), through erfc: 1 + erf would cancel on the left. libm's erfc is within a few ulp; the rounding of x / sqrt(2)
- * makes x^2 ulp more of it on the left. */
-static inline HOST_DEVICE real normal_cdf(real x)
+static inline real square_root(real x)
 {
-    return sizeof x == sizeof(float) ? erfcf((float)x * -(float)M_SQRT1_2) / 2 : (real)(erfc(x * -M_SQRT1_2) / 2);
+    return sizeof x == sizeof(float) ? sqrtf((float)x) : (real)sqrt(x);
 }
 
-/* GeLU [§2.2]: x * Phi(x). Megatron's tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), equals
- * x / (1 + e^-2u): one exponential, no tanh. GELU_ERF is the exact form [P41]. Error, tanh: at most 2.2 ulp from 0 on;
- * 3.3 (1 + |2u|) ulp left of 0, where e^-2u makes a relative error of what is lost of 2u; below -10.05 4e-38, which is
- * the function itself. erf: 1.8 ulp from 0 on, 1.8 (1 + x^2) ulp left of 0. Both are NaN at -inf. */
+/* Phi(x), through erfc: 1 + erf would cancel on the left. libm's erfc is within a few ulp; the
+ * rounding of x / sqrt(2) makes x^2 ulp more of it on the left. */
+static inline HOST_DEVICE real normal_cdf(real x)
+{
+    return sizeof x == sizeof(float) ? erfcf((float)x * -(float)M_SQRT1_2) / 2
+                                     : (real)(erfc(x * -M_SQRT1_2) / 2);
+}
+
+/* GeLU [§2.2]: x * Phi(x). Megatron's tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715
+ * x^3), equals x / (1 + e^-2u): one exponential, no tanh. GELU_ERF is the exact form [P41]. Error,
+ * tanh: at most 2.2 ulp from 0 on; 3.3 (1 + |2u|) ulp left of 0, where e^-2u makes a relative error
+ * of what is lost of 2u; below -10.05 4e-38, which is the function itself. erf: 1.8 ulp from 0 on,
+ * 1.8 (1 + x^2) ulp left of 0. Both are NaN at -inf. */
 static inline HOST_DEVICE real gelu(real x, Gelu kind)
 {
     if (kind == GELU_ERF) return x * normal_cdf(x);
     return x / (1 + exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * x * x)));
 }
 
-/* d gelu / dx = s + x s(1-s) 2u' with t = e^-2u, s = 1 / (1 + t), 1-s = t s. Error, tanh: at most 2^-22 = 2.4e-7 (gelu'
- * is 0 near -0.75: no bound in ulp there), and 4.2 (1 + |2u|) ulp from -9.96 to -1. erf: 1.6e-7, and 3.8 (1 + x^2) ulp
- * from -13 to -1. Left of these 7e-36 and 2e-37. */
+/* d gelu / dx = s + x s(1-s) 2u' with t = e^-2u, s = 1 / (1 + t), 1-s = t s. Error, tanh: at most
+ * 2^-22 = 2.4e-7 (gelu' is 0 near -0.75: no bound in ulp there), and 4.2 (1 + |2u|) ulp from -9.96
+ * to -1. erf: 1.6e-7, and 3.8 (1 + x^2) ulp from -13 to -1. Left of these 7e-36 and 2e-37. */
 static inline HOST_DEVICE real gelu_slope(real x, Gelu kind)
 {
-    const real low = kind == GELU_ERF ? -40 : -10; /* gelu' is 0 there, and 1 at 40: no 0 * infinity, and t is finite */
+    const real low =
+        kind == GELU_ERF
+            ? -40
+            : -10; /* gelu' is 0 there, and 1 at 40: no 0 * infinity, and t is finite */
     x = x > 40 ? 40 : x < low ? low : x;
-    if (kind == GELU_ERF) return normal_cdf(x) + x * (real)0.3989422804014327 * exponential(-x * x / 2); /* + x phi */
-    const real xx = x * x, t = exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * xx)), s = 1 / (1 + t);
+    if (kind == GELU_ERF)
+        return normal_cdf(x) + x * (real)0.3989422804014327 * exponential(-x * x / 2); /* + x phi */
+    const real xx = x * x,
+               t = exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * xx)),
+               s = 1 / (1 + t);
     return s + x * (t * s) * s * (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * xx);
 }
 
@@ -734,19 +800,20 @@ typedef enum { BIAS, BIAS_GELU, GELU_SLOPE } EpilogueKind;
 typedef struct {
     EpilogueKind kind;
     const act *bias; /* BIAS, BIAS_GELU: (N), or NULL */
-    act *pre;        /* BIAS_GELU: (M,N) gets C + bias, or NULL. GELU_SLOPE: C is multiplied by gelu'(pre) */
+    act *
+        pre; /* BIAS_GELU: (M,N) gets C + bias, or NULL. GELU_SLOPE: C is multiplied by gelu'(pre) */
     Gelu gelu;
 } Epilogue;
 
 /* Chapter 11. */
 static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e);
-static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1, size_t K, int add,
-                    const Epilogue *e, real *strips);
+static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1,
+                    size_t K, int add, const Epilogue *e, real *strips);
 static real dot(const real *a, const real *b, size_t n);
 static real largest(const real *x, size_t n, real top);
 static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n);
 
-/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] ---------------------------------------- */
+/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] -------------------- */
 
 enum { COLUMN_BLOCK = 64 }; /* columns a thread takes at a time where sums run down the rows */
 
@@ -764,38 +831,40 @@ static void add_column_sums(act *db, const act *x, size_t N, size_t C)
     }
 }
 
-static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I, size_t O)
+static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I,
+                           size_t O)
 {
     const Epilogue bias = {BIAS, b, NULL, GELU_TANH};
     matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &bias);
 }
 
-static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w, size_t N, size_t I,
-                            size_t O)
+static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w,
+                            size_t N, size_t I, size_t O)
 {
     if (dx) matmul(dx, (Mat){dy, O, 1}, (Mat){w, I, 1}, N, I, O, 0, NULL);
     if (dw) matmul(dw, (Mat){dy, 1, O}, (Mat){x, I, 1}, O, I, N, 1, NULL);
     if (db) add_column_sums(db, dy, N, O);
 }
 
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b, size_t N, size_t I,
-                                size_t O, Gelu kind)
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b,
+                                size_t N, size_t I, size_t O, Gelu kind)
 {
     const Epilogue e = {BIAS_GELU, b, pre, kind};
     matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &e);
 }
 
-static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre, const act *w,
-                                 size_t N, size_t I, size_t O, Gelu kind)
+static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre,
+                                 const act *w, size_t N, size_t I, size_t O, Gelu kind)
 {
     const Epilogue slope = {GELU_SLOPE, NULL, (act *)pre, kind};
     matmul(dpre, (Mat){dz, O, 1}, (Mat){w, I, 1}, N, I, O, 0, &slope);
     matmul(dw, (Mat){dz, 1, O}, (Mat){y, I, 1}, O, I, N, 1, NULL);
 }
 
-/* ---- Embeddings -------------------------------------------------------------------------------------------------- */
+/* ---- Embeddings ------------------------------------------------------------------------------ */
 
-static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C, size_t v0, size_t Vp)
+static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C,
+                                    size_t v0, size_t Vp)
 {
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
     for (size_t n = 0; n < N; n++) {
@@ -805,8 +874,8 @@ static void token_embedding_forward(act *x, const int *tokens, const act *wte, s
     }
 }
 
-static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N, size_t C, size_t v0,
-                                     size_t Vp)
+static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N,
+                                     size_t C, size_t v0, size_t Vp)
 {
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
     for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK)
@@ -833,19 +902,21 @@ static void drop_row(act *x, size_t C, Dropout d, size_t index)
 }
 
 /* out (C) = residual + mask * (y + bias), for elements index .. index+C-1. residual may be NULL. */
-static void bias_dropout_add_row(act *out, const act *y, const act *bias, const act *residual, size_t C, Dropout d,
-                                 size_t index)
+static void bias_dropout_add_row(act *out, const act *y, const act *bias, const act *residual,
+                                 size_t C, Dropout d, size_t index)
 {
     real keep[KEEP_BLOCK];
     for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
         const size_t end = min_size(c0 + KEEP_BLOCK, C);
         dropout_factors(keep, d, index + c0, end - c0);
 #pragma omp simd
-        for (size_t c = c0; c < end; c++) out[c] = (residual ? residual[c] : 0) + (y[c] + bias[c]) * keep[c - c0];
+        for (size_t c = c0; c < end; c++)
+            out[c] = (residual ? residual[c] : 0) + (y[c] + bias[c]) * keep[c - c0];
     }
 }
 
-static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C, size_t past, Dropout d)
+static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C,
+                                       size_t past, Dropout d)
 {
 #pragma omp parallel for schedule(static) if (B * T * C > SMALL)
     for (size_t n = 0; n < B * T; n++)
@@ -864,12 +935,14 @@ static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, 
         }
 }
 
-/* ---- LayerNorm --------------------------------------------------------------------------------------------------- */
+/* ---- LayerNorm ------------------------------------------------------------------------------- */
 
-/* y (C) = (x - mean) * rstd * g + b. Two passes over x (it is in L1): no cancellation, unlike E[x^2] - E[x]^2. Error of
- * y, with h = (x - mean) * rstd and U = 2^-24: simd sums run in at least 4 lanes, and the mean's is D = (C/4 + 4) U *
- * mean(|x|) * rstd at most; so |g| D + |h g| ((C/8 + 8) U + D^2) + |y| U. Roundings are random, and far below that. */
-static void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t C, real eps)
+/* y (C) = (x - mean) * rstd * g + b. Two passes over x (it is in L1): no cancellation, unlike
+ * E[x^2] - E[x]^2. Error of y, with h = (x - mean) * rstd and U = 2^-24: simd sums run in at least
+ * 4 lanes, and the mean's is D = (C/4 + 4) U * mean(|x|) * rstd at most; so |g| D + |h g| ((C/8 +
+ * 8) U + D^2) + |y| U. Roundings are random, and far below that. */
+static void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b,
+                          size_t C, real eps)
 {
     real sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
@@ -883,18 +956,21 @@ static void layernorm_row(act *y, real *mean, real *rstd, const act *x, const ac
     *mean = m, *rstd = r;
 }
 
-static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t N,
-                              size_t C, real eps)
+static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g,
+                              const act *b, size_t N, size_t C, real eps)
 {
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) layernorm_row(y + n * C, mean + n, rstd + n, x + n * C, g, b, C, eps);
+    for (size_t n = 0; n < N; n++)
+        layernorm_row(y + n * C, mean + n, rstd + n, x + n * C, g, b, C, eps);
 }
 
-static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g, const real *mean,
-                               const real *rstd, const act *dres, size_t N, size_t C)
+static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g,
+                               const real *mean, const real *rstd, const act *dres, size_t N,
+                               size_t C)
 {
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) { /* dx may overwrite dy's or x's buffer: this comes first */
+    for (size_t c0 = 0; c0 < C;
+         c0 += COLUMN_BLOCK) { /* dx may overwrite dy's or x's buffer: this comes first */
         real sum_g[COLUMN_BLOCK] = {0}, sum_b[COLUMN_BLOCK] = {0};
         const size_t count = min_size(COLUMN_BLOCK, C - c0);
         for (size_t n = 0; n < N; n++) {
@@ -922,21 +998,24 @@ static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const a
         sum /= (real)C, sum_h /= (real)C;
 #pragma omp simd
         for (size_t c = 0; c < C; c++)
-            dx_n[c] = (dres_n ? dres_n[c] : 0) + r * (dy_n[c] * g[c] - sum - (x_n[c] - m) * r * sum_h);
+            dx_n[c] =
+                (dres_n ? dres_n[c] : 0) + r * (dy_n[c] * g[c] - sum - (x_n[c] - m) * r * sum_h);
     }
 }
 
-/* ---- Bias + dropout + residual (+ LayerNorm) --------------------------------------------------------------------- */
+/* ---- Bias + dropout + residual (+ LayerNorm) ------------------------------------------------- */
 
-static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual, size_t N, size_t C,
-                                     Dropout d)
+static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual,
+                                     size_t N, size_t C, Dropout d)
 {
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) bias_dropout_add_row(out + n * C, y + n * C, bias, residual + n * C, C, d, n * C);
+    for (size_t n = 0; n < N; n++)
+        bias_dropout_add_row(out + n * C, y + n * C, bias, residual + n * C, C, d, n * C);
 }
 
-static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd, const act *y, const act *bias,
-                                               const act *residual, const act *g, const act *b, size_t N, size_t C,
+static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd,
+                                               const act *y, const act *bias, const act *residual,
+                                               const act *g, const act *b, size_t N, size_t C,
                                                real eps, Dropout d)
 {
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
@@ -946,7 +1025,8 @@ static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, re
     }
 }
 
-static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C, Dropout d)
+static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C,
+                                      Dropout d)
 {
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
     for (size_t n = 0; n < N; n++) {
@@ -956,21 +1036,23 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
     add_column_sums(dbias, dy, N, C);
 }
 
-/* ---- Causal self-attention [§3 Fig. 3b] -------------------------------------------------------------------------- */
+/* ---- Causal self-attention [§3 Fig. 3b] ------------------------------------------------------ */
 
-/* For one head: S = Q K' / sqrt(D), P = softmax of each row i over the keys j <= i, out = dropout(P) V. The T x T
- * matrices never exist: a block of QUERIES rows meets the keys KEYS at a time, and the softmax is kept as a
- * running maximum m, a running sum l of e^(s-m) and a running out, the last two shrunk by e^(old m - new m) when m
- * grows. Blocks above the diagonal are skipped. What remains for backward is lse = m + log l, for P = e^(S - lse)
- * [Milakov & Gimelshein 2018, Dao et al. 2022]. The products are matmul's tiles, on rows as they lie in qkv. */
+/* For one head: S = Q K' / sqrt(D), P = softmax of each row i over the keys j <= i, out =
+ * dropout(P) V. The T x T matrices never exist: a block of QUERIES rows meets the keys KEYS at a
+ * time, and the softmax is kept as a running maximum m, a running sum l of e^(s-m) and a running
+ * out, the last two shrunk by e^(old m - new m) when m grows. Blocks above the diagonal are
+ * skipped. What remains for backward is lse = m + log l, for P = e^(S - lse) [Milakov & Gimelshein
+ * 2018, Dao et al. 2022]. The products are matmul's tiles, on rows as they lie in qkv. */
 enum { QUERIES = 48, KEYS = 384 }; /* multiples of K_RUN: faster */
-static_assert(KEYS % QUERIES == 0,
-              "no block of keys may begin inside a block of queries: each query must see a key of it");
+static_assert(
+    KEYS % QUERIES == 0,
+    "no block of keys may begin inside a block of queries: each query must see a key of it");
 
-/* One row of products q k' in s (n) becomes dropped-out probabilities relative to e^m; the row's m, l and out (D)
- * follow. */
-static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, act *out, size_t D, Dropout d,
-                               size_t index)
+/* One row of products q k' in s (n) becomes dropped-out probabilities relative to e^m; the row's m,
+ * l and out (D) follow. */
+static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, act *out, size_t D,
+                               Dropout d, size_t index)
 {
     real sum = 0, keep[KEYS];
     const real top = fmax(*m, largest(s, n, -INFINITY) * scale);
@@ -989,29 +1071,34 @@ static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, 
         for (size_t c = 0; c < D; c++) out[c] *= shrink;
 }
 
-static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
+static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H,
+                              size_t D, Dropout d)
 {
     const size_t C = H * D, blocks = ceil_div(T, QUERIES);
     const real scale = 1 / square_root((real)D);
 #pragma omp parallel for schedule(dynamic) if (B * H * T * D > SMALL)
     for (size_t task = 0; task < B * H * blocks; task++) {
-        const size_t b = task / blocks / H, h = task / blocks % H, i0 = (blocks - 1 - task % blocks) * QUERIES;
+        const size_t b = task / blocks / H, h = task / blocks % H,
+                     i0 = (blocks - 1 - task % blocks) * QUERIES;
         const size_t rows = min_size(QUERIES, T - i0);
         const act *q = qkv + b * T * 3 * C + h * D;
         act *o = out + (b * T + i0) * C + h * D;
         real s[QUERIES * KEYS], strips[QUERIES * KEYS], m[QUERIES], l[QUERIES];
-        for (size_t i = 0; i < rows; i++) m[i] = -INFINITY, l[i] = 0, memset(o + i * C, 0, D * sizeof *o);
+        for (size_t i = 0; i < rows; i++)
+            m[i] = -INFINITY, l[i] = 0, memset(o + i * C, 0, D * sizeof *o);
         for (size_t j0 = 0; j0 < i0 + rows; j0 += KEYS) {
             const size_t keys = min_size(KEYS, i0 + rows - j0);
             const act *k = q + C + j0 * 3 * C, *v = k + C;
-            product(s, KEYS, (Mat){q + i0 * 3 * C, 3 * C, 1}, (Mat){k, 1, 3 * C}, 0, rows, 0, keys, D, 0, NULL, strips);
+            product(s, KEYS, (Mat){q + i0 * 3 * C, 3 * C, 1}, (Mat){k, 1, 3 * C}, 0, rows, 0, keys,
+                    D, 0, NULL, strips);
             for (size_t i = 0; i < rows; i++) {
                 const size_t n = min_size(i0 + i + 1 - j0, keys); /* what it may see */
                 online_softmax_row(s + i * KEYS, n, scale, m + i, l + i, o + i * C, D, d,
                                    ((b * d.heads + h) * T + i0 + i) * T + j0);
                 memset(s + i * KEYS + n, 0, (keys - n) * sizeof *s);
             }
-            product(o, C, (Mat){s, KEYS, 1}, (Mat){v, 3 * C, 1}, 0, rows, 0, D, keys, 1, NULL, strips);
+            product(o, C, (Mat){s, KEYS, 1}, (Mat){v, 3 * C, 1}, 0, rows, 0, D, keys, 1, NULL,
+                    strips);
         }
         for (size_t i = 0; i < rows; i++) {
             for (size_t c = 0; c < D; c++) o[i * C + c] /= l[i];
@@ -1020,9 +1107,10 @@ static void attention_forward(act *out, real *lse, const act *qkv, size_t B, siz
     }
 }
 
-/* One row: products s become the dropped-out P, and dp = dO V' becomes dS = P (mask dp - delta) * scale, the gradient
- * of q k'. */
-static void softmax_backward_row(real *s, real *dp, size_t n, real scale, real lse, real delta, Dropout d, size_t index)
+/* One row: products s become the dropped-out P, and dp = dO V' becomes dS = P (mask dp - delta) *
+ * scale, the gradient of q k'. */
+static void softmax_backward_row(real *s, real *dp, size_t n, real scale, real lse, real delta,
+                                 Dropout d, size_t index)
 {
     real keep[KEYS];
     dropout_factors(keep, d, index, n);
@@ -1034,8 +1122,9 @@ static void softmax_backward_row(real *s, real *dp, size_t n, real scale, real l
     }
 }
 
-static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out, const real *lse, const act *qkv,
-                               size_t B, size_t T, size_t H, size_t D, Dropout d)
+static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out,
+                               const real *lse, const act *qkv, size_t B, size_t T, size_t H,
+                               size_t D, Dropout d)
 {
     const size_t C = H * D, row = 3 * C;
     const real scale = 1 / square_root((real)D);
@@ -1046,32 +1135,39 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
         for (size_t i = 0; i < T; i++) {
             const size_t at = (b * T + i) * C + h * D;
             delta[head * T + i] = dot(dout + at, out + at, D);
-            for (size_t part = 0; part < 3; part++) memset(dqkv + first + i * row + part * C, 0, D * sizeof *dqkv);
+            for (size_t part = 0; part < 3; part++)
+                memset(dqkv + first + i * row + part * C, 0, D * sizeof *dqkv);
         }
         for (size_t j0 = 0; j0 < T; j0 += KEYS)
             for (size_t i0 = j0; i0 < T; i0 += QUERIES) {
-                const size_t rows = min_size(QUERIES, T - i0), keys = min_size(KEYS, i0 + rows - j0);
+                const size_t rows = min_size(QUERIES, T - i0),
+                             keys = min_size(KEYS, i0 + rows - j0);
                 const act *q = qkv + first + i0 * row, *k = qkv + first + C + j0 * row, *v = k + C;
                 const act *go = dout + (b * T + i0) * C + h * D;
                 act *dq = dqkv + first + i0 * row, *dk = dqkv + first + C + j0 * row, *dv = dk + C;
-                product(p, KEYS, (Mat){q, row, 1}, (Mat){k, 1, row}, 0, rows, 0, keys, D, 0, NULL, strips);
-                product(ds, KEYS, (Mat){go, C, 1}, (Mat){v, 1, row}, 0, rows, 0, keys, D, 0, NULL, strips);
+                product(p, KEYS, (Mat){q, row, 1}, (Mat){k, 1, row}, 0, rows, 0, keys, D, 0, NULL,
+                        strips);
+                product(ds, KEYS, (Mat){go, C, 1}, (Mat){v, 1, row}, 0, rows, 0, keys, D, 0, NULL,
+                        strips);
                 for (size_t i = 0; i < rows; i++) {
                     const size_t n = min_size(i0 + i + 1 - j0, keys), at = head * T + i0 + i;
-                    softmax_backward_row(p + i * KEYS, ds + i * KEYS, n, scale, lse[at], delta[at], d,
-                                         ((b * d.heads + h) * T + i0 + i) * T + j0);
+                    softmax_backward_row(p + i * KEYS, ds + i * KEYS, n, scale, lse[at], delta[at],
+                                         d, ((b * d.heads + h) * T + i0 + i) * T + j0);
                     memset(p + i * KEYS + n, 0, (keys - n) * sizeof *p);
                     memset(ds + i * KEYS + n, 0, (keys - n) * sizeof *ds);
                 }
-                product(dv, row, (Mat){p, 1, KEYS}, (Mat){go, C, 1}, 0, keys, 0, D, rows, 1, NULL, strips);
-                product(dk, row, (Mat){ds, 1, KEYS}, (Mat){q, row, 1}, 0, keys, 0, D, rows, 1, NULL, strips);
-                product(dq, row, (Mat){ds, KEYS, 1}, (Mat){k, row, 1}, 0, rows, 0, D, keys, 1, NULL, strips);
+                product(dv, row, (Mat){p, 1, KEYS}, (Mat){go, C, 1}, 0, keys, 0, D, rows, 1, NULL,
+                        strips);
+                product(dk, row, (Mat){ds, 1, KEYS}, (Mat){q, row, 1}, 0, keys, 0, D, rows, 1, NULL,
+                        strips);
+                product(dq, row, (Mat){ds, KEYS, 1}, (Mat){k, row, 1}, 0, rows, 0, D, keys, 1, NULL,
+                        strips);
             }
     }
 }
 
-static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n, size_t past,
-                                     size_t H, size_t D)
+static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n,
+                                     size_t past, size_t H, size_t D)
 {
     const size_t C = H * D;
     const real scale = 1 / square_root((real)D);
@@ -1104,7 +1200,7 @@ static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const
     }
 }
 
-/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] ----------------------------------------------- */
+/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] --------------------------- */
 
 static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t valid)
 {
@@ -1112,8 +1208,8 @@ static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t
     for (size_t n = 0; n < N; n++) max[n] = largest(logits + n * Vp, valid, -INFINITY);
 }
 
-static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max, const int *targets,
-                           size_t N, size_t Vp, size_t valid, size_t v0)
+static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max,
+                           const int *targets, size_t N, size_t Vp, size_t valid, size_t v0)
 {
 #pragma omp parallel for schedule(static) if (N * Vp > SMALL)
     for (size_t n = 0; n < N; n++) {
@@ -1133,8 +1229,9 @@ static void cross_entropy_loss(real *loss, const real *sum, const real *target_l
     for (size_t n = 0; n < N; n++) loss[n] = (real)(log((double)sum[n]) - (double)target_logit[n]);
 }
 
-static void cross_entropy_backward(act *logits, const real *max, const real *sum, const int *targets,
-                                   const real *weight, real scale, size_t N, size_t Vp, size_t valid, size_t v0)
+static void cross_entropy_backward(act *logits, const real *max, const real *sum,
+                                   const int *targets, const real *weight, real scale, size_t N,
+                                   size_t Vp, size_t valid, size_t v0)
 {
 #pragma omp parallel for schedule(static) if (N * Vp > SMALL)
     for (size_t n = 0; n < N; n++) {
@@ -1148,12 +1245,14 @@ static void cross_entropy_backward(act *logits, const real *max, const real *sum
     }
 }
 
-/* ---- The optimiser ------------------------------------------------------------------------------------------------ */
+/* ---- The optimiser --------------------------------------------------------------------------- */
 
 static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h)
 {
-    const real lr = (real)h.lr, decay = (real)h.decay, eps = (real)h.eps, grad_scale = (real)h.grad_scale;
-    const real b1 = (real)h.beta1, b2 = (real)h.beta2, r1 = (real)(1 - h.beta1), r2 = (real)(1 - h.beta2);
+    const real lr = (real)h.lr, decay = (real)h.decay, eps = (real)h.eps,
+               grad_scale = (real)h.grad_scale;
+    const real b1 = (real)h.beta1, b2 = (real)h.beta2, r1 = (real)(1 - h.beta1),
+               r2 = (real)(1 - h.beta2);
     const real c1 = (real)(1 / (1 - pow(h.beta1, (double)h.step)));
     const real c2 = (real)(1 / (1 - pow(h.beta2, (double)h.step)));
     real *p = master ? master : w;
@@ -1175,7 +1274,8 @@ static double sum_squares(const act *x, size_t n)
     for (size_t r = 0; r < RUNS; r++) {
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (size_t i = n / RUNS * r + min_size(r, n % RUNS); i < n / RUNS * (r + 1) + min_size(r + 1, n % RUNS); i++)
+        for (size_t i = n / RUNS * r + min_size(r, n % RUNS);
+             i < n / RUNS * (r + 1) + min_size(r + 1, n % RUNS); i++)
             sum += (double)x[i] * (double)x[i];
         part[r] = sum;
     }
@@ -1185,16 +1285,17 @@ static double sum_squares(const act *x, size_t n)
 
 #endif /* OTHER_OPERATORS */
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 5. Parameters [§4.2, §5.1, Tables 1 and 2]
- * ============================================================================================================= */
+ * ============================================================================================== */
 
 typedef struct {
     const char *name, *what;
     size_t L, C, H, T, V;
 } Preset;
 
-/* The paper pads its vocabulary to 51,200 in all experiments [§5.1]. 124M, 774M and 1558M are OpenAI's GPT-2. */
+/* The paper pads its vocabulary to 51,200 in all experiments [§5.1]. 124M, 774M and 1558M are
+ * OpenAI's GPT-2. */
 /* clang-format off */
 static const Preset presets[] = {
     {"tiny", "the demo: text as bytes", 4, 128, 4, 64, 257},
@@ -1229,38 +1330,42 @@ static Config find_preset(const char *name)
     die("--config %s is not known; there are:%s", name, known);
 }
 
-/* The vocabulary is padded to a multiple of 128 t, so that all tensor ranks hold equally many [§5.1, P14]. */
+/* The vocabulary is padded to a multiple of 128 t, so that all tensor ranks hold equally many
+ * [§5.1, P14]. */
 static size_t padded_vocab(size_t V, int tp) { return round_up(V, 128 * (size_t)tp); }
 
 /* Dies unless the model can be cut this way. */
 static void check_layout(const Config *c, Layout s)
 {
-    if (s.tp < 1 || s.pp < 1 || s.dp < 1) die("--tp %d --pp %d --dp %d: each must be at least 1", s.tp, s.pp, s.dp);
+    if (s.tp < 1 || s.pp < 1 || s.dp < 1)
+        die("--tp %d --pp %d --dp %d: each must be at least 1", s.tp, s.pp, s.dp);
     if (s.tp > MAX_RANKS || s.pp > MAX_RANKS || s.dp > MAX_RANKS || world_size(s) > MAX_RANKS)
         die("--tp %d --pp %d --dp %d: at most %d ranks are possible", s.tp, s.pp, s.dp, MAX_RANKS);
     if (c->H % s.tp)
-        die("--tp %d does not divide %zu heads: choose a divisor, since each rank owns whole heads", s.tp, c->H);
+        die("--tp %d does not divide %zu heads: choose a divisor, since each rank owns whole heads",
+            s.tp, c->H);
     if (c->F % s.tp) die("--tp %d does not divide the MLP width %zu: choose a divisor", s.tp, c->F);
     if (c->L % s.pp)
-        die("--pp %d does not divide %zu layers: choose a divisor, since stages are equally deep", s.pp, c->L);
+        die("--pp %d does not divide %zu layers: choose a divisor, since stages are equally deep",
+            s.pp, c->L);
 }
 
-/* ---- The one table of tensors ------------------------------------------------------------------------------------ */
+/* ---- The one table of tensors ---------------------------------------------------------------- */
 
 /* How tensor ranks share a tensor [§3]. Weights are [out, in], as in Megatron. */
 typedef enum {
     WHOLE, /* replicated: every rank has all of it and computes the same gradient for it */
-    ROWS,  /* column-parallel in the paper's words (its A stands transposed here), or vocabulary rows */
-    QKV,   /* rows too, but of each of Q, K, V: rank r holds [Q_r; K_r; V_r], whole heads [P11] */
-    COLS   /* row-parallel */
+    ROWS, /* column-parallel in the paper's words (its A stands transposed here), or vocabulary rows */
+    QKV, /* rows too, but of each of Q, K, V: rank r holds [Q_r; K_r; V_r], whole heads [P11] */
+    COLS /* row-parallel */
 } Split;
 
 typedef enum { ONE, DIM_C, DIM_3C, DIM_F, DIM_P, DIM_V } Dim;
 
 typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_SCALED } Init;
 
-/* What there is to know about a tensor. Placing, initialisation, sharding, weight decay, clipping, checkpoints and
- * convert.c walk this table; no second list of tensors exists. */
+/* What there is to know about a tensor. Placing, initialisation, sharding, weight decay, clipping,
+ * checkpoints and convert.c walk this table; no second list of tensors exists. */
 typedef struct {
     const char *name; /* Hugging Face's, without its prefix "transformer."; %zu is the layer */
     size_t field;     /* of the pointer in Layer, or in Params if not in_layer */
@@ -1274,7 +1379,8 @@ typedef struct {
 
 /* clang-format off */
 static const Spec specs[] = {
-    /* name                      field                      layer rows    cols   split  init         decay conv1d */
+    /* name                      field                      layer rows    cols   split  init
+     * decay conv1d */
     {"wte.weight",               offsetof(Params, wte),     0,    DIM_V,  DIM_C, ROWS,  INIT_NORMAL, 1,    0},
     {"wpe.weight",               offsetof(Params, wpe),     0,    DIM_P,  DIM_C, WHOLE, INIT_NORMAL, 1,    0},
     {"h.%zu.ln_1.weight",        offsetof(Layer, ln1_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
@@ -1313,7 +1419,7 @@ struct Tensor {
     size_t layer;                  /* its number in the whole model */
     size_t rows, cols;             /* of the whole tensor, [out, in]; wte without padding */
     size_t local_rows, local_cols; /* of this rank's slice; wte with padding */
-    size_t offset, n;              /* where the slice starts in the arenas, and its size; elements */
+    size_t offset, n; /* where the slice starts in the arenas, and its size; elements */
     int counted; /* 1 on exactly one rank for each distinct element: global sums must count replicas once [P27] */
 };
 
@@ -1325,8 +1431,8 @@ static char *tensor_name(char name[NAME_SIZE], const Tensor *t)
     return name;
 }
 
-/* Does this stage hold the tensor? Embeddings live on the first stage, the final LayerNorm on the last, which also
- * holds a copy of the word embedding for the logits. */
+/* Does this stage hold the tensor? Embeddings live on the first stage, the final LayerNorm on the
+ * last, which also holds a copy of the word embedding for the logits. */
 static int on_stage(const Spec *spec, int stage, int stages)
 {
     int first = stage == 0, last = stage == stages - 1;
@@ -1335,7 +1441,8 @@ static int on_stage(const Spec *spec, int stage, int stages)
     return spec->field == offsetof(Params, wpe) ? first : last;
 }
 
-static void add_tensor(Tensor *t, size_t *offset, const Config *c, const Spec *spec, size_t layer, Layout s, int rank)
+static void add_tensor(Tensor *t, size_t *offset, const Config *c, const Spec *spec, size_t layer,
+                       Layout s, int rank)
 {
     int copied = spec->field == offsetof(Params, wte) && !spec->in_layer && pp_rank(s, rank) > 0;
     t->spec = spec;
@@ -1351,8 +1458,9 @@ static void add_tensor(Tensor *t, size_t *offset, const Config *c, const Spec *s
     *offset += round_up(t->n, 64); /* every tensor starts on a cache line, whatever its type */
 }
 
-/* Lists the tensors of one rank, in the order of the table, layer by layer. list has room for max_tensors(c), or is
- * NULL: then they are only counted. Returns their number; *elements (if wanted) the size of an arena for them. */
+/* Lists the tensors of one rank, in the order of the table, layer by layer. list has room for
+ * max_tensors(c), or is NULL: then they are only counted. Returns their number; *elements (if
+ * wanted) the size of an arena for them. */
 static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layout s, int rank)
 {
     int stage = pp_rank(s, rank);
@@ -1365,7 +1473,8 @@ static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layo
             for (int j = i; j < end; j++) {
                 Tensor t;
                 if (!on_stage(&specs[j], stage, s.pp)) continue;
-                add_tensor(list ? &list[n] : &t, &offset, c, &specs[j], specs[j].in_layer ? first + l : 0, s, rank);
+                add_tensor(list ? &list[n] : &t, &offset, c, &specs[j],
+                           specs[j].in_layer ? first + l : 0, s, rank);
                 n++;
             }
         i = end;
@@ -1374,18 +1483,24 @@ static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layo
     return n;
 }
 
-/* Row of the whole tensor that local row i of tensor rank r's slice is; columns start at whole_col(). */
+/* Row of the whole tensor that local row i of tensor rank r's slice is; columns start at
+ * whole_col(). */
 static size_t whole_row(const Tensor *t, int r, size_t i)
 {
     size_t rows = t->local_rows;
     if (t->spec->split == ROWS) return (size_t)r * rows + i;
-    if (t->spec->split == QKV) return i / (rows / 3) * (t->rows / 3) + (size_t)r * (rows / 3) + i % (rows / 3);
+    if (t->spec->split == QKV)
+        return i / (rows / 3) * (t->rows / 3) + (size_t)r * (rows / 3) + i % (rows / 3);
     return i;
 }
 
-static size_t whole_col(const Tensor *t, int r) { return t->spec->split == COLS ? (size_t)r * t->local_cols : 0; }
+static size_t whole_col(const Tensor *t, int r)
+{
+    return t->spec->split == COLS ? (size_t)r * t->local_cols : 0;
+}
 
-/* Local rows that exist in the whole tensor: all but the padding of the vocabulary, which stays zero for ever. */
+/* Local rows that exist in the whole tensor: all but the padding of the vocabulary, which stays
+ * zero for ever. */
 static size_t real_rows(const Tensor *t, int r)
 {
     if (t->spec->rows != DIM_V) return t->local_rows;
@@ -1393,17 +1508,19 @@ static size_t real_rows(const Tensor *t, int r)
     return first >= t->rows ? 0 : min_size(t->local_rows, t->rows - first);
 }
 
-/* Number of parameters of the whole model, without padding: 12 L C^2 (1 + 13/(12C) + (V+T)/(12 L C)) + 2C [P42, P43]. */
+/* Number of parameters of the whole model, without padding: 12 L C^2 (1 + 13/(12C) + (V+T)/(12 L
+ * C)) + 2C [P42, P43]. */
 static size_t count_parameters(const Config *c)
 {
     size_t total = 0;
     for (int i = 0; i < N_SPECS; i++)
-        total += dim_size(c, specs[i].rows) * dim_size(c, specs[i].cols) * (specs[i].in_layer ? c->L : 1);
+        total += dim_size(c, specs[i].rows) * dim_size(c, specs[i].cols) *
+                 (specs[i].in_layer ? c->L : 1);
     return total;
 }
 
-/* Points the fields of p into an arena at base. p->layer has room for the stage's layers, of which the first is layer
- * number first_layer of the model. */
+/* Points the fields of p into an arena at base. p->layer has room for the stage's layers, of which
+ * the first is layer number first_layer of the model. */
 static void place_params(Params *p, act *base, const Tensor *list, size_t n, size_t first_layer)
 {
     for (size_t i = 0; i < n; i++) {
@@ -1413,7 +1530,8 @@ static void place_params(Params *p, act *base, const Tensor *list, size_t n, siz
     }
 }
 
-/* out[i] = normal variate number first + i of a stream, i < n, by Box and Muller: four words give four variates. */
+/* out[i] = normal variate number first + i of a stream, i < n, by Box and Muller: four words give
+ * four variates. */
 static void random_normals(real *out, uint64_t seed, uint32_t site, size_t first, size_t n)
 {
     for (size_t i = first; i < first + n;) {
@@ -1421,7 +1539,8 @@ static void random_normals(real *out, uint64_t seed, uint32_t site, size_t first
         double z[4];
         philox(word, seed, i / 4, site, 0);
         for (int pair = 0; pair < 4; pair += 2) {
-            double r = sqrt(-2 * log(uniform(word[pair]))), angle = 2 * M_PI * uniform(word[pair + 1]);
+            double r = sqrt(-2 * log(uniform(word[pair]))),
+                   angle = 2 * M_PI * uniform(word[pair + 1]);
             z[pair] = r * cos(angle);
             z[pair + 1] = r * sin(angle);
         }
@@ -1430,10 +1549,12 @@ static void random_normals(real *out, uint64_t seed, uint32_t site, size_t first
     }
 }
 
-/* Draws the initial weights of a rank: N(0, 0.02), residual outputs scaled by 1/sqrt(2L), biases 0, LayerNorm 1 and 0
- * [§4.2, P40]. An element's value depends on the tensor and its place in the whole, so every layout draws one and the
- * same model [P13]; Megatron gets there by drawing the whole matrix on every rank and keeping a slice. */
-static void init_params(act *base, const Tensor *list, size_t n, const Config *c, uint64_t seed, int r)
+/* Draws the initial weights of a rank: N(0, 0.02), residual outputs scaled by 1/sqrt(2L), biases 0,
+ * LayerNorm 1 and 0 [§4.2, P40]. An element's value depends on the tensor and its place in the
+ * whole, so every layout draws one and the same model [P13]; Megatron gets there by drawing the
+ * whole matrix on every rank and keeping a slice. */
+static void init_params(act *base, const Tensor *list, size_t n, const Config *c, uint64_t seed,
+                        int r)
 {
     for (size_t i = 0; i < n; i++) {
         const Tensor *t = &list[i];
@@ -1447,9 +1568,12 @@ static void init_params(act *base, const Tensor *list, size_t n, const Config *c
             for (size_t row = 0; row < count; row++) {
                 real *x = block + row * cols;
                 if (t->spec->init >= INIT_NORMAL)
-                    random_normals(x, seed, site, whole_row(t, r, row0 + row) * t->cols + whole_col(t, r), cols);
+                    random_normals(x, seed, site,
+                                   whole_row(t, r, row0 + row) * t->cols + whole_col(t, r), cols);
                 for (size_t col = 0; col < cols; col++)
-                    x[col] = t->spec->init == INIT_ZERO ? 0 : t->spec->init == INIT_ONE ? 1 : (real)std * x[col];
+                    x[col] = t->spec->init == INIT_ZERO  ? 0
+                             : t->spec->init == INIT_ONE ? 1
+                                                         : (real)std * x[col];
             }
             act_upload(base + t->offset + row0 * cols, block, count * cols);
         }
@@ -1457,9 +1581,9 @@ static void init_params(act *base, const Tensor *list, size_t n, const Config *c
     }
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 6. Optimisation [§4.2]
- * ============================================================================================================= */
+ * ============================================================================================== */
 
 typedef enum { DECAY_PAPER, DECAY_MEGATRON, DECAY_COSINE } Decay;
 
@@ -1472,8 +1596,9 @@ typedef struct {
     double loss_scale; /* fixed; 0: dynamic */
 } Optimizer;
 
-/* Learning rate of update n, counted from 0: linear warm-up, then a cosine down to min_lr [§4.2]. The scheduler stands
- * at 0 during the first update, which therefore changes nothing [P33]. Three readings of "cosine":
+/* Learning rate of update n, counted from 0: linear warm-up, then a cosine down to min_lr [§4.2].
+ * The scheduler stands at 0 during the first update, which therefore changes nothing [P33]. Three
+ * readings of "cosine":
  *     paper      over the 297k iterations after the warm-up, down to 0, but never below the floor [P35]
  *     megatron   as its code of 2020 has it: the whole 300k are the period, and the floor comes later [P34]
  *     cosine     from the peak to the floor itself: Megatron today, and most others */
@@ -1481,13 +1606,16 @@ static double learning_rate(const Optimizer *o, size_t n)
 {
     double w = (double)o->warmup, end = (double)o->decay_steps, k = (double)n;
     if (n <= o->warmup && o->warmup > 0) return o->lr * k / w;
-    if (o->decay == DECAY_MEGATRON) return fmax(o->lr / 2 * (cos(M_PI * (fmin(k, end - w) - w) / end) + 1), o->min_lr);
+    if (o->decay == DECAY_MEGATRON)
+        return fmax(o->lr / 2 * (cos(M_PI * (fmin(k, end - w) - w) / end) + 1), o->min_lr);
     double fall = end > w ? (cos(M_PI * (fmin(k, end) - w) / (end - w)) + 1) / 2 : 1; /* 1 .. 0 */
-    return o->decay == DECAY_PAPER ? fmax(o->lr * fall, o->min_lr) : o->min_lr + (o->lr - o->min_lr) * fall;
+    return o->decay == DECAY_PAPER ? fmax(o->lr * fall, o->min_lr)
+                                   : o->min_lr + (o->lr - o->min_lr) * fall;
 }
 
-/* Dynamic loss scaling: fp16 gradients are kept away from underflow by a factor as large as does not overflow. Two
- * overflows (hysteresis) halve it once, each further one again; 1000 clean steps double it [P36-P38]. */
+/* Dynamic loss scaling: fp16 gradients are kept away from underflow by a factor as large as does
+ * not overflow. Two overflows (hysteresis) halve it once, each further one again; 1000 clean steps
+ * double it [P36-P38]. */
 typedef struct {
     double scale;
     int dynamic, hysteresis;
@@ -1517,21 +1645,24 @@ static void loss_scaler_update(LossScaler *s, int overflow)
 
 /* Where a run stands: all that resuming needs beside weights and moments. */
 typedef struct {
-    size_t step;    /* optimizer steps tried, skipped ones included: what the user counts, and what draws dropout */
+    size_t
+        step; /* optimizer steps tried, skipped ones included: what the user counts, and what draws dropout */
     size_t updates; /* steps that changed the weights: Adam's and the learning rate's clock [P39] */
     size_t samples; /* sequences consumed */
     LossScaler scaler;
 } Progress;
 
-/* 2-norm of the whole model's gradient, equal on all ranks. Every distinct element counts once: slices on each tensor
- * rank, replicas on the first one, the last stage's copy of the embedding not at all [P27]. Data replicas hold equal
- * gradients: the first one speaks for all. Infinite or NaN if any element is. */
+/* 2-norm of the whole model's gradient, equal on all ranks. Every distinct element counts once:
+ * slices on each tensor rank, replicas on the first one, the last stage's copy of the embedding not
+ * at all [P27]. Data replicas hold equal gradients: the first one speaks for all. Infinite or NaN
+ * if any element is. */
 static double gradient_norm(Rank *k)
 {
     double sum = 0;
     set_place(k, "gradient norm", "[§4.2]", -1);
     for (size_t i = 0, end; i < k->tensors && k->dp.rank == 0; i = end) {
-        const Tensor *t = &k->tensor[i]; /* it and its neighbours at once: there are zeros between them */
+        const Tensor *t =
+            &k->tensor[i]; /* it and its neighbours at once: there are zeros between them */
         size_t n = 0;
         for (end = i; end < k->tensors && k->tensor[end].counted == t->counted; end++)
             n = k->tensor[end].offset + k->tensor[end].n - t->offset;
@@ -1541,9 +1672,9 @@ static double gradient_norm(Rank *k)
     return sqrt(sum);
 }
 
-/* Sums the gradients of what is held more than once: the tied embedding of first and last stage, then the data
- * replicas, each of which saw other sequences [§2.3]. Replicas within a tensor group need nothing: equal inputs and
- * equal incoming gradients made equal gradients [§3]. */
+/* Sums the gradients of what is held more than once: the tied embedding of first and last stage,
+ * then the data replicas, each of which saw other sequences [§2.3]. Replicas within a tensor group
+ * need nothing: equal inputs and equal incoming gradients made equal gradients [§3]. */
 static void reduce_gradients(Rank *k)
 {
     if (k->first_stage || k->last_stage) {
@@ -1559,14 +1690,21 @@ static void update_weights(Rank *k, const Optimizer *o, size_t update, double gr
 {
     for (size_t i = 0; i < k->tensors; i++) {
         const Tensor *t = &k->tensor[i];
-        AdamW h = {learning_rate(o, update), o->beta1,  o->beta2, o->eps, t->spec->decay ? o->weight_decay : 0,
-                   gradient_scale,           update + 1};
+        AdamW h = {learning_rate(o, update),
+                   o->beta1,
+                   o->beta2,
+                   o->eps,
+                   t->spec->decay ? o->weight_decay : 0,
+                   gradient_scale,
+                   update + 1};
         size_t o0 = t->offset;
-        adamw(k->weights + o0, k->master ? k->master + o0 : NULL, k->m + o0, k->v + o0, k->gradients + o0, t->n, h);
+        adamw(k->weights + o0, k->master ? k->master + o0 : NULL, k->m + o0, k->v + o0,
+              k->gradients + o0, t->n, h);
     }
 }
 
-/* Where a step's micro-batches come from: fills mb's tokens, targets, weight and sequence for micro-batch number i. */
+/* Where a step's micro-batches come from: fills mb's tokens, targets, weight and sequence for
+ * micro-batch number i. */
 typedef void (*Feed)(void *source, Rank *k, MicroBatch *mb, size_t i);
 
 /* Chapter 8. */
@@ -1577,13 +1715,14 @@ typedef struct {
     int skipped; /* an overflow: the weights did not change */
 } StepResult;
 
-/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py): zero gradients, forward and
- * backward of all micro-batches with the scaled loss, sum over replicas, unscale, clip, update the scale, AdamW unless
- * some gradient overflowed anywhere.
- * DEVIATION: the loss is the mean over all targets of the global batch, and the mean over data replicas is folded into
- * each target's share of it [P29, P30]; Megatron divides by d before the sum of gradients. An overflow shows in the
- * gradient norm; Megatron reduces a flag of its own. */
-static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t micro_batches, Feed feed, void *source)
+/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py): zero gradients,
+ * forward and backward of all micro-batches with the scaled loss, sum over replicas, unscale, clip,
+ * update the scale, AdamW unless some gradient overflowed anywhere. DEVIATION: the loss is the mean
+ * over all targets of the global batch, and the mean over data replicas is folded into each
+ * target's share of it [P29, P30]; Megatron divides by d before the sum of gradients. An overflow
+ * shows in the gradient norm; Megatron reduces a flag of its own. */
+static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t micro_batches,
+                             Feed feed, void *source)
 {
     StepResult r;
     size_t sequences = k->B * micro_batches * (size_t)k->dp.size;
@@ -1593,10 +1732,12 @@ static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t mi
     r.lr = learning_rate(o, p->updates);
 
     device_zero(k->gradients, k->elements * sizeof(act));
-    r.loss = pipeline_step(k, micro_batches, feed, source, (real)(r.loss_scale / targets)) / targets;
+    r.loss =
+        pipeline_step(k, micro_batches, feed, source, (real)(r.loss_scale / targets)) / targets;
     reduce_gradients(k);
     r.grad_norm = gradient_norm(k) / r.loss_scale;
-    r.skipped = !isfinite(r.grad_norm); /* on one rank means on all: every rank reads the same norm [P39] */
+    r.skipped =
+        !isfinite(r.grad_norm); /* on one rank means on all: every rank reads the same norm [P39] */
     set_place(k, "logged loss", "[§4.2]", -1);
     all_reduce(&k->world, &r.loss, 1, DOUBLE_ARRAY, SUM);
 
@@ -1608,15 +1749,17 @@ static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t mi
     return r;
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 7. Data and the training loop [§4.1]
- * ============================================================================================================= */
+ * ============================================================================================== */
 
-/* A run of tokens in memory. Where a document does not end with <|endoftext|>, one is read behind its last token. */
+/* A run of tokens in memory. Where a document does not end with <|endoftext|>, one is read behind
+ * its last token. */
 typedef struct {
-    const char *data;      /* uint16_t or int32_t, little-endian as every machine this runs on */
-    size_t width;          /* bytes of a token there: 2 or 4 */
-    size_t stored, length; /* tokens there; tokens in the document, with the <|endoftext|> that is added */
+    const char *data; /* uint16_t or int32_t, little-endian as every machine this runs on */
+    size_t width;     /* bytes of a token there: 2 or 4 */
+    size_t stored,
+        length; /* tokens there; tokens in the document, with the <|endoftext|> that is added */
 } Document;
 
 static int document_token(const Document *d, size_t i, int end_of_text)
@@ -1636,7 +1779,7 @@ typedef struct {
     int end_of_text;   /* -1: documents follow each other unmarked */
 } Corpus;
 
-/* ---- Samples ----------------------------------------------------------------------------------------------------- */
+/* ---- Samples --------------------------------------------------------------------------------- */
 
 typedef struct {
     Document *document; /* (documents) of the training part, or of the held-out part */
@@ -1644,15 +1787,18 @@ typedef struct {
     size_t samples; /* in an epoch */
     uint64_t seed;
     int end_of_text;
-    pthread_mutex_t lock; /* of the rest: the order of an epoch, which follows from (seed, epoch) alone */
-    size_t epoch;         /* SIZE_MAX: none yet */
-    size_t *order;        /* (documents) shuffled */
-    size_t *start;        /* (documents + 1) where each of them begins in the row of all tokens */
-    size_t *sample;       /* (samples) shuffled */
+    pthread_mutex_t
+        lock;       /* of the rest: the order of an epoch, which follows from (seed, epoch) alone */
+    size_t epoch;   /* SIZE_MAX: none yet */
+    size_t *order;  /* (documents) shuffled */
+    size_t *start;  /* (documents + 1) where each of them begins in the row of all tokens */
+    size_t *sample; /* (samples) shuffled */
 } Dataset;
 
-/* The last valid_percent (0..100) of the tokens are held out. The dataset has those, or the others (held_out 0). */
-static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out, size_t T, uint64_t seed)
+/* The last valid_percent (0..100) of the tokens are held out. The dataset has those, or the others
+ * (held_out 0). */
+static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out, size_t T,
+                             uint64_t seed)
 {
     Dataset *d = (Dataset *)xcalloc(1, sizeof(Dataset));
     size_t cut = c->tokens - min_size((size_t)((double)c->tokens * valid_percent / 100), c->tokens);
@@ -1660,9 +1806,11 @@ static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out
 
     d->tokens = last - first, d->T = T, d->seed = seed, d->end_of_text = c->end_of_text;
     if (d->tokens < T + 1)
-        die("the %s text has %zu tokens, but a sample of %zu needs %zu: give more text, a smaller --seq, or a %s "
+        die("the %s text has %zu tokens, but a sample of %zu needs %zu: give more text, a smaller "
+            "--seq, or a %s "
             "--valid-percent",
-            held_out ? "held-out" : "training", d->tokens, T, T + 1, held_out ? "larger" : "smaller");
+            held_out ? "held-out" : "training", d->tokens, T, T + 1,
+            held_out ? "larger" : "smaller");
     d->samples = (d->tokens - 1) / T;
     d->document = (Document *)xcalloc(c->documents, sizeof(Document));
     for (size_t i = 0; i < c->documents; at += c->document[i++].length) {
@@ -1670,7 +1818,8 @@ static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out
         size_t begin = max_size(first, at), end = min_size(last, at + part.length);
         if (begin >= end) continue;
         part.data += (begin - at) * part.width;
-        part.stored -= begin - at; /* may be more than length now: what is behind that is not read */
+        part.stored -=
+            begin - at; /* may be more than length now: what is behind that is not read */
         part.length = end - begin;
         d->document[d->documents++] = part;
     }
@@ -1688,7 +1837,8 @@ static void dataset_close(Dataset *d)
     free(d->order), free(d->start), free(d->sample), free(d->document), free(d);
 }
 
-/* x = a permutation of 0..n-1 (Fisher and Yates). DEVIATION: Megatron shuffles with NumPy's RandomState [code V]. */
+/* x = a permutation of 0..n-1 (Fisher and Yates). DEVIATION: Megatron shuffles with NumPy's
+ * RandomState [code V]. */
 static void shuffle(size_t *x, size_t n, uint64_t seed, uint32_t site, uint32_t epoch)
 {
     for (size_t i = 0; i < n; i++) x[i] = i;
@@ -1700,18 +1850,20 @@ static void shuffle(size_t *x, size_t n, uint64_t seed, uint32_t site, uint32_t 
     }
 }
 
-/* Documents in a shuffled order form one row of tokens, which is cut every T tokens; the pieces are shuffled too. */
+/* Documents in a shuffled order form one row of tokens, which is cut every T tokens; the pieces are
+ * shuffled too. */
 static void start_epoch(Dataset *d, size_t epoch)
 {
     shuffle(d->order, d->documents, d->seed, SITE_SHUFFLE, (uint32_t)epoch);
     shuffle(d->sample, d->samples, d->seed, SITE_SHUFFLE + 1, (uint32_t)epoch);
-    for (size_t i = 0; i < d->documents; i++) d->start[i + 1] = d->start[i] + d->document[d->order[i]].length;
+    for (size_t i = 0; i < d->documents; i++)
+        d->start[i + 1] = d->start[i] + d->document[d->order[i]].length;
     d->epoch = epoch;
 }
 
-/* Sample number n of a whole run, in which epochs follow each other without end: to resume, that number is enough.
- * tokens (T + 1): T inputs and one label more, the first input of the next piece [code V data/gpt2_dataset.py]. Ranks
- * may call this at the same time. */
+/* Sample number n of a whole run, in which epochs follow each other without end: to resume, that
+ * number is enough. tokens (T + 1): T inputs and one label more, the first input of the next piece
+ * [code V data/gpt2_dataset.py]. Ranks may call this at the same time. */
 static void dataset_sample(Dataset *d, size_t n, int *tokens)
 {
     size_t low = 0, high = d->documents; /* the first document is in [low, high) */
@@ -1725,13 +1877,14 @@ static void dataset_sample(Dataset *d, size_t n, int *tokens)
         else high = middle;
     }
     for (; at < stop; low++)
-        for (const Document *doc = &d->document[d->order[low]]; at < stop && at < d->start[low + 1]; at++)
+        for (const Document *doc = &d->document[d->order[low]]; at < stop && at < d->start[low + 1];
+             at++)
             *tokens++ = document_token(doc, at - d->start[low], d->end_of_text);
     pthread_mutex_unlock(&d->lock);
 }
 
-/* Gives a rank its tokens: row b of the micro-batch predicts tokens[1..T] from tokens[0..T-1]; tokens (B, T+1), weight
- * (B, T) or NULL for all ones. */
+/* Gives a rank its tokens: row b of the micro-batch predicts tokens[1..T] from tokens[0..T-1];
+ * tokens (B, T+1), weight (B, T) or NULL for all ones. */
 static void set_tokens(Rank *k, MicroBatch *mb, const int *tokens, const real *weight)
 {
     size_t N = k->B * k->T;
@@ -1749,8 +1902,8 @@ static void set_tokens(Rank *k, MicroBatch *mb, const int *tokens, const real *w
 static void stage_forward(Rank *k, MicroBatch *mb);
 static double sum_losses(const Rank *k, const MicroBatch *mb);
 
-/* Mean loss over the held-out samples, every one once, or over the first `batches` micro-batches of each data rank if
- * that is not 0. Called by all ranks, during training. */
+/* Mean loss over the held-out samples, every one once, or over the first `batches` micro-batches of
+ * each data rank if that is not 0. Called by all ranks, during training. */
 static double validation_loss(Rank *k, Dataset *held_out, size_t batches)
 {
     MicroBatch *mb = &k->flight[0];
@@ -1777,14 +1930,15 @@ static double validation_loss(Rank *k, Dataset *held_out, size_t batches)
     return sum / (double)(samples * T);
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 8. Recomputation [§4.2], stages, 1F1B (beyond the paper: arXiv 2104.04473 §2.2)
- * ============================================================================================================= */
+ * ============================================================================================== */
 
-/* ---- A rank's memory --------------------------------------------------------------------------------------------- */
+/* ---- A rank's memory ------------------------------------------------------------------------- */
 
 /* Fills in what follows from the shape of the model, the layout and the rank's number. */
-static void shape_rank(Rank *k, const Config *c, Layout s, int rank, size_t B, size_t T, int recompute)
+static void shape_rank(Rank *k, const Config *c, Layout s, int rank, size_t B, size_t T,
+                       int recompute)
 {
     size_t t = (size_t)s.tp, stage = (size_t)pp_rank(s, rank);
     k->config = *c, k->layout = s, k->B = B, k->T = T, k->recompute = recompute;
@@ -1813,9 +1967,10 @@ static void carve_saved(Saved *a, const Rank *k, Arena *arena)
     a->lse = (real *)carve(arena, N * k->Hp, sizeof(real));
 }
 
-/* The activations of all micro-batches in flight. With recomputation a layer keeps only its input, and all layers
- * share the rest: "activation checkpointing after every transformer layer" [§4.2]. flight has room for k->in_flight
- * entries with depth + 1 layers each. Without gradients (inference) there is nothing but the forward pass's part. */
+/* The activations of all micro-batches in flight. With recomputation a layer keeps only its input,
+ * and all layers share the rest: "activation checkpointing after every transformer layer" [§4.2].
+ * flight has room for k->in_flight entries with depth + 1 layers each. Without gradients
+ * (inference) there is nothing but the forward pass's part. */
 static void carve_activations(Rank *k, MicroBatch *flight, Arena *arena, int gradients)
 {
     size_t N = k->B * k->T, C = k->config.C;
@@ -1836,7 +1991,8 @@ static void carve_activations(Rank *k, MicroBatch *flight, Arena *arena, int gra
         mb->lnf = (act *)carve(arena, N * C, sizeof(act));
         mb->logits = (act *)carve(arena, N * k->Vp, sizeof(act));
         real **rows[] = {&mb->meanf, &mb->rstdf, &mb->max, &mb->sum, &mb->target_logit, &mb->loss};
-        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) *rows[r] = (real *)carve(arena, N, sizeof(real));
+        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
+            *rows[r] = (real *)carve(arena, N, sizeof(real));
     }
     if (!gradients) return;
     k->dx = (act *)carve(arena, N * C, sizeof(act));
@@ -1850,13 +2006,15 @@ static void carve_activations(Rank *k, MicroBatch *flight, Arena *arena, int gra
 /* 1F1B keeps at most p - i micro-batches in flight on stage i (from 0) [P57]. */
 static int flights(const Rank *k, size_t micro_batches)
 {
-    return (int)min_size((size_t)(k->layout.pp - pp_rank(k->layout, k->world.world_rank)), micro_batches);
+    return (int)min_size((size_t)(k->layout.pp - pp_rank(k->layout, k->world.world_rank)),
+                         micro_batches);
 }
 
 static MicroBatch *flight_create(const Rank *k)
 {
     MicroBatch *flight = (MicroBatch *)xcalloc((size_t)k->in_flight, sizeof *flight);
-    for (int i = 0; i < k->in_flight; i++) flight[i].layer = (Saved *)xcalloc(k->depth + 1, sizeof(Saved));
+    for (int i = 0; i < k->in_flight; i++)
+        flight[i].layer = (Saved *)xcalloc(k->depth + 1, sizeof(Saved));
     return flight;
 }
 
@@ -1866,10 +2024,11 @@ static void flight_free(const Rank *k, MicroBatch *flight)
     free(flight);
 }
 
-/* Bytes of activations of one rank: `plan` prints it, and rank_create allocates exactly so much for them. What else a
- * rank needs is small and not counted: working space of the operators, mailboxes, one micro-batch on the host. */
-static size_t activation_bytes(const Config *c, Layout s, int rank, size_t B, size_t T, int recompute,
-                               size_t micro_batches)
+/* Bytes of activations of one rank: `plan` prints it, and rank_create allocates exactly so much for
+ * them. What else a rank needs is small and not counted: working space of the operators, mailboxes,
+ * one micro-batch on the host. */
+static size_t activation_bytes(const Config *c, Layout s, int rank, size_t B, size_t T,
+                               int recompute, size_t micro_batches)
 {
     Rank k;
     Arena measure = {NULL, 0};
@@ -1887,14 +2046,16 @@ static size_t activation_bytes(const Config *c, Layout s, int rank, size_t B, si
 typedef struct {
     Config config;
     Layout layout;
-    size_t micro_batch, micro_batches; /* sequences in each; how many of them make a step on one data rank */
-    size_t seq;                        /* tokens in a sequence */
-    int training;                      /* with gradients and moments, and dropout */
+    size_t micro_batch,
+        micro_batches; /* sequences in each; how many of them make a step on one data rank */
+    size_t seq;        /* tokens in a sequence */
+    int training;      /* with gradients and moments, and dropout */
     int recompute;
     uint64_t seed;
 } RankOptions;
 
-/* A rank with all its memory: weights are zero (see init_params, load_slices). Every rank of the world calls it. */
+/* A rank with all its memory: weights are zero (see init_params, load_slices). Every rank of the
+ * world calls it. */
 static Rank *rank_create(Comm *world, const RankOptions *o)
 {
     Rank *k = (Rank *)xcalloc(1, sizeof *k);
@@ -1908,7 +2069,8 @@ static Rank *rank_create(Comm *world, const RankOptions *o)
     k->pp = comm_split(world, pp_color(s, rank), "pp");
     k->dp = comm_split(world, dp_color(s, rank), "dp");
     k->embedding = comm_split(world, embedding_color(s, rank), "embedding");
-    k->world.place = k->tp.place = k->pp.place = k->dp.place = k->embedding.place = set_place(k, "-", "", -1);
+    k->world.place = k->tp.place = k->pp.place = k->dp.place = k->embedding.place =
+        set_place(k, "-", "", -1);
 
     k->tensors = list_tensors(NULL, &k->elements, &k->config, s, rank);
     k->tensor = (Tensor *)xcalloc(k->tensors, sizeof *k->tensor);
@@ -1922,7 +2084,8 @@ static Rank *rank_create(Comm *world, const RankOptions *o)
         place_params(&k->g, k->gradients, k->tensor, k->tensors, k->first_layer);
         k->m = (real *)device_calloc(k->elements * sizeof(real));
         k->v = (real *)device_calloc(k->elements * sizeof(real));
-        if (sizeof(act) < sizeof(real)) k->master = (real *)device_calloc(k->elements * sizeof(real));
+        if (sizeof(act) < sizeof(real))
+            k->master = (real *)device_calloc(k->elements * sizeof(real));
     }
 
     Arena measure = {NULL, 0}, arena = {NULL, 0};
@@ -1937,8 +2100,8 @@ static Rank *rank_create(Comm *world, const RankOptions *o)
     return k;
 }
 
-/* The float weights behind narrower ones start as copies of these, as Megatron's do (code A fp16.py). Does nothing where
- * there are none. */
+/* The float weights behind narrower ones start as copies of these, as Megatron's do (code A
+ * fp16.py). Does nothing where there are none. */
 static void start_master(Rank *k)
 {
     for (size_t i = 0; k->master && i < k->tensors; i++) {
@@ -1954,15 +2117,17 @@ static void start_master(Rank *k)
 static void rank_free(Rank *k)
 {
     comm_free(&k->tp), comm_free(&k->pp), comm_free(&k->dp), comm_free(&k->embedding);
-    device_free(k->weights), device_free(k->gradients), device_free(k->m), device_free(k->v), device_free(k->master);
+    device_free(k->weights), device_free(k->gradients), device_free(k->m), device_free(k->v),
+        device_free(k->master);
     device_free(k->activations);
     flight_free(k, k->flight);
     free(k->w.layer), free(k->g.layer), free(k->tensor), free(k->host), free(k->host_ids), free(k);
 }
 
-/* ---- One micro-batch through one stage --------------------------------------------------------------------------- */
+/* ---- One micro-batch through one stage ------------------------------------------------------- */
 
-/* From tokens (first stage) or the previous stage's output to the next stage, or to the losses (last stage). */
+/* From tokens (first stage) or the previous stage's output to the next stage, or to the losses
+ * (last stage). */
 static void stage_forward(Rank *k, MicroBatch *mb)
 {
     size_t n = k->B * k->T * k->config.C;
@@ -1981,7 +2146,8 @@ static void stage_forward(Rank *k, MicroBatch *mb)
     }
 }
 
-/* The same way back. scale: what one unit of a target's loss counts in the step's loss, times the loss scale. */
+/* The same way back. scale: what one unit of a target's loss counts in the step's loss, times the
+ * loss scale. */
 static void stage_backward(Rank *k, MicroBatch *mb, real scale)
 {
     size_t n = k->B * k->T * k->config.C;
@@ -1990,7 +2156,8 @@ static void stage_backward(Rank *k, MicroBatch *mb, real scale)
     else recv(&k->pp, k->dx, n, ACT, k->pp.rank + 1);
 
     for (size_t l = k->depth; l-- > 0;) {
-        /* Recomputation runs the very same code and draws the same masks: gradients are equal bit for bit [P26]. */
+        /* Recomputation runs the very same code and draws the same masks: gradients are equal bit
+         * for bit [P26]. */
         if (k->recompute) block_forward(k, l, mb);
         block_backward(k, l, mb);
     }
@@ -2002,27 +2169,30 @@ static void stage_backward(Rank *k, MicroBatch *mb, real scale)
     }
 }
 
-/* ---- 1F1B -------------------------------------------------------------------------------------------------------- */
+/* ---- 1F1B ------------------------------------------------------------------------------------ */
 
-/* Sum over this rank's targets of weight * loss, in double; 0 on ranks that have no losses of their own. */
+/* Sum over this rank's targets of weight * loss, in double; 0 on ranks that have no losses of their
+ * own. */
 static double sum_losses(const Rank *k, const MicroBatch *mb)
 {
     size_t N = k->B * k->T;
     real *host = k->host;
     double sum = 0;
-    if (!k->last_stage || k->tp.rank > 0) return 0; /* tensor ranks hold equal copies: count them once */
+    if (!k->last_stage || k->tp.rank > 0)
+        return 0; /* tensor ranks hold equal copies: count them once */
     device_download(host, mb->loss, N * sizeof *host);
     device_download(host + N, mb->weight, N * sizeof *host);
     for (size_t n = 0; n < N; n++) sum += host[N + n] == 0 ? 0 : (double)host[n] * host[N + n];
     return sum;
 }
 
-/* All forward and backward passes of a step: m micro-batches, one forward, one backward, in turns, after a warm-up of
- * p - i - 1 forward passes on stage i. No stage then holds more than p - i micro-batches, and the bubble is that of
- * all forward then all backward, (p-1)/m of the ideal time [P56, P57; doc/pipeline.md draws it]. Each stage just
- * receives, works and sends; the blocking of recv makes the schedule. A place in k->flight is free again when its turn
- * comes: the micro-batch that had it, p - i earlier, has just finished its backward pass.
- * Returns the sum of this rank's weighted losses. */
+/* All forward and backward passes of a step: m micro-batches, one forward, one backward, in turns,
+ * after a warm-up of p - i - 1 forward passes on stage i. No stage then holds more than p - i
+ * micro-batches, and the bubble is that of all forward then all backward, (p-1)/m of the ideal time
+ * [P56, P57; doc/pipeline.md draws it]. Each stage just receives, works and sends; the blocking of
+ * recv makes the schedule. A place in k->flight is free again when its turn comes: the micro-batch
+ * that had it, p - i earlier, has just finished its backward pass. Returns the sum of this rank's
+ * weighted losses. */
 static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real scale)
 {
     size_t warmup = min_size((size_t)(k->pp.size - k->pp.rank - 1), m);
@@ -2034,18 +2204,20 @@ static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real sca
             feed(source, k, mb, started++);
             stage_forward(k, mb);
             loss += sum_losses(k, mb);
-            if ((int)(started - finished) > k->peak_in_flight) k->peak_in_flight = (int)(started - finished);
+            if ((int)(started - finished) > k->peak_in_flight)
+                k->peak_in_flight = (int)(started - finished);
         }
-        if (started > warmup || started == m) stage_backward(k, &k->flight[finished++ % (size_t)k->in_flight], scale);
+        if (started > warmup || started == m)
+            stage_backward(k, &k->flight[finished++ % (size_t)k->in_flight], scale);
     }
     return loss;
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 9. Evaluation [§5.2, App. E]
- * ============================================================================================================= */
+ * ============================================================================================== */
 
-/* ---- WikiText-103 [§5.2, App. E; code V tasks/zeroshot_gpt2] ----------------------------------------------------- */
+/* ---- WikiText-103 [§5.2, App. E; code V tasks/zeroshot_gpt2] --------------------------------- */
 
 /* T_o, what the paper's perplexity is normalised by: len(text.strip().split(" ")) [P51]. */
 static size_t wikitext_original_tokens(const char *text, size_t n)
@@ -2056,7 +2228,8 @@ static size_t wikitext_original_tokens(const char *text, size_t n)
     return count;
 }
 
-/* Both of these work in place, from left to right, and return the new length, which is not larger. */
+/* Both of these work in place, from left to right, and return the new length, which is not
+ * larger. */
 static size_t replace_all(char *text, size_t n, const char *from, const char *to)
 {
     size_t from_length = strlen(from), to_length = strlen(to), out = 0;
@@ -2068,7 +2241,8 @@ static size_t replace_all(char *text, size_t n, const char *from, const char *to
     return out;
 }
 
-/* "( a )" -> "(a)": from each opening sign to the next closing one, re.sub(r"\(\s*([^\)]*?)\s*\)", r"(\1)", text). */
+/* "( a )" -> "(a)": from each opening sign to the next closing one, re.sub(r"\(\s*([^\)]*?)\s*\)",
+ * r"(\1)", text). */
 static size_t strip_inside(char *text, size_t n, char opening, char closing)
 {
     size_t out = 0, i = 0;
@@ -2086,17 +2260,24 @@ static size_t strip_inside(char *text, size_t n, char opening, char closing)
     return out + n - i;
 }
 
-/* WikiText's tokens back into text, in place; returns the new length. The order matters: rules see what earlier ones
- * left. (Megatron's second rule, /' [0-9]/, has slashes that never match: it is left out.) */
+/* WikiText's tokens back into text, in place; returns the new length. The order matters: rules see
+ * what earlier ones left. (Megatron's second rule, /' [0-9]/, has slashes that never match: it is
+ * left out.) */
 static size_t wikitext_detokenise(char *text, size_t n)
 {
     static const char *const rules[][2] = {
-        {"s '", "s'"},       {" @-@ ", "-"},   {" @,@ ", ","}, {" @.@ ", "."},
-        {" : ", ": "},       {" ; ", "; "},    {" . ", ". "},  {" ! ", "! "},
-        {" ? ", "? "},       {" , ", ", "},    {"(", ")"},     {"[", "]"},
-        {"{", "}"},          {"\"", "\""},     {"'", "'"},                                 /* strip inside these */
-        {"= = = =", "===="}, {"= = =", "==="}, {"= =", "=="},  {" \xC2\xB0 ", "\xC2\xB0"}, /* degrees */
-        {" \n", "\n"},       {"\n ", "\n"},    {" N ", " 1 "}, {" 's", "'s"},
+        {"s '", "s'"},       {" @-@ ", "-"},
+        {" @,@ ", ","},      {" @.@ ", "."},
+        {" : ", ": "},       {" ; ", "; "},
+        {" . ", ". "},       {" ! ", "! "},
+        {" ? ", "? "},       {" , ", ", "},
+        {"(", ")"},          {"[", "]"},
+        {"{", "}"},          {"\"", "\""},
+        {"'", "'"}, /* strip inside these */
+        {"= = = =", "===="}, {"= = =", "==="},
+        {"= =", "=="},       {" \xC2\xB0 ", "\xC2\xB0"}, /* degrees */
+        {" \n", "\n"},       {"\n ", "\n"},
+        {" N ", " 1 "},      {" 's", "'s"},
     };
     for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++)
         if (!rules[i][0][1]) n = strip_inside(text, n, rules[i][0][0], rules[i][1][0]);
@@ -2104,24 +2285,29 @@ static size_t wikitext_detokenise(char *text, size_t n)
     return n;
 }
 
-/* Window i of T tokens begins at token overlap * i. Window 0 scores all its targets; a later one only the last
- * `overlap`, each of which has at least T - overlap tokens before it. The count is Megatron's: it takes the first
- * window to score `overlap` targets, not T, so that the last windows have none to score [P52]. 0 < overlap <= T. */
-static size_t window_count(size_t targets, size_t overlap) { return targets ? (targets - 1) / overlap + 1 : 1; }
+/* Window i of T tokens begins at token overlap * i. Window 0 scores all its targets; a later one
+ * only the last `overlap`, each of which has at least T - overlap tokens before it. The count is
+ * Megatron's: it takes the first window to score `overlap` targets, not T, so that the last windows
+ * have none to score [P52]. 0 < overlap <= T. */
+static size_t window_count(size_t targets, size_t overlap)
+{
+    return targets ? (targets - 1) / overlap + 1 : 1;
+}
 
-/* tokens (T + 1), weight (T) of window i over a text of n tokens: target t is tokens[t + 1], and counts weight[t].
- * Behind the text stands pad. */
-static void window_fill(int *tokens, real *weight, const int *text, size_t n, size_t i, size_t T, size_t overlap,
-                        int pad)
+/* tokens (T + 1), weight (T) of window i over a text of n tokens: target t is tokens[t + 1], and
+ * counts weight[t]. Behind the text stands pad. */
+static void window_fill(int *tokens, real *weight, const int *text, size_t n, size_t i, size_t T,
+                        size_t overlap, int pad)
 {
     size_t start = i * overlap, left = start < n ? n - start : 0;
     for (size_t t = 0; t <= T; t++) tokens[t] = t < left ? text[start + t] : pad;
     for (size_t t = 0; t < T; t++) weight[t] = t + 1 < left && (i == 0 || t >= T - overlap) ? 1 : 0;
 }
 
-/* ---- LAMBADA [§5.2; code V, --strict-lambada] -------------------------------------------------------------------- */
+/* ---- LAMBADA [§5.2; code V, --strict-lambada] ------------------------------------------------ */
 
-/* The last word is to be predicted from the text before it: right if all of its tokens are the most probable ones. */
+/* The last word is to be predicted from the text before it: right if all of its tokens are the most
+ * probable ones. */
 typedef struct {
     size_t first, context, label; /* tokens[first ..]: the context's, then the last word's */
 } LambadaExample;
@@ -2132,7 +2318,8 @@ typedef struct {
     size_t n, capacity;
 } Lambada;
 
-static void lambada_add(Lambada *l, const Tokenizer *t, const char *text, size_t n, const char *what)
+static void lambada_add(Lambada *l, const Tokenizer *t, const char *text, size_t n,
+                        const char *what)
 {
     LambadaExample e = {l->tokens.n, 0, 0};
     text = strip(text, &n);
@@ -2140,7 +2327,9 @@ static void lambada_add(Lambada *l, const Tokenizer *t, const char *text, size_t
     while (word > 0 && !space_before(text, word)) word--;
     context = word;
     strip(text, &context);
-    if (!context) die("%s: the text needs two words at least: the last is predicted from those before it", what);
+    if (!context)
+        die("%s: the text needs two words at least: the last is predicted from those before it",
+            what);
     char *label = (char *)xcalloc(n - word + 1, 1); /* " word" */
     label[0] = ' ';
     memcpy(label + 1, text + word, n - word);
@@ -2153,7 +2342,8 @@ static void lambada_add(Lambada *l, const Tokenizer *t, const char *text, size_t
     l->example[l->n++] = e;
 }
 
-/* tokens (T + 1), weight (T) of example i, as window_fill(). Of one that is longer than T + 1 the end counts. */
+/* tokens (T + 1), weight (T) of example i, as window_fill(). Of one that is longer than T + 1 the
+ * end counts. */
 static void lambada_fill(int *tokens, real *weight, const Lambada *l, size_t i, size_t T, int pad)
 {
     LambadaExample e = l->example[i];
@@ -2162,7 +2352,7 @@ static void lambada_fill(int *tokens, real *weight, const Lambada *l, size_t i, 
     for (size_t t = 0; t < T; t++) weight[t] = cut + t + 1 >= e.context && cut + t + 1 < n ? 1 : 0;
 }
 
-/* ---- Scores [§5.2, App. E] --------------------------------------------------------------------------------------- */
+/* ---- Scores [§5.2, App. E] ------------------------------------------------------------------- */
 
 typedef struct {
     double loss; /* mean over the targets, nats */
@@ -2172,9 +2362,11 @@ typedef struct {
 /* exp(loss) [App. E eq.4], with Megatron's cap on the exponent. */
 static double perplexity(double loss) { return exp(fmin(loss, 20)); }
 
-/* Loss of a text in overlapping windows: each target is scored once, with as much context as there is, but at least
- * T - overlap tokens [App. E, P52]. Runs the first `limit` windows. Tensor ranks only; all call it. */
-static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit, int pad, Meter *meter)
+/* Loss of a text in overlapping windows: each target is scored once, with as much context as there
+ * is, but at least T - overlap tokens [App. E, P52]. Runs the first `limit` windows. Tensor ranks
+ * only; all call it. */
+static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit, int pad,
+                       Meter *meter)
 {
     MicroBatch *mb = &k->flight[0];
     size_t B = k->B, T = k->T, windows = window_count(text->n - 1, overlap);
@@ -2187,7 +2379,8 @@ static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit
         size_t scored = 0;
         for (size_t b = 0; b < B; b++) {
             real *w = weight + b * T;
-            window_fill(tokens + b * (T + 1), w, text->id, text->n, min_size(first + b, windows - 1), T, overlap, pad);
+            window_fill(tokens + b * (T + 1), w, text->id, text->n,
+                        min_size(first + b, windows - 1), T, overlap, pad);
             for (size_t t = 0; t < T; t++) scored += w[t] = first + b < windows ? w[t] : 0;
         }
         if (scored) { /* Megatron's last windows have nothing left to score */
@@ -2197,7 +2390,8 @@ static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit
         }
         score.targets += scored;
         if (meter && k->world.rank == 0)
-            meter_show(meter, min_size(first + B, windows), "loss", sum / (double)max_size(score.targets, 1));
+            meter_show(meter, min_size(first + B, windows), "loss",
+                       sum / (double)max_size(score.targets, 1));
     }
     free(tokens), free(weight);
     all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM);
@@ -2205,18 +2399,21 @@ static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit
     return score;
 }
 
-/* id[i] = the most probable token after row row[i] of the micro-batch: each tensor rank finds the best of its own
- * tokens, and all compare. Of equal ones the first counts, as with argmax. Tensor ranks only; all call it. */
+/* id[i] = the most probable token after row row[i] of the micro-batch: each tensor rank finds the
+ * best of its own tokens, and all compare. Of equal ones the first counts, as with argmax. Tensor
+ * ranks only; all call it. */
 static void most_probable(Rank *k, const MicroBatch *mb, const size_t *row, size_t n, int *id)
 {
     size_t Vp = k->Vp, t = (size_t)k->tp.size;
     real *logits = (real *)xcalloc(Vp, sizeof *logits);
-    double *mine = (double *)xcalloc(2 * n, sizeof *mine), *all = (double *)xcalloc(2 * n * t, sizeof *all);
+    double *mine = (double *)xcalloc(2 * n, sizeof *mine),
+           *all = (double *)xcalloc(2 * n * t, sizeof *all);
     for (size_t i = 0; i < n; i++) {
         act_download(logits, mb->logits + row[i] * Vp, Vp);
         mine[2 * i] = -INFINITY;
         for (size_t v = 0; v < k->valid; v++)
-            if (logits[v] > mine[2 * i]) mine[2 * i] = logits[v], mine[2 * i + 1] = (double)(k->v0 + v);
+            if (logits[v] > mine[2 * i])
+                mine[2 * i] = logits[v], mine[2 * i + 1] = (double)(k->v0 + v);
     }
     all_gather(&k->tp, all, mine, 2 * n, DOUBLE_ARRAY);
     for (size_t i = 0; i < n; i++) {
@@ -2229,27 +2426,32 @@ static void most_probable(Rank *k, const MicroBatch *mb, const size_t *row, size
 }
 
 typedef struct {
-    size_t examples, correct, last_correct; /* all tokens of the last word right; its last token right */
+    size_t examples, correct,
+        last_correct; /* all tokens of the last word right; its last token right */
 } Accuracy;
 
-/* LAMBADA: is every token of the last word the most probable one, given the true tokens before it [§5.2]? Runs the
- * first `limit` examples. Tensor ranks only; all call it. */
+/* LAMBADA: is every token of the last word the most probable one, given the true tokens before it
+ * [§5.2]? Runs the first `limit` examples. Tensor ranks only; all call it. */
 static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pad, Meter *meter)
 {
     MicroBatch *mb = &k->flight[0];
     size_t B = k->B, T = k->T, examples = min_size(l->n, limit);
-    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens), *best = (int *)xcalloc(B * T, sizeof *best);
+    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens),
+        *best = (int *)xcalloc(B * T, sizeof *best);
     real *weight = (real *)xcalloc(B * T, sizeof *weight);
     size_t *row = (size_t *)xcalloc(B * T, sizeof *row);
     Accuracy a = {0, 0, 0};
     for (size_t first = 0; first < examples; first += B) {
         size_t longest = 1, n = 0;
         for (size_t b = 0; b < B && first + b < examples; b++)
-            longest = max_size(longest, l->example[first + b].context + l->example[first + b].label - 1);
-        k->T = min_size(longest, T); /* no need to compute the padding of the longest example of all */
+            longest =
+                max_size(longest, l->example[first + b].context + l->example[first + b].label - 1);
+        k->T =
+            min_size(longest, T); /* no need to compute the padding of the longest example of all */
         memset(weight, 0, B * T * sizeof *weight);
         for (size_t b = 0; b < B; b++)
-            lambada_fill(tokens + b * (k->T + 1), weight + b * k->T, l, min_size(first + b, examples - 1), k->T, pad);
+            lambada_fill(tokens + b * (k->T + 1), weight + b * k->T, l,
+                         min_size(first + b, examples - 1), k->T, pad);
         set_tokens(k, mb, tokens, weight);
         stage_forward(k, mb);
         for (size_t i = 0; i < B * k->T; i++)
@@ -2267,20 +2469,22 @@ static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pa
         }
         k->T = T;
         if (meter && k->world.rank == 0)
-            meter_show(meter, min_size(first + B, examples), "accuracy", (double)a.correct / (double)a.examples);
+            meter_show(meter, min_size(first + B, examples), "accuracy",
+                       (double)a.correct / (double)a.examples);
     }
     free(tokens), free(best), free(weight), free(row);
     return a;
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 10. Generation [App. C]
- * ============================================================================================================= */
+ * ============================================================================================== */
 
 typedef struct {
     double temperature; /* 0: always the most probable token */
     size_t top_k;       /* draw from the k most probable tokens only; 0: from all */
-    double top_p;       /* draw from the most probable tokens that make up this probability; 1: from all */
+    double
+        top_p; /* draw from the most probable tokens that make up this probability; 1: from all */
     uint64_t seed;
 } Sampler;
 
@@ -2303,9 +2507,9 @@ static void sift_down(Candidate *heap, size_t n, size_t i)
     }
 }
 
-/* The next token from its logits (V): softmax(z / temperature), cut by top-k and then top-p. A heap yields the tokens in
- * order of probability, so that only those that are kept get sorted. Token number `index` of a text draws its own
- * random number, whatever came before. heap: (V) scratch. */
+/* The next token from its logits (V): softmax(z / temperature), cut by top-k and then top-p. A heap
+ * yields the tokens in order of probability, so that only those that are kept get sorted. Token
+ * number `index` of a text draws its own random number, whatever came before. heap: (V) scratch. */
 static int sample_token(const real *z, size_t V, const Sampler *s, size_t index, Candidate *heap)
 {
     size_t best = 0, kept = 0, left = V;
@@ -2319,7 +2523,8 @@ static int sample_token(const real *z, size_t V, const Sampler *s, size_t index,
     if ((s->top_k == 0 || s->top_k >= V) && s->top_p >= 1) mass = total, kept = V;
     else {
         for (size_t i = V / 2; i-- > 0;) sift_down(heap, V, i);
-        while (kept < V && (kept == 0 || ((s->top_k == 0 || kept < s->top_k) && mass < s->top_p * total))) {
+        while (kept < V &&
+               (kept == 0 || ((s->top_k == 0 || kept < s->top_k) && mass < s->top_p * total))) {
             Candidate top = heap[0];
             heap[0] = heap[--left];
             sift_down(heap, left, 0);
@@ -2346,7 +2551,8 @@ static Generator *generator_create(Rank *k)
     Generator *g = (Generator *)xcalloc(1, sizeof *g);
     size_t all = (size_t)k->tp.size * k->Vp;
     g->k = k;
-    g->cache.k = (act **)xcalloc(k->depth, sizeof(act *)), g->cache.v = (act **)xcalloc(k->depth, sizeof(act *));
+    g->cache.k = (act **)xcalloc(k->depth, sizeof(act *)),
+    g->cache.v = (act **)xcalloc(k->depth, sizeof(act *));
     for (size_t l = 0; l < k->depth; l++) {
         g->cache.k[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
         g->cache.v[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
@@ -2366,9 +2572,9 @@ static void generator_free(Generator *g)
     free(g->cache.k), free(g->cache.v), free(g->logits), free(g->heap), free(g);
 }
 
-/* Reads n more tokens at positions past .. past+n-1 and leaves the logits of the token that follows in g->logits, on
- * all tensor ranks. A prompt comes as one batch; then one token at a time: its keys and values join the cache, so
- * nothing is computed twice. */
+/* Reads n more tokens at positions past .. past+n-1 and leaves the logits of the token that follows
+ * in g->logits, on all tensor ranks. A prompt comes as one batch; then one token at a time: its
+ * keys and values join the cache, so nothing is computed twice. */
 static void generator_read(Generator *g, const int *tokens, size_t n)
 {
     Rank *k = g->k;
@@ -2385,9 +2591,10 @@ static void generator_read(Generator *g, const int *tokens, size_t n)
     k->T = T;
 }
 
-/* Appends up to `count` tokens to text, and calls emit for each; ends early at end_of_text, which is appended but not
- * emitted. Every tensor rank calls it, and draws the same tokens. Of a longer prompt the last P tokens count. When all P
- * positions are full, the last P/2 tokens are read again from position 0: learned positions allow no sliding. */
+/* Appends up to `count` tokens to text, and calls emit for each; ends early at end_of_text, which
+ * is appended but not emitted. Every tensor rank calls it, and draws the same tokens. Of a longer
+ * prompt the last P tokens count. When all P positions are full, the last P/2 tokens are read again
+ * from position 0: learned positions allow no sliding. */
 static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s, int end_of_text,
                      void (*emit)(void *arg, int id), void *arg)
 {
@@ -2406,17 +2613,17 @@ static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s,
     }
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  *
  * PART II. THE MACHINE
  *
- * ============================================================================================================= */
+ * ============================================================================================== */
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 11. Products, vector loops, memory
- * ============================================================================================================= */
+ * ============================================================================================== */
 
-/* ---- The machine ------------------------------------------------------------------------------------------------- */
+/* ---- The machine ----------------------------------------------------------------------------- */
 
 /* Cores that this process may use. */
 static int cores(void)
@@ -2439,17 +2646,19 @@ static int openmp_threads(void)
 #endif
 }
 
-/* ---- Vector loops ------------------------------------------------------------------------------------------------- */
+/* ---- Vector loops ---------------------------------------------------------------------------- */
 
-/* e^x in a form that compilers vectorise: e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2, and for e^r a
- * polynomial that is within 0.06 ulp of it. Error: at most 1.02 ulp, for all floats. 0 below -86.5 (e^x < 2^-124);
- * inf above 88.72283, where floats end; NaN stays NaN. Adding 1.5 * 2^23 leaves n in the sum's low bits. 2^(n-1)
- * times a doubled polynomial reaches the last binade, where 2^n alone would not exist. */
+/* e^x in a form that compilers vectorise: e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2, and
+ * for e^r a polynomial that is within 0.06 ulp of it. Error: at most 1.02 ulp, for all floats. 0
+ * below -86.5 (e^x < 2^-124); inf above 88.72283, where floats end; NaN stays NaN. Adding 1.5 *
+ * 2^23 leaves n in the sum's low bits. 2^(n-1) times a doubled polynomial reaches the last binade,
+ * where 2^n alone would not exist. */
 static inline HOST_DEVICE real exponential(real x)
 {
     if (sizeof x != sizeof(float)) return (real)exp(x);
     float f = (float)x, shifted = f * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, scale;
-    float r = (f - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: n * the first is exact */
+    float r =
+        (f - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: n * the first is exact */
     float q = 0.001381446547f;
     q = q * r + 0.008368780424f;
     q = q * r + 0.04166839425f;
@@ -2465,7 +2674,8 @@ static inline HOST_DEVICE real exponential(real x)
 
 #ifndef OTHER_OPERATORS
 
-/* The largest of top and x (n); NaNs are passed over. Lane by lane: not every compiler reorders a maximum. */
+/* The largest of top and x (n); NaNs are passed over. Lane by lane: not every compiler reorders a
+ * maximum. */
 static real largest(const real *x, size_t n, real top)
 {
     enum { SIDE = 32 };
@@ -2479,8 +2689,9 @@ static real largest(const real *x, size_t n, real top)
     return top;
 }
 
-/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on blocks side by side, round by round,
- * so that it vectorises. Ones, and no numbers drawn, where there is no dropout. */
+/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on blocks side by
+ * side, round by round, so that it vectorises. Ones, and no numbers drawn, where there is no
+ * dropout. */
 static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n)
 {
     enum { SIDE = 32 }; /* blocks, of four words each */
@@ -2495,12 +2706,14 @@ static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n)
         uint32_t c[4][SIDE];
         real factor[4 * SIDE];
         for (int i = 0; i < SIDE; i++) {
-            c[0][i] = (uint32_t)(block + (uint64_t)i), c[1][i] = (uint32_t)((block + (uint64_t)i) >> 32);
+            c[0][i] = (uint32_t)(block + (uint64_t)i),
+            c[1][i] = (uint32_t)((block + (uint64_t)i) >> 32);
             c[2][i] = d.site, c[3][i] = d.step;
         }
         for (uint32_t round = 0; round < 10; round++)
 #pragma omp simd
-            for (int i = 0; i < SIDE; i++) philox_round(&c[0][i], &c[1][i], &c[2][i], &c[3][i], d.seed, round);
+            for (int i = 0; i < SIDE; i++)
+                philox_round(&c[0][i], &c[1][i], &c[2][i], &c[3][i], d.seed, round);
         for (int i = 0; i < SIDE; i++)
             for (int j = 0; j < 4; j++) factor[4 * i + j] = c[j][i] >= threshold ? scale : 0;
         size_t count = min_size(n, 4 * SIDE - skip);
@@ -2509,8 +2722,9 @@ static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n)
     }
 }
 
-/* The loop of all_reduce: elements [begin, begin+n) of all P arrays become op over the P arrays, in rank order. A NaN
- * wins every MAX. type is ACT or REAL_ARRAY, which only the twin must tell apart. */
+/* The loop of all_reduce: elements [begin, begin+n) of all P arrays become op over the P arrays, in
+ * rank order. A NaN wins every MAX. type is ACT or REAL_ARRAY, which only the twin must tell
+ * apart. */
 static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op)
 {
     enum { RUN = 1024 }; /* elements that stay in L1 while the ranks' arrays pass by */
@@ -2524,15 +2738,18 @@ static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type typ
             const real *a = (real *)x[r] + i0;
 #pragma omp simd
             for (size_t i = 0; i < count; i++)
-                total[i] = op == SUM ? total[i] + a[i] : a[i] > total[i] || a[i] != a[i] ? a[i] : total[i];
+                total[i] = op == SUM                         ? total[i] + a[i]
+                           : a[i] > total[i] || a[i] != a[i] ? a[i]
+                                                             : total[i];
         }
         for (int r = 0; r < P; r++) memcpy((real *)x[r] + i0, total, count * sizeof *total);
     }
 }
 
-/* ---- Memory ------------------------------------------------------------------------------------------------------ */
+/* ---- Memory ---------------------------------------------------------------------------------- */
 
-/* Zeroed, 64-byte aligned; dies when there is none. Large arrays ask for pages of 2 MB: fewer misses of the TLB. */
+/* Zeroed, 64-byte aligned; dies when there is none. Large arrays ask for pages of 2 MB: fewer
+ * misses of the TLB. */
 static void *device_calloc(size_t bytes)
 {
     const size_t huge = (size_t)2 << 20, align = bytes < huge ? 64 : huge;
@@ -2545,11 +2762,20 @@ static void *device_calloc(size_t bytes)
 }
 
 static void device_free(void *p) { free(p); }
-static const char *device_kind(void) { return "cores"; } /* what ranks share, for messages; how many, and bytes of memory in all */
+static const char *device_kind(void)
+{
+    return "cores";
+} /* what ranks share, for messages; how many, and bytes of memory in all */
 static int device_count(void) { return cores(); }
-static double device_memory(void) { return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE); }
-static void device_select(int rank, int ranks) { (void)rank, (void)ranks; } /* the twin: which GPU is this rank's */
-static void device_synchronize(void) {}                                     /* the twin: wait for this rank's stream */
+static double device_memory(void)
+{
+    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+}
+static void device_select(int rank, int ranks)
+{
+    (void)rank, (void)ranks;
+} /* the twin: which GPU is this rank's */
+static void device_synchronize(void) {} /* the twin: wait for this rank's stream */
 static void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 static void device_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
 static void device_upload(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
@@ -2565,10 +2791,11 @@ static real *scratch(size_t n)
     return (real *)p;
 }
 
-/* ---- Matrix product ---------------------------------------------------------------------------------------------- */
+/* ---- Matrix product -------------------------------------------------------------------------- */
 
-/* C (M,N) = A (M,K) B (K,N), four fifths of all time. One product serves X W', dY W and dY' X, because A and B are
- * read through a (row, column) stride; N is C's columns here, not B*T. It makes C in tiles of 6 rows x TILE_VECS vectors:
+/* C (M,N) = A (M,K) B (K,N), four fifths of all time. One product serves X W', dY W and dY' X,
+ * because A and B are read through a (row, column) stride; N is C's columns here, not B*T. It makes
+ * C in tiles of 6 rows x TILE_VECS vectors:
  *
  *                   TILE_COLS              in registers  the tile of C, and one row of B's panel at a time
  *              B   +--+==+--+--+           in L1, L2     a K_BLOCK x TILE_COLS panel of B (24 KB with AVX2, 96 KB with
@@ -2580,9 +2807,10 @@ static real *scratch(size_t n)
  *      +========+  +--+--+--+--+           makes 6 * TILE_VECS multiply-adds of vectors: the arithmetic units never
  *      |        |  |  |  |  |  |           wait for the loads.
  *
- * Strips and panels are packed: copied so that the tile's loop reads them in order, whatever their strides. Each thread
- * makes a rectangle of C of its own, from copies of its own: nobody waits for anybody before the end, and a sum over k
- * has one order, whoever makes it; `dot`, for C of less than 4 rows, has another. doc/matmul.md gets here step by step. */
+ * Strips and panels are packed: copied so that the tile's loop reads them in order, whatever their
+ * strides. Each thread makes a rectangle of C of its own, from copies of its own: nobody waits for
+ * anybody before the end, and a sum over k has one order, whoever makes it; `dot`, for C of less
+ * than 4 rows, has another. doc/matmul.md gets here step by step. */
 
 #if defined __AVX512F__
 enum { VEC_BYTES = 64, TILE_VECS = 4 };
@@ -2594,7 +2822,8 @@ enum { VEC_BYTES = 16, TILE_VECS = 4 };
 enum { VEC_BYTES = 16, TILE_VECS = 2 };
 #endif
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
-typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias)); /* any address */
+typedef real loose_vec
+    __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias)); /* any address */
 
 enum {
     LANES = VEC_BYTES / sizeof(real),
@@ -2604,21 +2833,27 @@ enum {
     K_BLOCK = 384,
     ROW_BLOCK = 1152, /* so that 1,024 rows need one copy of B */
 };
-static_assert(K_BLOCK % K_RUN == 0 && ROW_BLOCK % TILE_ROWS == 0 && TILE_ROWS % 2 == 0, "pack and product rely on it");
+static_assert(K_BLOCK % K_RUN == 0 && ROW_BLOCK % TILE_ROWS == 0 && TILE_ROWS % 2 == 0,
+              "pack and product rely on it");
 
-static_assert(QUERIES % TILE_ROWS == 0 && KEYS % TILE_ROWS == 0, "strips has no room for a strip that is not full");
+static_assert(QUERIES % TILE_ROWS == 0 && KEYS % TILE_ROWS == 0,
+              "strips has no room for a strip that is not full");
 static_assert((int)KEYS == (int)K_BLOCK, "strips suffices for any D");
 
-static inline Mat from_element(Mat m, size_t i, size_t j) /* the part of m from row i and column j on */
+static inline Mat from_element(Mat m, size_t i,
+                               size_t j) /* the part of m from row i and column j on */
 {
     return (Mat){m.p + i * m.row + j * m.col, m.row, m.col};
 }
 
-/* out (ceil(n/width), K, width) = from (n,K) in strips of width rows, each transposed, the last filled up with zeros.
- * Two rows at a time: compilers store pairs. width, which is even, is a constant where this is inlined. */
-static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n, const size_t width, size_t K)
+/* out (ceil(n/width), K, width) = from (n,K) in strips of width rows, each transposed, the last
+ * filled up with zeros. Two rows at a time: compilers store pairs. width, which is even, is a
+ * constant where this is inlined. */
+static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n,
+                                                       const size_t width, size_t K)
 {
-    /* Steps of k before the next strip. 16, where that strip reads on in the lines of cache that this one began. */
+    /* Steps of k before the next strip. 16, where that strip reads on in the lines of cache that
+     * this one began. */
     const size_t stretch = from.col == 1 ? K : (size_t)K_RUN;
     for (size_t k0 = 0; k0 < K; k0 += stretch)
         for (size_t i = 0; i < n; i += width)
@@ -2631,11 +2866,13 @@ static inline __attribute__((always_inline)) void pack(real *out, Mat from, size
                     for (size_t r = 0; r < width; r += 2) {
                         const real *x = m.p + r * m.row, *y = x + m.row;
                         __builtin_prefetch(x + 2 * K_RUN), __builtin_prefetch(y + 2 * K_RUN);
-                        for (size_t c = 0; c < K_RUN; c++) to[c * width + r] = x[c], to[c * width + r + 1] = y[c];
+                        for (size_t c = 0; c < K_RUN; c++)
+                            to[c * width + r] = x[c], to[c * width + r + 1] = y[c];
                     }
                 else if (whole && m.row == 1)
                     for (size_t c = 0; c < K_RUN; c++) {
-                        __builtin_prefetch(m.p + c * m.col + 2 * K_RUN); /* of use to A only: for its next strips */
+                        __builtin_prefetch(m.p + c * m.col +
+                                           2 * K_RUN); /* of use to A only: for its next strips */
                         memcpy(to + c * width, m.p + c * m.col, width * sizeof *to);
                     }
                 else
@@ -2645,11 +2882,14 @@ static inline __attribute__((always_inline)) void pack(real *out, Mat from, size
             }
 }
 
-/* The epilogue on rows x cols elements of C, whose rows are c_row apart; the first is element `at` of C, in column `col`.
- * Both GeLUs have loops of their own, because only the tanh form vectorises: the other calls libm. */
-static void finish(act *c, size_t c_row, size_t at, size_t col, size_t rows, size_t cols, const Epilogue *e)
+/* The epilogue on rows x cols elements of C, whose rows are c_row apart; the first is element `at`
+ * of C, in column `col`. Both GeLUs have loops of their own, because only the tanh form vectorises:
+ * the other calls libm. */
+static void finish(act *c, size_t c_row, size_t at, size_t col, size_t rows, size_t cols,
+                   const Epilogue *e)
 {
-    const int forward = e->kind == BIAS_GELU, backward = e->kind == GELU_SLOPE, erf_form = e->gelu == GELU_ERF;
+    const int forward = e->kind == BIAS_GELU, backward = e->kind == GELU_SLOPE,
+              erf_form = e->gelu == GELU_ERF;
     for (size_t i = 0; i < rows; i++, at += c_row) {
         act *x = c + at, *pre = e->pre ? e->pre + at : NULL;
         if (e->bias)
@@ -2669,10 +2909,12 @@ static void finish(act *c, size_t c_row, size_t at, size_t col, size_t rows, siz
     }
 }
 
-/* c (m,n) [+]= strip' panel, strip (K,6), panel (K,TILE_COLS). n fits in vecs vectors, a constant where this is
- * inlined; a tile of less than 6 rows, or not as wide as vecs vectors, goes through `edge`. */
-static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act *c, size_t c_row, size_t m, size_t n,
-                                                          const real *strip, const real *panel, size_t K, int add)
+/* c (m,n) [+]= strip' panel, strip (K,6), panel (K,TILE_COLS). n fits in vecs vectors, a constant
+ * where this is inlined; a tile of less than 6 rows, or not as wide as vecs vectors, goes through
+ * `edge`. */
+static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act *c, size_t c_row,
+                                                          size_t m, size_t n, const real *strip,
+                                                          const real *panel, size_t K, int add)
 {
     vec t[TILE_ROWS][TILE_VECS] = {{{0}}};
     for (size_t i = 0; i < m; i++)
@@ -2680,7 +2922,8 @@ static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act
 #pragma GCC unroll 8 /* gcc leaves it to us: 4% */
     for (size_t k = 0; k < K; k++, strip += TILE_ROWS, panel += TILE_COLS)
         for (size_t i = 0; i < TILE_ROWS; i++)
-            for (size_t j = 0; j < vecs; j++) t[i][j] += strip[i] * *(const vec *)(panel + j * LANES);
+            for (size_t j = 0; j < vecs; j++)
+                t[i][j] += strip[i] * *(const vec *)(panel + j * LANES);
     const int whole = m == TILE_ROWS && n == vecs * LANES;
     const size_t row = whole ? c_row : (size_t)TILE_COLS;
     real edge[TILE_ROWS * TILE_COLS], *to = whole ? c : edge;
@@ -2690,13 +2933,14 @@ static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act
             *(loose_vec *)(to + j * LANES) = t[i][j];
         }
     for (size_t i = 0; i < m && !whole; i++)
-        for (size_t j = 0; j < n; j++) c[i * c_row + j] = edge[i * TILE_COLS + j] + (add ? c[i * c_row + j] : 0);
+        for (size_t j = 0; j < n; j++)
+            c[i * c_row + j] = edge[i * TILE_COLS + j] + (add ? c[i * c_row + j] : 0);
 }
 
-/* Tiles of 2, 3 and 4 vectors where TILE_VECS is 4, of 1 and 2 where it is 2. Not inlined: its loops need all registers,
- * and gcc spills sums where other loops are about. */
-static __attribute__((noinline)) void tile(act *c, size_t c_row, size_t m, size_t n, const real *strip,
-                                           const real *panel, size_t K, int add)
+/* Tiles of 2, 3 and 4 vectors where TILE_VECS is 4, of 1 and 2 where it is 2. Not inlined: its
+ * loops need all registers, and gcc spills sums where other loops are about. */
+static __attribute__((noinline)) void tile(act *c, size_t c_row, size_t m, size_t n,
+                                           const real *strip, const real *panel, size_t K, int add)
 {
     const size_t vecs = ceil_div(n, LANES);
     if (vecs <= TILE_VECS / 2) tile_of(TILE_VECS / 2, c, c_row, m, n, strip, panel, K, add);
@@ -2704,12 +2948,14 @@ static __attribute__((noinline)) void tile(act *c, size_t c_row, size_t m, size_
     else tile_of(TILE_VECS, c, c_row, m, n, strip, panel, K, add);
 }
 
-/* Rows i0 .. i1-1 and columns j0 .. j1-1 of c, whose rows are c_row apart, [+]= a (.,K) b (K,.), and e, which may be
- * NULL. strips: room for min(ROW_BLOCK, i1 - i0) rows, rounded up to whole strips, of min(K_BLOCK, K) numbers. K > 0. */
-static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1, size_t K, int add,
-                    const Epilogue *e, real *strips)
+/* Rows i0 .. i1-1 and columns j0 .. j1-1 of c, whose rows are c_row apart, [+]= a (.,K) b (K,.),
+ * and e, which may be NULL. strips: room for min(ROW_BLOCK, i1 - i0) rows, rounded up to whole
+ * strips, of min(K_BLOCK, K) numbers. K > 0. */
+static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1,
+                    size_t K, int add, const Epilogue *e, real *strips)
 {
-    const size_t block = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), K_RUN); /* of k: all about equal */
+    const size_t block =
+        round_up(ceil_div(K, ceil_div(K, K_BLOCK)), K_RUN); /* of k: all about equal */
     real panel[K_BLOCK * TILE_COLS] __attribute__((aligned(64)));
     for (; i0 < i1 && j0 < j1; i0 += ROW_BLOCK)
         for (size_t k0 = 0; k0 < K; k0 += block) {
@@ -2718,12 +2964,15 @@ static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, si
             pack(strips, from_element(a, i0, k0), end - i0, TILE_ROWS, depth);
             for (size_t j = j0; j < j1; j += TILE_COLS) {
                 const size_t n = min_size(TILE_COLS, j1 - j);
-                pack(panel, from_element((Mat){b.p, b.col, b.row}, j, k0), n, TILE_COLS, depth); /* B' */
+                pack(panel, from_element((Mat){b.p, b.col, b.row}, j, k0), n, TILE_COLS,
+                     depth); /* B' */
                 for (size_t i = i0; i < end; i += TILE_ROWS) {
                     const size_t m = min_size(TILE_ROWS, end - i), at = i * c_row + j;
                     for (size_t r = 0; r < m && last && e->pre; r++)
-                        for (size_t q = 0; q < n; q += LANES) __builtin_prefetch(e->pre + at + r * c_row + q);
-                    tile(c + at, c_row, m, n, strips + (i - i0) * depth, panel, depth, add || k0 > 0);
+                        for (size_t q = 0; q < n; q += LANES)
+                            __builtin_prefetch(e->pre + at + r * c_row + q);
+                    tile(c + at, c_row, m, n, strips + (i - i0) * depth, panel, depth,
+                         add || k0 > 0);
                     if (last) finish(c, c_row, at, j, m, n, e);
                 }
             }
@@ -2733,14 +2982,18 @@ static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, si
 /* a' b for vectors of n numbers. */
 static real dot(const real *a, const real *b, size_t n)
 {
-    enum { CHAINS = 4, AHEAD = 2048 }; /* independent sums hide the adder's latency; prefetchers stop where pages end */
+    enum {
+        CHAINS = 4,
+        AHEAD = 2048
+    }; /* independent sums hide the adder's latency; prefetchers stop where pages end */
     vec s[CHAINS] = {{0}};
     real sum = 0;
     size_t i = 0;
     for (; i + CHAINS * LANES <= n; i += CHAINS * LANES)
         for (int j = 0; j < CHAINS; j++) {
             __builtin_prefetch(b + i + j * LANES + AHEAD);
-            s[j] += *(const loose_vec *)(a + i + j * LANES) * *(const loose_vec *)(b + i + j * LANES);
+            s[j] +=
+                *(const loose_vec *)(a + i + j * LANES) * *(const loose_vec *)(b + i + j * LANES);
         }
     s[0] = (s[0] + s[1]) + (s[2] + s[3]);
     for (int lane = 0; lane < LANES; lane++) sum += s[0][lane];
@@ -2748,8 +3001,8 @@ static real dot(const real *a, const real *b, size_t n)
     return sum;
 }
 
-/* c (M,N) [+]= a (M,K) b (K,N), K > 0, and e, which may be NULL. A few rows times a transposed matrix, as in generation,
- * run at the speed at which b is read: so once, and as it lies. */
+/* c (M,N) [+]= a (M,K) b (K,N), K > 0, and e, which may be NULL. A few rows times a transposed
+ * matrix, as in generation, run at the speed at which b is read: so once, and as it lies. */
 static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e)
 {
     if (M < 4 && a.col == 1 && b.row == 1) {
@@ -2761,9 +3014,12 @@ static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, 
         return;
     }
     const size_t parts = M * N * K > 8 * SMALL ? (size_t)openmp_threads() : 1;
-    size_t down = 1, rows = 0, cols = 0, least = SIZE_MAX; /* C is cut into down x (parts / down) rectangles of */
-    for (size_t d = 1; d <= parts; d++) {                  /* rows x cols, such that a thread copies least of A and B */
-        const size_t high = round_up(ceil_div(M, d), TILE_ROWS), wide = round_up(ceil_div(N, parts / d), TILE_COLS);
+    size_t down = 1, rows = 0, cols = 0,
+           least = SIZE_MAX; /* C is cut into down x (parts / down) rectangles of */
+    for (size_t d = 1; d <= parts;
+         d++) { /* rows x cols, such that a thread copies least of A and B */
+        const size_t high = round_up(ceil_div(M, d), TILE_ROWS),
+                     wide = round_up(ceil_div(N, parts / d), TILE_COLS);
         const size_t copied = high + wide * ceil_div(high, ROW_BLOCK);
         if (parts % d == 0 && copied < least) down = d, rows = high, cols = wide, least = copied;
     }
@@ -2780,14 +3036,15 @@ static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, 
 static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op);
 #endif /* OTHER_OPERATORS */
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 12. Ranks as threads
- * =============================================================================================================
+ * =================================================================================================
  *
  * A group's Board is what its ranks share. The protocol of every collective is the same:
  *
  *     1. each rank posts its pointer and count on the board;      2. barrier: all posts can be read;
- *     3. each rank reads the others' buffers and does its part;   4. barrier: the buffers are their owners' again. */
+ *     3. each rank reads the others' buffers and does its part;   4. barrier: the buffers are
+ * their owners' again. */
 
 /* One collective as `trace` prints it. */
 typedef struct {
@@ -2801,7 +3058,8 @@ struct Trace {
     size_t n, capacity;
 };
 
-/* A buffered one-way channel between two ranks: send waits while it is full, recv while it is empty. */
+/* A buffered one-way channel between two ranks: send waits while it is full, recv while it is
+ * empty. */
 typedef struct {
     pthread_mutex_t mutex;
     pthread_cond_t changed;
@@ -2863,7 +3121,8 @@ static void barrier(Comm *c)
     unsigned generation = __atomic_load_n(&b->generation, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&b->arrived, 1, __ATOMIC_ACQ_REL) == b->size) {
         __atomic_store_n(&b->arrived, 0, __ATOMIC_RELAXED);
-        pthread_mutex_lock(&b->mutex); /* so that no rank falls asleep between its last look and our call */
+        pthread_mutex_lock(
+            &b->mutex); /* so that no rank falls asleep between its last look and our call */
         __atomic_store_n(&b->generation, generation + 1, __ATOMIC_RELEASE);
         pthread_cond_broadcast(&b->opened);
         pthread_mutex_unlock(&b->mutex);
@@ -2872,7 +3131,8 @@ static void barrier(Comm *c)
     for (int i = 0; i < b->spin; i++)
         if (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) != generation) return;
     pthread_mutex_lock(&b->mutex);
-    while (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) == generation) pthread_cond_wait(&b->opened, &b->mutex);
+    while (__atomic_load_n(&b->generation, __ATOMIC_ACQUIRE) == generation)
+        pthread_cond_wait(&b->opened, &b->mutex);
     pthread_mutex_unlock(&b->mutex);
 }
 
@@ -2890,7 +3150,8 @@ static void record(Comm *c, const char *op, size_t n, Type type)
     event->place = c->place ? *c->place : nowhere;
 }
 
-/* Steps 1 and 2 of the protocol. A program whose ranks disagree on what comes next is broken beyond repair: say who. */
+/* Steps 1 and 2 of the protocol. A program whose ranks disagree on what comes next is broken beyond
+ * repair: say who. */
 static void meet(Comm *c, const char *op, void *x, size_t n, Type type)
 {
     Post *mine = &c->board->post[c->rank];
@@ -2900,8 +3161,9 @@ static void meet(Comm *c, const char *op, void *x, size_t n, Type type)
     for (int r = 0; r < c->size; r++) {
         const Post *other = &c->board->post[r];
         if (other->n != n || other->type != (int)type || strcmp(other->op, op))
-            die("ranks disagree in group %s: rank %d calls %s of %zu elements, rank %d calls %s of %zu", c->name,
-                c->world_rank, op, n, other->world_rank, other->op, other->n);
+            die("ranks disagree in group %s: rank %d calls %s of %zu elements, rank %d calls %s of "
+                "%zu",
+                c->name, c->world_rank, op, n, other->world_rank, other->op, other->n);
     }
     record(c, op, n, type);
 }
@@ -2937,8 +3199,8 @@ static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op)
     leave(c);
 }
 
-/* n elements of another rank's array, or of this one's. A DOUBLE_ARRAY is a few scalars in the host's memory; all others
- * are the device's. */
+/* n elements of another rank's array, or of this one's. A DOUBLE_ARRAY is a few scalars in the
+ * host's memory; all others are the device's. */
 static void copy_array(void *to, const void *from, size_t n, Type type)
 {
     if (type == DOUBLE_ARRAY) memmove(to, from, n * type_size(type));
@@ -2989,8 +3251,8 @@ static void recv(Comm *c, void *x, size_t n, Type type, int from)
     pthread_mutex_lock(&box->mutex);
     while (!box->full) pthread_cond_wait(&box->changed, &box->mutex);
     if (box->bytes != n * type_size(type))
-        die("rank %d receives %zu bytes in group %s, but %zu were sent", c->world_rank, n * type_size(type), c->name,
-            box->bytes);
+        die("rank %d receives %zu bytes in group %s, but %zu were sent", c->world_rank,
+            n * type_size(type), c->name, box->bytes);
     device_copy(x, box->data, box->bytes);
     device_synchronize();
     box->full = 0;
@@ -3022,10 +3284,12 @@ static void comm_free(Comm *c)
 {
     barrier(c);
     int last = __atomic_add_fetch(&c->board->arrived, 1, __ATOMIC_ACQ_REL) == c->size;
-    if (last) board_destroy(c->board); /* the others have left the barrier before they counted themselves in */
+    if (last)
+        board_destroy(
+            c->board); /* the others have left the barrier before they counted themselves in */
 }
 
-/* ---- Starting the ranks ------------------------------------------------------------------------------------------ */
+/* ---- Starting the ranks ---------------------------------------------------------------------- */
 
 typedef struct {
     Comm world;
@@ -3038,7 +3302,8 @@ static void *start_rank(void *arg)
     Start *start = (Start *)arg;
     device_select(start->world.rank, start->world.size);
 #ifdef _OPENMP
-    omp_set_num_threads(cores() / start->world.size > 1 ? cores() / start->world.size : 1); /* ranks share the cores */
+    omp_set_num_threads(cores() / start->world.size > 1 ? cores() / start->world.size
+                                                        : 1); /* ranks share the cores */
 #endif
     start->body(&start->world, start->arg);
     return NULL;
@@ -3049,7 +3314,8 @@ static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg)
     pthread_t thread[MAX_RANKS];
     Start start[MAX_RANKS];
     if (n < 1 || n > MAX_RANKS) die("%d ranks were asked for: 1 to %d are possible", n, MAX_RANKS);
-    Board *board = board_create(n, n <= cores() ? 4096 : 0); /* never burn a core that another rank needs */
+    Board *board =
+        board_create(n, n <= cores() ? 4096 : 0); /* never burn a core that another rank needs */
     for (int r = 0; r < n; r++) {
         Comm world = {r, n, board, "world", r, NULL, NULL};
         start[r].world = world, start[r].body = body, start[r].arg = arg;
@@ -3060,29 +3326,31 @@ static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg)
     board_destroy(board);
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  *
  * PART III. THE PROGRAM AROUND IT
  *
- * ============================================================================================================= */
+ * ============================================================================================== */
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 13. Ground
- * ============================================================================================================= */
+ * ============================================================================================== */
 
 #ifndef PROGRAM
 #define PROGRAM "megatron_gpt2" /* whose messages these are: convert.c includes this file */
 #endif
 
-/* Ends the program with one line on stderr. Several ranks often meet the same bad input at once: the first one speaks,
- * the others wait for the end. Not exit(): other ranks still run, and must not meet torn-down libraries. */
+/* Ends the program with one line on stderr. Several ranks often meet the same bad input at once:
+ * the first one speaks, the others wait for the end. Not exit(): other ranks still run, and must
+ * not meet torn-down libraries. */
 __attribute__((noreturn)) static void end_with(int status, const char *format, va_list args)
 {
     static int spoken;
     char line[2 * PATH_MAX];
     while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
     vsnprintf(line, sizeof line, format, args);
-    for (char *c = line; *c; c++) /* names in files and paths may hold anything; the message stays one line */
+    for (char *c = line; *c;
+         c++) /* names in files and paths may hold anything; the message stays one line */
         if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
     fflush(stdout);
     fprintf(stderr, PROGRAM ": %s\n", line);
@@ -3109,17 +3377,22 @@ __attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const ch
 static void *xcalloc(size_t count, size_t size)
 {
     void *p = calloc(count ? count : 1, size ? size : 1);
-    if (!p) die("out of memory: %zu objects of %zu bytes were asked for; try a smaller model or batch", count, size);
+    if (!p)
+        die("out of memory: %zu objects of %zu bytes were asked for; try a smaller model or batch",
+            count, size);
     return p;
 }
 
-/* Room for one element more in a growing array of n elements: p itself, or p moved into twice the capacity. */
+/* Room for one element more in a growing array of n elements: p itself, or p moved into twice the
+ * capacity. */
 static void *grow(void *p, size_t n, size_t *capacity, size_t size)
 {
     if (n < *capacity) return p;
     *capacity = *capacity ? 2 * *capacity : 64;
     p = realloc(p, *capacity * size);
-    if (!p) die("out of memory: %zu objects of %zu bytes were asked for; give less text", *capacity, size);
+    if (!p)
+        die("out of memory: %zu objects of %zu bytes were asked for; give less text", *capacity,
+            size);
     return p;
 }
 
@@ -3131,14 +3404,15 @@ static void *carve(Arena *arena, size_t count, size_t size)
     return p;
 }
 
-/* ---- Files ------------------------------------------------------------------------------------------------------- */
+/* ---- Files ----------------------------------------------------------------------------------- */
 
 typedef struct {
     const char *data;
     size_t size; /* bytes */
 } Map;
 
-/* Maps a whole regular file read-only; dies if there is none. An empty file gives data "" and size 0. */
+/* Maps a whole regular file read-only; dies if there is none. An empty file gives data "" and size
+ * 0. */
 static Map map_file(const char *path)
 {
     Map map = {"", 0};
@@ -3163,7 +3437,8 @@ static void unmap_file(Map map)
 /* "folder/name" in a buffer of PATH_MAX bytes; dies if it does not fit. Returns the buffer. */
 static char *join_path(char path[PATH_MAX], const char *folder, const char *name)
 {
-    if (snprintf(path, PATH_MAX, "%s/%s", folder, name) >= PATH_MAX) die("the path %s/%s is too long", folder, name);
+    if (snprintf(path, PATH_MAX, "%s/%s", folder, name) >= PATH_MAX)
+        die("the path %s/%s is too long", folder, name);
     return path;
 }
 
@@ -3173,7 +3448,7 @@ static int file_exists(const char *folder, const char *name)
     return access(join_path(path, folder, name), F_OK) == 0;
 }
 
-/* ---- Progress ---------------------------------------------------------------------------------------------------- */
+/* ---- Progress -------------------------------------------------------------------------------- */
 
 static double now(void) /* seconds */
 {
@@ -3203,26 +3478,37 @@ static void meter_show(Meter *m, size_t done, const char *name, double value)
     if (done < m->total && t - m->shown < (m->terminal ? 0.1 : 10)) return;
     m->shown = t;
     for (size_t i = 0; m->total && i < 32 * done / m->total; i++) bar[i] = '#';
-    fprintf(stderr, "%s%s%s%s %zu/%zu  %s %.4f  %.0f tokens/s  %.0f:%02.0f left%s", m->terminal ? "\r[" : "",
-            m->terminal ? bar : "", m->terminal ? "] " : "", m->unit, done, m->total, name, value, rate,
-            floor(left / 60), floor(fmod(left, 60)), m->terminal && done < m->total ? "\033[K" : "\n");
+    fprintf(stderr, "%s%s%s%s %zu/%zu  %s %.4f  %.0f tokens/s  %.0f:%02.0f left%s",
+            m->terminal ? "\r[" : "", m->terminal ? bar : "", m->terminal ? "] " : "", m->unit,
+            done, m->total, name, value, rate, floor(left / 60), floor(fmod(left, 60)),
+            m->terminal && done < m->total ? "\033[K" : "\n");
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 14. Files: checkpoints
  *
- * A model is a folder as Hugging Face has it: config.json and model.safetensors, or shards of it with an index. A
- * checkpoint is such a folder with AdamW's moments and the state of training beside them, in trainer.safetensors.
- * These files hold whole tensors and know nothing of ranks: each rank picks its slices out of the mapped file, and
- * puts them back into one on saving, so that what was saved in one layout is loaded in any other.
+ * A model is a folder as Hugging Face has it: config.json and model.safetensors, or shards of it
+ * with an index. A checkpoint is such a folder with AdamW's moments and the state of training
+ * beside them, in trainer.safetensors. These files hold whole tensors and know nothing of ranks:
+ * each rank picks its slices out of the mapped file, and puts them back into one on saving, so that
+ * what was saved in one layout is loaded in any other.
  *
- * A safetensors file is 8 bytes, the length of the header; the header, in JSON, with type, shape and place of each
- * tensor; the tensors, little-endian, row by row, without gaps. Nothing is believed before everything is checked.
- * ============================================================================================================= */
+ * A safetensors file is 8 bytes, the length of the header; the header, in JSON, with type, shape
+ * and place of each tensor; the tensors, little-endian, row by row, without gaps. Nothing is
+ * believed before everything is checked.
+ * ============================================================================================== */
 
-/* ---- JSON -------------------------------------------------------------------------------------------------------- */
+/* ---- JSON ------------------------------------------------------------------------------------ */
 
-typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } JsonType;
+typedef enum {
+    JSON_NULL,
+    JSON_FALSE,
+    JSON_TRUE,
+    JSON_NUMBER,
+    JSON_STRING,
+    JSON_ARRAY,
+    JSON_OBJECT
+} JsonType;
 
 typedef struct {
     JsonType type;
@@ -3230,13 +3516,15 @@ typedef struct {
     const char *string; /* JSON_STRING: UTF-8, NUL-terminated */
     size_t length;      /* JSON_STRING: bytes; JSON_ARRAY, JSON_OBJECT: children */
     double number;      /* JSON_NUMBER */
-    size_t end;         /* index of the next value after this one and all it contains: steps to the next sibling */
+    size_t
+        end; /* index of the next value after this one and all it contains: steps to the next sibling */
 } JsonValue;
 
-/* A strict reader (RFC 8259) for config.json, vocab.json, safetensors headers and .jsonl lines. All values of a
- * document lie in one array, children behind their container. Hostile input dies with one line that names `what`: bad
- * syntax, bad escapes, \u0000, invalid UTF-8, numbers beyond double, depth over 40, duplicate keys, trailing text.
- * Time is O(n log n), memory a few values for each comma and bracket. To visit the children of value[p]:
+/* A strict reader (RFC 8259) for config.json, vocab.json, safetensors headers and .jsonl lines. All
+ * values of a document lie in one array, children behind their container. Hostile input dies with
+ * one line that names `what`: bad syntax, bad escapes, \u0000, invalid UTF-8, numbers beyond
+ * double, depth over 40, duplicate keys, trailing text. Time is O(n log n), memory a few values for
+ * each comma and bracket. To visit the children of value[p]:
  *
  *     for (size_t i = p + 1; i < value[p].end; i = value[i].end) */
 typedef struct {
@@ -3259,27 +3547,37 @@ enum { JSON_DEPTH = 40, SHOWN = 64 };
 static char *printable(char shown[SHOWN], const char *s)
 {
     size_t n = 0;
-    for (; s[n] && n + 1 < SHOWN; n++) shown[n] = (unsigned char)s[n] < ' ' || s[n] == 0x7F ? '?' : s[n];
+    for (; s[n] && n + 1 < SHOWN; n++)
+        shown[n] = (unsigned char)s[n] < ' ' || s[n] == 0x7F ? '?' : s[n];
     if (s[n]) memcpy(&shown[n - 2], "..", 2);
     shown[n] = 0;
     return shown;
 }
 
-static int json_peek(const JsonReader *r) { return r->at < r->size ? (unsigned char)r->text[r->at] : -1; }
+static int json_peek(const JsonReader *r)
+{
+    return r->at < r->size ? (unsigned char)r->text[r->at] : -1;
+}
 
 __attribute__((noreturn)) static void json_expected(const JsonReader *r, const char *expected)
 {
     int c = json_peek(r);
     const char *what = r->json.what;
-    if (c < 0) die("%s is not valid JSON: at byte %zu %s was expected, but it ends there", what, r->at, expected);
+    if (c < 0)
+        die("%s is not valid JSON: at byte %zu %s was expected, but it ends there", what, r->at,
+            expected);
     if (c > ' ' && c < 0x7F)
-        die("%s is not valid JSON: at byte %zu %s was expected, not '%c'", what, r->at, expected, c);
-    die("%s is not valid JSON: at byte %zu %s was expected, not the byte 0x%02x", what, r->at, expected, (unsigned)c);
+        die("%s is not valid JSON: at byte %zu %s was expected, not '%c'", what, r->at, expected,
+            c);
+    die("%s is not valid JSON: at byte %zu %s was expected, not the byte 0x%02x", what, r->at,
+        expected, (unsigned)c);
 }
 
 static void json_space(JsonReader *r)
 {
-    while (json_peek(r) == ' ' || json_peek(r) == '\n' || json_peek(r) == '\r' || json_peek(r) == '\t') r->at++;
+    while (json_peek(r) == ' ' || json_peek(r) == '\n' || json_peek(r) == '\r' ||
+           json_peek(r) == '\t')
+        r->at++;
 }
 
 static void json_take(JsonReader *r, const char *word)
@@ -3288,12 +3586,18 @@ static void json_take(JsonReader *r, const char *word)
         if (json_peek(r) != *c) json_expected(r, word);
 }
 
-/* Bytes of the well-formed UTF-8 character (RFC 3629) at s, of which n bytes exist; 0 if there is none. */
+/* Bytes of the well-formed UTF-8 character (RFC 3629) at s, of which n bytes exist; 0 if there is
+ * none. */
 static size_t utf8_length(const char *s, size_t n)
 {
     static const uint32_t lowest[5] = {0, 0, 0x80, 0x800, 0x10000};
     unsigned char first = n ? (unsigned char)*s : 0xFF;
-    size_t length = first < 0x80 ? 1 : first < 0xC0 ? 5 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : first < 0xF8 ? 4 : 5;
+    size_t length = first < 0x80   ? 1
+                    : first < 0xC0 ? 5
+                    : first < 0xE0 ? 2
+                    : first < 0xF0 ? 3
+                    : first < 0xF8 ? 4
+                                   : 5;
     if (length == 1) return 1;
     if (length > 4 || length > n) return 0;
     uint32_t code = first & (0x7Fu >> length);
@@ -3301,7 +3605,8 @@ static size_t utf8_length(const char *s, size_t n)
         if (((unsigned char)s[i] & 0xC0) != 0x80) return 0;
         code = code << 6 | ((unsigned char)s[i] & 0x3F);
     }
-    return code < lowest[length] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000) ? 0 : length;
+    return code < lowest[length] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000) ? 0
+                                                                                         : length;
 }
 
 static char *put_utf8(char *out, uint32_t code)
@@ -3324,7 +3629,8 @@ static uint32_t json_unit(JsonReader *r)
     for (int i = 0; i < 4; i++, r->at++) {
         int c = json_peek(r), letter = c | 32;
         if (c >= '0' && c <= '9') unit = unit << 4 | (uint32_t)(c - '0');
-        else if (c > 0 && letter >= 'a' && letter <= 'f') unit = unit << 4 | (uint32_t)(letter - 'a' + 10);
+        else if (c > 0 && letter >= 'a' && letter <= 'f')
+            unit = unit << 4 | (uint32_t)(letter - 'a' + 10);
         else json_expected(r, "a hexadecimal digit");
     }
     return unit;
@@ -3342,14 +3648,17 @@ static void json_escape(JsonReader *r)
     uint32_t code = json_unit(r), low;
     if (code >= 0xD800 && code < 0xDC00) { /* a surrogate pair stands for one character */
         low = json_unit(r);
-        if (low < 0xDC00 || low > 0xDFFF) json_expected(r, "the second half of a surrogate pair before this");
+        if (low < 0xDC00 || low > 0xDFFF)
+            json_expected(r, "the second half of a surrogate pair before this");
         code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
-    } else if (code >= 0xDC00 && code < 0xE000) json_expected(r, "the first half of a surrogate pair before this");
+    } else if (code >= 0xDC00 && code < 0xE000)
+        json_expected(r, "the first half of a surrogate pair before this");
     if (!code) json_expected(r, "anything but \\u0000 before this");
     r->out = put_utf8(r->out, code);
 }
 
-/* Decoded strings take no more room than their text with its two quotes: `text` is as large as the document. */
+/* Decoded strings take no more room than their text with its two quotes: `text` is as large as the
+ * document. */
 static const char *json_string(JsonReader *r, size_t *length)
 {
     char *start = r->out;
@@ -3391,7 +3700,8 @@ static double json_number_value(JsonReader *r)
         json_digits(r);
     }
     size_t length = r->at - start;
-    if (length >= sizeof copy) die("%s: the number at byte %zu has %zu digits", r->json.what, start, length);
+    if (length >= sizeof copy)
+        die("%s: the number at byte %zu has %zu digits", r->json.what, start, length);
     memcpy(copy, r->text + start, length);
     copy[length] = 0;
     double number = strtod(copy, NULL);
@@ -3413,7 +3723,8 @@ static void json_refuse_duplicates(const JsonReader *r, size_t object)
     for (size_t i = object + 1; i < r->n; i = value[i].end) key[n++] = value[i].key;
     qsort(key, n, sizeof *key, compare_strings);
     for (size_t i = 1; i < n; i++)
-        if (!strcmp(key[i - 1], key[i])) die("%s: the key \"%s\" occurs twice", r->json.what, printable(shown, key[i]));
+        if (!strcmp(key[i - 1], key[i]))
+            die("%s: the key \"%s\" occurs twice", r->json.what, printable(shown, key[i]));
     free(key);
 }
 
@@ -3424,12 +3735,14 @@ static void json_container(JsonReader *r, JsonType type, int depth)
     size_t self = r->n - 1, unused;
     char close = type == JSON_OBJECT ? '}' : ']';
     const char *key = NULL;
-    if (depth >= JSON_DEPTH) die("%s: at byte %zu JSON is more than %d levels deep", r->json.what, r->at, JSON_DEPTH);
+    if (depth >= JSON_DEPTH)
+        die("%s: at byte %zu JSON is more than %d levels deep", r->json.what, r->at, JSON_DEPTH);
     r->at++;
     json_space(r);
     for (; json_peek(r) != close; r->json.value[self].length++) {
         if (r->json.value[self].length) {
-            if (json_peek(r) != ',') json_expected(r, type == JSON_OBJECT ? "',' or '}'" : "',' or ']'");
+            if (json_peek(r) != ',')
+                json_expected(r, type == JSON_OBJECT ? "',' or '}'" : "',' or ']'");
             r->at++;
             json_space(r);
         }
@@ -3466,7 +3779,8 @@ static void json_value(JsonReader *r, const char *key, int depth)
 static Json json_parse(const char *text, size_t size, const char *what)
 {
     JsonReader r = {{NULL, NULL, what}, text, size, 0, 0, NULL};
-    size_t most = 2; /* a value follows a comma or a bracket, or is the root; one more for a value that is missing */
+    size_t most =
+        2; /* a value follows a comma or a bracket, or is the root; one more for a value that is missing */
     for (size_t i = 0; i < size; i++) most += text[i] == ',' || text[i] == '[' || text[i] == '{';
     r.json.value = (JsonValue *)xcalloc(most, sizeof *r.json.value);
     r.json.text = r.out = (char *)xcalloc(size, 1);
@@ -3491,24 +3805,26 @@ static const JsonValue *json_get(const Json *json, const JsonValue *object, cons
 }
 
 /* A number in [low, high]; absent or null: the fallback, or death if that is negative. */
-static double json_number(const Json *json, const JsonValue *object, const char *key, double low, double high,
-                          double fallback)
+static double json_number(const Json *json, const JsonValue *object, const char *key, double low,
+                          double high, double fallback)
 {
     const JsonValue *v = json_get(json, object, key);
     if ((!v || v->type == JSON_NULL) && fallback >= 0) return fallback;
     if (!v || v->type == JSON_NULL) die("%s: \"%s\" is missing", json->what, key);
     if (v->type != JSON_NUMBER) die("%s: \"%s\" is not a number", json->what, key);
     if (v->number < low || v->number > high)
-        die("%s: \"%s\" is %.17g: from %.17g to %.17g is possible", json->what, key, v->number, low, high);
+        die("%s: \"%s\" is %.17g: from %.17g to %.17g is possible", json->what, key, v->number, low,
+            high);
     return v->number;
 }
 
 /* The same for integers up to 2^53. */
-static long long json_integer(const Json *json, const JsonValue *object, const char *key, long long low, long long high,
-                              long long fallback)
+static long long json_integer(const Json *json, const JsonValue *object, const char *key,
+                              long long low, long long high, long long fallback)
 {
     double number = json_number(json, object, key, (double)low, (double)high, (double)fallback);
-    if (number != floor(number)) die("%s: \"%s\" is %.17g: an integer was expected", json->what, key, number);
+    if (number != floor(number))
+        die("%s: \"%s\" is %.17g: an integer was expected", json->what, key, number);
     return (long long)number;
 }
 
@@ -3517,7 +3833,8 @@ static int json_flag(const Json *json, const JsonValue *object, const char *key,
 {
     const JsonValue *v = json_get(json, object, key);
     if (!v || v->type == JSON_NULL) return fallback;
-    if (v->type != JSON_TRUE && v->type != JSON_FALSE) die("%s: \"%s\" is neither true nor false", json->what, key);
+    if (v->type != JSON_TRUE && v->type != JSON_FALSE)
+        die("%s: \"%s\" is neither true nor false", json->what, key);
     return v->type == JSON_TRUE;
 }
 
@@ -3549,11 +3866,28 @@ static void json_write_next(FILE *out, const char *key, double x)
     json_write_number(out, key, x);
 }
 
-typedef enum { F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL_, N_DTYPES } Dtype; /* reals first */
-static const char *const dtype_name[] = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"};
+typedef enum {
+    F64,
+    F32,
+    F16,
+    BF16,
+    I64,
+    I32,
+    I16,
+    I8,
+    U8,
+    BOOL_,
+    N_DTYPES
+} Dtype; /* reals first */
+static const char *const dtype_name[] = {"F64", "F32", "F16", "BF16", "I64",
+                                         "I32", "I16", "I8",  "U8",   "BOOL"};
 static const size_t dtype_size[] = {8, 4, 2, 2, 8, 4, 2, 1, 1, 1};
 
-enum { MAX_DIMS = 8, SHAPE_TEXT = 24 * MAX_DIMS, MAX_HEADER = 100000000 }; /* the last is the format's own limit */
+enum {
+    MAX_DIMS = 8,
+    SHAPE_TEXT = 24 * MAX_DIMS,
+    MAX_HEADER = 100000000
+}; /* the last is the format's own limit */
 
 typedef struct {
     const char *path;
@@ -3578,7 +3912,7 @@ struct Safetensors {
     size_t tensors;
 };
 
-/* ---- Reading safetensors ----------------------------------------------------------------------------------------- */
+/* ---- Reading safetensors --------------------------------------------------------------------- */
 
 static const char *strip_prefix(const char *name)
 {
@@ -3610,22 +3944,27 @@ static StoredTensor *find_stored(const Safetensors *s, const char *name)
 static char *shape_text(char text[SHAPE_TEXT], size_t dims, const size_t *shape)
 {
     size_t n = (size_t)snprintf(text, SHAPE_TEXT, "[");
-    for (size_t i = 0; i < dims; i++) n += (size_t)snprintf(text + n, SHAPE_TEXT - n, i ? ", %zu" : "%zu", shape[i]);
+    for (size_t i = 0; i < dims; i++)
+        n += (size_t)snprintf(text + n, SHAPE_TEXT - n, i ? ", %zu" : "%zu", shape[i]);
     snprintf(text + n, SHAPE_TEXT - n, "]");
     return text;
 }
 
 /* Member `key` of a tensor's entry, an array of whole numbers. Returns how many there are. */
-static size_t read_sizes(size_t *size, size_t most, const StoredFile *f, const JsonValue *entry, const char *key)
+static size_t read_sizes(size_t *size, size_t most, const StoredFile *f, const JsonValue *entry,
+                         const char *key)
 {
     const JsonValue *array = json_get(&f->header, entry, key);
     char name[SHOWN];
     if (!array || array->type != JSON_ARRAY || array->length > most)
-        die("%s: tensor %s has no \"%s\" of %zu numbers at most", f->path, printable(name, entry->key), key, most);
+        die("%s: tensor %s has no \"%s\" of %zu numbers at most", f->path,
+            printable(name, entry->key), key, most);
     for (size_t i = 0; i < array->length; i++) {
         const JsonValue *v = array + 1 + i;
-        if (v->type != JSON_NUMBER || v->number < 0 || v->number > 0x1p53 || v->number != floor(v->number))
-            die("%s: \"%s\" of tensor %s is not of whole numbers", f->path, key, printable(name, entry->key));
+        if (v->type != JSON_NUMBER || v->number < 0 || v->number > 0x1p53 ||
+            v->number != floor(v->number))
+            die("%s: \"%s\" of tensor %s is not of whole numbers", f->path, key,
+                printable(name, entry->key));
         size[i] = (size_t)v->number;
     }
     return array->length;
@@ -3645,7 +3984,8 @@ static StoredTensor read_entry(const StoredFile *f, const JsonValue *entry)
     if (!dtype || dtype->type != JSON_STRING) die("%s: tensor %s has no \"dtype\"", f->path, name);
     while (type < N_DTYPES && strcmp(dtype_name[type], dtype->string)) type++;
     if (type == N_DTYPES)
-        die("%s: tensor %s is of type %s, which is not supported", f->path, name, printable(other, dtype->string));
+        die("%s: tensor %s is of type %s, which is not supported", f->path, name,
+            printable(other, dtype->string));
     t.dtype = (Dtype)type;
     t.dims = read_sizes(t.shape, MAX_DIMS, f, entry, "shape");
     t.n = 1;
@@ -3653,10 +3993,13 @@ static StoredTensor read_entry(const StoredFile *f, const JsonValue *entry)
     for (size_t i = 0; i < t.dims; i++) overflow |= __builtin_mul_overflow(t.n, t.shape[i], &t.n);
     if (overflow | __builtin_mul_overflow(t.n, dtype_size[type], &t.bytes))
         die("%s: tensor %s would have more than 2^64 bytes", f->path, name);
-    if (read_sizes(place, 2, f, entry, "data_offsets") != 2 || place[0] > place[1] || place[1] > f->data.size)
-        die("%s: \"data_offsets\" of tensor %s are no range of the %zu bytes of data", f->path, name, f->data.size);
+    if (read_sizes(place, 2, f, entry, "data_offsets") != 2 || place[0] > place[1] ||
+        place[1] > f->data.size)
+        die("%s: \"data_offsets\" of tensor %s are no range of the %zu bytes of data", f->path,
+            name, f->data.size);
     if (place[1] - place[0] != t.bytes)
-        die("%s: tensor %s has %zu bytes, but shape and type make %zu", f->path, name, place[1] - place[0], t.bytes);
+        die("%s: tensor %s has %zu bytes, but shape and type make %zu", f->path, name,
+            place[1] - place[0], t.bytes);
     t.data = f->data.data + place[0];
     return t;
 }
@@ -3671,11 +4014,13 @@ static void open_file(StoredFile *f, const char *path)
     if (f->map.size < 8) die("%s is no safetensors file: it has only %zu bytes", path, f->map.size);
     memcpy(&length, f->map.data, 8);
     if (length > MAX_HEADER || length > f->map.size - 8)
-        die("%s is no safetensors file: its header would have %llu bytes", path, (unsigned long long)length);
+        die("%s is no safetensors file: its header would have %llu bytes", path,
+            (unsigned long long)length);
     f->data.data = f->map.data + 8 + length;
     f->data.size = f->map.size - 8 - (size_t)length;
     f->header = json_parse(f->map.data + 8, (size_t)length, f->path);
-    if (f->header.value[0].type != JSON_OBJECT) die("%s is no safetensors file: its header is no object", path);
+    if (f->header.value[0].type != JSON_OBJECT)
+        die("%s is no safetensors file: its header is no object", path);
 }
 
 /* Appends the file's tensors to the list. They must cover the data without holes and overlaps. */
@@ -3691,7 +4036,8 @@ static void list_file(Safetensors *s, const StoredFile *f)
     for (size_t i = first; i < s->tensors; at += s->tensor[i++].bytes)
         if (s->tensor[i].data != at)
             die("%s: tensor %s %s", f->path, printable(name, s->tensor[i].name),
-                s->tensor[i].data < at ? "overlaps another" : "follows a hole that no tensor covers");
+                s->tensor[i].data < at ? "overlaps another"
+                                       : "follows a hole that no tensor covers");
     if (at != end) die("%s: %zu bytes at its end belong to no tensor", f->path, (size_t)(end - at));
 }
 
@@ -3709,11 +4055,13 @@ static const char **indexed_files(size_t *files, const Json *index, const JsonVa
     char shown[SHOWN];
     size_t n = 0;
     *files = 0;
-    if (!map || map->type != JSON_OBJECT || !map->length) die("%s has no \"weight_map\"", index->what);
+    if (!map || map->type != JSON_OBJECT || !map->length)
+        die("%s has no \"weight_map\"", index->what);
     const char **name = (const char **)xcalloc(map->length, sizeof *name);
     for (const JsonValue *v = map + 1; v < index->value + map->end; v = index->value + v->end) {
         if (v->type != JSON_STRING || !is_file_name(v->string))
-            die("%s: tensor %s is not in a file of the same folder", index->what, printable(shown, v->key));
+            die("%s: tensor %s is not in a file of the same folder", index->what,
+                printable(shown, v->key));
         name[n++] = v->string;
     }
     qsort(name, n, sizeof *name, compare_strings);
@@ -3729,22 +4077,26 @@ static void open_shards(Safetensors *s, const char *folder, const Json *index, c
     size_t n;
     const char **name = indexed_files(&n, index, map);
     s->file = (StoredFile *)xcalloc(n, sizeof *s->file);
-    for (; s->files < n; s->files++) open_file(&s->file[s->files], join_path(path, folder, name[s->files]));
+    for (; s->files < n; s->files++)
+        open_file(&s->file[s->files], join_path(path, folder, name[s->files]));
     free(name);
 }
 
 /* Index and shards must agree on where every tensor is. */
-static void check_index(const Safetensors *s, const char *folder, const Json *index, const JsonValue *map)
+static void check_index(const Safetensors *s, const char *folder, const Json *index,
+                        const JsonValue *map)
 {
     char path[PATH_MAX], name[SHOWN], file[SHOWN];
     for (const JsonValue *v = map + 1; v < index->value + map->end; v = index->value + v->end) {
         StoredTensor *t = find_stored(s, v->key);
         if (!t || t->expected++ || strcmp(t->path, join_path(path, folder, v->string)))
-            die("%s: tensor %s is not in %s", index->what, printable(name, v->key), printable(file, v->string));
+            die("%s: tensor %s is not in %s", index->what, printable(name, v->key),
+                printable(file, v->string));
     }
     for (size_t i = 0; i < s->tensors; i++)
         if (!s->tensor[i].expected--)
-            die("%s: tensor %s is not in %s", s->tensor[i].path, printable(name, s->tensor[i].name), index->what);
+            die("%s: tensor %s is not in %s", s->tensor[i].path, printable(name, s->tensor[i].name),
+                index->what);
 }
 
 /* Opens a safetensors file, or the file or files of a model's folder, and lists the tensors. */
@@ -3760,7 +4112,8 @@ static Safetensors safetensors_open(const char *path)
     if (stat(path, &st)) die("cannot open %s: %s", path, strerror(errno));
     int folder = S_ISDIR(st.st_mode);
     if (folder && !file_exists(path, whole)) {
-        if (!file_exists(path, sharded)) die("%s holds no %s; convert reads other formats", path, whole);
+        if (!file_exists(path, sharded))
+            die("%s holds no %s; convert reads other formats", path, whole);
         map = map_file(join_path(file, path, sharded));
         index = json_parse(map.data, map.size, file);
         weight_map = json_get(&index, index.value, "weight_map");
@@ -3776,8 +4129,8 @@ static Safetensors safetensors_open(const char *path)
     qsort(s.tensor, s.tensors, sizeof *s.tensor, compare_names);
     for (size_t i = 1; i < s.tensors; i++)
         if (!compare_names(&s.tensor[i - 1], &s.tensor[i]))
-            die("%s: tensor %s is there twice, in two files or with and without \"transformer.\"", s.tensor[i].path,
-                printable(name, s.tensor[i].name));
+            die("%s: tensor %s is there twice, in two files or with and without \"transformer.\"",
+                s.tensor[i].path, printable(name, s.tensor[i].name));
     if (weight_map) check_index(&s, path, &index, weight_map);
     json_free(&index);
     unmap_file(map);
@@ -3799,8 +4152,10 @@ static float half_to_float(uint16_t h)
 {
     uint32_t exponent = h >> 10 & 31, mantissa = h & 1023, bits;
     float x;
-    if (!exponent) return (h >> 15 ? -1.0f : 1.0f) * (float)mantissa * 0x1p-24f; /* zero and subnormals */
-    bits = (uint32_t)(h >> 15) << 31 | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
+    if (!exponent)
+        return (h >> 15 ? -1.0f : 1.0f) * (float)mantissa * 0x1p-24f; /* zero and subnormals */
+    bits =
+        (uint32_t)(h >> 15) << 31 | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
     memcpy(&x, &bits, 4);
     return x;
 }
@@ -3824,7 +4179,7 @@ static real stored_value(const StoredTensor *t, size_t i)
     }
 }
 
-/* ---- config.json ------------------------------------------------------------------------------------------------- */
+/* ---- config.json ----------------------------------------------------------------------------- */
 
 /* Do we know the activation function? Three names for the tanh formula, and the erf. */
 static int find_gelu(Gelu *gelu, const char *name)
@@ -3834,7 +4189,8 @@ static int find_gelu(Gelu *gelu, const char *name)
            !strcmp(name, "gelu_pytorch_tanh");
 }
 
-/* Reads a config.json. *tied: whether the word embedding makes the logits, as in the paper [§3 output embedding]. */
+/* Reads a config.json. *tied: whether the word embedding makes the logits, as in the paper [§3
+ * output embedding]. */
 static Config read_config_file(const char *path, int *tied)
 {
     char shown[SHOWN];
@@ -3844,12 +4200,14 @@ static Config read_config_file(const char *path, int *tied)
     const JsonValue *gelu = json_get(&json, root, "activation_function");
     if (!type || type->type != JSON_STRING || strcmp(type->string, "gpt2"))
         die("%s: \"model_type\" is not \"gpt2\": only GPT-2 models can be loaded", path);
-    if (!json_flag(&json, root, "scale_attn_weights", 1)) die("%s: \"scale_attn_weights\" must be true", path);
+    if (!json_flag(&json, root, "scale_attn_weights", 1))
+        die("%s: \"scale_attn_weights\" must be true", path);
     if (json_flag(&json, root, "scale_attn_by_inverse_layer_idx", 0))
         die("%s: \"scale_attn_by_inverse_layer_idx\" is true, which is not supported", path);
 
     /* Within these limits a model has less than 2^51 parameters: no size can overflow. */
-    long long T = json_integer(&json, root, "n_ctx", 1, 1 << 20, 0); /* the older name of n_positions */
+    long long T =
+        json_integer(&json, root, "n_ctx", 1, 1 << 20, 0); /* the older name of n_positions */
     T = json_integer(&json, root, "n_positions", 1, 1 << 20, T ? T : -1);
     long long L = json_integer(&json, root, "n_layer", 1, 1 << 12, -1);
     long long C = json_integer(&json, root, "n_embd", 1, 1 << 17, -1);
@@ -3860,8 +4218,9 @@ static Config read_config_file(const char *path, int *tied)
     if (C % H) die("%s: \"n_embd\" %lld is no multiple of \"n_head\" %lld", path, C, H);
     if (gelu && gelu->type != JSON_STRING) die("%s: \"activation_function\" is no string", path);
     if (gelu && !find_gelu(&c.gelu, gelu->string))
-        die("%s: \"activation_function\" is %s, but gelu_new, gelu_fast, gelu_pytorch_tanh or gelu is expected", path,
-            printable(shown, gelu->string));
+        die("%s: \"activation_function\" is %s, but gelu_new, gelu_fast, gelu_pytorch_tanh or gelu "
+            "is expected",
+            path, printable(shown, gelu->string));
     c.eps = (real)json_number(&json, root, "layer_norm_epsilon", 1e-12, 1, 1e-5);
     c.embd_pdrop = (real)json_number(&json, root, "embd_pdrop", 0, 0.99, 0.1);
     c.attn_pdrop = (real)json_number(&json, root, "attn_pdrop", 0, 0.99, 0.1);
@@ -3888,9 +4247,10 @@ static char *real_text(char text[32], real x)
     return text;
 }
 
-/* config.json as transformers writes it, in memory; the caller frees it. gelu, dtype: what it calls the activation
- * function and the type of the weights; end_of_text: that token's number, or -1. */
-static char *config_text_as(size_t *size, const Config *c, const char *gelu, const char *dtype, int end_of_text)
+/* config.json as transformers writes it, in memory; the caller frees it. gelu, dtype: what it calls
+ * the activation function and the type of the weights; end_of_text: that token's number, or -1. */
+static char *config_text_as(size_t *size, const Config *c, const char *gelu, const char *dtype,
+                            int end_of_text)
 {
     char *text = NULL, token[16] = "null", embd[32], attn[32], resid[32], eps[32];
     FILE *out = open_memstream(&text, size);
@@ -3902,14 +4262,18 @@ static char *config_text_as(size_t *size, const Config *c, const char *gelu, con
     fprintf(out, "  \"bos_token_id\": %s,\n", token);
     fprintf(out, "  \"embd_pdrop\": %s,\n", real_text(embd, c->embd_pdrop));
     fprintf(out, "  \"eos_token_id\": %s,\n  \"initializer_range\": 0.02,\n", token);
-    fprintf(out, "  \"layer_norm_epsilon\": %s,\n  \"model_type\": \"gpt2\",\n", real_text(eps, c->eps));
+    fprintf(out, "  \"layer_norm_epsilon\": %s,\n  \"model_type\": \"gpt2\",\n",
+            real_text(eps, c->eps));
     fprintf(out, "  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n", c->P, c->C, c->H);
-    fprintf(out, "  \"n_inner\": %zu,\n  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n", c->F, c->L, c->P);
-    fprintf(out, "  \"resid_pdrop\": %s,\n  \"scale_attn_weights\": true,\n", real_text(resid, c->resid_pdrop));
+    fprintf(out, "  \"n_inner\": %zu,\n  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n", c->F, c->L,
+            c->P);
+    fprintf(out, "  \"resid_pdrop\": %s,\n  \"scale_attn_weights\": true,\n",
+            real_text(resid, c->resid_pdrop));
     fprintf(out, "  \"summary_activation\": null,\n  \"summary_first_dropout\": 0.1,\n");
     fprintf(out, "  \"summary_proj_to_labels\": true,\n  \"summary_type\": \"cls_index\",\n");
     fprintf(out, "  \"summary_use_proj\": true,\n");
-    if (end_of_text == 50256) fprintf(out, "  \"tokenizer_class\": \"GPT2TokenizerFast\",\n"); /* GPT-2's own */
+    if (end_of_text == 50256)
+        fprintf(out, "  \"tokenizer_class\": \"GPT2TokenizerFast\",\n"); /* GPT-2's own */
     fprintf(out, "  \"torch_dtype\": \"%s\",\n  \"use_cache\": true,\n", dtype);
     fprintf(out, "  \"vocab_size\": %zu\n}\n", c->V);
     if (fclose(out)) die("out of memory");
@@ -3918,10 +4282,11 @@ static char *config_text_as(size_t *size, const Config *c, const char *gelu, con
 
 static char *config_text(size_t *size, const Config *c, int end_of_text)
 {
-    return config_text_as(size, c, c->gelu == GELU_ERF ? "gelu" : "gelu_new", "float32", end_of_text);
+    return config_text_as(size, c, c->gelu == GELU_ERF ? "gelu" : "gelu_new", "float32",
+                          end_of_text);
 }
 
-/* ---- Slices: between a rank's arenas and whole tensors in files -------------------------------------------------- */
+/* ---- Slices: between a rank's arenas and whole tensors in files ------------------------------ */
 
 /* What this chapter must know of a rank. */
 typedef struct {
@@ -3937,7 +4302,8 @@ typedef struct {
 
 static Shards shards_of(const Rank *k)
 {
-    Shards s = {&k->config, k->layout, k->world.rank, k->tensor, k->tensors, k->weights, k->master, k->m, k->v};
+    Shards s = {&k->config, k->layout, k->world.rank, k->tensor, k->tensors,
+                k->weights, k->master, k->m,          k->v};
     return s;
 }
 
@@ -3962,31 +4328,35 @@ static size_t stored_shape(size_t shape[2], const Tensor *t)
 
 enum { FILE_TILE = 64 };
 
-/* A block of a slice, FILE_TILE x FILE_TILE at most, and where it lies in the file: some runs of neighbours there.
- * Element e of run i is element at + i * stride + e of the stored tensor, and first + i * run_step + e * step of the
- * slice. Where the file has the tensor transposed, a run goes down a column of the slice: a block fits into the cache,
- * so that neither side is read or written in long leaps. */
+/* A block of a slice, FILE_TILE x FILE_TILE at most, and where it lies in the file: some runs of
+ * neighbours there. Element e of run i is element at + i * stride + e of the stored tensor, and
+ * first + i * run_step + e * step of the slice. Where the file has the tensor transposed, a run
+ * goes down a column of the slice: a block fits into the cache, so that neither side is read or
+ * written in long leaps. */
 typedef struct {
     size_t rows; /* of the slice */
     size_t at, stride, runs, length;
     size_t first, run_step, step;
 } FileBlock;
 
-/* The block of tensor rank r's slice that begins at row, col; it ends before the next multiple of FILE_TILE rows. */
+/* The block of tensor rank r's slice that begins at row, col; it ends before the next multiple of
+ * FILE_TILE rows. */
 static FileBlock slice_block(const Tensor *t, int r, size_t row, size_t col)
 {
     size_t width = t->local_cols, first = row * width + col;
-    size_t together = t->spec->split == QKV ? t->local_rows / 3 : real_rows(t, r); /* neighbours in both */
+    size_t together =
+        t->spec->split == QKV ? t->local_rows / 3 : real_rows(t, r); /* neighbours in both */
     size_t rows = min_size(FILE_TILE - row % FILE_TILE, together - row % together),
            cols = min_size(FILE_TILE, width - col);
     size_t y = whole_row(t, r, row), x = whole_col(t, r) + col;
     FileBlock along = {rows, y * t->cols + x, t->cols, rows, cols, first, width, 1};
     FileBlock down = {rows, x * t->rows + y, t->rows, cols, rows, first, 1, width};
-    return t->spec->conv1d || t->cols == 1 ? down : along; /* a vector is both: down has the longer runs */
+    return t->spec->conv1d || t->cols == 1 ? down
+                                           : along; /* a vector is both: down has the longer runs */
 }
 
-/* Fills tensor rank r's slice from a stored tensor or, if `to` is given, stores it there. Padding is left alone.
- * Returns 0 if a value is NaN, infinite, or too large. */
+/* Fills tensor rank r's slice from a stored tensor or, if `to` is given, stores it there. Padding
+ * is left alone. Returns 0 if a value is NaN, infinite, or too large. */
 static int copy_slice(real *slice, const StoredTensor *from, float *to, const Tensor *t, int r)
 {
     size_t rows = real_rows(t, r);
@@ -4009,7 +4379,7 @@ static int copy_slice(real *slice, const StoredTensor *from, float *to, const Te
     return finite;
 }
 
-/* ---- Loading ----------------------------------------------------------------------------------------------------- */
+/* ---- Loading --------------------------------------------------------------------------------- */
 
 /* The tensors of the whole model, in the table's order; the caller frees them. */
 static Tensor *list_model(size_t *n, const Config *c)
@@ -4020,7 +4390,8 @@ static Tensor *list_model(size_t *n, const Config *c)
     return list;
 }
 
-/* Dies unless the file has this array of the whole model, with the right shapes; marks its tensors as expected. */
+/* Dies unless the file has this array of the whole model, with the right shapes; marks its tensors
+ * as expected. */
 static void expect_tensors(const Safetensors *s, const char *path, const Config *c, ArrayKind what)
 {
     size_t n;
@@ -4035,13 +4406,15 @@ static void expect_tensors(const Safetensors *s, const char *path, const Config 
         if (t->dims != dims || memcmp(t->shape, shape, dims * sizeof *shape))
             die("%s: tensor %s is %s, but config.json asks for %s", t->path, t->name, seen, wanted);
         if (t->dtype > BF16)
-            die("%s: tensor %s is of type %s: real numbers are expected", t->path, t->name, dtype_name[t->dtype]);
+            die("%s: tensor %s is of type %s: real numbers are expected", t->path, t->name,
+                dtype_name[t->dtype]);
         t->expected = 1;
     }
     free(list);
 }
 
-/* Older files also hold h.N.attn.bias, the causal mask, and h.N.attn.masked_bias, -10000: no weights at all. */
+/* Older files also hold h.N.attn.bias, the causal mask, and h.N.attn.masked_bias, -10000: no
+ * weights at all. */
 static int is_mask(const char *name)
 {
     int n = 0;
@@ -4057,15 +4430,20 @@ static Safetensors open_model(Config *c, const char *folder)
     *c = read_config(folder, &tied);
     Safetensors s = safetensors_open(folder);
     expect_tensors(&s, folder, c, WEIGHTS);
-    const StoredTensor *wte = find_stored(&s, "wte.weight"), *head = find_stored(&s, "lm_head.weight");
+    const StoredTensor *wte = find_stored(&s, "wte.weight"),
+                       *head = find_stored(&s, "lm_head.weight");
     for (size_t i = 0; i < s.tensors; i++) {
         const StoredTensor *t = &s.tensor[i];
         if (!t->expected && t != head && !is_mask(t->name))
-            die("%s: tensor %s has no place in the model of config.json", t->path, printable(name, t->name));
+            die("%s: tensor %s has no place in the model of config.json", t->path,
+                printable(name, t->name));
     }
-    if (head && (head->dtype != wte->dtype || head->bytes != wte->bytes || memcmp(head->data, wte->data, wte->bytes)))
-        die("%s: lm_head.weight differs from wte.weight: untied embeddings are not supported", head->path);
-    if (!tied && !head) die("%s: \"tie_word_embeddings\" is false, but lm_head.weight is missing", folder);
+    if (head && (head->dtype != wte->dtype || head->bytes != wte->bytes ||
+                 memcmp(head->data, wte->data, wte->bytes)))
+        die("%s: lm_head.weight differs from wte.weight: untied embeddings are not supported",
+            head->path);
+    if (!tied && !head)
+        die("%s: \"tie_word_embeddings\" is false, but lm_head.weight is missing", folder);
     return s;
 }
 
@@ -4079,14 +4457,18 @@ static void load_array(const Shards *s, const Safetensors *file, ArrayKind what)
         const StoredTensor *stored = find_stored(file, stored_name(name, what, t));
         real *slice = (real *)xcalloc(t->n, sizeof *slice); /* padding stays zero */
         if (!copy_slice(slice, stored, NULL, t, tp_rank(s->layout, s->rank)))
-            die("%s: tensor %s has a value that is NaN, infinite or too large", stored->path, stored->name);
+            die("%s: tensor %s has a value that is NaN, infinite or too large", stored->path,
+                stored->name);
         if (what == WEIGHTS) act_upload(s->weights + t->offset, slice, t->n);
         if (to) device_upload(to + t->offset, slice, t->n * sizeof *slice);
         free(slice);
     }
 }
 
-static void load_weights(const Shards *s, const Safetensors *model) { load_array(s, model, WEIGHTS); }
+static void load_weights(const Shards *s, const Safetensors *model)
+{
+    load_array(s, model, WEIGHTS);
+}
 
 static void load_moments(const Shards *s, const Safetensors *trainer)
 {
@@ -4099,7 +4481,8 @@ static Safetensors open_trainer(const char *folder, const Config *c)
 {
     char path[PATH_MAX], name[SHOWN];
     if (!file_exists(folder, "trainer.safetensors"))
-        die("%s holds no trainer.safetensors: it cannot be resumed, but is a model to --init from", folder);
+        die("%s holds no trainer.safetensors: it cannot be resumed, but is a model to --init from",
+            folder);
     Safetensors s = safetensors_open(join_path(path, folder, "trainer.safetensors"));
     expect_tensors(&s, path, c, FIRST_MOMENTS);
     expect_tensors(&s, path, c, SECOND_MOMENTS);
@@ -4130,8 +4513,8 @@ static double metadata_number(const Safetensors *trainer, const char *key, doubl
     char *end, shown[SHOWN];
     double x = strtod(text, &end);
     if (end == text || *end || !(x >= low && x <= high))
-        die("%s: \"%s\" is \"%s\": a number from %.17g to %.17g is expected", trainer->file[0].path, key,
-            printable(shown, text), low, high);
+        die("%s: \"%s\" is \"%s\": a number from %.17g to %.17g is expected", trainer->file[0].path,
+            key, printable(shown, text), low, high);
     return x;
 }
 
@@ -4139,17 +4522,19 @@ static double metadata_number(const Safetensors *trainer, const char *key, doubl
 static size_t metadata_count(const Safetensors *trainer, const char *key)
 {
     double x = metadata_number(trainer, key, 0, 0x1p53);
-    if (x != floor(x)) die("%s: \"%s\" is %.17g, which is not whole", trainer->file[0].path, key, x);
+    if (x != floor(x))
+        die("%s: \"%s\" is %.17g, which is not whole", trainer->file[0].path, key, x);
     return (size_t)x;
 }
 
-/* ---- Folders: how a checkpoint takes the place of the last ------------------------------------------------------- */
+/* ---- Folders: how a checkpoint takes the place of the last ----------------------------------- */
 
-/* A save fills DIR.tmp and swaps it with DIR in one system call: at any moment DIR is one whole checkpoint. Where
- * there is no such call, DIR steps aside as DIR.old while DIR.tmp takes its place, and recover_checkpoint() brings it
- * back if the program was killed just then. Only files of these names are ever deleted. */
-static const char *const our_files[] = {"config.json", "model.safetensors", "trainer.safetensors", "vocab.json",
-                                        "merges.txt"};
+/* A save fills DIR.tmp and swaps it with DIR in one system call: at any moment DIR is one whole
+ * checkpoint. Where there is no such call, DIR steps aside as DIR.old while DIR.tmp takes its
+ * place, and recover_checkpoint() brings it back if the program was killed just then. Only files of
+ * these names are ever deleted. */
+static const char *const our_files[] = {"config.json", "model.safetensors", "trainer.safetensors",
+                                        "vocab.json", "merges.txt"};
 enum { N_OUR_FILES = sizeof our_files / sizeof *our_files };
 
 static int is_ours(const char *name)
@@ -4166,7 +4551,8 @@ typedef struct {
 static SavePaths save_paths(const char *dir)
 {
     SavePaths p;
-    char *resolved = realpath(dir, NULL); /* what is swapped must be the folder itself, not a link to it */
+    char *resolved =
+        realpath(dir, NULL); /* what is swapped must be the folder itself, not a link to it */
     const char *path = resolved ? resolved : dir;
     size_t n = strlen(path);
     while (n > 1 && path[n - 1] == '/') n--;
@@ -4181,12 +4567,14 @@ static SavePaths save_paths(const char *dir)
     return p;
 }
 
-/* Counts the entries of a folder, 0 if it is not there. name: one of them, which is not ours if *foreign. */
+/* Counts the entries of a folder, 0 if it is not there. name: one of them, which is not ours if
+ * *foreign. */
 static size_t look_into(const char *folder, char name[SHOWN], int *foreign)
 {
     size_t n = 0;
     DIR *stream = opendir(folder);
-    if (!stream && errno != ENOENT) die("%s cannot be opened as a folder: %s", folder, strerror(errno));
+    if (!stream && errno != ENOENT)
+        die("%s cannot be opened as a folder: %s", folder, strerror(errno));
     *foreign = 0;
     for (struct dirent *entry; stream && (entry = readdir(stream));) {
         if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
@@ -4214,7 +4602,8 @@ static void delete_folder(const char *folder, const char *keep)
     }
     if (stream) closedir(stream);
     if (rmdir(folder) && errno != ENOENT)
-        die("cannot delete %s, which a save left behind: %s; move it away", folder, strerror(errno));
+        die("cannot delete %s, which a save left behind: %s; move it away", folder,
+            strerror(errno));
 }
 
 /* Ends a swap that was interrupted; call it before looking for a checkpoint in dir. */
@@ -4230,7 +4619,8 @@ static int same_place(const struct stat *a, const struct stat *b)
     return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
-/* No two runs may save to one folder: DIR.lock is locked as long as this one lives. The empty file stays behind. */
+/* No two runs may save to one folder: DIR.lock is locked as long as this one lives. The empty file
+ * stays behind. */
 static void lock_save_folder(const SavePaths *p)
 {
     char path[PATH_MAX];
@@ -4244,8 +4634,9 @@ static void lock_save_folder(const SavePaths *p)
         die("another run is saving to %s: wait for its end, or choose another folder", p->dir);
 }
 
-/* At start-up, so that no run of many hours fails at its first save, and none overwrites what is not its own: dies
- * unless dir can be created, or is empty, or is the checkpoint that the run resumed from (NULL: from none). */
+/* At start-up, so that no run of many hours fails at its first save, and none overwrites what is
+ * not its own: dies unless dir can be created, or is empty, or is the checkpoint that the run
+ * resumed from (NULL: from none). */
 static void check_save_folder(const char *dir, const char *resumed)
 {
     struct stat own, other;
@@ -4254,19 +4645,27 @@ static void check_save_folder(const char *dir, const char *resumed)
     recover_checkpoint(dir);
     SavePaths p = save_paths(dir);
     int exists = !stat(p.dir, &own);
-    if (!exists && !lstat(p.dir, &own)) die("%s is a link to what is not there: remove it, or save elsewhere", dir);
+    if (!exists && !lstat(p.dir, &own))
+        die("%s is a link to what is not there: remove it, or save elsewhere", dir);
     int is_resumed = exists && resumed && !stat(resumed, &other) && same_place(&own, &other);
     if (look_into(p.dir, name, &foreign) && !is_resumed)
-        die("%s holds %s already: save to a new folder%s", dir, name, foreign ? "" : ", or --resume this one");
+        die("%s holds %s already: save to a new folder%s", dir, name,
+            foreign ? "" : ", or --resume this one");
     if (exists && !stat(".", &other) && same_place(&own, &other))
-        die("%s is the working folder: save to a folder in it, since saving replaces the whole folder", dir);
-    if ((look_into(p.tmp, name, &foreign) && foreign) || (look_into(p.old, name, &foreign) && foreign))
-        die("saving to %s needs the name %s.tmp or .old, but there is %s in it: move it away", dir, p.dir, name);
+        die("%s is the working folder: save to a folder in it, since saving replaces the whole "
+            "folder",
+            dir);
+    if ((look_into(p.tmp, name, &foreign) && foreign) ||
+        (look_into(p.old, name, &foreign) && foreign))
+        die("saving to %s needs the name %s.tmp or .old, but there is %s in it: move it away", dir,
+            p.dir, name);
     lock_save_folder(&p);
     delete_folder(p.tmp, NULL);
-    if (mkdir(p.tmp, 0777) || stat(p.tmp, &other)) die("cannot create %s: %s", p.tmp, strerror(errno));
+    if (mkdir(p.tmp, 0777) || stat(p.tmp, &other))
+        die("cannot create %s: %s", p.tmp, strerror(errno));
     rmdir(p.tmp);
-    if (exists && own.st_dev != other.st_dev) die("%s is a mount point: save to a folder in it", dir);
+    if (exists && own.st_dev != other.st_dev)
+        die("%s is a mount point: save to a folder in it", dir);
 }
 
 /* Lets two folders change places in one step, where the system can. Returns 0 if it did. */
@@ -4283,17 +4682,20 @@ static int exchange_folders(const char *a, const char *b)
 static void step_aside(const SavePaths *p)
 {
     delete_folder(p->old, p->dir);
-    if (rename(p->dir, p->old) || rename(p->tmp, p->dir)) die("cannot replace %s: %s", p->dir, strerror(errno));
+    if (rename(p->dir, p->old) || rename(p->tmp, p->dir))
+        die("cannot replace %s: %s", p->dir, strerror(errno));
 }
 
 static void sync_path(const char *path)
 {
     int fd = open(path, O_RDONLY);
-    if (fd < 0 || (fsync(fd) && errno != EINVAL)) die("cannot bring %s to the disk: %s", path, strerror(errno));
+    if (fd < 0 || (fsync(fd) && errno != EINVAL))
+        die("cannot bring %s to the disk: %s", path, strerror(errno));
     close(fd);
 }
 
-/* DIR.tmp is complete and becomes DIR. The last checkpoint is deleted when that has reached the disk. */
+/* DIR.tmp is complete and becomes DIR. The last checkpoint is deleted when that has reached the
+ * disk. */
 static void put_in_place(const SavePaths *p)
 {
     char path[PATH_MAX];
@@ -4301,7 +4703,8 @@ static void put_in_place(const SavePaths *p)
         if (file_exists(p->tmp, our_files[i])) sync_path(join_path(path, p->tmp, our_files[i]));
     sync_path(p->tmp);
     if (rename(p->tmp, p->dir)) { /* which succeeds if DIR is not there or is empty */
-        if (errno != EEXIST && errno != ENOTEMPTY) die("cannot create %s: %s", p->dir, strerror(errno));
+        if (errno != EEXIST && errno != ENOTEMPTY)
+            die("cannot create %s: %s", p->dir, strerror(errno));
         if (exchange_folders(p->tmp, p->dir)) step_aside(p);
     }
     sync_path(p->parent);
@@ -4309,20 +4712,23 @@ static void put_in_place(const SavePaths *p)
     delete_folder(p->old, p->dir);
 }
 
-/* ---- Saving ------------------------------------------------------------------------------------------------------ */
+/* ---- Saving ---------------------------------------------------------------------------------- */
 
 /* Makes a new file n bytes long, with space on the disk. Returns 0 or an error number. */
 static int reserve(int fd, size_t n)
 {
 #if defined _POSIX_ADVISORY_INFO && _POSIX_ADVISORY_INFO > 0
     int error = posix_fallocate(fd, 0, (off_t)n);
-    if (error != EINVAL && error != EOPNOTSUPP) return error; /* these: n is 0, or the file system cannot reserve */
+    if (error != EINVAL && error != EOPNOTSUPP)
+        return error; /* these: n is 0, or the file system cannot reserve */
 #endif
     return ftruncate(fd, (off_t)n) ? errno : 0;
 }
 
-/* A new file: n bytes of data, and room for `more`. A full disk shows here, before anything is replaced. */
-static void write_file(const char *folder, const char *name, const char *data, size_t n, size_t more)
+/* A new file: n bytes of data, and room for `more`. A full disk shows here, before anything is
+ * replaced. */
+static void write_file(const char *folder, const char *name, const char *data, size_t n,
+                       size_t more)
 {
     char path[PATH_MAX];
     int fd = open(join_path(path, folder, name), O_WRONLY | O_CREAT | O_EXCL, 0666);
@@ -4335,19 +4741,22 @@ static void write_file(const char *folder, const char *name, const char *data, s
     if (fd >= 0 && close(fd) && !error) error = errno;
     if (!error) return;
     delete_folder(folder, NULL);
-    die("cannot save %s of %zu bytes: %s; an earlier checkpoint is as it was", path, n + more, strerror(error));
+    die("cannot save %s of %zu bytes: %s; an earlier checkpoint is as it was", path, n + more,
+        strerror(error));
 }
 
-/* Creates a safetensors file for the arrays first .. last of the whole model, still without their values. */
-static void create_tensors(const char *folder, const char *name, const Config *c, int first, int last,
-                           const Metadata *fact, size_t facts)
+/* Creates a safetensors file for the arrays first .. last of the whole model, still without their
+ * values. */
+static void create_tensors(const char *folder, const char *name, const Config *c, int first,
+                           int last, const Metadata *fact, size_t facts)
 {
     char *text = NULL, shape_shown[SHAPE_TEXT], stored[NAME_SIZE];
     size_t size = 0, begin = 0, n;
     FILE *out = open_memstream(&text, &size);
     if (!out) die("out of memory");
     Tensor *list = list_model(&n, c);
-    fprintf(out, "%8s{\"__metadata__\":{\"format\":\"pt\"", ""); /* the length comes into the first 8 bytes */
+    fprintf(out, "%8s{\"__metadata__\":{\"format\":\"pt\"",
+            ""); /* the length comes into the first 8 bytes */
     for (size_t i = 0; i < facts; i++) {
         fputc(',', out);
         json_write_string(out, fact[i].key, strlen(fact[i].key));
@@ -4360,12 +4769,14 @@ static void create_tensors(const char *folder, const char *name, const Config *c
             size_t shape[2], dims = stored_shape(shape, &list[i]);
             size_t end = begin + list[i].rows * list[i].cols * sizeof(float);
             fprintf(out, ",\"%s\":{\"dtype\":\"F32\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
-                    stored_name(stored, (ArrayKind)what, &list[i]), shape_text(shape_shown, dims, shape), begin, end);
+                    stored_name(stored, (ArrayKind)what, &list[i]),
+                    shape_text(shape_shown, dims, shape), begin, end);
             begin = end;
         }
     fputc('}', out);
     fflush(out);
-    fprintf(out, "%*s", (int)((64 - size % 64) % 64), ""); /* so that the tensors start on a cache line */
+    fprintf(out, "%*s", (int)((64 - size % 64) % 64),
+            ""); /* so that the tensors start on a cache line */
     if (fclose(out)) die("out of memory");
     uint64_t length = size - 8;
     memcpy(text, &length, 8);
@@ -4376,7 +4787,8 @@ static void create_tensors(const char *folder, const char *name, const Config *c
 /* Copies vocab.json and merges.txt, which OpenAI called encoder.json and vocab.bpe. */
 static void copy_tokenizer(const char *to, const char *from)
 {
-    static const char *const names[2][2] = {{"vocab.json", "encoder.json"}, {"merges.txt", "vocab.bpe"}};
+    static const char *const names[2][2] = {{"vocab.json", "encoder.json"},
+                                            {"merges.txt", "vocab.bpe"}};
     for (int i = 0; i < 2; i++) {
         const char *name = names[i][!file_exists(from, names[i][0])];
         char path[PATH_MAX];
@@ -4387,11 +4799,13 @@ static void copy_tokenizer(const char *to, const char *from)
     }
 }
 
-/* Puts this rank's slices of the arrays first .. last into the file. Each element has one rank that writes it. */
+/* Puts this rank's slices of the arrays first .. last into the file. Each element has one rank that
+ * writes it. */
 static void save_arrays(const Shards *s, const char *folder, const char *name, int first, int last)
 {
     char path[PATH_MAX], key[NAME_SIZE];
-    Safetensors file = safetensors_open(join_path(path, folder, name)); /* tells where each tensor lies */
+    Safetensors file =
+        safetensors_open(join_path(path, folder, name)); /* tells where each tensor lies */
     Map map = file.file[0].map;
     int fd = open(path, O_RDWR);
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
@@ -4409,7 +4823,8 @@ static void save_arrays(const Shards *s, const char *folder, const char *name, i
             else act_download(slice, s->weights + t->offset, t->n);
             float *to = (float *)(void *)(base + (stored->data - map.data));
             if (!copy_slice(slice, NULL, to, t, tp_rank(s->layout, s->rank)))
-                die("%s has become NaN or infinite: not saved; an earlier checkpoint is as it was", key);
+                die("%s has become NaN or infinite: not saved; an earlier checkpoint is as it was",
+                    key);
             free(slice);
         }
     if (msync(base, map.size, MS_SYNC)) die("cannot write %s: %s", path, strerror(errno));
@@ -4417,10 +4832,11 @@ static void save_arrays(const Shards *s, const char *folder, const char *name, i
     safetensors_close(&file);
 }
 
-/* Saves a checkpoint, or only a model where there are no moments. All ranks call it together; check_save_folder() has
- * approved dir. tokenizer: the folder of vocab.json and merges.txt, or NULL; end_of_text: that token, or -1. */
-static void save_checkpoint(const Shards *s, Comm *world, const char *dir, const char *tokenizer, int end_of_text,
-                            const Metadata *fact, size_t facts)
+/* Saves a checkpoint, or only a model where there are no moments. All ranks call it together;
+ * check_save_folder() has approved dir. tokenizer: the folder of vocab.json and merges.txt, or
+ * NULL; end_of_text: that token, or -1. */
+static void save_checkpoint(const Shards *s, Comm *world, const char *dir, const char *tokenizer,
+                            int end_of_text, const Metadata *fact, size_t facts)
 {
     SavePaths p = save_paths(dir);
     barrier(world); /* rank 0 changes what paths mean only when all have looked */
@@ -4431,7 +4847,9 @@ static void save_checkpoint(const Shards *s, Comm *world, const char *dir, const
         if (mkdir(p.tmp, 0777)) die("cannot create %s: %s", p.tmp, strerror(errno));
         write_file(p.tmp, "config.json", config, size, 0);
         create_tensors(p.tmp, "model.safetensors", s->config, WEIGHTS, WEIGHTS, NULL, 0);
-        if (s->m) create_tensors(p.tmp, "trainer.safetensors", s->config, FIRST_MOMENTS, SECOND_MOMENTS, fact, facts);
+        if (s->m)
+            create_tensors(p.tmp, "trainer.safetensors", s->config, FIRST_MOMENTS, SECOND_MOMENTS,
+                           fact, facts);
         if (tokenizer) copy_tokenizer(p.tmp, tokenizer);
         free(config);
     }
@@ -4445,9 +4863,10 @@ static void save_checkpoint(const Shards *s, Comm *world, const char *dir, const
     barrier(world);
 }
 
-/* ---- info -------------------------------------------------------------------------------------------------------- */
+/* ---- info ------------------------------------------------------------------------------------ */
 
-/* Prints the tensors of a model's folder or of one file, in the file's order; with json, as one JSON object. */
+/* Prints the tensors of a model's folder or of one file, in the file's order; with json, as one
+ * JSON object. */
 static void print_info(const char *path, int json)
 {
     Safetensors s = safetensors_open(path);
@@ -4458,10 +4877,11 @@ static void print_info(const char *path, int json)
     if (is_model) c = read_config(path, &tied);
     if (json) printf("{");
     if (is_model) {
-        const char *text = json ? "\"config\": {\"layers\": %zu, \"hidden\": %zu, \"heads\": %zu, \"mlp\": %zu, "
-                                  "\"positions\": %zu, \"vocab\": %zu, \"parameters\": %zu}, "
-                                : "GPT-2: %zu layers, hidden size %zu, %zu heads, MLP width %zu, %zu positions, "
-                                  "%zu tokens; %zu parameters\n";
+        const char *text =
+            json ? "\"config\": {\"layers\": %zu, \"hidden\": %zu, \"heads\": %zu, \"mlp\": %zu, "
+                   "\"positions\": %zu, \"vocab\": %zu, \"parameters\": %zu}, "
+                 : "GPT-2: %zu layers, hidden size %zu, %zu heads, MLP width %zu, %zu positions, "
+                   "%zu tokens; %zu parameters\n";
         printf(text, c.L, c.C, c.H, c.F, c.P, c.V, count_parameters(&c));
     }
     if (json) printf("\"tensors\": [");
@@ -4472,27 +4892,30 @@ static void print_info(const char *path, int json)
         shape_text(shape, t->dims, t->shape);
         elements += t->n, bytes += t->bytes;
         if (!json) {
-            printf("%-32s %-4s %-14s %12zu bytes\n", printable(name, t->name), dtype, shape, t->bytes);
+            printf("%-32s %-4s %-14s %12zu bytes\n", printable(name, t->name), dtype, shape,
+                   t->bytes);
             continue;
         }
         printf(i ? ", {\"name\": " : "{\"name\": ");
         json_write_string(stdout, t->name, strlen(t->name));
         printf(", \"dtype\": \"%s\", \"shape\": %s, \"bytes\": %zu}", dtype, shape, t->bytes);
     }
-    const char *totals = json ? "], \"totals\": {\"tensors\": %zu, \"elements\": %zu, \"bytes\": %zu}}\n"
-                              : "%zu tensors, %zu elements, %zu bytes\n";
+    const char *totals =
+        json ? "], \"totals\": {\"tensors\": %zu, \"elements\": %zu, \"bytes\": %zu}}\n"
+             : "%zu tensors, %zu elements, %zu bytes\n";
     printf(totals, s.tensors, elements, bytes);
     safetensors_close(&s);
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 15. Text
  *
- * Text becomes numbers by GPT-2's byte-level byte-pair encoding. A text is cut into words; a word is a row of bytes,
- * of which neighbours merge by a list of pairs, the list's first pair first, until no pair of the list is left in it.
- * As every byte is a token, any bytes can be encoded, and decoding gives them back. Documents, with <|endoftext|>
- * between them, are joined and cut into samples of T + 1 tokens: T inputs, and the same shifted by one as labels.
- * ============================================================================================================= */
+ * Text becomes numbers by GPT-2's byte-level byte-pair encoding. A text is cut into words; a word
+ * is a row of bytes, of which neighbours merge by a list of pairs, the list's first pair first,
+ * until no pair of the list is left in it. As every byte is a token, any bytes can be encoded, and
+ * decoding gives them back. Documents, with <|endoftext|> between them, are joined and cut into
+ * samples of T + 1 tokens: T inputs, and the same shifted by one as labels.
+ * ============================================================================================== */
 
 static int class_of(uint32_t code);
 #include "dev/unicode/classes.h" /* class_starts[]: which code points are letters, numbers, white space */
@@ -4505,12 +4928,14 @@ static void push_token(Tokens *tokens, int id)
     tokens->id[tokens->n++] = id;
 }
 
-/* ---- Words: the pre-tokeniser ------------------------------------------------------------------------------------ */
+/* ---- Words: the pre-tokeniser ---------------------------------------------------------------- */
 
-enum { NOT_A_CHARACTER = 0x110000 }; /* one past the last code point: stands for a byte that is not UTF-8 */
+enum {
+    NOT_A_CHARACTER = 0x110000
+}; /* one past the last code point: stands for a byte that is not UTF-8 */
 
-/* The character that begins at text, n > 0 bytes left: its code point, and its length in bytes as the result. A byte
- * that begins no well-formed character counts as one character by itself. */
+/* The character that begins at text, n > 0 bytes left: its code point, and its length in bytes as
+ * the result. A byte that begins no well-formed character counts as one character by itself. */
 static size_t next_character(uint32_t *code, const char *text, size_t n)
 {
     size_t length = utf8_length(text, n);
@@ -4523,8 +4948,9 @@ static size_t next_character(uint32_t *code, const char *text, size_t n)
 /* CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE or CLASS_OTHER. */
 static int class_of(uint32_t code)
 {
-    size_t low = 0, high = sizeof(class_starts) / sizeof(class_starts[0]); /* the answer is in [low, high) */
-    if (code < 0x80 && (code | 32) - 'a' < 26u) return CLASS_LETTER;       /* most of most texts */
+    size_t low = 0,
+           high = sizeof(class_starts) / sizeof(class_starts[0]); /* the answer is in [low, high) */
+    if (code < 0x80 && (code | 32) - 'a' < 26u) return CLASS_LETTER; /* most of most texts */
     while (high - low > 1) {
         size_t middle = (low + high) / 2;
         if (class_starts[middle] >> 2 <= code) low = middle;
@@ -4533,8 +4959,8 @@ static int class_of(uint32_t code)
     return class_starts[low] & 3;
 }
 
-/* Bytes of the white-space character at text, 0 if none begins there. Python's str.isspace(), which its strip(),
- * split() and \s follow, has four control characters more than White_Space. */
+/* Bytes of the white-space character at text, 0 if none begins there. Python's str.isspace(), which
+ * its strip(), split() and \s follow, has four control characters more than White_Space. */
 static size_t space_at(const char *text, size_t n)
 {
     uint32_t code;
@@ -4564,7 +4990,10 @@ static size_t contraction(const char *text, size_t n)
 {
     if (n < 2 || text[0] != '\'') return 0;
     if (memchr("stmd", text[1], 4)) return 2;
-    return n > 2 && (!memcmp(text + 1, "re", 2) || !memcmp(text + 1, "ve", 2) || !memcmp(text + 1, "ll", 2)) ? 3 : 0;
+    return n > 2 && (!memcmp(text + 1, "re", 2) || !memcmp(text + 1, "ve", 2) ||
+                     !memcmp(text + 1, "ll", 2))
+               ? 3
+               : 0;
 }
 
 /* The end of the word that begins at start < n: what GPT-2's regular expression
@@ -4593,7 +5022,7 @@ static size_t word_end(const char *text, size_t n, size_t start)
     return kind == CLASS_SPACE && end < n && last > start ? last : end;
 }
 
-/* ---- Byte-pair encoding ------------------------------------------------------------------------------------------ */
+/* ---- Byte-pair encoding ---------------------------------------------------------------------- */
 
 typedef struct {
     const char *bytes;
@@ -4612,8 +5041,9 @@ struct Tokenizer {
     Token *token;     /* (vocabulary) by id */
     char *bytes;      /* what they point into */
     int byte_id[256]; /* the token of a single byte */
-    Merge *merge;     /* sorted by left, then right: every look-up is a binary search, so no input makes it slow */
-    size_t *row;      /* (vocabulary + 1) where each left token's merges begin in it */
+    Merge *
+        merge; /* sorted by left, then right: every look-up is a binary search, so no input makes it slow */
+    size_t *row; /* (vocabulary + 1) where each left token's merges begin in it */
 };
 
 /* The merge of two neighbours, or NULL. */
@@ -4629,16 +5059,18 @@ static const Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right
     return NULL;
 }
 
-/* A word while it is merged: a linked list of symbols, each at the position of its first byte, and a heap of the
- * merges that are possible. A word of n bytes takes O(n log n), be it one letter a million times. The heap holds 2n
- * entries at most: n - 1 at first, and each merge takes one away and adds two. */
+/* A word while it is merged: a linked list of symbols, each at the position of its first byte, and
+ * a heap of the merges that are possible. A word of n bytes takes O(n log n), be it one letter a
+ * million times. The heap holds 2n entries at most: n - 1 at first, and each merge takes one away
+ * and adds two. */
 typedef struct {
     uint32_t *id, *before, *after; /* (capacity) token and neighbours; after = n: none */
-    uint64_t *heap;                /* (2 capacity) rank << 32 | position of the left symbol, the smallest on top */
+    uint64_t *heap; /* (2 capacity) rank << 32 | position of the left symbol, the smallest on top */
     size_t capacity, n, entries;
 } Word;
 
-static const uint32_t MERGED = UINT32_MAX; /* the id at a position whose symbol went into its left neighbour */
+static const uint32_t MERGED =
+    UINT32_MAX; /* the id at a position whose symbol went into its left neighbour */
 
 /* The merge of the symbol at position i with the next one, or NULL. */
 static const Merge *merge_at(const Word *w, const Tokenizer *t, uint32_t i)
@@ -4674,7 +5106,8 @@ static uint64_t heap_pop(Word *w)
 
 static void encode_word(Tokens *out, const Tokenizer *t, Word *w, const char *text, size_t n)
 {
-    if (n > UINT32_MAX / 2) die("a word of %zu bytes: a text with so long a word cannot be encoded", n);
+    if (n > UINT32_MAX / 2)
+        die("a word of %zu bytes: a text with so long a word cannot be encoded", n);
     if (n > w->capacity) {
         free(w->id), free(w->heap);
         w->capacity = max_size(n, 2 * w->capacity);
@@ -4684,13 +5117,15 @@ static void encode_word(Tokens *out, const Tokenizer *t, Word *w, const char *te
     }
     w->n = n, w->entries = 0;
     for (uint32_t i = 0; i < n; i++)
-        w->id[i] = (uint32_t)t->byte_id[(unsigned char)text[i]], w->before[i] = i - 1, w->after[i] = i + 1;
+        w->id[i] = (uint32_t)t->byte_id[(unsigned char)text[i]], w->before[i] = i - 1,
+        w->after[i] = i + 1;
     for (uint32_t i = 0; i + 1 < n; i++) heap_push(w, t, i);
     while (w->entries) {
         uint64_t key = heap_pop(w);
         uint32_t i = (uint32_t)key, j;
         const Merge *merge = merge_at(w, t, i);
-        if (!merge || merge->rank != key >> 32) continue; /* an entry from before a neighbour merged */
+        if (!merge || merge->rank != key >> 32)
+            continue; /* an entry from before a neighbour merged */
         j = w->after[i];
         w->id[i] = merge->id, w->id[j] = MERGED, w->after[i] = w->after[j];
         if (w->after[i] < n) w->before[w->after[i]] = i;
@@ -4700,14 +5135,16 @@ static void encode_word(Tokens *out, const Tokenizer *t, Word *w, const char *te
     for (uint32_t i = 0; i < n; i = w->after[i]) push_token(out, (int)w->id[i]);
 }
 
-/* Appends the tokens of a text. <|endoftext|> in it is the one special token, as in Hugging Face's tokenizers. */
+/* Appends the tokens of a text. <|endoftext|> in it is the one special token, as in Hugging Face's
+ * tokenizers. */
 static void encode_part(Tokens *out, const Tokenizer *t, const char *text, size_t n)
 {
     Word word = {NULL, NULL, NULL, NULL, 0, 0, 0};
     size_t special = sizeof(END_OF_TEXT) - 1;
     for (size_t start = 0; start < n;) {
         const char *found = NULL;
-        if (t->end_of_text >= 0) found = (const char *)memmem(text + start, n - start, END_OF_TEXT, special);
+        if (t->end_of_text >= 0)
+            found = (const char *)memmem(text + start, n - start, END_OF_TEXT, special);
         size_t stop = found ? (size_t)(found - text) : n;
         for (size_t end; start < stop; start = end) {
             end = word_end(text, stop, start);
@@ -4718,8 +5155,8 @@ static void encode_part(Tokens *out, const Tokenizer *t, const char *text, size_
     free(word.id), free(word.heap);
 }
 
-/* The same, a long text in parts side by side. A part ends between a visible ASCII character and white space: there
- * every word ends, whatever comes after. */
+/* The same, a long text in parts side by side. A part ends between a visible ASCII character and
+ * white space: there every word ends, whatever comes after. */
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
 {
     enum { PART = 1 << 17 }; /* bytes */
@@ -4727,12 +5164,14 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
     size_t *start = (size_t *)xcalloc(n / PART + 2, sizeof(size_t)), parts = 0;
     while (start[parts] < n) {
         size_t end = min_size(start[parts] + PART, n);
-        while (end < n && !((text[end] == ' ' || text[end] == '\n') && text[end - 1] > ' ' && text[end - 1] < 0x7F))
+        while (end < n && !((text[end] == ' ' || text[end] == '\n') && text[end - 1] > ' ' &&
+                            text[end - 1] < 0x7F))
             end++;
         start[++parts] = end;
     }
 #pragma omp parallel for schedule(dynamic) if (parts > 1)
-    for (size_t i = 0; i < parts; i++) encode_part(&part[i], t, text + start[i], start[i + 1] - start[i]);
+    for (size_t i = 0; i < parts; i++)
+        encode_part(&part[i], t, text + start[i], start[i + 1] - start[i]);
     for (size_t i = 0; i < parts; i++) {
         for (size_t j = 0; j < part[i].n; j++) push_token(out, part[i].id[j]);
         free(part[i].id);
@@ -4740,7 +5179,8 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
     free(part), free(start);
 }
 
-/* The n bytes of a token; none for an id outside the vocabulary (a model's has padding behind it). */
+/* The n bytes of a token; none for an id outside the vocabulary (a model's has padding behind
+ * it). */
 static const char *decode(size_t *n, const Tokenizer *t, int id)
 {
     int known = id >= 0 && (size_t)id < t->vocabulary;
@@ -4748,9 +5188,10 @@ static const char *decode(size_t *n, const Tokenizer *t, int id)
     return known ? t->token[id].bytes : "";
 }
 
-/* ---- vocab.json and merges.txt ----------------------------------------------------------------------------------- */
+/* ---- vocab.json and merges.txt --------------------------------------------------------------- */
 
-/* These files write a byte as one printable character: itself where it is one in Latin-1, else U+0100 and up. */
+/* These files write a byte as one printable character: itself where it is one in Latin-1, else
+ * U+0100 and up. */
 enum { BYTE_CHARACTERS = 324 };
 
 static void byte_characters(int byte_of[BYTE_CHARACTERS]) /* -1: no byte is written so */
@@ -4761,8 +5202,10 @@ static void byte_characters(int byte_of[BYTE_CHARACTERS]) /* -1: no byte is writ
         byte_of[(b >= '!' && b <= '~') || (b >= 0xA1 && b != 0xAD && b <= 0xFF) ? b : next++] = b;
 }
 
-/* Reads a token's name as bytes into out; returns how many, 0 if the name is empty or not of this alphabet. */
-static size_t bytes_of_name(char *out, const int byte_of[BYTE_CHARACTERS], const char *name, size_t n)
+/* Reads a token's name as bytes into out; returns how many, 0 if the name is empty or not of this
+ * alphabet. */
+static size_t bytes_of_name(char *out, const int byte_of[BYTE_CHARACTERS], const char *name,
+                            size_t n)
 {
     size_t count = 0;
     uint32_t code;
@@ -4792,7 +5235,8 @@ static int compare_merges(const void *a, const void *b)
 static int token_id(const Token *sorted, size_t vocabulary, const char *bytes, size_t n)
 {
     Token key = {bytes, n, 0};
-    const Token *found = (const Token *)bsearch(&key, sorted, vocabulary, sizeof(Token), compare_tokens);
+    const Token *found =
+        (const Token *)bsearch(&key, sorted, vocabulary, sizeof(Token), compare_tokens);
     return found ? found->id : -1;
 }
 
@@ -4809,7 +5253,8 @@ static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BY
         die("%s is not a JSON object of tokens with their ids", path);
     t->vocabulary = root->length;
     t->token = (Token *)xcalloc(t->vocabulary, sizeof(Token));
-    t->bytes = (char *)xcalloc(map.size, 1); /* a byte takes one character, so all names together fit */
+    t->bytes =
+        (char *)xcalloc(map.size, 1); /* a byte takes one character, so all names together fit */
     for (size_t i = 1; i < root->end; i = json.value[i].end) {
         const JsonValue *v = &json.value[i];
         size_t n = bytes_of_name(t->bytes + used, byte_of, v->key, strlen(v->key));
@@ -4818,9 +5263,11 @@ static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BY
         printable(shown, v->key);
         if (!n) die("%s: \"%s\" is not in GPT-2's alphabet of byte-level tokens", path, shown);
         if (id < 0 || id >= (double)root->length || id != floor(id))
-            die("%s: the id of \"%s\" must be an integer below %zu, the number of tokens", path, shown, root->length);
+            die("%s: the id of \"%s\" must be an integer below %zu, the number of tokens", path,
+                shown, root->length);
         token.id = (int)id;
-        if (t->token[token.id].n) die("%s: the id %d is given twice, now to \"%s\"", path, token.id, shown);
+        if (t->token[token.id].n)
+            die("%s: the id %d is given twice, now to \"%s\"", path, token.id, shown);
         t->token[token.id] = token;
         used += n;
     }
@@ -4828,11 +5275,14 @@ static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BY
     unmap_file(map);
 }
 
-/* A line "left right" for each merge, the first merge first; above them perhaps a line "#version: .." */
-static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS], const Token *sorted)
+/* A line "left right" for each merge, the first merge first; above them perhaps a line "#version:
+ * .." */
+static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS],
+                        const Token *sorted)
 {
     Map map = map_file(path);
-    char *pair = (char *)xcalloc(map.size, 1); /* the bytes of left and right, one after the other */
+    char *pair =
+        (char *)xcalloc(map.size, 1); /* the bytes of left and right, one after the other */
     size_t n = 0, capacity = 0, number = 0;
     for (const char *line = map.data, *stop = line + map.size, *next; line < stop; line = next) {
         const char *end = (const char *)memchr(line, '\n', (size_t)(stop - line));
@@ -4844,13 +5294,17 @@ static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_C
 
         const char *blank = (const char *)memchr(line, ' ', (size_t)(end - line));
         size_t left = blank ? bytes_of_name(pair, byte_of, line, (size_t)(blank - line)) : 0;
-        size_t right = left ? bytes_of_name(pair + left, byte_of, blank + 1, (size_t)(end - blank - 1)) : 0;
-        if (!right) die("%s line %zu: expected two byte-level tokens with one blank between them", path, number);
+        size_t right =
+            left ? bytes_of_name(pair + left, byte_of, blank + 1, (size_t)(end - blank - 1)) : 0;
+        if (!right)
+            die("%s line %zu: expected two byte-level tokens with one blank between them", path,
+                number);
         int a = token_id(sorted, t->vocabulary, pair, left);
         int b = token_id(sorted, t->vocabulary, pair + left, right);
         int ab = token_id(sorted, t->vocabulary, pair, left + right);
         if (a < 0 || b < 0 || ab < 0)
-            die("%s line %zu: %s is not in the vocabulary: do both files belong to one tokenizer?", path, number,
+            die("%s line %zu: %s is not in the vocabulary: do both files belong to one tokenizer?",
+                path, number,
                 a < 0   ? "the left token"
                 : b < 0 ? "the right token"
                         : "what the two tokens merge into");
@@ -4861,7 +5315,8 @@ static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_C
     if (n) qsort(t->merge, n, sizeof(Merge), compare_merges);
     for (size_t i = 0; i < n; i++) {
         if (i && !compare_merges(&t->merge[i - 1], &t->merge[i]))
-            die("%s: merges %u and %u are of the same two tokens", path, t->merge[i - 1].rank, t->merge[i].rank);
+            die("%s: merges %u and %u are of the same two tokens", path, t->merge[i - 1].rank,
+                t->merge[i].rank);
         t->row[t->merge[i].left + 1]++;
     }
     for (size_t i = 0; i < t->vocabulary; i++) t->row[i + 1] += t->row[i];
@@ -4869,11 +5324,13 @@ static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_C
     unmap_file(map);
 }
 
-/* Reads the tokenizer of a folder: vocab.json and merges.txt, or by their older names encoder.json and vocab.bpe. */
+/* Reads the tokenizer of a folder: vocab.json and merges.txt, or by their older names encoder.json
+ * and vocab.bpe. */
 static Tokenizer *tokenizer_open(const char *folder)
 {
     Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
-    int old = !file_exists(folder, "vocab.json") && file_exists(folder, "encoder.json"), byte_of[BYTE_CHARACTERS];
+    int old = !file_exists(folder, "vocab.json") && file_exists(folder, "encoder.json"),
+        byte_of[BYTE_CHARACTERS];
     char path[PATH_MAX];
 
     byte_characters(byte_of);
@@ -4885,7 +5342,8 @@ static Tokenizer *tokenizer_open(const char *folder)
     for (int b = 0; b < 256; b++) {
         char byte = (char)b;
         t->byte_id[b] = token_id(sorted, t->vocabulary, &byte, 1);
-        if (t->byte_id[b] < 0) die("%s has no token for the byte 0x%02X: all 256 are expected", path, (unsigned)b);
+        if (t->byte_id[b] < 0)
+            die("%s has no token for the byte 0x%02X: all 256 are expected", path, (unsigned)b);
     }
     t->end_of_text = token_id(sorted, t->vocabulary, END_OF_TEXT, sizeof(END_OF_TEXT) - 1);
     load_merges(t, join_path(path, folder, old ? "vocab.bpe" : "merges.txt"), byte_of, sorted);
@@ -4910,9 +5368,12 @@ static Tokenizer *tokenizer_bytes(void)
     return t;
 }
 
-static void tokenizer_close(Tokenizer *t) { free(t->token), free(t->bytes), free(t->merge), free(t->row), free(t); }
+static void tokenizer_close(Tokenizer *t)
+{
+    free(t->token), free(t->bytes), free(t->merge), free(t->row), free(t);
+}
 
-/* ---- Documents --------------------------------------------------------------------------------------------------- */
+/* ---- Documents ------------------------------------------------------------------------------- */
 
 /* What documents point into: the tokens of a text, or a mapped PREFIX.bin. */
 struct Storage {
@@ -4930,7 +5391,8 @@ static void add_storage(Corpus *c, int *id, Map map)
 /* prefix and suffix in one path. */
 static char *extend_path(char path[PATH_MAX], const char *prefix, const char *suffix)
 {
-    if (snprintf(path, PATH_MAX, "%s%s", prefix, suffix) >= PATH_MAX) die("the path %s is too long", prefix);
+    if (snprintf(path, PATH_MAX, "%s%s", prefix, suffix) >= PATH_MAX)
+        die("the path %s is too long", prefix);
     return path;
 }
 
@@ -4945,10 +5407,12 @@ static void add_document(Corpus *c, const char *path, const char *data, size_t w
         largest = id > largest ? id : largest;
     }
     if (largest >= c->vocabulary)
-        die("%s has the token %d, but the vocabulary %zu tokens: it needs another tokenizer or model", path,
-            (int)largest, c->vocabulary);
+        die("%s has the token %d, but the vocabulary %zu tokens: it needs another tokenizer or "
+            "model",
+            path, (int)largest, c->vocabulary);
     d.length += c->end_of_text >= 0 && document_token(&d, n - 1, 0) != c->end_of_text;
-    c->document = (Document *)grow(c->document, c->documents, &c->document_capacity, sizeof(Document));
+    c->document =
+        (Document *)grow(c->document, c->documents, &c->document_capacity, sizeof(Document));
     c->document[c->documents++] = d;
     c->tokens += d.length;
 }
@@ -4974,7 +5438,8 @@ static uint64_t little_endian(const char *p, size_t bytes)
     return x;
 }
 
-/* Megatron's indexed dataset, version 1. PREFIX.bin holds the tokens. PREFIX.idx holds, little-endian and unaligned:
+/* Megatron's indexed dataset, version 1. PREFIX.bin holds the tokens. PREFIX.idx holds,
+ * little-endian and unaligned:
  *
  *     "MMIDIDX\0\0"   u64 version = 1   u8 type of a token   u64 n sequences   u64 m marks
  *     i32 tokens[n]   i64 byte in PREFIX.bin[n]   i64 mark[m]: document i is the sequences mark[i] .. mark[i+1] - 1
@@ -4984,32 +5449,39 @@ static const char INDEX_MAGIC[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', 0, 0};
 
 static void add_indexed(Corpus *c, const char *prefix)
 {
-    static const char *const types[8] = {"no type", "uint8", "int8", "int16", "int32", "int64", "float32", "float64"};
+    static const char *const types[8] = {"no type", "uint8", "int8",    "int16",
+                                         "int32",   "int64", "float32", "float64"};
     char path[PATH_MAX];
-    Map bin = map_file(extend_path(path, prefix, ".bin")), index = map_file(extend_path(path, prefix, ".idx"));
+    Map bin = map_file(extend_path(path, prefix, ".bin")),
+        index = map_file(extend_path(path, prefix, ".idx"));
     const char *p = index.data;
     add_storage(c, NULL, bin);
 
-    if (index.size < INDEX_HEADER || memcmp(p, INDEX_MAGIC, sizeof(INDEX_MAGIC)) || little_endian(p + 9, 8) != 1)
+    if (index.size < INDEX_HEADER || memcmp(p, INDEX_MAGIC, sizeof(INDEX_MAGIC)) ||
+        little_endian(p + 9, 8) != 1)
         die("%s is not a Megatron indexed dataset of version 1, which begins with MMIDIDX", path);
     int type = (unsigned char)p[17];
-    size_t n = little_endian(p + 18, 8), m = little_endian(p + 26, 8), width = type == TYPE_UINT16 ? 2 : 4, end = 0;
+    size_t n = little_endian(p + 18, 8), m = little_endian(p + 26, 8),
+           width = type == TYPE_UINT16 ? 2 : 4, end = 0;
     if (type != TYPE_UINT16 && type != TYPE_INT32)
         die("%s has tokens of type %d (%s); only int32 (4) and uint16 (8) are read", path, type,
             type < 8 ? types[type] : "unknown");
     if (n > index.size / 12 || m > index.size / 8 || INDEX_HEADER + 12 * n + 8 * m != index.size)
-        die("%s has %zu bytes, which is not what %zu sequences and %zu document marks take: it is damaged", path,
-            index.size, n, m);
+        die("%s has %zu bytes, which is not what %zu sequences and %zu document marks take: it is "
+            "damaged",
+            path, index.size, n, m);
 
     const char *sizes = p + INDEX_HEADER, *pointers = sizes + 4 * n, *marks = pointers + 8 * n;
     for (size_t i = 0; i < n; i++) {
         size_t size = little_endian(sizes + 4 * i, 4); /* a negative one becomes very large */
         if (little_endian(pointers + 8 * i, 8) != end || size > (bin.size - end) / width)
-            die("%s: sequence %zu must begin where the one before ends, and end within the %zu bytes of %s.bin", path,
-                i, bin.size, prefix);
+            die("%s: sequence %zu must begin where the one before ends, and end within the %zu "
+                "bytes of %s.bin",
+                path, i, bin.size, prefix);
         end += size * width;
     }
-    if (end != bin.size) die("%s describes %zu bytes of %s.bin, which has %zu", path, end, prefix, bin.size);
+    if (end != bin.size)
+        die("%s describes %zu bytes of %s.bin, which has %zu", path, end, prefix, bin.size);
     if (m == 0 || little_endian(marks, 8) != 0 || little_endian(marks + 8 * (m - 1), 8) != n)
         die("%s: the document marks must go from 0 to the number of sequences, %zu", path, n);
     for (size_t i = 0, begin = 0; i + 1 < m; i++) {
@@ -5022,7 +5494,7 @@ static void add_indexed(Corpus *c, const char *prefix)
     unmap_file(index);
 }
 
-/* ---- Where documents are found ----------------------------------------------------------------------------------- */
+/* ---- Where documents are found --------------------------------------------------------------- */
 
 /* Why a folder's entry is not read as text; NULL if it is, or is a folder. */
 static const char *why_skipped(const char *path, const char *name)
@@ -5031,7 +5503,8 @@ static const char *why_skipped(const char *path, const char *name)
     char head[4096];
     if (name[0] == '.') return "hidden";
     if (lstat(path, &link) || stat(path, &st)) return strerror(errno);
-    if (S_ISDIR(st.st_mode)) return S_ISLNK(link.st_mode) ? "a link to a folder" : NULL; /* they may run in circles */
+    if (S_ISDIR(st.st_mode))
+        return S_ISLNK(link.st_mode) ? "a link to a folder" : NULL; /* they may run in circles */
     if (!S_ISREG(st.st_mode)) return "not a regular file";
     FILE *f = fopen(path, "rb");
     if (!f) return strerror(errno);
@@ -5040,9 +5513,13 @@ static const char *why_skipped(const char *path, const char *name)
     return memchr(head, 0, n) ? "not text: it has zero bytes" : NULL;
 }
 
-static int by_name(const struct dirent **a, const struct dirent **b) { return strcmp((*a)->d_name, (*b)->d_name); }
+static int by_name(const struct dirent **a, const struct dirent **b)
+{
+    return strcmp((*a)->d_name, (*b)->d_name);
+}
 
-/* All text files of a folder and of the folders in it, in the order of their names. Paths grow behind `path`. */
+/* All text files of a folder and of the folders in it, in the order of their names. Paths grow
+ * behind `path`. */
 static void add_folder(Corpus *c, const Tokenizer *t, char path[PATH_MAX])
 {
     struct dirent **entry;
@@ -5053,7 +5530,8 @@ static void add_folder(Corpus *c, const Tokenizer *t, char path[PATH_MAX])
     for (int i = 0; i < n; i++) {
         const char *name = entry[i]->d_name, *why;
         if (strcmp(name, ".") && strcmp(name, "..")) {
-            if (length + 1 + strlen(name) >= PATH_MAX) die("the path %s/%s is too long", path, name);
+            if (length + 1 + strlen(name) >= PATH_MAX)
+                die("the path %s/%s is too long", path, name);
             path[length] = '/', strcpy(path + length + 1, name);
             if ((why = why_skipped(path, name))) fprintf(stderr, "skipped %s: %s\n", path, why);
             else if (!stat(path, &st) && S_ISDIR(st.st_mode)) add_folder(c, t, path);
@@ -5064,30 +5542,40 @@ static void add_folder(Corpus *c, const Tokenizer *t, char path[PATH_MAX])
     free(entry);
 }
 
-/* A text file, a folder of them, or the prefix of PREFIX.bin and PREFIX.idx (or one of these two names). */
+/* A text file, a folder of them, or the prefix of PREFIX.bin and PREFIX.idx (or one of these two
+ * names). */
 static void add_path(Corpus *c, const Tokenizer *t, const char *name)
 {
     char path[PATH_MAX], index[PATH_MAX];
     struct stat st;
     size_t n = strlen(extend_path(path, name, ""));
-    int found = !stat(path, &st), half = n > 4 && (!strcmp(path + n - 4, ".bin") || !strcmp(path + n - 4, ".idx"));
+    int found = !stat(path, &st),
+        half = n > 4 && (!strcmp(path + n - 4, ".bin") || !strcmp(path + n - 4, ".idx"));
     if (half) path[n - 4] = 0;
     if (found && S_ISDIR(st.st_mode)) add_folder(c, t, extend_path(path, name, ""));
-    else if ((half || !found) && !access(extend_path(index, path, ".idx"), F_OK)) add_indexed(c, path);
+    else if ((half || !found) && !access(extend_path(index, path, ".idx"), F_OK))
+        add_indexed(c, path);
     else if (found) add_text(c, t, name);
-    else die("there is no %s: expected a text, a folder, or the prefix of an indexed dataset's .bin and .idx", name);
+    else
+        die("there is no %s: expected a text, a folder, or the prefix of an indexed dataset's .bin "
+            "and .idx",
+            name);
 }
 
-/* Reads and checks everything that n paths name. Dies if a token is not in the vocabulary: the model's, or where no
- * model is at hand the tokenizer's own. */
-static Corpus *corpus_open(const char *const *paths, size_t n, const Tokenizer *t, size_t vocabulary)
+/* Reads and checks everything that n paths name. Dies if a token is not in the vocabulary: the
+ * model's, or where no model is at hand the tokenizer's own. */
+static Corpus *corpus_open(const char *const *paths, size_t n, const Tokenizer *t,
+                           size_t vocabulary)
 {
     Corpus *c = (Corpus *)xcalloc(1, sizeof(Corpus));
     c->vocabulary = vocabulary, c->end_of_text = t->end_of_text;
     if (t->end_of_text >= 0 && (size_t)t->end_of_text >= vocabulary)
-        die("<|endoftext|> is token %d of the tokenizer, but the model has %zu tokens", t->end_of_text, vocabulary);
+        die("<|endoftext|> is token %d of the tokenizer, but the model has %zu tokens",
+            t->end_of_text, vocabulary);
     for (size_t i = 0; i < n; i++) add_path(c, t, paths[i]);
-    if (!c->tokens) die("there is no text in %s%s", n ? paths[0] : "no paths", n > 1 ? " and the other paths" : "");
+    if (!c->tokens)
+        die("there is no text in %s%s", n ? paths[0] : "no paths",
+            n > 1 ? " and the other paths" : "");
     return c;
 }
 
@@ -5105,9 +5593,12 @@ static void corpus_tokens(Tokens *out, const Corpus *c)
             push_token(out, document_token(&c->document[i], j, c->end_of_text));
 }
 
-/* ---- Writing an indexed dataset ---------------------------------------------------------------------------------- */
+/* ---- Writing an indexed dataset -------------------------------------------------------------- */
 
-static void put(FILE *f, uint64_t x, size_t bytes) { fwrite(&x, bytes, 1, f); } /* finish_file() sees errors */
+static void put(FILE *f, uint64_t x, size_t bytes)
+{
+    fwrite(&x, bytes, 1, f);
+} /* finish_file() sees errors */
 
 static FILE *create_file(const char *path)
 {
@@ -5126,8 +5617,8 @@ static void finish_file(FILE *f, const char *path)
     }
 }
 
-/* Writes PREFIX.bin and PREFIX.idx, a sequence for each document, <|endoftext|> included. The index comes last: where
- * it exists, both files are whole, whenever the program was killed. */
+/* Writes PREFIX.bin and PREFIX.idx, a sequence for each document, <|endoftext|> included. The index
+ * comes last: where it exists, both files are whole, whenever the program was killed. */
 static void corpus_write(const Corpus *c, const char *prefix)
 {
     char bin_path[PATH_MAX], idx_path[PATH_MAX], bin_new[PATH_MAX], idx_new[PATH_MAX];
@@ -5140,17 +5631,21 @@ static void corpus_write(const Corpus *c, const char *prefix)
     put(idx, c->documents, 8), put(idx, c->documents + 1, 8);
     for (size_t i = 0; i < c->documents; i++) {
         const Document *d = &c->document[i];
-        if (d->length > INT32_MAX) die("a document of %zu tokens is too long to be written: split it", d->length);
-        for (size_t j = 0; j < d->length; j++) put(bin, (uint32_t)document_token(d, j, c->end_of_text), width);
+        if (d->length > INT32_MAX)
+            die("a document of %zu tokens is too long to be written: split it", d->length);
+        for (size_t j = 0; j < d->length; j++)
+            put(bin, (uint32_t)document_token(d, j, c->end_of_text), width);
         put(idx, d->length, 4);
     }
-    for (size_t i = 0; i < c->documents; i++) put(idx, end, 8), end += c->document[i].length * width;
+    for (size_t i = 0; i < c->documents; i++)
+        put(idx, end, 8), end += c->document[i].length * width;
     for (size_t i = 0; i <= c->documents; i++) put(idx, i, 8);
 
     finish_file(bin, bin_new), finish_file(idx, idx_new);
     unlink(extend_path(idx_path, prefix, ".idx")); /* an older one does not fit the new tokens */
     if (rename(bin_new, extend_path(bin_path, prefix, ".bin")) || rename(idx_new, idx_path))
-        die("cannot rename %s and %s to %s and %s: %s", bin_new, idx_new, bin_path, idx_path, strerror(errno));
+        die("cannot rename %s and %s to %s and %s: %s", bin_new, idx_new, bin_path, idx_path,
+            strerror(errno));
 }
 
 /* Reads {"text": ".."} lines. */
@@ -5181,12 +5676,13 @@ static Lambada lambada_open(const char *path, const Tokenizer *t)
 
 static void lambada_close(Lambada *l) { free(l->tokens.id), free(l->example); }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 16. Planner [§5.1, Fig. 4]: what a training run will cost, without running it
  *
- * All numbers come from shapes alone: memory and parameters from the table of chapter 4, messages from the places
- * where chapters 5 to 7 call collectives, floating point operations from the sizes of the products.
- * ============================================================================================================= */
+ * All numbers come from shapes alone: memory and parameters from the table of chapter 4, messages
+ * from the places where chapters 5 to 7 call collectives, floating point operations from the sizes
+ * of the products.
+ * ============================================================================================== */
 
 typedef struct {
     Config config;
@@ -5194,13 +5690,16 @@ typedef struct {
     size_t batch, micro_batch; /* sequences: in an iteration, on all data ranks; in one pass */
     size_t seq;                /* tokens of a sequence */
     int recompute;
-    double peak, bandwidth; /* of the user's machine: sustained TFLOP/s of a rank, GB/s of a ring; 0: not given */
+    double peak,
+        bandwidth; /* of the user's machine: sustained TFLOP/s of a rank, GB/s of a ring; 0: not given */
 } PlanInput;
 
-/* All doubles, so that one table can print them; counts are exact up to 2^53. "rank" is the one that has most. */
+/* All doubles, so that one table can print them; counts are exact up to 2^53. "rank" is the one
+ * that has most. */
 typedef struct {
     double parameters, parameters_per_rank, replication;
-    double bytes_per_rank, weights_bytes, gradient_bytes, moment_bytes, master_bytes, activation_bytes;
+    double bytes_per_rank, weights_bytes, gradient_bytes, moment_bytes, master_bytes,
+        activation_bytes;
     double paper_bytes, paper_activation_bytes, zero1_bytes, zero2_bytes, zero3_bytes;
     double micro_batches, in_flight, bubble, bubble_formula, bubble_gpipe, bubble_interleaved;
     double flops_per_iteration, flops_formula, tokens_per_iteration;
@@ -5208,7 +5707,8 @@ typedef struct {
     double v100_seconds, v100_efficiency, v100_days, seconds, efficiency;
 } Plan;
 
-/* Dies unless the run can be cut this way. Unlike check_layout, it allows as many data ranks as the paper had. */
+/* Dies unless the run can be cut this way. Unlike check_layout, it allows as many data ranks as the
+ * paper had. */
 static void check_plan(const PlanInput *in)
 {
     Layout s = in->layout, tensor = {s.tp, 1, 1}, pipeline = {1, s.pp, 1};
@@ -5219,10 +5719,13 @@ static void check_plan(const PlanInput *in)
     if (in->micro_batch < 1 || in->micro_batch > 65536)
         die("--micro-batch %zu: 1 to 65536 can be planned", in->micro_batch);
     if (in->batch < 1 || in->batch % rows)
-        die("--batch %zu is no multiple of --micro-batch %zu times --dp %d", in->batch, in->micro_batch, s.dp);
+        die("--batch %zu is no multiple of --micro-batch %zu times --dp %d", in->batch,
+            in->micro_batch, s.dp);
     if (in->batch / rows > 65536)
-        die("--batch %zu makes %zu micro-batches: at most 65536 can be planned", in->batch, in->batch / rows);
-    if (in->seq < 1 || in->seq > in->config.P) die("--seq %zu: the model has %zu positions", in->seq, in->config.P);
+        die("--batch %zu makes %zu micro-batches: at most 65536 can be planned", in->batch,
+            in->batch / rows);
+    if (in->seq < 1 || in->seq > in->config.P)
+        die("--seq %zu: the model has %zu positions", in->seq, in->config.P);
     const Config *c = &in->config; /* bounds all products below, so that none overflows */
     double width = (double)c->V + 16.0 * (double)c->C + 2.0 * (double)c->F + (double)c->H;
     double height = (double)in->micro_batch * (double)in->seq + (double)c->C + (double)c->P;
@@ -5230,51 +5733,59 @@ static void check_plan(const PlanInput *in)
         die("a model of %zu layers of %zu is too large to plan at this batch", c->L, c->C);
 }
 
-/* ---- Arithmetic -------------------------------------------------------------------------------------------------- */
+/* ---- Arithmetic ------------------------------------------------------------------------------ */
 
 /* F = 96 B s l h^2 (1 + s/(6h) + V/(16 l h)) with recomputation, 72 and V/(12 l h) without
  * [arXiv 2104.04473 (3), P46]. */
 static double flops_formula(const Config *c, size_t batch, size_t seq, int recompute)
 {
     double B = (double)batch, s = (double)seq, l = (double)c->L, h = (double)c->C, V = (double)c->V;
-    double passes = recompute ? 4 : 3; /* a backward pass costs two forward ones; only the layers are recomputed */
+    double passes =
+        recompute ? 4
+                  : 3; /* a backward pass costs two forward ones; only the layers are recomputed */
     return 24 * passes * B * s * l * h * h * (1 + s / (6 * h) + V / (4 * passes * l * h));
 }
 
-/* The same, counted product by product: 2 n k m for (n,k) times (k,m), scores not halved for being causal, the
- * vocabulary with its padding. A backward pass counts as two forward ones, as everywhere in the literature; chapter 2
- * really makes five products for attention's two, since it computes the scores again instead of keeping them. */
+/* The same, counted product by product: 2 n k m for (n,k) times (k,m), scores not halved for being
+ * causal, the vocabulary with its padding. A backward pass counts as two forward ones, as
+ * everywhere in the literature; chapter 2 really makes five products for attention's two, since it
+ * computes the scores again instead of keeping them. */
 static double flops_exact(const Config *c, int tp, size_t batch, size_t seq, int recompute)
 {
     double C = (double)c->C, F = (double)c->F, s = (double)seq, rows = (double)batch * s;
-    double linear = 2 * rows * (C * 3 * C + C * C + C * F + F * C); /* QKV, output, and the MLP's two */
-    double attention = 2 * rows * (s * C + s * C);                  /* Q K' and P V, over all heads */
+    double linear =
+        2 * rows * (C * 3 * C + C * C + C * F + F * C); /* QKV, output, and the MLP's two */
+    double attention = 2 * rows * (s * C + s * C);      /* Q K' and P V, over all heads */
     double logits = 2 * rows * C * (double)padded_vocab(c->V, tp);
     return (recompute ? 4 : 3) * (double)c->L * (linear + attention) + 3 * logits;
 }
 
-/* Bytes of a parameter with fp16 and Adam: weight 2, gradient 2, float weight and moments 12. ZeRO stage 1 deals the
- * twelve out to the d data ranks, 2 the gradients too, 3 the weights too [arXiv 1910.02054, P60]. */
+/* Bytes of a parameter with fp16 and Adam: weight 2, gradient 2, float weight and moments 12. ZeRO
+ * stage 1 deals the twelve out to the d data ranks, 2 the gradients too, 3 the weights too [arXiv
+ * 1910.02054, P60]. */
 static double zero_bytes(int stage, double d)
 {
     return 2 / (stage >= 3 ? d : 1) + 2 / (stage >= 2 ? d : 1) + 12 / (stage >= 1 ? d : 1);
 }
 
 /* Bytes of one layer's activations as Megatron keeps them, fp16, masks of one byte, scores in full:
- * s b h (10 + 24/t + 5 a s / (h t)); with recomputation only the input, 2 s b h [arXiv 2205.05198 (2), P58]. */
-static double megatron_activation_bytes(const Config *c, int tp, size_t b, size_t seq, int recompute)
+ * s b h (10 + 24/t + 5 a s / (h t)); with recomputation only the input, 2 s b h [arXiv 2205.05198
+ * (2), P58]. */
+static double megatron_activation_bytes(const Config *c, int tp, size_t b, size_t seq,
+                                        int recompute)
 {
     double s = (double)seq, h = (double)c->C, t = tp;
     return s * (double)b * h * (recompute ? 2 : 10 + 24 / t + 5 * (double)c->H * s / (h * t));
 }
 
-/* Days that n GPUs of X FLOP/s need for T tokens with P parameters: 8 T P / (n X) [arXiv 2104.04473 (4), P61]. */
+/* Days that n GPUs of X FLOP/s need for T tokens with P parameters: 8 T P / (n X) [arXiv 2104.04473
+ * (4), P61]. */
 static double training_days(double tokens, double parameters, double gpus, double flops)
 {
     return 8 * tokens * parameters / (gpus * flops) / 86400;
 }
 
-/* ---- Messages ---------------------------------------------------------------------------------------------------- */
+/* ---- Messages -------------------------------------------------------------------------------- */
 
 typedef struct {
     const char *group, *op, *what, *paper;
@@ -5286,8 +5797,8 @@ typedef struct {
 
 enum { MAX_MESSAGES = 16 };
 
-/* Elements a rank sends in one call. A ring all-reduce is a reduce-scatter and an all-gather, in which each rank
- * passes on (t-1)/t of the buffer: together 2 (t-1)/t of it [P8, P59]. */
+/* Elements a rank sends in one call. A ring all-reduce is a reduce-scatter and an all-gather, in
+ * which each rank passes on (t-1)/t of the buffer: together 2 (t-1)/t of it [P8, P59]. */
 static double elements_sent(const Message *m)
 {
     double n = (double)m->elements, t = (double)m->ranks;
@@ -5297,7 +5808,8 @@ static double elements_sent(const Message *m)
 
 static size_t message_bytes(const Message *m) { return m->elements * type_size(m->type); }
 
-/* What each rank of a stage says in one iteration; list has room for MAX_MESSAGES. Returns their number. */
+/* What each rank of a stage says in one iteration; list has room for MAX_MESSAGES. Returns their
+ * number. */
 static size_t list_messages(Message *list, const PlanInput *in, int stage)
 {
     const Config *c = &in->config;
@@ -5311,10 +5823,12 @@ static size_t list_messages(Message *list, const PlanInput *in, int stage)
     const Message all[] = {
         {"tp", "all_reduce", "g: embedding", "[§3]", t, m * first, bsh, ACT},
         {"tp", "all_reduce", "g: attention, MLP; forward", "[§3 Fig.4]", t, 2 * layers, bsh, ACT},
-        {"tp", "all_reduce", "g: the same, recomputed", "[§4.2]", t, 2 * layers * (passes - 1), bsh, ACT},
+        {"tp", "all_reduce", "g: the same, recomputed", "[§4.2]", t, 2 * layers * (passes - 1), bsh,
+         ACT},
         {"tp", "all_reduce", "f: attention, MLP; backward", "[§3 Fig.4]", t, 2 * layers, bsh, ACT},
         {"tp", "all_reduce", "f: logits; backward", "[§3]", t, m * last, bsh, ACT},
-        {"tp", "all_reduce_max", "cross entropy: largest logit", "[§3]", t, m * last, bs, REAL_ARRAY},
+        {"tp", "all_reduce_max", "cross entropy: largest logit", "[§3]", t, m * last, bs,
+         REAL_ARRAY},
         {"tp", "all_reduce", "cross entropy: sum, target", "[§3]", t, 2 * m * last, bs, REAL_ARRAY},
         {"pp", "recv", "activations", "", p, after_first, bsh, ACT},
         {"pp", "send", "activations", "", p, before_last, bsh, ACT},
@@ -5331,10 +5845,11 @@ static size_t list_messages(Message *list, const PlanInput *in, int stage)
     return n;
 }
 
-/* ---- The pipeline's schedules, pass by pass (beyond the paper: arXiv 2104.04473 §2.2) ---------------------------- */
+/* ---- The pipeline's schedules, pass by pass (beyond the paper: arXiv 2104.04473 §2.2) -------- */
 
-/* GPipe: all forward passes, then all backward passes. 1F1B: chapter 6. Interleaved 1F1B cuts the model into v p
- * parts and deals them out to the stages: each has v "chunks", and every micro-batch goes round v times. */
+/* GPipe: all forward passes, then all backward passes. 1F1B: chapter 6. Interleaved 1F1B cuts the
+ * model into v p parts and deals them out to the stages: each has v "chunks", and every micro-batch
+ * goes round v times. */
 typedef enum { GPIPE, ONE_F_ONE_B } Schedule;
 
 typedef struct {
@@ -5347,8 +5862,9 @@ typedef struct {
     size_t chunk, micro_batch;
 } Pass;
 
-/* Pass number j of stage i: w forward passes to warm up, then one forward, one backward in turns, then the rest
- * backward. With chunks, p micro-batches at a time pass through one chunk before the next. */
+/* Pass number j of stage i: w forward passes to warm up, then one forward, one backward in turns,
+ * then the rest backward. With chunks, p micro-batches at a time pass through one chunk before the
+ * next. */
 static Pass nth_pass(Schedule kind, size_t p, size_t m, size_t v, size_t i, size_t j)
 {
     size_t n = m * v, warmup = v > 1 ? 2 * (p - i - 1) + (v - 1) * p : p - i - 1;
@@ -5363,27 +5879,31 @@ static Pass nth_pass(Schedule kind, size_t p, size_t m, size_t v, size_t i, size
     return pass;
 }
 
-/* Runs m micro-batches through p stages of v chunks (v > 1: m is a multiple of p), when a whole stage needs tf > 0
- * forward and tb > 0 backward, and messages no time. A pass starts when its stage is free and its input is there. */
+/* Runs m micro-batches through p stages of v chunks (v > 1: m is a multiple of p), when a whole
+ * stage needs tf > 0 forward and tb > 0 backward, and messages no time. A pass starts when its
+ * stage is free and its input is there. */
 static Pipeline simulate_pipeline(Schedule kind, size_t p, size_t m, size_t v, double tf, double tb)
 {
     Pipeline result;
     size_t parts = p * v, n = m * v, next[MAX_RANKS] = {0}, held[MAX_RANKS] = {0};
     double clock[MAX_RANKS] = {0}, end = 0;
-    double *forward = (double *)xcalloc(2 * parts * m, sizeof *forward); /* [part][micro-batch] end; 0: not yet */
+    double *forward =
+        (double *)xcalloc(2 * parts * m, sizeof *forward); /* [part][micro-batch] end; 0: not yet */
     double *backward = forward + parts * m;
     memset(&result, 0, sizeof result);
     for (size_t left = 2 * n * p, before = left + 1; left > 0;) {
-        if (left == before) die("the schedule of %zu stages and %zu micro-batches does not end", p, m);
+        if (left == before)
+            die("the schedule of %zu stages and %zu micro-batches does not end", p, m);
         before = left;
         for (size_t i = 0; i < p; i++)
             for (; next[i] < 2 * n; next[i]++, left--) {
                 Pass pass = nth_pass(kind, p, m, v, i, next[i]);
                 size_t part = pass.chunk * p + i, here = part * m + pass.micro_batch;
                 if (pass.backward || part > 0) {
-                    const double *input = !pass.backward     ? &forward[here - m]  /* the part before */
-                                          : part + 1 < parts ? &backward[here + m] /* the part behind */
-                                                             : &forward[here];     /* the loss */
+                    const double *input = !pass.backward ? &forward[here - m] /* the part before */
+                                          : part + 1 < parts
+                                              ? &backward[here + m] /* the part behind */
+                                              : &forward[here];     /* the loss */
                     if (*input == 0) break;
                     clock[i] = fmax(clock[i], *input);
                 }
@@ -5399,7 +5919,7 @@ static Pipeline simulate_pipeline(Schedule kind, size_t p, size_t m, size_t v, d
     return result;
 }
 
-/* ---- Projection -------------------------------------------------------------------------------------------------- */
+/* ---- Projection ------------------------------------------------------------------------------ */
 
 /* FLOP/s of one V100 [§5.1], iterations of an epoch [Table 2], tokens of an iteration [§4.2] */
 static const double PAPER_RATE = 39e12, EPOCH = 68507, PAPER_BATCH = 512 * 1024;
@@ -5413,23 +5933,25 @@ typedef struct {
     size_t act_size;
 } Machine;
 
-/* The paper's DGX-2H [§5]. 39 TFLOP/s is what it measured for 1.2B on one V100, products and all else. NVSwitch moves
- * 300 GB/s, in and out together; that a ring sustains 130 of the 150 out is our assumption. Servers are joined at
- * 100 GB/s. */
+/* The paper's DGX-2H [§5]. 39 TFLOP/s is what it measured for 1.2B on one V100, products and all
+ * else. NVSwitch moves 300 GB/s, in and out together; that a ring sustains 130 of the 150 out is
+ * our assumption. Servers are joined at 100 GB/s. */
 static const Machine v100 = {39e12, 130e9, 100e9, 15e-6, 16, 2};
 
 static double message_seconds(const Machine *machine, const Message *m, Layout s)
 {
     int tensor = !strcmp(m->group, "tp"), span = tensor ? s.tp : s.tp * s.pp * s.dp;
-    /* Groups other than tp leave the server, and the t rings of a server's tensor ranks share its network. */
-    double bandwidth = span <= machine->server ? machine->bus : machine->network / (tensor ? 1 : s.tp);
+    /* Groups other than tp leave the server, and the t rings of a server's tensor ranks share its
+     * network. */
+    double bandwidth =
+        span <= machine->server ? machine->bus : machine->network / (tensor ? 1 : s.tp);
     double size = m->type == ACT ? (double)machine->act_size : (double)type_size(m->type);
     return (double)m->count * (elements_sent(m) * size / bandwidth + machine->latency);
 }
 
-/* Seconds of an iteration = (FLOPs / (ranks * rate) + tp and pp messages) * (1 + bubble) + all other messages, on the
- * stage that talks most; nothing overlaps, as in the paper. It does not see that narrow products are slower, nor the
- * duplicated LayerNorms: it flatters large t. */
+/* Seconds of an iteration = (FLOPs / (ranks * rate) + tp and pp messages) * (1 + bubble) + all
+ * other messages, on the stage that talks most; nothing overlaps, as in the paper. It does not see
+ * that narrow products are slower, nor the duplicated LayerNorms: it flatters large t. */
 static double project(const PlanInput *in, const Machine *machine, double flops, double bubble)
 {
     double worst = 0, ranks = (double)in->layout.tp * in->layout.pp * in->layout.dp;
@@ -5446,7 +5968,7 @@ static double project(const PlanInput *in, const Machine *machine, double flops,
     return worst;
 }
 
-/* ---- The plan ---------------------------------------------------------------------------------------------------- */
+/* ---- The plan -------------------------------------------------------------------------------- */
 
 /* Parameters and memory: of each stage, keeps the most. */
 static void plan_memory(Plan *plan, const PlanInput *in)
@@ -5462,7 +5984,8 @@ static void plan_memory(Plan *plan, const PlanInput *in)
         for (size_t i = 0; i < count; i++) parameters += (double)list[i].n;
         stored += parameters * s.tp;
         if (parameters > plan->parameters_per_rank) plan->parameters_per_rank = parameters;
-        double activations = (double)activation_bytes(c, s, rank, in->micro_batch, in->seq, in->recompute, (size_t)m);
+        double activations = (double)activation_bytes(c, s, rank, in->micro_batch, in->seq,
+                                                      in->recompute, (size_t)m);
         double master = sizeof(act) < sizeof(real) ? n * sizeof(real) : 0;
         double total = n * (2 * sizeof(act) + 2 * sizeof(real)) + master + activations;
         if (total <= plan->bytes_per_rank) continue;
@@ -5474,15 +5997,19 @@ static void plan_memory(Plan *plan, const PlanInput *in)
     }
     free(list);
     plan->replication = stored / plan->parameters;
-    plan->paper_bytes = 20 * plan->parameters_per_rank; /* fp16 weight, gradient; the same in float; moments [§4.2] */
-    plan->paper_activation_bytes = megatron_activation_bytes(c, s.tp, in->micro_batch, in->seq, in->recompute) *
-                                   (double)(c->L / (size_t)s.pp) * plan->in_flight;
+    plan->paper_bytes =
+        20 *
+        plan->parameters_per_rank; /* fp16 weight, gradient; the same in float; moments [§4.2] */
+    plan->paper_activation_bytes =
+        megatron_activation_bytes(c, s.tp, in->micro_batch, in->seq, in->recompute) *
+        (double)(c->L / (size_t)s.pp) * plan->in_flight;
     plan->zero1_bytes = zero_bytes(1, s.dp) * plan->parameters_per_rank;
     plan->zero2_bytes = zero_bytes(2, s.dp) * plan->parameters_per_rank;
     plan->zero3_bytes = zero_bytes(3, s.dp) * plan->parameters_per_rank;
 }
 
-/* The pipeline: stages count as equally long, backward as two or, with recomputation, three times forward. */
+/* The pipeline: stages count as equally long, backward as two or, with recomputation, three times
+ * forward. */
 static void plan_pipeline(Plan *plan, const PlanInput *in)
 {
     size_t p = (size_t)in->layout.pp, m = (size_t)plan->micro_batches;
@@ -5497,8 +6024,9 @@ static void plan_pipeline(Plan *plan, const PlanInput *in)
         plan->bubble_interleaved = simulate_pipeline(ONE_F_ONE_B, p, m, 2, 1, tb).bubble;
 }
 
-/* all_reduces_per_iteration counts as the paper does: those of b*s*h that one micro-batch meets on its way through
- * all stages. The paper's 4 a layer leave out embedding, logits and recomputation: 4l+2, with it 6l+2 [P6]. */
+/* all_reduces_per_iteration counts as the paper does: those of b*s*h that one micro-batch meets on
+ * its way through all stages. The paper's 4 a layer leave out embedding, logits and recomputation:
+ * 4l+2, with it 6l+2 [P6]. */
 static void plan_messages(Plan *plan, const PlanInput *in)
 {
     Message list[MAX_MESSAGES];
@@ -5506,7 +6034,8 @@ static void plan_messages(Plan *plan, const PlanInput *in)
     for (int stage = 0; stage < in->layout.pp; stage++) {
         double sent = 0;
         for (size_t i = 0, n = list_messages(list, in, stage); i < n; i++) {
-            sent += (double)list[i].count * elements_sent(&list[i]) * (double)type_size(list[i].type);
+            sent +=
+                (double)list[i].count * elements_sent(&list[i]) * (double)type_size(list[i].type);
             if (strcmp(list[i].group, "tp") || list[i].elements != bsh) continue;
             plan->all_reduces_per_iteration += (double)list[i].count / plan->micro_batches;
             plan->all_reduce_bytes = (double)message_bytes(&list[i]);
@@ -5534,7 +6063,8 @@ static Plan make_plan(const PlanInput *in)
     plan.flops_per_iteration = flops_exact(&in->config, s.tp, in->batch, in->seq, in->recompute);
     plan.v100_seconds = project(in, &v100, plan.flops_per_iteration, plan.bubble);
     plan.v100_efficiency = plan.flops_per_iteration / (ranks * v100.flops) / plan.v100_seconds;
-    plan.v100_days = training_days(300000 * PAPER_BATCH, plan.parameters, ranks, v100.flops * plan.v100_efficiency);
+    plan.v100_days = training_days(300000 * PAPER_BATCH, plan.parameters, ranks,
+                                   v100.flops * plan.v100_efficiency);
     plan.seconds = plan.efficiency = NAN;
     if (in->peak > 0 && in->bandwidth > 0) {
         plan.seconds = project(in, &yours, plan.flops_per_iteration, plan.bubble);
@@ -5543,9 +6073,10 @@ static Plan make_plan(const PlanInput *in)
     return plan;
 }
 
-/* ---- Printing ---------------------------------------------------------------------------------------------------- */
+/* ---- Printing -------------------------------------------------------------------------------- */
 
-/* One number of a plan: its JSON key, and how to tell it to people: in units of `unit`, with `decimals`. */
+/* One number of a plan: its JSON key, and how to tell it to people: in units of `unit`, with
+ * `decimals`. */
 typedef struct {
     const char *key;
     size_t field; /* its place in Plan */
@@ -5598,20 +6129,21 @@ static void print_messages(const PlanInput *in, int stage, int json)
     Message list[MAX_MESSAGES];
     if (json) printf("\"messages\": [");
     else
-        printf("\n%-10s %-14s %-30s %-10s %6s %11s %12s\n", "group", "op", "what", "paper", "calls", "bytes",
-               "sent, each");
+        printf("\n%-10s %-14s %-30s %-10s %6s %11s %12s\n", "group", "op", "what", "paper", "calls",
+               "bytes", "sent, each");
     for (size_t i = 0, n = list_messages(list, in, stage); i < n; i++) {
         const Message *m = &list[i];
         double sent = elements_sent(m) * (double)type_size(m->type);
         int width = strstr(m->paper, "§") ? 11 : 10; /* § has two bytes, but takes one column */
         if (json)
-            printf("%s{\"group\": \"%s\", \"op\": \"%s\", \"what\": \"%s\", \"paper\": \"%s\", \"ranks\": %zu, "
+            printf("%s{\"group\": \"%s\", \"op\": \"%s\", \"what\": \"%s\", \"paper\": \"%s\", "
+                   "\"ranks\": %zu, "
                    "\"count\": %zu, \"elements\": %zu, \"bytes\": %zu, \"bytes_sent\": %.15g}",
-                   i ? ", " : "", m->group, m->op, m->what, m->paper, m->ranks, m->count, m->elements, message_bytes(m),
-                   sent);
+                   i ? ", " : "", m->group, m->op, m->what, m->paper, m->ranks, m->count,
+                   m->elements, message_bytes(m), sent);
         else
-            printf("%-10s %-14s %-30s %-*s %6zu %11zu %12.0f\n", m->group, m->op, m->what, width, m->paper, m->count,
-                   message_bytes(m), sent);
+            printf("%-10s %-14s %-30s %-*s %6zu %11zu %12.0f\n", m->group, m->op, m->what, width,
+                   m->paper, m->count, message_bytes(m), sent);
     }
     if (json) putchar(']');
 }
@@ -5622,7 +6154,8 @@ static void print_plan(const PlanInput *in, const Plan *plan, int json)
     Layout s = in->layout;
     if (json) putchar('{');
     else
-        printf("%zu layers, hidden %zu, %zu heads, vocabulary %zu; tp %d pp %d dp %d; batch %zu of %zu tokens, "
+        printf("%zu layers, hidden %zu, %zu heads, vocabulary %zu; tp %d pp %d dp %d; batch %zu of "
+               "%zu tokens, "
                "%zu a pass%s\n\n",
                c->L, c->C, c->H, c->V, s.tp, s.pp, s.dp, in->batch, in->seq, in->micro_batch,
                in->recompute ? ", recomputed" : "");
@@ -5636,7 +6169,7 @@ static void print_plan(const PlanInput *in, const Plan *plan, int json)
     if (json) puts("}");
 }
 
-/* ---- `plan --paper`: the paper's tables beside what this chapter derives ----------------------------------------- */
+/* ---- `plan --paper`: the paper's tables beside what this chapter derives --------------------- */
 
 enum { MAX_COLUMNS = 12, MAX_ROWS = 4 };
 
@@ -5656,7 +6189,8 @@ static void print_table(const Table *t, int json)
 {
     if (json) printf("\"%s\": [", t->key);
     else printf("%s\n%-12s", t->title, "");
-    for (int c = 0; !json && c < MAX_COLUMNS && t->column[c].key; c++) printf("  %6s", t->column[c].heading);
+    for (int c = 0; !json && c < MAX_COLUMNS && t->column[c].key; c++)
+        printf("  %6s", t->column[c].heading);
     for (int r = 0; r < MAX_ROWS && t->label[r]; r++) {
         if (json) printf("%s{\"name\": \"%s\"", r ? ", " : "", t->label[r]);
         else printf("\n%-12s", t->label[r]);
@@ -5674,7 +6208,8 @@ static void print_table(const Table *t, int json)
     else printf("\n%s\n\n", t->remark);
 }
 
-/* The scaling study: layers recomputed, a batch of 8 for each group of model-parallel GPUs [§5.1]. */
+/* The scaling study: layers recomputed, a batch of 8 for each group of model-parallel GPUs
+ * [§5.1]. */
 static PlanInput paper_input(const char *preset, int tp, int dp)
 {
     PlanInput in;
@@ -5689,23 +6224,26 @@ static const char *const scaling_preset[4] = {"1.2B", "2.5B", "4.2B", "8.3B-scal
 
 static Table table_1(void)
 {
-    Table t = {"table1",
-               "Table 1. Models of the scaling study; batch 8, with data parallelism 512 [P42, P44-P46]",
-               "per rank: parameters of a tensor rank; sum/P: those of all ranks, replicas too, to the model's.",
-               {{"hidden", "hidden", 0},
-                {"heads", "heads", 0},
-                {"head_size", "h/heads", 0},
-                {"layers", "layers", 0},
-                {"parameters", "parameters", 0},
-                {"gpus", "GPUs", 0},
-                {"parameters_per_rank", "  per rank", 0},
-                {"replication", "  sum/P", 5},
-                {"flops_8", " FLOP(8)", -1},
-                {"flops_512", "FLOP(512)", -1}},
-               {0},
-               {{0}}};
+    Table t = {
+        "table1",
+        "Table 1. Models of the scaling study; batch 8, with data parallelism 512 [P42, P44-P46]",
+        "per rank: parameters of a tensor rank; sum/P: those of all ranks, replicas too, to the "
+        "model's.",
+        {{"hidden", "hidden", 0},
+         {"heads", "heads", 0},
+         {"head_size", "h/heads", 0},
+         {"layers", "layers", 0},
+         {"parameters", "parameters", 0},
+         {"gpus", "GPUs", 0},
+         {"parameters_per_rank", "  per rank", 0},
+         {"replication", "  sum/P", 5},
+         {"flops_8", " FLOP(8)", -1},
+         {"flops_512", "FLOP(512)", -1}},
+        {0},
+        {{0}}};
     for (int r = 0; r < 4; r++) {
-        PlanInput in = paper_input(scaling_preset[r], 1 << r, 1), all = paper_input(scaling_preset[r], 1 << r, 64);
+        PlanInput in = paper_input(scaling_preset[r], 1 << r, 1),
+                  all = paper_input(scaling_preset[r], 1 << r, 64);
         Plan plan = make_plan(&in);
         double h = (double)in.config.C, heads = (double)in.config.H, gpus = 1 << r;
         const double row[] = {h,
@@ -5728,8 +6266,10 @@ static Table figure_4(void)
 {
     Table t = {"figure4",
                "Figure 4. All-reduces of an iteration, batch 8, fp16 [P5, P6, P9, P10, P18]",
-               "The paper counts 4 a layer; embedding and logits add 2, recomputation 2 a layer. For the cross\n"
-               "entropy it counts b*s numbers; its code, and this one, move 3*b*s. Gathered logits would be b*s*V.",
+               "The paper counts 4 a layer; embedding and logits add 2, recomputation 2 a layer. "
+               "For the cross\n"
+               "entropy it counts b*s numbers; its code, and this one, move 3*b*s. Gathered logits "
+               "would be b*s*V.",
                {{"layers", "layers", 0},
                 {"gpus", "GPUs", 0},
                 {"paper", "4l", 0},
@@ -5747,7 +6287,8 @@ static Table figure_4(void)
         double cross_entropy = 0, message = 0, sent = 0, gpus = 1 << r, l = (double)in.config.L;
         plain.recompute = 0;
         for (size_t i = 0, n = list_messages(list, &plain, 0); i < n; i++) {
-            if (list[i].elements == 8 * 1024) cross_entropy += (double)(list[i].count * list[i].elements);
+            if (list[i].elements == 8 * 1024)
+                cross_entropy += (double)(list[i].count * list[i].elements);
             if (list[i].elements != 8 * 1024 * in.config.C) continue;
             message = 2 * (double)list[i].elements;
             sent = 4 * 2 * elements_sent(&list[i]);
@@ -5773,8 +6314,10 @@ static Table table_2(void)
     static const double gpus[3] = {64, 128, 512}, days[3] = {0.86, 2.27, 2.10};
     Table t = {"table2",
                "Table 2. GPT-2 models trained; batch 512; an epoch is 68,507 iterations [P45, P47]",
-               "Days give seconds, and with the FLOPs of [P46] a rate: 13.8 PFLOP/s for 8.3B in training, 15.1 in\n"
-               "the abstract; the paper does not say how it counts. 8.3B has 24 heads of 128, in Table 1 32 of 96.",
+               "Days give seconds, and with the FLOPs of [P46] a rate: 13.8 PFLOP/s for 8.3B in "
+               "training, 15.1 in\n"
+               "the abstract; the paper does not say how it counts. 8.3B has 24 heads of 128, in "
+               "Table 1 32 of 96.",
                {{"layers", "layers", 0},
                 {"hidden", "hidden", 0},
                 {"heads", "heads", 0},
@@ -5792,8 +6335,9 @@ static Table table_2(void)
         Config c = find_preset(preset[r]);
         double h = (double)c.C, heads = (double)c.H, s = days[r] * 86400 / EPOCH;
         double flops = flops_formula(&c, 512, 1024, 1);
-        const double row[] = {(double)c.L, h, heads, h / heads,        (double)count_parameters(&c), gpus[r],
-                              days[r],     s, flops, flops / s / 1e15, flops / s / gpus[r] / 1e12};
+        const double row[] = {
+            (double)c.L, h, heads, h / heads,        (double)count_parameters(&c), gpus[r],
+            days[r],     s, flops, flops / s / 1e15, flops / s / gpus[r] / 1e12};
         t.label[r] = preset[r];
         memcpy(t.value[r], row, sizeof row);
     }
@@ -5807,7 +6351,8 @@ static Table table_7(void)
     static const double percent[3] = {82, 80, 77};
     Table t = {"table7",
                "Table 7. 8.3B on 8 GPUs with heads of different size, batch 8 [P45]",
-               "Neither products nor messages change; the scores do, a*b*s*s a layer, so softmax and dropout do too.",
+               "Neither products nor messages change; the scores do, a*b*s*s a layer, so softmax "
+               "and dropout do too.",
                {{"head_size", "h/heads", 0},
                 {"paper_percent", "paper %", 0},
                 {"tflops_gpu", "TF/GPU", 1},
@@ -5818,8 +6363,9 @@ static Table table_7(void)
     for (int r = 0; r < 3; r++) {
         PlanInput in = paper_input("8.3B", 8, 1);
         in.config.H = heads[r];
-        const double row[] = {(double)(in.config.C / heads[r]), percent[r], percent[r] / 100 * PAPER_RATE / 1e12,
-                              make_plan(&in).flops_per_iteration, (double)(heads[r] / 8 * 8 * 1024 * 1024)};
+        const double row[] = {
+            (double)(in.config.C / heads[r]), percent[r], percent[r] / 100 * PAPER_RATE / 1e12,
+            make_plan(&in).flops_per_iteration, (double)(heads[r] / 8 * 8 * 1024 * 1024)};
         t.label[r] = name[r];
         memcpy(t.value[r], row, sizeof row);
     }
@@ -5832,7 +6378,8 @@ static Table table_8(void)
     static const double speedup[4] = {1, 1.64, 2.34, 2.98};
     Table t = {"table8",
                "Table 8. Strong scaling of 1.2B, batch 8; \"we\": the projection of `plan` [P49]",
-               "The projection knows messages only, not that narrow products are slow and LayerNorms are duplicated.",
+               "The projection knows messages only, not that narrow products are slow and "
+               "LayerNorms are duplicated.",
                {{"paper_speedup", "paper", 2},
                 {"paper_percent", "paper %", 2},
                 {"speedup", "we", 2},
@@ -5854,28 +6401,30 @@ static Table table_8(void)
 static Table figure_5(void)
 {
     static const double percent[2][4] = {{100, 95, 82, 77}, {96, 83, 79, 74}};
-    Table t = {"figure5",
-               "Figure 5. Weak scaling, % of 39 TFLOP/s; \"we\": the projection of `plan` [P48, P50]",
-               "The abstract's 15.1 PFLOP/s on 512 GPUs are 75.6%, it says 76%; the figure's 74% are 14.8 PFLOP/s.",
-               {{"gpus", "GPUs", 0},
-                {"paper_percent", "paper %", 0},
-                {"percent", "we %", 1},
-                {"tflops_gpu", "TF/GPU", 1},
-                {"pflops", "PFLOP/s", 4},
-                {"gpus_dp", "GPUs", 0},
-                {"paper_percent_dp", "paper %", 0},
-                {"percent_dp", "we %", 1},
-                {"tflops_gpu_dp", "TF/GPU", 1},
-                {"pflops_dp", "PFLOP/s", 2}},
-               {0},
-               {{0}}};
+    Table t = {
+        "figure5",
+        "Figure 5. Weak scaling, % of 39 TFLOP/s; \"we\": the projection of `plan` [P48, P50]",
+        "The abstract's 15.1 PFLOP/s on 512 GPUs are 75.6%, it says 76%; the figure's 74% are 14.8 "
+        "PFLOP/s.",
+        {{"gpus", "GPUs", 0},
+         {"paper_percent", "paper %", 0},
+         {"percent", "we %", 1},
+         {"tflops_gpu", "TF/GPU", 1},
+         {"pflops", "PFLOP/s", 4},
+         {"gpus_dp", "GPUs", 0},
+         {"paper_percent_dp", "paper %", 0},
+         {"percent_dp", "we %", 1},
+         {"tflops_gpu_dp", "TF/GPU", 1},
+         {"pflops_dp", "PFLOP/s", 2}},
+        {0},
+        {{0}}};
     for (int r = 0; r < 4; r++) {
         t.label[r] = scaling_preset[r];
         for (int dp = 0; dp < 2; dp++) {
             PlanInput in = paper_input(scaling_preset[r], 1 << r, dp ? 64 : 1);
             double gpus = in.layout.tp * in.layout.dp, rate = percent[dp][r] / 100 * PAPER_RATE;
-            const double row[] = {gpus, percent[dp][r], 100 * make_plan(&in).v100_efficiency, rate / 1e12,
-                                  gpus * rate / 1e15};
+            const double row[] = {gpus, percent[dp][r], 100 * make_plan(&in).v100_efficiency,
+                                  rate / 1e12, gpus * rate / 1e15};
             memcpy(t.value[r] + 5 * dp, row, sizeof row);
         }
     }
@@ -5894,8 +6443,8 @@ static Table paper_totals(void)
                 {"figure5_pflops", "74%, PFLOP/s", 2}},
                {0},
                {{0}}};
-    const double row[] = {EPOCH * PAPER_BATCH, 300000 * PAPER_BATCH, 300000 / EPOCH, 15.1e15 / (512 * PAPER_RATE),
-                          0.74 * 512 * PAPER_RATE / 1e15};
+    const double row[] = {EPOCH * PAPER_BATCH, 300000 * PAPER_BATCH, 300000 / EPOCH,
+                          15.1e15 / (512 * PAPER_RATE), 0.74 * 512 * PAPER_RATE / 1e15};
     t.label[0] = "8.3B";
     memcpy(t.value[0], row, sizeof row);
     return t;
@@ -5903,7 +6452,8 @@ static Table paper_totals(void)
 
 static void print_paper(int json)
 {
-    const Table tables[] = {table_1(), figure_4(), table_2(), table_7(), table_8(), figure_5(), paper_totals()};
+    const Table tables[] = {table_1(), figure_4(), table_2(),     table_7(),
+                            table_8(), figure_5(), paper_totals()};
     if (json) putchar('{');
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
         if (json && i) printf(", ");
@@ -5912,7 +6462,7 @@ static void print_paper(int json)
     if (json) puts("}");
 }
 
-/* ---- Trace: what the ranks really said --------------------------------------------------------------------------- */
+/* ---- Trace: what the ranks really said ------------------------------------------------------- */
 
 /* Totals of one kind of message over a trace. */
 static Message sum_events(const Trace *trace, const Message *kind)
@@ -5928,7 +6478,8 @@ static Message sum_events(const Trace *trace, const Message *kind)
     return sum;
 }
 
-/* Do the events of a rank of this stage add up to what the plan lists, for every group and operation? Says where not. */
+/* Do the events of a rank of this stage add up to what the plan lists, for every group and
+ * operation? Says where not. */
 static int trace_agrees(const Trace *trace, const PlanInput *in, int stage)
 {
     Message planned[MAX_MESSAGES];
@@ -5938,16 +6489,19 @@ static int trace_agrees(const Trace *trace, const PlanInput *in, int stage)
         Message sum = sum_events(trace, &planned[i]);
         size_t count = 0, elements = 0, seen = 0;
         for (size_t j = 0; j < n; j++) {
-            if (strcmp(planned[j].group, planned[i].group) || strcmp(planned[j].op, planned[i].op)) continue;
+            if (strcmp(planned[j].group, planned[i].group) || strcmp(planned[j].op, planned[i].op))
+                continue;
             seen += j < i;
             count += planned[j].count;
             elements += planned[j].count * planned[j].elements;
         }
-        if (seen) continue; /* several rows of the plan may be of one kind: each kind is compared once */
+        if (seen)
+            continue; /* several rows of the plan may be of one kind: each kind is compared once */
         events += sum.count;
         if (sum.count == count && sum.elements == elements) continue;
-        fprintf(stderr, "stage %d, %s %s: %zu calls of %zu elements in all, but the plan has %zu of %zu\n", stage,
-                planned[i].group, planned[i].op, sum.count, sum.elements, count, elements);
+        fprintf(stderr,
+                "stage %d, %s %s: %zu calls of %zu elements in all, but the plan has %zu of %zu\n",
+                stage, planned[i].group, planned[i].op, sum.count, sum.elements, count, elements);
         agrees = 0;
     }
     return agrees && events == trace->n; /* and nothing was said that the plan does not know */
@@ -5959,65 +6513,86 @@ static void print_events(const Trace *trace, int stage, int json)
     for (size_t i = 0; i < trace->n; i++) {
         const Event *e = &trace->event[i];
         if (json)
-            printf("%s{\"stage\": %d, \"op\": \"%s\", \"group\": \"%s\", \"elements\": %zu, \"bytes\": %zu, "
+            printf("%s{\"stage\": %d, \"op\": \"%s\", \"group\": \"%s\", \"elements\": %zu, "
+                   "\"bytes\": %zu, "
                    "\"layer\": %d, "
                    "\"where\": \"%s\", \"edge\": \"%s\", \"paper\": \"%s\"}",
-                   stage || i ? ", " : "", stage, e->op, e->group, e->elements, e->bytes, e->place.layer,
-                   e->place.operation, e->place.edge, e->place.paper);
+                   stage || i ? ", " : "", stage, e->op, e->group, e->elements, e->bytes,
+                   e->place.layer, e->place.operation, e->place.edge, e->place.paper);
         else {
             char layer[16] = "-";
             if (e->place.layer >= 0) snprintf(layer, sizeof layer, "%d", e->place.layer);
-            printf("%5d  %5s  %-14s  %-10s  %-14s  %-9s  %10zu  %11zu  %s\n", stage, layer, e->place.operation,
-                   e->place.edge, e->op, e->group, e->elements, e->bytes, e->place.paper);
+            printf("%5d  %5s  %-14s  %-10s  %-14s  %-9s  %10zu  %11zu  %s\n", stage, layer,
+                   e->place.operation, e->place.edge, e->op, e->group, e->elements, e->bytes,
+                   e->place.paper);
         }
     }
 }
 
-/* Totals of a stage by group and operation, and of the tensor group by layer. Returns whether they are the plan's. */
+/* Totals of a stage by group and operation, and of the tensor group by layer. Returns whether they
+ * are the plan's. */
 static int print_totals(const Trace *trace, const PlanInput *in, int stage, int json)
 {
     size_t depth = in->config.L / (size_t)in->layout.pp, printed = 0;
     int agrees = trace_agrees(trace, in, stage);
     Message planned[MAX_MESSAGES];
     size_t n = list_messages(planned, in, stage);
-    if (json) printf("%s{\"stage\": %d, \"agrees_with_plan\": %s", stage ? ", " : "", stage, agrees ? "true" : "false");
+    if (json)
+        printf("%s{\"stage\": %d, \"agrees_with_plan\": %s", stage ? ", " : "", stage,
+               agrees ? "true" : "false");
     else printf("\nstage %d\n", stage);
     for (size_t i = 0; i < n; i++) {
         int seen = 0;
         for (size_t j = 0; j < i; j++)
-            seen |= !strcmp(planned[j].group, planned[i].group) && !strcmp(planned[j].op, planned[i].op);
+            seen |= !strcmp(planned[j].group, planned[i].group) &&
+                    !strcmp(planned[j].op, planned[i].op);
         if (seen) continue;
         Message sum = sum_events(trace, &planned[i]);
         size_t bytes = sum.elements * type_size(sum.type);
         if (json)
-            printf(", \"%s_%s\": {\"calls\": %zu, \"elements\": %zu}", sum.group, sum.op, sum.count, sum.elements);
+            printf(", \"%s_%s\": {\"calls\": %zu, \"elements\": %zu}", sum.group, sum.op, sum.count,
+                   sum.elements);
         else
-            printf("  %-9s  %-14s  %5zu calls  %12zu elements  %13zu bytes\n", sum.group, sum.op, sum.count,
-                   sum.elements, bytes);
+            printf("  %-9s  %-14s  %5zu calls  %12zu elements  %13zu bytes\n", sum.group, sum.op,
+                   sum.count, sum.elements, bytes);
     }
     if (json) printf(", \"layers\": [");
-    for (size_t l = (size_t)stage * depth; in->layout.tp > 1 && l < (size_t)(stage + 1) * depth; l++) {
+    for (size_t l = (size_t)stage * depth; in->layout.tp > 1 && l < (size_t)(stage + 1) * depth;
+         l++) {
         size_t calls = 0, elements = 0;
         for (size_t i = 0; i < trace->n; i++)
-            if (trace->event[i].place.layer == (int)l) calls++, elements += trace->event[i].elements;
+            if (trace->event[i].place.layer == (int)l)
+                calls++, elements += trace->event[i].elements;
         if (json)
-            printf("%s{\"layer\": %zu, \"calls\": %zu, \"elements\": %zu}", printed++ ? ", " : "", l, calls, elements);
-        else printf("  layer %-3zu                 %5zu calls  %12zu elements\n", l, calls, elements);
+            printf("%s{\"layer\": %zu, \"calls\": %zu, \"elements\": %zu}", printed++ ? ", " : "",
+                   l, calls, elements);
+        else
+            printf("  layer %-3zu                 %5zu calls  %12zu elements\n", l, calls,
+                   elements);
     }
     if (json) printf("]}");
     else printf("  %s\n", agrees ? "equal to what `plan` lists" : "NOT what `plan` lists");
     return agrees;
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 17. Command line
- * ============================================================================================================= */
+ * ============================================================================================== */
 
 #ifndef LOSS_SCALE
 #define LOSS_SCALE "1" /* --loss-scale, if it is not given */
 #endif
 
-enum { TRAIN = 1, EVAL = 2, GENERATE = 4, TOKENIZE = 8, PLAN = 16, TRACE = 32, INFO = 64, MAX_PATHS = 256 };
+enum {
+    TRAIN = 1,
+    EVAL = 2,
+    GENERATE = 4,
+    TOKENIZE = 8,
+    PLAN = 16,
+    TRACE = 32,
+    INFO = 64,
+    MAX_PATHS = 256
+};
 enum { SHAPED = TRAIN | PLAN | TRACE, RUNS = TRAIN | EVAL | GENERATE | TRACE, ALL = 127 };
 
 typedef struct {
@@ -6027,11 +6602,14 @@ typedef struct {
 
 static const Command commands[] = {
     {"train", "--data FILE|DIR|PREFIX..", "trains a model on text", TRAIN},
-    {"eval", "--model DIR (--data .. | --wikitext FILE | --lambada FILE)", "measures loss, perplexity, accuracy", EVAL},
+    {"eval", "--model DIR (--data .. | --wikitext FILE | --lambada FILE)",
+     "measures loss, perplexity, accuracy", EVAL},
     {"generate", "--model DIR --prompt TEXT", "continues a text", GENERATE},
-    {"tokenize", "[--tokenizer DIR] IN OUT", "text -> Megatron's indexed dataset OUT.bin, OUT.idx", TOKENIZE},
+    {"tokenize", "[--tokenizer DIR] IN OUT", "text -> Megatron's indexed dataset OUT.bin, OUT.idx",
+     TOKENIZE},
     {"plan", "[--config NAME] [--paper]", "parameters, memory, FLOPs, messages of a run", PLAN},
-    {"trace", "[--config NAME] [--tp P ..]", "one training step; every collective, in order", TRACE},
+    {"trace", "[--config NAME] [--tp P ..]", "one training step; every collective, in order",
+     TRACE},
     {"info", "DIR|FILE", "tensors, shapes, types, config", INFO},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
@@ -6045,16 +6623,19 @@ typedef struct {
     size_t n_paths;
     const char *operand[2]; /* IN and OUT, or DIR|FILE */
     size_t operands;
-    const char *config, *activation, *tokenizer, *init, *resume, *save, *log, *model, *wikitext, *lambada, *prompt,
-        *lr_decay;
-    size_t layers, hidden, heads, seq, vocab, batch, micro_batch, steps, warmup, decay_steps, seed, tp, pp, dp;
+    const char *config, *activation, *tokenizer, *init, *resume, *save, *log, *model, *wikitext,
+        *lambada, *prompt, *lr_decay;
+    size_t layers, hidden, heads, seq, vocab, batch, micro_batch, steps, warmup, decay_steps, seed,
+        tp, pp, dp;
     size_t save_every, eval_every, eval_iters, overlap, limit, tokens, top_k;
-    double lr, min_lr, beta1, beta2, adam_eps, weight_decay, clip, dropout, loss_scale, valid_percent;
+    double lr, min_lr, beta1, beta2, adam_eps, weight_decay, clip, dropout, loss_scale,
+        valid_percent;
     double temperature, top_p, peak, bandwidth;
     unsigned char given[64]; /* by number in the table: was it on the command line? */
 } Options;
 
-/* Every option: parsing, help, defaults, and what a checkpoint remembers all come from this table. */
+/* Every option: parsing, help, defaults, and what a checkpoint remembers all come from this
+ * table. */
 typedef struct {
     const char *name, *argument, *help;
     int commands;
@@ -6143,7 +6724,8 @@ static void print_help(const Command *only) /* NULL: of all commands */
     printf("Megatron-LM GPT-2 (arXiv 1909.08053) in one C file.\n\n");
     for (int i = 0; i < N_COMMANDS; i++)
         if (!only || only == &commands[i])
-            printf("  megatron_gpt2 %-8s %-60s %s\n", commands[i].name, commands[i].arguments, commands[i].what);
+            printf("  megatron_gpt2 %-8s %-60s %s\n", commands[i].name, commands[i].arguments,
+                   commands[i].what);
     printf(only ? "\n" : "\n  megatron_gpt2 COMMAND --help lists the options of one command.\n\n");
     print_options(options, N_OPTIONS, only ? only->bit : ALL, 20);
 }
@@ -6166,10 +6748,11 @@ static const char *set_option(void *o, const Option *option, const char *text)
     return NULL;
 }
 
-/* Stores the option at argv[i] in o, unless it takes PATHS, and counts it in given[] by its number in the table. command:
- * the name and bit of the one that is given options. Returns the index of the last word used. */
-static int parse_option(void *o, unsigned char *given, const Option *table, int n, const char *command, int bit,
-                        int argc, char **argv, int i)
+/* Stores the option at argv[i] in o, unless it takes PATHS, and counts it in given[] by its number
+ * in the table. command: the name and bit of the one that is given options. Returns the index of
+ * the last word used. */
+static int parse_option(void *o, unsigned char *given, const Option *table, int n,
+                        const char *command, int bit, int argc, char **argv, int i)
 {
     int number = 0;
     while (number < n && strcmp(table[number].name, argv[i])) number++;
@@ -6182,8 +6765,8 @@ static int parse_option(void *o, unsigned char *given, const Option *table, int 
     if (option->kind == FLAG || option->kind == PATHS) return i;
     const char *wrong = set_option(o, option, argv[++i]);
     if (wrong)
-        usage_error("%s %s: %s from %.16g to %.16g is expected", option->name, argv[i], wrong, option->low,
-                    option->high);
+        usage_error("%s %s: %s from %.16g to %.16g is expected", option->name, argv[i], wrong,
+                    option->low, option->high);
     return i;
 }
 
@@ -6196,14 +6779,16 @@ static int option_index(const char *name)
 
 static int given(const Options *o, const char *name) { return o->given[option_index(name)]; }
 
-/* Fills o from the command line. Returns 0 if there is no work to do because help was asked for, and printed. */
+/* Fills o from the command line. Returns 0 if there is no work to do because help was asked for,
+ * and printed. */
 static int parse_options(Options *o, int argc, char **argv)
 {
     memset(o, 0, sizeof *o);
     for (int i = 0; i < N_COMMANDS && argc > 1; i++)
         if (!strcmp(argv[1], commands[i].name)) o->command = &commands[i];
     if (argc < 2) usage_error("a command is expected: try megatron_gpt2 --help");
-    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) return print_help(NULL), 0;
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help"))
+        return print_help(NULL), 0;
     if (!o->command) usage_error("there is no command %s: try megatron_gpt2 --help", argv[1]);
     for (int i = 0; i < N_OPTIONS; i++)
         if (options[i].fallback) set_option(o, &options[i], options[i].fallback);
@@ -6216,17 +6801,19 @@ static int parse_options(Options *o, int argc, char **argv)
             o->operand[o->operands++] = argv[i];
             continue;
         }
-        i = parse_option(o, o->given, options, N_OPTIONS, o->command->name, o->command->bit, argc, argv, i);
+        i = parse_option(o, o->given, options, N_OPTIONS, o->command->name, o->command->bit, argc,
+                         argv, i);
         if (options[n].kind != PATHS) continue;
         for (; i + 1 < argc && strncmp(argv[i + 1], "--", 2); i++) {
-            if (o->n_paths == MAX_PATHS) usage_error("more than %d paths; name their folder instead", MAX_PATHS);
+            if (o->n_paths == MAX_PATHS)
+                usage_error("more than %d paths; name their folder instead", MAX_PATHS);
             o->paths[o->n_paths++] = argv[i + 1];
         }
     }
     return 1;
 }
 
-/* ---- What the commands share ------------------------------------------------------------------------------------- */
+/* ---- What the commands share ----------------------------------------------------------------- */
 
 static Layout make_layout(const Options *o)
 {
@@ -6238,7 +6825,8 @@ static Layout make_layout(const Options *o)
 static Config new_config(const Options *o)
 {
     Config c = find_preset(o->config);
-    size_t L = o->layers ? o->layers : c.L, C = o->hidden ? o->hidden : c.C, H = o->heads ? o->heads : c.H;
+    size_t L = o->layers ? o->layers : c.L, C = o->hidden ? o->hidden : c.C,
+           H = o->heads ? o->heads : c.H;
     c = make_config(L, C, H, o->seq ? o->seq : c.P, o->vocab ? o->vocab : c.V);
     if (C % H) die("--hidden %zu is no multiple of --heads %zu: heads must be of equal size", C, H);
     if (o->activation && strcmp(o->activation, "gelu_new") && strcmp(o->activation, "gelu"))
@@ -6253,7 +6841,8 @@ static size_t micro_batch_size(const Options *o)
     size_t batch = o->batch, dp = max_size(o->dp, 1), micro = o->micro_batch;
     if (!micro) micro = o->pp > 1 ? 1 : max_size(batch / dp, 1);
     if (batch % (dp * micro))
-        die("--batch %zu is no multiple of --dp %zu times --micro-batch %zu: every data rank must do whole passes",
+        die("--batch %zu is no multiple of --dp %zu times --micro-batch %zu: every data rank must "
+            "do whole passes",
             batch, dp, micro);
     return micro;
 }
@@ -6270,7 +6859,8 @@ static Tokenizer *find_tokenizer(const char *named, const char *model, const Con
     if (named) return tokenizer_open(named);
     if (model && has_tokenizer(model)) return tokenizer_open(model);
     if (model && c->V != 256 && c->V != 257)
-        die("%s has no vocab.json, and its %zu tokens are not bytes: name the folder of its tokenizer with "
+        die("%s has no vocab.json, and its %zu tokens are not bytes: name the folder of its "
+            "tokenizer with "
             "--tokenizer DIR",
             model, c->V);
     return tokenizer_bytes();
@@ -6279,7 +6869,8 @@ static Tokenizer *find_tokenizer(const char *named, const char *model, const Con
 static void check_tokenizer(const Tokenizer *t, const Config *c)
 {
     if (t->vocabulary > c->V)
-        die("the tokenizer has %zu tokens, but the model's vocabulary only %zu: name the model's own tokenizer, or, "
+        die("the tokenizer has %zu tokens, but the model's vocabulary only %zu: name the model's "
+            "own tokenizer, or, "
             "for a new "
             "model, a larger --vocab",
             t->vocabulary, c->V);
@@ -6288,7 +6879,8 @@ static void check_tokenizer(const Tokenizer *t, const Config *c)
 /* What is padded: with <|endoftext|> where there is one. */
 static int padding(const Tokenizer *t) { return t->end_of_text >= 0 ? t->end_of_text : 0; }
 
-/* Dies if the ranks of a training run, which are all on this machine, cannot fit into its memory. */
+/* Dies if the ranks of a training run, which are all on this machine, cannot fit into its
+ * memory. */
 static void check_memory(const RankOptions *o)
 {
     double total = 0, have = device_memory();
@@ -6297,11 +6889,12 @@ static void check_memory(const RankOptions *o)
         list_tensors(NULL, &elements, &o->config, o->layout, r);
         total += (double)elements * (2 * sizeof(act) + 2 * sizeof(real));
         if (sizeof(act) < sizeof(real)) total += (double)elements * sizeof(real);
-        total +=
-            (double)activation_bytes(&o->config, o->layout, r, o->micro_batch, o->seq, o->recompute, o->micro_batches);
+        total += (double)activation_bytes(&o->config, o->layout, r, o->micro_batch, o->seq,
+                                          o->recompute, o->micro_batches);
     }
     if (have > 0 && total > have)
-        die("the run takes %.1f GB in all, and this machine has %.1f: a smaller model, --micro-batch or --seq, or "
+        die("the run takes %.1f GB in all, and this machine has %.1f: a smaller model, "
+            "--micro-batch or --seq, or "
             "--recompute, "
             "takes less",
             total / 1e9, have / 1e9);
@@ -6311,11 +6904,11 @@ static void warn_if_crowded(Layout s)
 {
     int n = world_size(s);
     if (n > device_count())
-        fprintf(stderr, "%d ranks share %d %s: results are the same, but it takes longer\n", n, device_count(),
-                device_kind());
+        fprintf(stderr, "%d ranks share %d %s: results are the same, but it takes longer\n", n,
+                device_count(), device_kind());
 }
 
-/* ---- train ------------------------------------------------------------------------------------------------------- */
+/* ---- train ----------------------------------------------------------------------------------- */
 
 enum { CURVE_WIDTH = 72, CURVE_HEIGHT = 14 };
 
@@ -6335,15 +6928,16 @@ typedef struct {
     const char *tokenizer_folder; /* whose files go with the model; NULL: bytes */
     Dataset *data, *held_out;
     const Safetensors *model, *trainer; /* to start from; NULL: draw new weights, zero moments */
-    size_t text_tokens;                 /* in all of the text: to notice when a run resumes with other text */
+    size_t text_tokens; /* in all of the text: to notice when a run resumes with other text */
     FILE *log;
     Curve *curve;              /* of losses, for the picture at the end */
     double last_loss, seconds; /* the last step's loss; what all steps took */
     size_t skipped;
 } Run;
 
-/* Micro-batch i of a step for this rank: data replica r takes the r-th contiguous part of the global batch.
- * DEVIATION: every rank reads its samples from the shared memory; Megatron's first tensor rank reads and broadcasts. */
+/* Micro-batch i of a step for this rank: data replica r takes the r-th contiguous part of the
+ * global batch. DEVIATION: every rank reads its samples from the shared memory; Megatron's first
+ * tensor rank reads and broadcasts. */
 typedef struct {
     Dataset *data;
     const Progress *progress;
@@ -6356,7 +6950,8 @@ static void feed_samples(void *source, Rank *k, MicroBatch *mb, size_t i)
     const Samples *s = (const Samples *)source;
     mb->sequence = ((size_t)k->dp.rank * s->micro_batches + i) * k->B;
     for (size_t b = 0; b < k->B; b++)
-        dataset_sample(s->data, s->progress->samples + mb->sequence + b, s->tokens + b * (k->T + 1));
+        dataset_sample(s->data, s->progress->samples + mb->sequence + b,
+                       s->tokens + b * (k->T + 1));
     set_tokens(k, mb, s->tokens, NULL);
 }
 
@@ -6371,7 +6966,8 @@ static void print_step(FILE *f, size_t step, const StepResult *r, double rate, d
     json_write_next(f, "tokens_per_second", floor(rate));
     if (!isnan(valid)) json_write_next(f, "val_loss", valid);
     fputs("}\n", f);
-    if (fflush(f) || ferror(f)) die("cannot write a step to %s: %s", f == stdout ? "stdout" : "--log", strerror(errno));
+    if (fflush(f) || ferror(f))
+        die("cannot write a step to %s: %s", f == stdout ? "stdout" : "--log", strerror(errno));
 }
 
 /* The loss curve as a picture in characters, on stdout. */
@@ -6388,7 +6984,8 @@ static void draw_curve(const Curve *c, size_t first, size_t last)
     for (int y = CURVE_HEIGHT - 1; y >= 0; y--) {
         printf("%7.3f |", low + (high - low) * y / (CURVE_HEIGHT - 1));
         for (int x = 0; x < CURVE_WIDTH; x++) {
-            double height = (c->sum[x] / (double)c->n[x] - low) / (high - low) * (CURVE_HEIGHT - 1); /* NaN if empty */
+            double height = (c->sum[x] / (double)c->n[x] - low) / (high - low) *
+                            (CURVE_HEIGHT - 1); /* NaN if empty */
             putchar(floor(height + 0.5) == y ? '*' : ' ');
         }
         putchar('\n');
@@ -6398,7 +6995,8 @@ static void draw_curve(const Curve *c, size_t first, size_t last)
     printf(" steps %zu..%zu\n", first + 1, last);
 }
 
-/* What a checkpoint says beside its tensors: where the run stands, and with which options it runs. */
+/* What a checkpoint says beside its tensors: where the run stands, and with which options it
+ * runs. */
 typedef struct {
     Metadata fact[64];
     char text[64][32];
@@ -6435,15 +7033,19 @@ static void save_run(const Run *run, Rank *k, const Progress *p)
         if (!options[i].remembered) continue;
         if (options[i].kind == COUNT)
             add_metadata(&f, options[i].name + 2, (double)*(const size_t *)(const void *)field);
-        if (options[i].kind == NUMBER) add_metadata(&f, options[i].name + 2, *(const double *)(const void *)field);
+        if (options[i].kind == NUMBER)
+            add_metadata(&f, options[i].name + 2, *(const double *)(const void *)field);
         if (options[i].kind == TEXT)
-            f.fact[f.n].key = options[i].name + 2, f.fact[f.n++].value = *(char *const *)(const void *)field;
+            f.fact[f.n].key = options[i].name + 2,
+            f.fact[f.n++].value = *(char *const *)(const void *)field;
     }
     Shards shards = shards_of(k);
-    save_checkpoint(&shards, &k->world, dir, run->tokenizer_folder, run->tokenizer->end_of_text, f.fact, f.n);
+    save_checkpoint(&shards, &k->world, dir, run->tokenizer_folder, run->tokenizer->end_of_text,
+                    f.fact, f.n);
 }
 
-/* Ctrl-C: the step under way is finished, and saved, before the program ends; a second Ctrl-C ends it at once. */
+/* Ctrl-C: the step under way is finished, and saved, before the program ends; a second Ctrl-C ends
+ * it at once. */
 static int interrupted; /* any thread may take the signal, and all read it */
 static void interrupt(int signal_number)
 {
@@ -6461,7 +7063,8 @@ static int is_interrupted(Rank *k)
 }
 
 /* What rank 0 says of a step. valid is NaN where there was no evaluation. */
-static void report_step(Run *run, const Progress *p, const StepResult *r, double valid, Meter *meter)
+static void report_step(Run *run, const Progress *p, const StepResult *r, double valid,
+                        Meter *meter)
 {
     const Options *o = run->o;
     size_t column = (p->step - 1 - meter->first) * CURVE_WIDTH / (meter->total - meter->first);
@@ -6470,8 +7073,8 @@ static void report_step(Run *run, const Progress *p, const StepResult *r, double
     if (o->json) print_step(stdout, p->step, r, meter_rate(meter, p->step), valid);
     if (run->log) print_step(run->log, p->step, r, meter_rate(meter, p->step), valid);
     if (!isnan(valid) && !o->json)
-        printf("%sstep %zu: loss %.4f, held-out loss %.4f\n", meter->terminal ? "\r\033[K" : "", p->step, r->loss,
-               valid);
+        printf("%sstep %zu: loss %.4f, held-out loss %.4f\n", meter->terminal ? "\r\033[K" : "",
+               p->step, r->loss, valid);
     meter_show(meter, p->step, "loss", r->loss);
 }
 
@@ -6485,27 +7088,34 @@ static void train_rank(Comm *world, void *arg)
     Rank *k = rank_create(world, &run->ranks);
     Shards shards = shards_of(k);
     Progress p = run->progress;
-    Samples samples = {run->data, &p, run->ranks.micro_batches, (int *)xcalloc(k->B * (k->T + 1), sizeof(int))};
+    Samples samples = {run->data, &p, run->ranks.micro_batches,
+                       (int *)xcalloc(k->B * (k->T + 1), sizeof(int))};
     int skipped_in_a_row = 0, stop = 0;
 
     if (run->model) load_weights(&shards, run->model);
-    else init_params(k->weights, k->tensor, k->tensors, &k->config, o->seed, k->tp.rank), start_master(k);
+    else
+        init_params(k->weights, k->tensor, k->tensors, &k->config, o->seed, k->tp.rank),
+            start_master(k);
     if (run->trainer) load_moments(&shards, run->trainer);
 
     Meter meter = meter_start("step", p.step, o->steps, o->batch * k->T);
     while (p.step < o->steps && !stop) {
         double valid = NAN;
-        StepResult r = train_step(k, &run->optimizer, &p, run->ranks.micro_batches, feed_samples, &samples);
-        skipped_in_a_row = r.skipped && (!p.scaler.dynamic || p.scaler.scale <= 1) ? skipped_in_a_row + 1 : 0;
+        StepResult r =
+            train_step(k, &run->optimizer, &p, run->ranks.micro_batches, feed_samples, &samples);
+        skipped_in_a_row =
+            r.skipped && (!p.scaler.dynamic || p.scaler.scale <= 1) ? skipped_in_a_row + 1 : 0;
         if (skipped_in_a_row == HOPELESS)
-            die("step %zu: loss or gradient has not been finite for %d steps: the run has diverged; try a smaller "
+            die("step %zu: loss or gradient has not been finite for %d steps: the run has "
+                "diverged; try a smaller "
                 "--lr",
                 p.step, HOPELESS);
         stop = is_interrupted(k);
         if (run->held_out && o->eval_every && (p.step % o->eval_every == 0 || p.step == o->steps))
             valid = validation_loss(k, run->held_out, o->eval_iters);
         if (world->rank == 0) report_step(run, &p, &r, valid, &meter);
-        if (stop || p.step == o->steps || (o->save_every && p.step % o->save_every == 0)) save_run(run, k, &p);
+        if (stop || p.step == o->steps || (o->save_every && p.step % o->save_every == 0))
+            save_run(run, k, &p);
     }
     if (world->rank == 0) run->progress = p, run->seconds = now() - meter.start;
     free(samples.tokens);
@@ -6520,11 +7130,12 @@ static void resume_run(Run *run, Options *o, Safetensors *trainer)
         const Option *option = &options[i];
         if (!option->remembered) continue;
         Options saved = *o;
-        const char *text = find_metadata(trainer, option->name + 2), *wrong = set_option(&saved, option, text);
+        const char *text = find_metadata(trainer, option->name + 2),
+                   *wrong = set_option(&saved, option, text);
         char *mine = (char *)o + option->field, *then = (char *)&saved + option->field;
         if (wrong)
-            die("%s: \"%s\" is %s, but %s from %g to %g is expected", o->resume, option->name + 2, text, wrong,
-                option->low, option->high);
+            die("%s: \"%s\" is %s, but %s from %g to %g is expected", o->resume, option->name + 2,
+                text, wrong, option->low, option->high);
         if (!o->given[i]) memcpy(mine, then, 8); /* a size_t, a double or a pointer */
         else if (option->kind != TEXT && memcmp(mine, then, 8))
             fprintf(stderr, "%s is new: the checkpoint was trained with %s\n", option->name, text);
@@ -6574,7 +7185,8 @@ static Optimizer make_optimizer(const Options *o)
     static const char *const decay[] = {"paper", "megatron", "cosine"}; /* in the order of Decay */
     int d = 0;
     while (d < 3 && strcmp(o->lr_decay, decay[d])) d++;
-    if (d == 3) die("--lr-decay %s is not known: paper, megatron or cosine is expected", o->lr_decay);
+    if (d == 3)
+        die("--lr-decay %s is not known: paper, megatron or cosine is expected", o->lr_decay);
     Optimizer a = {o->lr,    o->min_lr,   o->warmup,       o->decay_steps, (Decay)d,     o->beta1,
                    o->beta2, o->adam_eps, o->weight_decay, o->clip,        o->loss_scale};
     return a;
@@ -6583,15 +7195,17 @@ static Optimizer make_optimizer(const Options *o)
 /* Shape, weights to start from, and options: from the command line, a model, or a checkpoint. */
 static void prepare_model(Run *run, Options *o, Safetensors *model, Safetensors *trainer)
 {
-    static const char *const shape[] = {"--config", "--layers", "--hidden", "--heads", "--vocab", "--activation"};
+    static const char *const shape[] = {"--config", "--layers", "--hidden",
+                                        "--heads",  "--vocab",  "--activation"};
     const char *from = o->init ? o->init : o->resume;
     Config *c = &run->ranks.config;
     if (o->init && o->resume)
-        die("--init and --resume exclude each other: start from a model, or go on from a checkpoint");
+        die("--init and --resume exclude each other: start from a model, or go on from a "
+            "checkpoint");
     for (size_t i = 0; from && i < sizeof shape / sizeof *shape; i++)
         if (given(o, shape[i]))
-            die("%s cannot be combined with %s: the shape is that of %s", shape[i], o->init ? "--init" : "--resume",
-                from);
+            die("%s cannot be combined with %s: the shape is that of %s", shape[i],
+                o->init ? "--init" : "--resume", from);
     run->progress.scaler = make_loss_scaler(o->loss_scale);
     if (from) {
         recover_checkpoint(from);
@@ -6620,10 +7234,13 @@ static void prepare_training(Run *run, Options *o)
     Layout s = make_layout(o);
     if (!o->decay_steps) o->decay_steps = o->steps;
     if (!o->resume && !given(o, "--min-lr")) o->min_lr = o->lr / 15;
-    if (!o->resume && !given(o, "--warmup")) o->warmup = o->decay_steps / 100; /* the paper's share: 3k of 300k */
+    if (!o->resume && !given(o, "--warmup"))
+        o->warmup = o->decay_steps / 100; /* the paper's share: 3k of 300k */
     if (!o->resume && !given(o, "--valid-percent")) o->valid_percent = o->eval_every ? 5 : 0;
-    if (o->min_lr > o->lr) die("--min-lr %g is above --lr %g: the floor must be below the peak", o->min_lr, o->lr);
-    if (o->eval_every && o->valid_percent == 0) die("--eval-every needs text to be held out: give --valid-percent");
+    if (o->min_lr > o->lr)
+        die("--min-lr %g is above --lr %g: the floor must be below the peak", o->min_lr, o->lr);
+    if (o->eval_every && o->valid_percent == 0)
+        die("--eval-every needs text to be held out: give --valid-percent");
     check_layout(&run->ranks.config, s);
     run->o = o;
     run->optimizer = make_optimizer(o);
@@ -6639,7 +7256,9 @@ static Corpus *prepare_text(Run *run, const Options *o)
 {
     Corpus *c = corpus_open(o->paths, o->n_paths, run->tokenizer, run->ranks.config.V);
     if (run->text_tokens && run->text_tokens != c->tokens)
-        fprintf(stderr, "the checkpoint was trained on %zu tokens, this text has %zu: samples come in another order\n",
+        fprintf(stderr,
+                "the checkpoint was trained on %zu tokens, this text has %zu: samples come in "
+                "another order\n",
                 run->text_tokens, c->tokens);
     run->text_tokens = c->tokens;
     run->data = dataset_open(c, o->valid_percent, 0, o->seq, o->seed);
@@ -6651,10 +7270,13 @@ static void print_beginning(const Run *run)
 {
     const Config *c = &run->ranks.config;
     Layout s = run->ranks.layout;
-    fprintf(stderr, "%zu layers, hidden %zu, %zu heads, vocabulary %zu: %zu parameters; tp %d, pp %d, dp %d on %d %s; ",
-            c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp, s.dp, device_count(), device_kind());
-    fprintf(stderr, "%zu tokens of text; %zu sequences of %zu tokens a step\n", run->data->tokens, run->o->batch,
-            run->o->seq);
+    fprintf(stderr,
+            "%zu layers, hidden %zu, %zu heads, vocabulary %zu: %zu parameters; tp %d, pp %d, dp "
+            "%d on %d %s; ",
+            c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp, s.dp, device_count(),
+            device_kind());
+    fprintf(stderr, "%zu tokens of text; %zu sequences of %zu tokens a step\n", run->data->tokens,
+            run->o->batch, run->o->seq);
 }
 
 static void print_summary(const Run *run, size_t first)
@@ -6668,7 +7290,8 @@ static void print_summary(const Run *run, size_t first)
                (double)(steps * o->batch * o->seq) / run->seconds, run->last_loss);
         if (dir) printf("saved: %s\n", dir);
     }
-    if (run->skipped) fprintf(stderr, "%zu of %zu steps overflowed and were skipped\n", run->skipped, steps);
+    if (run->skipped)
+        fprintf(stderr, "%zu of %zu steps overflowed and were skipped\n", run->skipped, steps);
     if (last < o->steps) fprintf(stderr, "interrupted after step %zu of %zu\n", last, o->steps);
 }
 
@@ -6705,13 +7328,14 @@ static void run_train(Options *o)
     prepare_model(&run, o, &model, &trainer);
     if (run.progress.step < o->steps) train(&run, o);
     else /* not an error: a script may resume until all is done */
-        fprintf(stderr, "%s has done its %zu steps; --steps asks for more\n", o->resume, run.progress.step);
+        fprintf(stderr, "%s has done its %zu steps; --steps asks for more\n", o->resume,
+                run.progress.step);
     tokenizer_close(run.tokenizer);
     if (run.model) safetensors_close(&model);
     if (run.trainer) safetensors_close(&trainer);
 }
 
-/* ---- eval, generate ---------------------------------------------------------------------------------------------- */
+/* ---- eval, generate -------------------------------------------------------------------------- */
 
 /* A model for inference on tensor ranks, and the work they do with it. */
 typedef struct {
@@ -6742,7 +7366,8 @@ static void open_inference(Inference *in, const Options *o, size_t batch)
     in->ranks.seq = o->seq ? o->seq : in->ranks.config.P;
     if (in->ranks.seq > in->ranks.config.P)
         die("--seq %zu is more than the model's %zu positions", o->seq, in->ranks.config.P);
-    in->ranks.micro_batch = batch ? batch : max_size(2048 / in->ranks.seq, 1); /* enough rows to keep the cores busy */
+    in->ranks.micro_batch =
+        batch ? batch : max_size(2048 / in->ranks.seq, 1); /* enough rows to keep the cores busy */
     in->ranks.micro_batches = 1;
     in->ranks.seed = o->seed;
 }
@@ -6787,8 +7412,8 @@ static void eval_lambada(Inference *in, int json)
         size_t label = in->lambada.example[i].label;
         labels[min_size(label, 6) - 1]++;
         if (label > in->ranks.seq)
-            die("%s: the last word of example %zu has %zu tokens, which do not fit into --seq %zu", o->lambada, i + 1,
-                label, in->ranks.seq);
+            die("%s: the last word of example %zu has %zu tokens, which do not fit into --seq %zu",
+                o->lambada, i + 1, label, in->ranks.seq);
     }
     in->units = given(o, "--limit") ? min_size(o->limit, in->lambada.n) : in->lambada.n;
     if (in->units) run_ranks(world_size(in->ranks.layout), eval_rank, in);
@@ -6797,12 +7422,13 @@ static void eval_lambada(Inference *in, int json)
         printf("{\"examples\": %zu", in->units ? in->accuracy.examples : in->lambada.n);
         if (in->units) printf(", \"correct\": %zu", in->accuracy.correct);
         if (in->units) json_write_next(stdout, "accuracy", (double)in->accuracy.correct / n);
-        if (in->units) json_write_next(stdout, "last_token_accuracy", (double)in->accuracy.last_correct / n);
-        printf(", \"label_tokens\": [%zu, %zu, %zu, %zu, %zu, %zu]}\n", labels[0], labels[1], labels[2], labels[3],
-               labels[4], labels[5]);
+        if (in->units)
+            json_write_next(stdout, "last_token_accuracy", (double)in->accuracy.last_correct / n);
+        printf(", \"label_tokens\": [%zu, %zu, %zu, %zu, %zu, %zu]}\n", labels[0], labels[1],
+               labels[2], labels[3], labels[4], labels[5]);
     } else {
-        printf("%zu examples; last words of 1, 2, 3, 4, 5, more tokens: %zu %zu %zu %zu %zu %zu\n", in->lambada.n,
-               labels[0], labels[1], labels[2], labels[3], labels[4], labels[5]);
+        printf("%zu examples; last words of 1, 2, 3, 4, 5, more tokens: %zu %zu %zu %zu %zu %zu\n",
+               in->lambada.n, labels[0], labels[1], labels[2], labels[3], labels[4], labels[5]);
         if (in->units)
             printf("%zu run: %zu whole last words right, accuracy %.4f (last token only: %.4f)\n",
                    in->accuracy.examples, in->accuracy.correct, (double)in->accuracy.correct / n,
@@ -6832,18 +7458,23 @@ static void eval_text(Inference *in, int json)
         die("%s is too short: one token to predict from and one to predict are needed",
             o->wikitext ? o->wikitext : o->paths[0]);
     in->overlap = o->overlap ? o->overlap : o->wikitext ? min_size(32, T) : T;
-    if (in->overlap > T) die("--overlap %zu is more than the %zu tokens of a window", in->overlap, T);
+    if (in->overlap > T)
+        die("--overlap %zu is more than the %zu tokens of a window", in->overlap, T);
     size_t windows = window_count(in->text.n - 1, in->overlap), targets = in->text.n - 1;
     in->units = given(o, "--limit") ? min_size(o->limit, windows) : windows;
     in->ranks.micro_batch = min_size(in->ranks.micro_batch, max_size(in->units, 1));
     if (in->units) run_ranks(world_size(in->ranks.layout), eval_rank, in);
-    /* [App. E eq.4] divides the sum of the losses by the number of original tokens, T_o - 1 in the code [P53]. */
-    double loss = in->score.loss, adjusted = loss * (double)targets / (double)max_size(original - 1, 1);
+    /* [App. E eq.4] divides the sum of the losses by the number of original tokens, T_o - 1 in the
+     * code [P53]. */
+    double loss = in->score.loss,
+           adjusted = loss * (double)targets / (double)max_size(original - 1, 1);
     if (json) {
-        printf("{\"tokens\": %zu, \"targets\": %zu, \"windows\": %zu", in->text.n, targets, windows);
+        printf("{\"tokens\": %zu, \"targets\": %zu, \"windows\": %zu", in->text.n, targets,
+               windows);
         if (o->wikitext) printf(", \"original_tokens\": %zu", original);
         if (in->units) printf(", \"scored_targets\": %zu", in->score.targets);
-        if (in->units) json_write_next(stdout, "loss", loss), json_write_next(stdout, "ppl", perplexity(loss));
+        if (in->units)
+            json_write_next(stdout, "loss", loss), json_write_next(stdout, "ppl", perplexity(loss));
         if (in->units && o->wikitext) json_write_next(stdout, "adjusted_ppl", perplexity(adjusted));
         printf("}\n");
         return;
@@ -6851,9 +7482,10 @@ static void eval_text(Inference *in, int json)
     printf("%zu tokens, %zu targets, %zu windows of %zu tokens", in->text.n, targets, windows, T);
     if (o->wikitext) printf("; %zu original tokens", original);
     if (in->units)
-        printf("\n%zu windows run, %zu targets: loss %.4f, perplexity %.4f", in->units, in->score.targets, loss,
-               perplexity(loss));
-    if (in->units && o->wikitext) printf(", adjusted to original tokens %.4f [App. E]", perplexity(adjusted));
+        printf("\n%zu windows run, %zu targets: loss %.4f, perplexity %.4f", in->units,
+               in->score.targets, loss, perplexity(loss));
+    if (in->units && o->wikitext)
+        printf(", adjusted to original tokens %.4f [App. E]", perplexity(adjusted));
     putchar('\n');
 }
 
@@ -6862,7 +7494,8 @@ static void run_eval(Options *o)
     Inference in;
     if ((o->n_paths > 0) + (o->wikitext != NULL) + (o->lambada != NULL) != 1)
         usage_error("eval needs exactly one of --data, --wikitext and --lambada");
-    if (o->lambada && given(o, "--overlap")) usage_error("--overlap is for running text, not for --lambada");
+    if (o->lambada && given(o, "--overlap"))
+        usage_error("--overlap is for running text, not for --lambada");
     open_inference(&in, o, o->micro_batch);
     if (o->lambada) eval_lambada(&in, o->json);
     else eval_text(&in, o->json);
@@ -6888,7 +7521,8 @@ static void generate_rank(Comm *world, void *arg)
     int streams = world->rank == 0 && !o->json;
     for (size_t i = 0; i < in->text.n; i++) push_token(&text, in->text.id[i]);
     double start = now();
-    generate(g, &text, o->tokens, &sampler, in->tokenizer->end_of_text, streams ? print_token : NULL, in->tokenizer);
+    generate(g, &text, o->tokens, &sampler, in->tokenizer->end_of_text,
+             streams ? print_token : NULL, in->tokenizer);
     if (world->rank == 0)
         fprintf(stderr, "%s%zu tokens, %.1f tokens/s\n", streams ? "\n" : "", text.n - in->text.n,
                 (double)(text.n - in->text.n) / (now() - start));
@@ -6904,10 +7538,12 @@ static void run_generate(Options *o)
     Inference in;
     open_inference(&in, o, 1);
     encode(&in.text, in.tokenizer, o->prompt, strlen(o->prompt));
-    if (!in.text.n) push_token(&in.text, padding(in.tokenizer)); /* from nothing: as if a document began */
+    if (!in.text.n)
+        push_token(&in.text, padding(in.tokenizer)); /* from nothing: as if a document began */
     size_t prompt = in.text.n;
     if (prompt > in.ranks.seq)
-        fprintf(stderr, "the prompt has %zu tokens: the model sees the last %zu\n", prompt, in.ranks.seq);
+        fprintf(stderr, "the prompt has %zu tokens: the model sees the last %zu\n", prompt,
+                in.ranks.seq);
     if (!o->json) fputs(o->prompt, stdout);
     run_ranks(world_size(in.ranks.layout), generate_rank, &in);
     if (o->json) {
@@ -6924,14 +7560,15 @@ static void run_generate(Options *o)
         printf(", \"text\": ");
         json_write_string(stdout, bytes, size);
         printf(", \"tokens\": [");
-        for (size_t i = prompt; i < in.text.n; i++) printf("%s%d", i > prompt ? ", " : "", in.text.id[i]);
+        for (size_t i = prompt; i < in.text.n; i++)
+            printf("%s%d", i > prompt ? ", " : "", in.text.id[i]);
         printf("]}\n");
         free(bytes);
     } else putchar('\n');
     close_inference(&in);
 }
 
-/* ---- tokenize, plan, trace, info --------------------------------------------------------------------------------- */
+/* ---- tokenize, plan, trace, info ------------------------------------------------------------- */
 
 static void run_tokenize(Options *o)
 {
@@ -6939,10 +7576,11 @@ static void run_tokenize(Options *o)
     Tokenizer *t = find_tokenizer(o->tokenizer, NULL, NULL);
     Corpus *corpus = corpus_open(o->operand, 1, t, t->vocabulary);
     corpus_write(corpus, o->operand[1]);
-    if (o->json) printf("{\"documents\": %zu, \"tokens\": %zu}\n", corpus->documents, corpus->tokens);
+    if (o->json)
+        printf("{\"documents\": %zu, \"tokens\": %zu}\n", corpus->documents, corpus->tokens);
     else
-        printf("%s.bin, %s.idx: %zu documents, %zu tokens\n", o->operand[1], o->operand[1], corpus->documents,
-               corpus->tokens);
+        printf("%s.bin, %s.idx: %zu documents, %zu tokens\n", o->operand[1], o->operand[1],
+               corpus->documents, corpus->tokens);
     corpus_close(corpus);
     tokenizer_close(t);
 }
@@ -6960,12 +7598,15 @@ static void run_plan(Options *o)
 {
     if (o->paper) {
         for (int i = 0; i < N_OPTIONS; i++)
-            if (o->given[i] && strcmp(options[i].name, "--paper") && strcmp(options[i].name, "--json"))
-                usage_error("--paper prints the paper's own runs: it cannot be combined with %s", options[i].name);
+            if (o->given[i] && strcmp(options[i].name, "--paper") &&
+                strcmp(options[i].name, "--json"))
+                usage_error("--paper prints the paper's own runs: it cannot be combined with %s",
+                            options[i].name);
         print_paper(o->json);
         return;
     }
-    if (given(o, "--peak") != given(o, "--bandwidth")) usage_error("--peak and --bandwidth go together");
+    if (given(o, "--peak") != given(o, "--bandwidth"))
+        usage_error("--peak and --bandwidth go together");
     PlanInput in = plan_input(o);
     Plan plan = make_plan(&in);
     print_plan(&in, &plan, o->json);
@@ -6994,7 +7635,8 @@ static void trace_rank(Comm *world, void *arg)
     Rank *k = rank_create(world, &t->ranks);
     int *tokens = (int *)xcalloc(k->B * (k->T + 1), sizeof *tokens);
     init_params(k->weights, k->tensor, k->tensors, &k->config, k->seed, k->tp.rank);
-    k->world.trace = k->tp.trace = k->pp.trace = k->dp.trace = k->embedding.trace = &t->trace[world->rank];
+    k->world.trace = k->tp.trace = k->pp.trace = k->dp.trace = k->embedding.trace =
+        &t->trace[world->rank];
     train_step(k, &optimizer, &p, t->ranks.micro_batches, feed_random, tokens);
     free(tokens);
     rank_free(k);
@@ -7006,17 +7648,20 @@ static void run_trace(Options *o)
     Traced t;
     int agrees = 1;
     memset(&t, 0, sizeof t);
-    if (given(o, "--dropout")) in.config.embd_pdrop = in.config.attn_pdrop = in.config.resid_pdrop = (real)o->dropout;
+    if (given(o, "--dropout"))
+        in.config.embd_pdrop = in.config.attn_pdrop = in.config.resid_pdrop = (real)o->dropout;
     check_layout(&in.config, in.layout);
-    RankOptions ranks = {in.config, in.layout, in.micro_batch, in.batch / in.micro_batch / (size_t)in.layout.dp,
-                         in.seq,    1,         in.recompute,   o->seed};
+    RankOptions ranks = {
+        in.config, in.layout, in.micro_batch, in.batch / in.micro_batch / (size_t)in.layout.dp,
+        in.seq,    1,         in.recompute,   o->seed};
     t.ranks = ranks;
     check_memory(&ranks);
     warn_if_crowded(in.layout);
     run_ranks(world_size(in.layout), trace_rank, &t);
     if (o->json) printf("{\"events\": [");
     else
-        printf("stage  layer  where           edge        op              group        elements        bytes  paper\n");
+        printf("stage  layer  where           edge        op              group        elements    "
+               "    bytes  paper\n");
     for (int stage = 0; stage < in.layout.pp; stage++)
         print_events(&t.trace[stage * in.layout.tp * in.layout.dp], stage, o->json);
     if (o->json) printf("], \"totals\": [");
@@ -7030,12 +7675,14 @@ static void run_trace(Options *o)
 
 static void run_info(Options *o)
 {
-    if (o->operands != 1) usage_error("info needs one operand, a model's folder or a safetensors file");
+    if (o->operands != 1)
+        usage_error("info needs one operand, a model's folder or a safetensors file");
     print_info(o->operand[0], o->json);
 }
 
-/* Idle OpenMP threads spin for a long time by default, which is ruinous as soon as ranks or other programs want their
- * cores. The runtimes (GCC's, LLVM's) read how long only when a program starts: so say it, and start once more. */
+/* Idle OpenMP threads spin for a long time by default, which is ruinous as soon as ranks or other
+ * programs want their cores. The runtimes (GCC's, LLVM's) read how long only when a program starts:
+ * so say it, and start once more. */
 static void spin_briefly(char **argv)
 {
 #if defined __linux__ && defined _OPENMP
