@@ -1301,7 +1301,7 @@ static void shard_close(Shard *s)
 }
 
 /* ================================================================================================================
- * Chapter 4. Shards: a file for each rank, and how to find them (chapter 7 joins them)
+ * Chapter 4. Slices: a file for each rank, and how to find them (chapter 7 joins them)
  *
  *     ROOT/latest_checkpointed_iteration.txt          "release", or the number of an iteration
  *     ROOT/release/                                   or iter_0500000/
@@ -1908,11 +1908,11 @@ static Config config_from_shapes(const Shard *s, Layout layout)
  *
  * A file that is read in the wrong order has all the right shapes, and the model says garbage.
  *
- * The other tensors are cut as the paper cuts them [§3]: the table says ROWS (h_to_4h and the word embedding) or COLS
+ * The other tensors are cut as the paper cuts them [§3]: the table says COLUMN_PARALLEL (h_to_4h and the word embedding) or ROW_PARALLEL
  * (dense and 4h_to_h); what is WHOLE every rank has, and all must agree. For two ranks:
  *
  *            rank 0   rank 1   joined                       rank 0   rank 1   joined
- *     ROWS     a b      e f      a b                  COLS     a b      c d      a b c d
+ *     COLUMN_PARALLEL     a b      e f      a b                  ROW_PARALLEL     a b      c d      a b c d
  *              c d      g h      c d                           e f      g h      e f g h
  *                                e f
  *                                g h
@@ -1951,7 +1951,7 @@ static size_t local_row(const Tensor *t, size_t row, int *rank)
 {
     size_t part = t->rows / 3, mine = t->local_rows / 3;
     *rank = 0;
-    if (t->spec->split == ROWS) {
+    if (t->spec->split == COLUMN_PARALLEL) {
         *rank = (int)(row / t->local_rows);
         return row % t->local_rows;
     }
@@ -2443,14 +2443,14 @@ static void gather_rows(char *to, const Input *in, const size_t *row, size_t row
             size_t x = col + done;
             int rank, other;
             local_row(t, row[i], &rank);
-            if (t->spec->split == COLS) rank = (int)(x / t->local_cols);
+            if (t->spec->split == ROW_PARALLEL) rank = (int)(x / t->local_cols);
             x -= whole_col(t, rank);
             b.cols = min_size(n - done, t->local_cols - x);
             const View *v = input_view(in, rank);
             view_strides(&row_stride, &b.step, v, t, m->how.hugging_face);
             for (b.rows = 0; i + b.rows < rows; b.rows++) {
                 size_t local = local_row(t, row[i + b.rows], &other);
-                if (t->spec->split != COLS && other != rank) break;
+                if (t->spec->split != ROW_PARALLEL && other != rank) break;
                 if (t->spec->split == QKV) local = qkv_row(m->how.version, heads, m->config.C / m->config.H, local);
                 b.row[b.rows] = local * row_stride + x * b.step;
             }

@@ -338,6 +338,10 @@ typedef struct {
     Trace *trace;       /* NULL: not recorded */
 } Comm;
 
+/* May this rank print, write files and lock? Exactly one of all ranks may. NULL: before the ranks
+ * have started. */
+static int is_writer(const Comm *world);
+
 /* No rank returns before all have come. Spins briefly, since ranks are usually close together, and
  * then sleeps. */
 static void barrier(Comm *c);
@@ -524,7 +528,7 @@ enum { SITE_EMBEDDING = 0, SITE_ATTENTION = 1, SITE_ATTENTION_OUTPUT = 2, SITE_M
 
 /* Dropout of a replicated activation: masks are drawn by global index, so they are equal on all
  * tensor ranks, as the equal results of duplicated work require [App. B.2, P25]. */
-static Dropout drop(const Rank *k, int site, size_t layer, const MicroBatch *mb)
+static Dropout replicated_dropout(const Rank *k, int site, size_t layer, const MicroBatch *mb)
 {
     real p = site == SITE_EMBEDDING ? k->config.embd_pdrop : k->config.resid_pdrop;
     Dropout d = {k->seed,
@@ -540,7 +544,7 @@ static Dropout drop(const Rank *k, int site, size_t layer, const MicroBatch *mb)
  * masks from a generator per rank, seeded with 2718 + seed + rank, so they depend on t [App. B.2,
  * P24]; here they are drawn by the global head, differ between heads just as well, and a run does
  * not depend on its layout. */
-static Dropout attention_drop(const Rank *k, size_t layer, const MicroBatch *mb)
+static Dropout attention_dropout(const Rank *k, size_t layer, const MicroBatch *mb)
 {
     size_t H = k->config.H, first_head = (size_t)k->tp.rank * k->Hp;
     Dropout d = {k->seed,
@@ -572,12 +576,14 @@ static void block_forward(Rank *k, size_t l, MicroBatch *mb)
     if (k->cache)
         attention_cached_forward(a->att, k->cache->k[l], k->cache->v[l], a->qkv, T, k->cache->past,
                                  k->Hp, k->D);
-    else attention_forward(a->att, a->lse, a->qkv, B, T, k->Hp, k->D, attention_drop(k, layer, mb));
+    else
+        attention_forward(a->att, a->lse, a->qkv, B, T, k->Hp, k->D,
+                          attention_dropout(k, layer, mb));
     linear_forward(a->res, a->att, w->proj_w, NULL, N, k->Cp, C); /* partial sums */
     g_forward(k, a->res, N * C);
     bias_dropout_add_layernorm_forward(
         a->ln2, a->res, a->mean2, a->rstd2, a->res, w->proj_b, a->x, w->ln2_g, w->ln2_b, N, C, eps,
-        drop(k, SITE_ATTENTION_OUTPUT, layer, mb)); /* bias once: after g [P4] */
+        replicated_dropout(k, SITE_ATTENTION_OUTPUT, layer, mb)); /* bias once: after g [P4] */
 
     /* Fig. 3a: GeLU(X A_i) on each rank, since A is split by columns [§3 eq.3] */
     set_place(k, "mlp", "[§3 Fig.3a]", (int)layer);
@@ -586,7 +592,8 @@ static void block_forward(Rank *k, size_t l, MicroBatch *mb)
                         k->config.gelu);                       /* (N,C) -> (N,Fp) */
     linear_forward(out, a->gelu, w->out_w, NULL, N, k->Fp, C); /* partial sums */
     g_forward(k, out, N * C);
-    bias_dropout_add_forward(out, out, w->out_b, a->res, N, C, drop(k, SITE_MLP_OUTPUT, layer, mb));
+    bias_dropout_add_forward(out, out, w->out_b, a->res, N, C,
+                             replicated_dropout(k, SITE_MLP_OUTPUT, layer, mb));
 }
 
 /* k->dx: gradient of the layer's output on entry, of its input on return. Adds to the gradients of
@@ -599,7 +606,8 @@ static void block_backward(Rank *k, size_t l, const MicroBatch *mb)
     act *dx = k->dx, *dy = k->dy;
 
     set_place(k, "mlp", "[§3 Fig.3a]", (int)layer);
-    bias_dropout_add_backward(dy, g->out_b, dx, N, C, drop(k, SITE_MLP_OUTPUT, layer, mb));
+    bias_dropout_add_backward(dy, g->out_b, dx, N, C,
+                              replicated_dropout(k, SITE_MLP_OUTPUT, layer, mb));
     g_backward(k, dy, N * C);
     gelu_linear_backward(k->dpre, g->out_w, dy, a->gelu, a->pre, w->out_w, N, k->Fp, C,
                          k->config.gelu);
@@ -609,11 +617,12 @@ static void block_backward(Rank *k, size_t l, const MicroBatch *mb)
                        C); /* + residual */
 
     set_place(k, "attention", "[§3 Fig.3b]", (int)layer);
-    bias_dropout_add_backward(dy, g->proj_b, dx, N, C, drop(k, SITE_ATTENTION_OUTPUT, layer, mb));
+    bias_dropout_add_backward(dy, g->proj_b, dx, N, C,
+                              replicated_dropout(k, SITE_ATTENTION_OUTPUT, layer, mb));
     g_backward(k, dy, N * C);
     linear_backward(k->datt, g->proj_w, NULL, dy, a->att, w->proj_w, N, k->Cp, C);
     attention_backward(k->dqkv, k->delta, k->datt, a->att, a->lse, a->qkv, B, T, k->Hp, k->D,
-                       attention_drop(k, layer, mb));
+                       attention_dropout(k, layer, mb));
     linear_backward(dy, g->qkv_w, g->qkv_b, k->dqkv, a->ln1, w->qkv_w, N, C, 3 * k->Cp);
     f_backward(k, dy, N * C);
     layernorm_backward(dx, g->ln1_g, g->ln1_b, dy, a->x, w->ln1_g, a->mean1, a->rstd1, dx, N,
@@ -630,14 +639,16 @@ static void embedding_forward(Rank *k, act *x, const MicroBatch *mb)
     set_place(k, "embedding", "[§3 input embedding]", -1);
     token_embedding_forward(x, mb->tokens, k->w.wte, N, C, k->v0, k->Vp);
     g_forward(k, x, N * C);
-    position_embedding_forward(x, k->w.wpe, k->B, k->T, C, past, drop(k, SITE_EMBEDDING, 0, mb));
+    position_embedding_forward(x, k->w.wpe, k->B, k->T, C, past,
+                               replicated_dropout(k, SITE_EMBEDDING, 0, mb));
 }
 
 /* From k->dx. */
 static void embedding_backward(Rank *k, const MicroBatch *mb)
 {
     size_t N = k->B * k->T, C = k->config.C;
-    position_embedding_backward(k->dx, k->g.wpe, k->B, k->T, C, drop(k, SITE_EMBEDDING, 0, mb));
+    position_embedding_backward(k->dx, k->g.wpe, k->B, k->T, C,
+                                replicated_dropout(k, SITE_EMBEDDING, 0, mb));
     g_backward(k, k->dx, N * C);
     token_embedding_backward(k->g.wte, k->dx, mb->tokens, N, C, k->v0, k->Vp);
 }
@@ -709,7 +720,7 @@ static inline HOST_DEVICE void philox_round(uint32_t *c0, uint32_t *c1, uint32_t
  * pure function of a key and a counter. There is no state to save, and any rank, in any layout, in
  * any order, draws the same number for the same (seed, site, step, index): masks and initial
  * weights do not depend on how the model is cut. DEVIATION from [App. B.2], where each GPU owns a
- * generator: see drop() in chapter 5. */
+ * generator: see replicated_dropout() in chapter 5. */
 static inline HOST_DEVICE void philox(uint32_t out[4], uint64_t seed, uint64_t block, uint32_t site,
                                       uint32_t step)
 {
@@ -890,7 +901,7 @@ static void token_embedding_backward(act *dwte, const act *dx, const int *tokens
 enum { KEEP_BLOCK = 512 }; /* dropout factors at a time: they stay in L1 */
 
 /* x (C) *= the mask of elements index .. index+C-1. */
-static void drop_row(act *x, size_t C, Dropout d, size_t index)
+static void dropout_row(act *x, size_t C, Dropout d, size_t index)
 {
     real keep[KEEP_BLOCK];
     for (size_t c0 = 0; c0 < C; c0 += KEEP_BLOCK) {
@@ -929,7 +940,7 @@ static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, 
     for (size_t t = 0; t < T; t++)
         for (size_t b = 0; b < B; b++) {
             const size_t n = b * T + t;
-            if (d.p > 0) drop_row(dx + n * C, C, d, n * C);
+            if (d.p > 0) dropout_row(dx + n * C, C, d, n * C);
 #pragma omp simd
             for (size_t c = 0; c < C; c++) dwpe[t * C + c] += dx[n * C + c];
         }
@@ -1031,7 +1042,7 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
     for (size_t n = 0; n < N; n++) {
         if (dy != dout) memcpy(dy + n * C, dout + n * C, C * sizeof *dy);
-        if (d.p > 0) drop_row(dy + n * C, C, d, n * C);
+        if (d.p > 0) dropout_row(dy + n * C, C, d, n * C);
     }
     add_column_sums(dbias, dy, N, C);
 }
@@ -1355,9 +1366,9 @@ static void check_layout(const Config *c, Layout s)
 /* How tensor ranks share a tensor [§3]. Weights are [out, in], as in Megatron. */
 typedef enum {
     WHOLE, /* replicated: every rank has all of it and computes the same gradient for it */
-    ROWS, /* column-parallel in the paper's words (its A stands transposed here), or vocabulary rows */
+    COLUMN_PARALLEL, /* column-parallel in the paper's words (its A stands transposed here), or vocabulary rows */
     QKV, /* rows too, but of each of Q, K, V: rank r holds [Q_r; K_r; V_r], whole heads [P11] */
-    COLS /* row-parallel */
+    ROW_PARALLEL /* row-parallel */
 } Split;
 
 typedef enum { ONE, DIM_C, DIM_3C, DIM_F, DIM_P, DIM_V } Dim;
@@ -1381,19 +1392,19 @@ typedef struct {
 static const Spec specs[] = {
     /* name                      field                      layer rows    cols   split  init
      * decay conv1d */
-    {"wte.weight",               offsetof(Params, wte),     0,    DIM_V,  DIM_C, ROWS,  INIT_NORMAL, 1,    0},
+    {"wte.weight",               offsetof(Params, wte),     0,    DIM_V,  DIM_C, COLUMN_PARALLEL,  INIT_NORMAL, 1,    0},
     {"wpe.weight",               offsetof(Params, wpe),     0,    DIM_P,  DIM_C, WHOLE, INIT_NORMAL, 1,    0},
     {"h.%zu.ln_1.weight",        offsetof(Layer, ln1_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
     {"h.%zu.ln_1.bias",          offsetof(Layer, ln1_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
     {"h.%zu.attn.c_attn.weight", offsetof(Layer, qkv_w),    1,    DIM_3C, DIM_C, QKV,   INIT_NORMAL, 1,    1},
     {"h.%zu.attn.c_attn.bias",   offsetof(Layer, qkv_b),    1,    DIM_3C, ONE,   QKV,   INIT_ZERO,   0,    0},
-    {"h.%zu.attn.c_proj.weight", offsetof(Layer, proj_w),   1,    DIM_C,  DIM_C, COLS,  INIT_SCALED, 1,    1},
+    {"h.%zu.attn.c_proj.weight", offsetof(Layer, proj_w),   1,    DIM_C,  DIM_C, ROW_PARALLEL,  INIT_SCALED, 1,    1},
     {"h.%zu.attn.c_proj.bias",   offsetof(Layer, proj_b),   1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
     {"h.%zu.ln_2.weight",        offsetof(Layer, ln2_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
     {"h.%zu.ln_2.bias",          offsetof(Layer, ln2_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"h.%zu.mlp.c_fc.weight",    offsetof(Layer, fc_w),     1,    DIM_F,  DIM_C, ROWS,  INIT_NORMAL, 1,    1},
-    {"h.%zu.mlp.c_fc.bias",      offsetof(Layer, fc_b),     1,    DIM_F,  ONE,   ROWS,  INIT_ZERO,   0,    0},
-    {"h.%zu.mlp.c_proj.weight",  offsetof(Layer, out_w),    1,    DIM_C,  DIM_F, COLS,  INIT_SCALED, 1,    1},
+    {"h.%zu.mlp.c_fc.weight",    offsetof(Layer, fc_w),     1,    DIM_F,  DIM_C, COLUMN_PARALLEL,  INIT_NORMAL, 1,    1},
+    {"h.%zu.mlp.c_fc.bias",      offsetof(Layer, fc_b),     1,    DIM_F,  ONE,   COLUMN_PARALLEL,  INIT_ZERO,   0,    0},
+    {"h.%zu.mlp.c_proj.weight",  offsetof(Layer, out_w),    1,    DIM_C,  DIM_F, ROW_PARALLEL,  INIT_SCALED, 1,    1},
     {"h.%zu.mlp.c_proj.bias",    offsetof(Layer, out_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
     {"ln_f.weight",              offsetof(Params, lnf_g),   0,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
     {"ln_f.bias",                offsetof(Params, lnf_b),   0,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
@@ -1450,8 +1461,8 @@ static void add_tensor(Tensor *t, size_t *offset, const Config *c, const Spec *s
     t->rows = dim_size(c, spec->rows);
     t->cols = dim_size(c, spec->cols);
     t->local_rows = spec->rows == DIM_V ? padded_vocab(t->rows, s.tp) : t->rows;
-    if (spec->split == ROWS || spec->split == QKV) t->local_rows /= (size_t)s.tp;
-    t->local_cols = spec->split == COLS ? t->cols / (size_t)s.tp : t->cols;
+    if (spec->split == COLUMN_PARALLEL || spec->split == QKV) t->local_rows /= (size_t)s.tp;
+    t->local_cols = spec->split == ROW_PARALLEL ? t->cols / (size_t)s.tp : t->cols;
     t->n = t->local_rows * t->local_cols;
     t->offset = *offset;
     t->counted = !copied && (spec->split != WHOLE || tp_rank(s, rank) == 0);
@@ -1488,7 +1499,7 @@ static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layo
 static size_t whole_row(const Tensor *t, int r, size_t i)
 {
     size_t rows = t->local_rows;
-    if (t->spec->split == ROWS) return (size_t)r * rows + i;
+    if (t->spec->split == COLUMN_PARALLEL) return (size_t)r * rows + i;
     if (t->spec->split == QKV)
         return i / (rows / 3) * (t->rows / 3) + (size_t)r * (rows / 3) + i % (rows / 3);
     return i;
@@ -1496,7 +1507,7 @@ static size_t whole_row(const Tensor *t, int r, size_t i)
 
 static size_t whole_col(const Tensor *t, int r)
 {
-    return t->spec->split == COLS ? (size_t)r * t->local_cols : 0;
+    return t->spec->split == ROW_PARALLEL ? (size_t)r * t->local_cols : 0;
 }
 
 /* Local rows that exist in the whole tensor: all but the padding of the vocabulary, which stays
@@ -1904,7 +1915,7 @@ static double sum_losses(const Rank *k, const MicroBatch *mb);
 
 /* Mean loss over the held-out samples, every one once, or over the first `batches` micro-batches of
  * each data rank if that is not 0. Called by all ranks, during training. */
-static double validation_loss(Rank *k, Dataset *held_out, size_t batches)
+static double held_out_loss(Rank *k, Dataset *held_out, size_t batches)
 {
     MicroBatch *mb = &k->flight[0];
     size_t B = k->B, T = k->T, together = B * (size_t)k->dp.size, samples = held_out->samples;
@@ -1928,6 +1939,108 @@ static double validation_loss(Rank *k, Dataset *held_out, size_t batches)
     all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
     free(tokens), free(weight);
     return sum / (double)(samples * T);
+}
+
+/* What a run asks of its ranks. */
+typedef struct {
+    Config config;
+    Layout layout;
+    size_t micro_batch,
+        micro_batches; /* sequences in each; how many of them make a step on one data rank */
+    size_t seq;        /* tokens in a sequence */
+    int training;      /* with gradients and moments, and dropout */
+    int recompute;
+    uint64_t seed;
+} RankOptions;
+
+/* Chapter 8. */
+static Rank *rank_create(Comm *world, const RankOptions *o);
+static void init_rank(Rank *k);
+static void rank_free(Rank *k);
+
+/* Micro-batch i of a step for this rank: data replica r takes the r-th contiguous part of the
+ * global batch. DEVIATION: every rank reads its samples from the shared memory; Megatron's first
+ * tensor rank reads and broadcasts. */
+typedef struct {
+    Dataset *data;
+    const Progress *progress;
+    size_t micro_batches;
+    int *tokens; /* (B, T + 1) */
+} Samples;
+
+static void feed_samples(void *source, Rank *k, MicroBatch *mb, size_t i)
+{
+    const Samples *s = (const Samples *)source;
+    mb->sequence = ((size_t)k->dp.rank * s->micro_batches + i) * k->B;
+    for (size_t b = 0; b < k->B; b++)
+        dataset_sample(s->data, s->progress->samples + mb->sequence + b,
+                       s->tokens + b * (k->T + 1));
+    set_tokens(k, mb, s->tokens, NULL);
+}
+
+typedef struct Report Report; /* chapter 17: what rank 0 prints, logs and draws */
+
+/* What all ranks of a training run share. */
+typedef struct {
+    RankOptions ranks;
+    Optimizer optimizer;
+    Progress progress; /* where to begin; at the end, where it stands */
+    size_t steps, save_every, eval_every,
+        eval_iters;                     /* 0: only at the end; never; all of the text */
+    Dataset *data, *held_out;           /* held_out NULL: there is none */
+    const Safetensors *model, *trainer; /* to start from; NULL: draw new weights, zero moments */
+    Report *report;
+} Run;
+
+/* Chapters 14 and 17. */
+static void load_rank(Rank *k, const Safetensors *model, const Safetensors *trainer);
+static void report_start(const Run *run);
+static void report_step(const Run *run, const Progress *p, const StepResult *r, double held_out);
+static void report_end(const Run *run);
+static void save_run(const Run *run, Rank *k, const Progress *p);
+static int is_interrupted(Rank *k);
+
+enum { HOPELESS = 10 }; /* skipped steps in a row, when no smaller loss scale is left to try */
+
+/* One rank's training run. */
+static void train_rank(Comm *world, void *arg)
+{
+    Run *run = (Run *)arg;
+    Rank *k = rank_create(world, &run->ranks);
+    Progress p = run->progress;
+    Samples samples = {run->data, &p, run->ranks.micro_batches, NULL};
+    int skipped_in_a_row = 0, stop = 0;
+
+    samples.tokens = (int *)xcalloc(k->B * (k->T + 1), sizeof(int));
+    if (run->model) load_rank(k, run->model, run->trainer);
+    else init_rank(k);
+
+    if (is_writer(world)) report_start(run);
+    while (p.step < run->steps && !stop) {
+        double held_out = NAN;
+        StepResult r =
+            train_step(k, &run->optimizer, &p, run->ranks.micro_batches, feed_samples, &samples);
+        skipped_in_a_row =
+            r.skipped && (!p.scaler.dynamic || p.scaler.scale <= 1) ? skipped_in_a_row + 1 : 0;
+        if (skipped_in_a_row == HOPELESS)
+            die("step %zu: loss or gradient has not been finite for %d steps: the run has "
+                "diverged; try a smaller "
+                "--lr",
+                p.step, HOPELESS);
+        stop = is_interrupted(k);
+        if (run->held_out && run->eval_every &&
+            (p.step % run->eval_every == 0 || p.step == run->steps))
+            held_out = held_out_loss(k, run->held_out, run->eval_iters);
+        if (is_writer(world)) report_step(run, &p, &r, held_out);
+        if (stop || p.step == run->steps || (run->save_every && p.step % run->save_every == 0))
+            save_run(run, k, &p);
+    }
+    if (is_writer(world)) {
+        report_end(run);
+        run->progress = p;
+    }
+    free(samples.tokens);
+    rank_free(k);
 }
 
 /* =================================================================================================
@@ -2004,7 +2117,7 @@ static void carve_activations(Rank *k, MicroBatch *flight, Arena *arena, int gra
 }
 
 /* 1F1B keeps at most p - i micro-batches in flight on stage i (from 0) [P57]. */
-static int flights(const Rank *k, size_t micro_batches)
+static int most_in_flight(const Rank *k, size_t micro_batches)
 {
     return (int)min_size((size_t)(k->layout.pp - pp_rank(k->layout, k->world.world_rank)),
                          micro_batches);
@@ -2035,24 +2148,12 @@ static size_t activation_bytes(const Config *c, Layout s, int rank, size_t B, si
     memset(&k, 0, sizeof k);
     shape_rank(&k, c, s, rank, B, T, recompute);
     k.world.world_rank = rank;
-    k.in_flight = flights(&k, micro_batches);
+    k.in_flight = most_in_flight(&k, micro_batches);
     MicroBatch *flight = flight_create(&k);
     carve_activations(&k, flight, &measure, 1);
     flight_free(&k, flight);
     return measure.used;
 }
-
-/* What a run asks of its ranks. */
-typedef struct {
-    Config config;
-    Layout layout;
-    size_t micro_batch,
-        micro_batches; /* sequences in each; how many of them make a step on one data rank */
-    size_t seq;        /* tokens in a sequence */
-    int training;      /* with gradients and moments, and dropout */
-    int recompute;
-    uint64_t seed;
-} RankOptions;
 
 /* A rank with all its memory: weights are zero (see init_params, load_slices). Every rank of the
  * world calls it. */
@@ -2089,7 +2190,7 @@ static Rank *rank_create(Comm *world, const RankOptions *o)
     }
 
     Arena measure = {NULL, 0}, arena = {NULL, 0};
-    k->in_flight = o->training ? flights(k, o->micro_batches) : 1;
+    k->in_flight = o->training ? most_in_flight(k, o->micro_batches) : 1;
     k->flight = flight_create(k);
     carve_activations(k, k->flight, &measure, o->training);
     arena.base = (char *)device_calloc(measure.used);
@@ -2111,6 +2212,13 @@ static void start_master(Rank *k)
         device_upload(k->master + t->offset, slice, t->n * sizeof *slice);
         free(slice);
     }
+}
+
+/* New weights. */
+static void init_rank(Rank *k)
+{
+    init_params(k->weights, k->tensor, k->tensors, &k->config, k->seed, k->tp.rank);
+    start_master(k);
 }
 
 /* Every rank of the world calls it. */
@@ -3291,6 +3399,8 @@ static void comm_free(Comm *c)
 
 /* ---- Starting the ranks ---------------------------------------------------------------------- */
 
+static int is_writer(const Comm *world) { return !world || world->rank == 0; }
+
 typedef struct {
     Comm world;
     void (*body)(Comm *world, void *arg);
@@ -4298,11 +4408,11 @@ typedef struct {
     act *weights;
     real *master; /* the weights where act is narrower than real; else NULL */
     real *m, *v;  /* AdamW's moments; NULL: there are none */
-} Shards;
+} Slices;
 
-static Shards shards_of(const Rank *k)
+static Slices slices_of(const Rank *k)
 {
-    Shards s = {&k->config, k->layout, k->world.rank, k->tensor, k->tensors,
+    Slices s = {&k->config, k->layout, k->world.rank, k->tensor, k->tensors,
                 k->weights, k->master, k->m,          k->v};
     return s;
 }
@@ -4448,7 +4558,7 @@ static Safetensors open_model(Config *c, const char *folder)
 }
 
 /* Fills one array of a rank from a file that expect_tensors() has approved. Every rank calls it. */
-static void load_array(const Shards *s, const Safetensors *file, ArrayKind what)
+static void load_array(const Slices *s, const Safetensors *file, ArrayKind what)
 {
     real *to = what == WEIGHTS ? s->master : what == FIRST_MOMENTS ? s->m : s->v;
     for (size_t i = 0; i < s->tensors; i++) {
@@ -4465,15 +4575,23 @@ static void load_array(const Shards *s, const Safetensors *file, ArrayKind what)
     }
 }
 
-static void load_weights(const Shards *s, const Safetensors *model)
+static void load_weights(const Slices *s, const Safetensors *model)
 {
     load_array(s, model, WEIGHTS);
 }
 
-static void load_moments(const Shards *s, const Safetensors *trainer)
+static void load_moments(const Slices *s, const Safetensors *trainer)
 {
     load_array(s, trainer, FIRST_MOMENTS);
     load_array(s, trainer, SECOND_MOMENTS);
+}
+
+/* Fills a rank's weights and, unless trainer is NULL, its moments. */
+static void load_rank(Rank *k, const Safetensors *model, const Safetensors *trainer)
+{
+    Slices slices = slices_of(k);
+    load_weights(&slices, model);
+    if (trainer) load_moments(&slices, trainer);
 }
 
 /* Opens trainer.safetensors of a checkpoint and checks it against the model. */
@@ -4801,7 +4919,7 @@ static void copy_tokenizer(const char *to, const char *from)
 
 /* Puts this rank's slices of the arrays first .. last into the file. Each element has one rank that
  * writes it. */
-static void save_arrays(const Shards *s, const char *folder, const char *name, int first, int last)
+static void save_arrays(const Slices *s, const char *folder, const char *name, int first, int last)
 {
     char path[PATH_MAX], key[NAME_SIZE];
     Safetensors file =
@@ -4835,7 +4953,7 @@ static void save_arrays(const Shards *s, const char *folder, const char *name, i
 /* Saves a checkpoint, or only a model where there are no moments. All ranks call it together;
  * check_save_folder() has approved dir. tokenizer: the folder of vocab.json and merges.txt, or
  * NULL; end_of_text: that token, or -1. */
-static void save_checkpoint(const Shards *s, Comm *world, const char *dir, const char *tokenizer,
+static void save_checkpoint(const Slices *s, Comm *world, const char *dir, const char *tokenizer,
                             int end_of_text, const Metadata *fact, size_t facts)
 {
     SavePaths p = save_paths(dir);
@@ -6918,42 +7036,25 @@ typedef struct {
     size_t n[CURVE_WIDTH];
 } Curve;
 
-/* What all ranks of a training run read; rank 0 writes the results. */
-typedef struct {
-    const Options *o;
-    RankOptions ranks;
-    Optimizer optimizer;
-    Progress progress; /* where to begin */
-    Tokenizer *tokenizer;
-    const char *tokenizer_folder; /* whose files go with the model; NULL: bytes */
-    Dataset *data, *held_out;
-    const Safetensors *model, *trainer; /* to start from; NULL: draw new weights, zero moments */
-    size_t text_tokens; /* in all of the text: to notice when a run resumes with other text */
-    FILE *log;
-    Curve *curve;              /* of losses, for the picture at the end */
+/* What rank 0 tells of a training run. */
+struct Report {
+    Meter meter;
+    int json;
+    FILE *log;                 /* NULL: none */
+    Curve curve;               /* of losses, for the picture at the end */
     double last_loss, seconds; /* the last step's loss; what all steps took */
     size_t skipped;
-} Run;
+};
 
-/* Micro-batch i of a step for this rank: data replica r takes the r-th contiguous part of the
- * global batch. DEVIATION: every rank reads its samples from the shared memory; Megatron's first
- * tensor rank reads and broadcasts. */
+/* A training run, and what the command needs around it. `run` comes first: save_run() gets here from there. */
 typedef struct {
-    Dataset *data;
-    const Progress *progress;
-    size_t micro_batches;
-    int *tokens; /* (B, T + 1) */
-} Samples;
-
-static void feed_samples(void *source, Rank *k, MicroBatch *mb, size_t i)
-{
-    const Samples *s = (const Samples *)source;
-    mb->sequence = ((size_t)k->dp.rank * s->micro_batches + i) * k->B;
-    for (size_t b = 0; b < k->B; b++)
-        dataset_sample(s->data, s->progress->samples + mb->sequence + b,
-                       s->tokens + b * (k->T + 1));
-    set_tokens(k, mb, s->tokens, NULL);
-}
+    Run run;
+    Report report;
+    const Options *o;
+    Tokenizer *tokenizer;
+    const char *tokenizer_folder; /* whose files go with the model; NULL: bytes */
+    size_t text_tokens; /* in all of the text: to notice when a run resumes with other text */
+} TrainCommand;
 
 /* One JSON line for a step, without a value for validation where there was none. */
 static void print_step(FILE *f, size_t step, const StepResult *r, double rate, double valid)
@@ -7014,8 +7115,9 @@ static void add_metadata(MetadataList *f, const char *key, double value)
 
 static void save_run(const Run *run, Rank *k, const Progress *p)
 {
+    const TrainCommand *t = (const TrainCommand *)run;
     const LossScaler *s = &p->scaler;
-    const char *dir = run->o->save ? run->o->save : run->o->resume;
+    const char *dir = t->o->save ? t->o->save : t->o->resume;
     MetadataList f;
     f.n = 0;
     if (!dir) return;
@@ -7027,9 +7129,9 @@ static void save_run(const Run *run, Rank *k, const Progress *p)
     add_metadata(&f, "loss_scale_hysteresis", s->hysteresis);
     add_metadata(&f, "loss_scale_iteration", (double)s->iteration);
     add_metadata(&f, "loss_scale_last_overflow", (double)s->last_overflow);
-    add_metadata(&f, "text_tokens", (double)run->text_tokens);
+    add_metadata(&f, "text_tokens", (double)t->text_tokens);
     for (int i = 0; i < N_OPTIONS; i++) {
-        const char *field = (const char *)run->o + options[i].field;
+        const char *field = (const char *)t->o + options[i].field;
         if (!options[i].remembered) continue;
         if (options[i].kind == COUNT)
             add_metadata(&f, options[i].name + 2, (double)*(const size_t *)(const void *)field);
@@ -7039,9 +7141,9 @@ static void save_run(const Run *run, Rank *k, const Progress *p)
             f.fact[f.n].key = options[i].name + 2,
             f.fact[f.n++].value = *(char *const *)(const void *)field;
     }
-    Shards shards = shards_of(k);
-    save_checkpoint(&shards, &k->world, dir, run->tokenizer_folder, run->tokenizer->end_of_text,
-                    f.fact, f.n);
+    Slices slices = slices_of(k);
+    save_checkpoint(&slices, &k->world, dir, t->tokenizer_folder, t->tokenizer->end_of_text, f.fact,
+                    f.n);
 }
 
 /* Ctrl-C: the step under way is finished, and saved, before the program ends; a second Ctrl-C ends
@@ -7062,68 +7164,35 @@ static int is_interrupted(Rank *k)
     return flag > 0;
 }
 
-/* What rank 0 says of a step. valid is NaN where there was no evaluation. */
-static void report_step(Run *run, const Progress *p, const StepResult *r, double valid,
-                        Meter *meter)
+static void report_start(const Run *run)
 {
-    const Options *o = run->o;
+    const RankOptions *r = &run->ranks;
+    size_t sequences = r->micro_batch * r->micro_batches * (size_t)r->layout.dp;
+    run->report->meter = meter_start("step", run->progress.step, run->steps, sequences * r->seq);
+}
+
+/* held_out is NaN where there was no evaluation. */
+static void report_step(const Run *run, const Progress *p, const StepResult *r, double held_out)
+{
+    Report *report = run->report;
+    Meter *meter = &report->meter;
+    Curve *curve = &report->curve;
     size_t column = (p->step - 1 - meter->first) * CURVE_WIDTH / (meter->total - meter->first);
-    run->last_loss = r->loss, run->skipped += (size_t)r->skipped;
-    if (isfinite(r->loss)) run->curve->sum[column] += r->loss, run->curve->n[column]++;
-    if (o->json) print_step(stdout, p->step, r, meter_rate(meter, p->step), valid);
-    if (run->log) print_step(run->log, p->step, r, meter_rate(meter, p->step), valid);
-    if (!isnan(valid) && !o->json)
+    report->last_loss = r->loss;
+    report->skipped += (size_t)r->skipped;
+    if (isfinite(r->loss)) curve->sum[column] += r->loss, curve->n[column]++;
+    if (report->json) print_step(stdout, p->step, r, meter_rate(meter, p->step), held_out);
+    if (report->log) print_step(report->log, p->step, r, meter_rate(meter, p->step), held_out);
+    if (!isnan(held_out) && !report->json)
         printf("%sstep %zu: loss %.4f, held-out loss %.4f\n", meter->terminal ? "\r\033[K" : "",
-               p->step, r->loss, valid);
+               p->step, r->loss, held_out);
     meter_show(meter, p->step, "loss", r->loss);
 }
 
-enum { HOPELESS = 10 }; /* skipped steps in a row, when no smaller loss scale is left to try */
-
-/* One rank's training run. */
-static void train_rank(Comm *world, void *arg)
-{
-    Run *run = (Run *)arg;
-    const Options *o = run->o;
-    Rank *k = rank_create(world, &run->ranks);
-    Shards shards = shards_of(k);
-    Progress p = run->progress;
-    Samples samples = {run->data, &p, run->ranks.micro_batches,
-                       (int *)xcalloc(k->B * (k->T + 1), sizeof(int))};
-    int skipped_in_a_row = 0, stop = 0;
-
-    if (run->model) load_weights(&shards, run->model);
-    else
-        init_params(k->weights, k->tensor, k->tensors, &k->config, o->seed, k->tp.rank),
-            start_master(k);
-    if (run->trainer) load_moments(&shards, run->trainer);
-
-    Meter meter = meter_start("step", p.step, o->steps, o->batch * k->T);
-    while (p.step < o->steps && !stop) {
-        double valid = NAN;
-        StepResult r =
-            train_step(k, &run->optimizer, &p, run->ranks.micro_batches, feed_samples, &samples);
-        skipped_in_a_row =
-            r.skipped && (!p.scaler.dynamic || p.scaler.scale <= 1) ? skipped_in_a_row + 1 : 0;
-        if (skipped_in_a_row == HOPELESS)
-            die("step %zu: loss or gradient has not been finite for %d steps: the run has "
-                "diverged; try a smaller "
-                "--lr",
-                p.step, HOPELESS);
-        stop = is_interrupted(k);
-        if (run->held_out && o->eval_every && (p.step % o->eval_every == 0 || p.step == o->steps))
-            valid = validation_loss(k, run->held_out, o->eval_iters);
-        if (world->rank == 0) report_step(run, &p, &r, valid, &meter);
-        if (stop || p.step == o->steps || (o->save_every && p.step % o->save_every == 0))
-            save_run(run, k, &p);
-    }
-    if (world->rank == 0) run->progress = p, run->seconds = now() - meter.start;
-    free(samples.tokens);
-    rank_free(k);
-}
+static void report_end(const Run *run) { run->report->seconds = now() - run->report->meter.start; }
 
 /* The checkpoint's options take the place of those that the command line does not give. */
-static void resume_run(Run *run, Options *o, Safetensors *trainer)
+static void resume_run(TrainCommand *t, Options *o, Safetensors *trainer)
 {
     const double most = 0x1p53;
     for (int i = 0; i < N_OPTIONS; i++) {
@@ -7147,9 +7216,9 @@ static void resume_run(Run *run, Options *o, Safetensors *trainer)
                     (long long)metadata_number(trainer, "loss_scale_last_overflow", -1, most)};
     Progress p = {metadata_count(trainer, "step"), metadata_count(trainer, "updates"),
                   metadata_count(trainer, "samples"), s};
-    run->progress = p;
-    run->text_tokens = metadata_count(trainer, "text_tokens");
-    run->trainer = trainer;
+    t->run.progress = p;
+    t->text_tokens = metadata_count(trainer, "text_tokens");
+    t->run.trainer = trainer;
 }
 
 /* The log of a resumed run: steps that come again, because they were not saved, go out of it. */
@@ -7193,12 +7262,12 @@ static Optimizer make_optimizer(const Options *o)
 }
 
 /* Shape, weights to start from, and options: from the command line, a model, or a checkpoint. */
-static void prepare_model(Run *run, Options *o, Safetensors *model, Safetensors *trainer)
+static void prepare_model(TrainCommand *t, Options *o, Safetensors *model, Safetensors *trainer)
 {
     static const char *const shape[] = {"--config", "--layers", "--hidden",
                                         "--heads",  "--vocab",  "--activation"};
     const char *from = o->init ? o->init : o->resume;
-    Config *c = &run->ranks.config;
+    Config *c = &t->run.ranks.config;
     if (o->init && o->resume)
         die("--init and --resume exclude each other: start from a model, or go on from a "
             "checkpoint");
@@ -7206,30 +7275,30 @@ static void prepare_model(Run *run, Options *o, Safetensors *model, Safetensors 
         if (given(o, shape[i]))
             die("%s cannot be combined with %s: the shape is that of %s", shape[i],
                 o->init ? "--init" : "--resume", from);
-    run->progress.scaler = make_loss_scaler(o->loss_scale);
+    t->run.progress.scaler = make_loss_scaler(o->loss_scale);
     if (from) {
         recover_checkpoint(from);
         *model = open_model(c, from);
-        run->model = model;
+        t->run.model = model;
     }
     if (o->resume) {
         *trainer = open_trainer(o->resume, c);
-        resume_run(run, o, trainer);
+        resume_run(t, o, trainer);
     }
-    run->tokenizer = find_tokenizer(o->tokenizer, from, c);
+    t->tokenizer = find_tokenizer(o->tokenizer, from, c);
     if (!from) {
-        if (!o->vocab) o->vocab = run->tokenizer->vocabulary;
+        if (!o->vocab) o->vocab = t->tokenizer->vocabulary;
         *c = new_config(o);
     }
-    check_tokenizer(run->tokenizer, c);
-    run->tokenizer_folder = o->tokenizer ? o->tokenizer : from && has_tokenizer(from) ? from : NULL;
+    check_tokenizer(t->tokenizer, c);
+    t->tokenizer_folder = o->tokenizer ? o->tokenizer : from && has_tokenizer(from) ? from : NULL;
     if (given(o, "--dropout")) c->embd_pdrop = c->attn_pdrop = c->resid_pdrop = (real)o->dropout;
     if (!o->seq) o->seq = c->P;
     if (o->seq > c->P) die("--seq %zu is more than the model's %zu positions", o->seq, c->P);
 }
 
 /* Defaults that depend on other options, and what the ranks need. */
-static void prepare_training(Run *run, Options *o)
+static void prepare_training(TrainCommand *t, Options *o)
 {
     Layout s = make_layout(o);
     if (!o->decay_steps) o->decay_steps = o->steps;
@@ -7241,98 +7310,101 @@ static void prepare_training(Run *run, Options *o)
         die("--min-lr %g is above --lr %g: the floor must be below the peak", o->min_lr, o->lr);
     if (o->eval_every && o->valid_percent == 0)
         die("--eval-every needs text to be held out: give --valid-percent");
-    check_layout(&run->ranks.config, s);
-    run->o = o;
-    run->optimizer = make_optimizer(o);
-    run->ranks.layout = s;
-    run->ranks.micro_batch = micro_batch_size(o);
-    run->ranks.micro_batches = o->batch / run->ranks.micro_batch / (size_t)s.dp;
-    run->ranks.seq = o->seq, run->ranks.seed = o->seed;
-    run->ranks.training = 1, run->ranks.recompute = o->recompute;
-    check_memory(&run->ranks);
+    check_layout(&t->run.ranks.config, s);
+    t->o = o;
+    t->run.optimizer = make_optimizer(o);
+    t->run.ranks.layout = s;
+    t->run.ranks.micro_batch = micro_batch_size(o);
+    t->run.ranks.micro_batches = o->batch / t->run.ranks.micro_batch / (size_t)s.dp;
+    t->run.ranks.seq = o->seq, t->run.ranks.seed = o->seed;
+    t->run.ranks.training = 1, t->run.ranks.recompute = o->recompute;
+    check_memory(&t->run.ranks);
+    t->run.steps = o->steps;
+    t->run.save_every = o->save_every;
+    t->run.eval_every = o->eval_every;
+    t->run.eval_iters = o->eval_iters;
 }
 
-static Corpus *prepare_text(Run *run, const Options *o)
+static Corpus *prepare_text(TrainCommand *t, const Options *o)
 {
-    Corpus *c = corpus_open(o->paths, o->n_paths, run->tokenizer, run->ranks.config.V);
-    if (run->text_tokens && run->text_tokens != c->tokens)
+    Corpus *c = corpus_open(o->paths, o->n_paths, t->tokenizer, t->run.ranks.config.V);
+    if (t->text_tokens && t->text_tokens != c->tokens)
         fprintf(stderr,
                 "the checkpoint was trained on %zu tokens, this text has %zu: samples come in "
                 "another order\n",
-                run->text_tokens, c->tokens);
-    run->text_tokens = c->tokens;
-    run->data = dataset_open(c, o->valid_percent, 0, o->seq, o->seed);
-    run->held_out = o->eval_every ? dataset_open(c, o->valid_percent, 1, o->seq, o->seed) : NULL;
+                t->text_tokens, c->tokens);
+    t->text_tokens = c->tokens;
+    t->run.data = dataset_open(c, o->valid_percent, 0, o->seq, o->seed);
+    t->run.held_out = o->eval_every ? dataset_open(c, o->valid_percent, 1, o->seq, o->seed) : NULL;
     return c;
 }
 
-static void print_beginning(const Run *run)
+static void print_beginning(const TrainCommand *t)
 {
-    const Config *c = &run->ranks.config;
-    Layout s = run->ranks.layout;
+    const Config *c = &t->run.ranks.config;
+    Layout s = t->run.ranks.layout;
     fprintf(stderr,
             "%zu layers, hidden %zu, %zu heads, vocabulary %zu: %zu parameters; tp %d, pp %d, dp "
             "%d on %d %s; ",
             c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp, s.dp, device_count(),
             device_kind());
-    fprintf(stderr, "%zu tokens of text; %zu sequences of %zu tokens a step\n", run->data->tokens,
-            run->o->batch, run->o->seq);
+    fprintf(stderr, "%zu tokens of text; %zu sequences of %zu tokens a step\n", t->run.data->tokens,
+            t->o->batch, t->o->seq);
 }
 
-static void print_summary(const Run *run, size_t first)
+static void print_summary(const TrainCommand *t, size_t first)
 {
-    const Options *o = run->o;
+    const Options *o = t->o;
     const char *dir = o->save ? o->save : o->resume;
-    size_t last = run->progress.step, steps = last - first;
+    size_t last = t->run.progress.step, steps = last - first;
     if (!o->json) {
-        draw_curve(run->curve, first, last);
-        printf("%zu steps in %.1f s, %.0f tokens/s; loss %.4f\n", steps, run->seconds,
-               (double)(steps * o->batch * o->seq) / run->seconds, run->last_loss);
+        draw_curve(&t->report.curve, first, last);
+        printf("%zu steps in %.1f s, %.0f tokens/s; loss %.4f\n", steps, t->report.seconds,
+               (double)(steps * o->batch * o->seq) / t->report.seconds, t->report.last_loss);
         if (dir) printf("saved: %s\n", dir);
     }
-    if (run->skipped)
-        fprintf(stderr, "%zu of %zu steps overflowed and were skipped\n", run->skipped, steps);
+    if (t->report.skipped)
+        fprintf(stderr, "%zu of %zu steps overflowed and were skipped\n", t->report.skipped, steps);
     if (last < o->steps) fprintf(stderr, "interrupted after step %zu of %zu\n", last, o->steps);
 }
 
 /* All that is left to do of a run. */
-static void train(Run *run, Options *o)
+static void train(TrainCommand *t, Options *o)
 {
     const char *dir = o->save ? o->save : o->resume;
-    size_t first = run->progress.step;
-    Curve curve;
-    memset(&curve, 0, sizeof curve);
-    prepare_training(run, o);
+    size_t first = t->run.progress.step;
+    prepare_training(t, o);
     if (dir) check_save_folder(dir, o->resume);
-    Corpus *corpus = prepare_text(run, o);
-    run->log = o->log ? open_log(o->log, first) : NULL;
-    run->curve = &curve;
-    print_beginning(run);
-    warn_if_crowded(run->ranks.layout);
+    Corpus *corpus = prepare_text(t, o);
+    t->report.log = o->log ? open_log(o->log, first) : NULL;
+    t->report.json = o->json;
+    t->run.report = &t->report;
+    print_beginning(t);
+    warn_if_crowded(t->run.ranks.layout);
     signal(SIGINT, interrupt);
 
-    run_ranks(world_size(run->ranks.layout), train_rank, run);
-    print_summary(run, first);
-    if (run->log && fclose(run->log)) die("cannot write %s: %s", o->log, strerror(errno));
-    if (run->held_out) dataset_close(run->held_out);
-    dataset_close(run->data);
+    run_ranks(world_size(t->run.ranks.layout), train_rank, &t->run);
+    print_summary(t, first);
+    if (t->report.log && fclose(t->report.log)) die("cannot write %s: %s", o->log, strerror(errno));
+    if (t->run.held_out) dataset_close(t->run.held_out);
+    dataset_close(t->run.data);
     corpus_close(corpus);
 }
 
 static void run_train(Options *o)
 {
-    Run run;
+    TrainCommand t;
     Safetensors model, trainer;
-    memset(&run, 0, sizeof run);
+    memset(&t, 0, sizeof t);
     if (!o->n_paths) usage_error("train needs --data");
-    prepare_model(&run, o, &model, &trainer);
-    if (run.progress.step < o->steps) train(&run, o);
+    prepare_model(&t, o, &model, &trainer);
+    if (t.run.progress.step < o->steps) train(&t, o);
     else /* not an error: a script may resume until all is done */
         fprintf(stderr, "%s has done its %zu steps; --steps asks for more\n", o->resume,
-                run.progress.step);
-    tokenizer_close(run.tokenizer);
-    if (run.model) safetensors_close(&model);
-    if (run.trainer) safetensors_close(&trainer);
+                t.run.progress.step);
+    tokenizer_close(t.tokenizer);
+    if (t.run.model) safetensors_close(&model);
+    if (t.run.trainer) safetensors_close(&trainer);
 }
 
 /* ---- eval, generate -------------------------------------------------------------------------- */
@@ -7375,8 +7447,7 @@ static void open_inference(Inference *in, const Options *o, size_t batch)
 static Rank *inference_rank(Comm *world, const Inference *in)
 {
     Rank *k = rank_create(world, &in->ranks);
-    Shards shards = shards_of(k);
-    load_weights(&shards, &in->model);
+    load_rank(k, &in->model, NULL);
     return k;
 }
 

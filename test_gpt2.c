@@ -3476,7 +3476,7 @@ static void load_save_rank(Comm *world, void *arg)
     real *master = job->master ? (real *)device_calloc(elements * sizeof(real)) : NULL;
     real *m = job->moments ? (real *)device_calloc(elements * sizeof(real)) : NULL;
     real *v = job->moments ? (real *)device_calloc(elements * sizeof(real)) : NULL;
-    Shards s = {&c, job->layout, world->rank, list, n, weights, master, m, v};
+    Slices s = {&c, job->layout, world->rank, list, n, weights, master, m, v};
     int r = tp_rank(job->layout, world->rank);
     load_weights(&s, &model);
     count_wrong(job, list, n, weights, NULL, factor(""), r);
@@ -3509,7 +3509,7 @@ static void load_alone(void *folder)
     size_t elements, n = list_tensors(NULL, &elements, &c, one, 0);
     Tensor *list = (Tensor *)xcalloc(n, sizeof *list);
     list_tensors(list, NULL, &c, one, 0);
-    Shards s = {&c, one, 0, list, n, (act *)device_calloc(elements * sizeof(act)), NULL, NULL, NULL};
+    Slices s = {&c, one, 0, list, n, (act *)device_calloc(elements * sizeof(act)), NULL, NULL, NULL};
     load_weights(&s, &model);
 }
 
@@ -3725,7 +3725,7 @@ static void save_value(Comm *world, void *arg)
     list_tensors(list, NULL, &job->config, one, 0);
     for (size_t i = 0; i < elements; i++) x[i] = job->value;
     act_upload(w, x, elements);
-    Shards s = {&job->config, one, 0, list, n, w, NULL, x, x};
+    Slices s = {&job->config, one, 0, list, n, w, NULL, x, x};
     if (job->exchange || access(job->dir, F_OK)) save_checkpoint(&s, world, job->dir, NULL, -1, &fact, 1);
     else {
         SavePaths p = save_paths(job->dir), there = p;
@@ -5110,9 +5110,9 @@ static void test_masks(void)
     for (size_t i = 0; i < 2 * c.P * c.C; i++)
         for (int site = SITE_EMBEDDING; site <= SITE_MLP_OUTPUT; site++)
             if (site != SITE_ATTENTION)
-                equal &= dropout_factor(drop(&k[0], site, 1, &mb), i) == dropout_factor(drop(&k[1], site, 1, &mb), i);
+                equal &= dropout_factor(replicated_dropout(&k[0], site, 1, &mb), i) == dropout_factor(replicated_dropout(&k[1], site, 1, &mb), i);
     for (size_t i = 0; i < k[0].Hp * c.P * c.P; i++)
-        differ += dropout_factor(attention_drop(&k[0], 1, &mb), i) != dropout_factor(attention_drop(&k[1], 1, &mb), i);
+        differ += dropout_factor(attention_dropout(&k[0], 1, &mb), i) != dropout_factor(attention_dropout(&k[1], 1, &mb), i);
     check_true("residual masks are equal on all tensor ranks [P25]", equal);
     /* two independent masks of p = 0.1 differ in 2 * 0.1 * 0.9 of the places */
     double share = differ / (double)(k[0].Hp * c.P * c.P);
@@ -5121,13 +5121,13 @@ static void test_masks(void)
     k[1].step = 4;
     int changed = 0;
     for (size_t i = 0; i < 1000; i++)
-        changed += dropout_factor(drop(&k[0], SITE_MLP_OUTPUT, 1, &mb), i) !=
-                   dropout_factor(drop(&k[1], SITE_MLP_OUTPUT, 1, &mb), i);
+        changed += dropout_factor(replicated_dropout(&k[0], SITE_MLP_OUTPUT, 1, &mb), i) !=
+                   dropout_factor(replicated_dropout(&k[1], SITE_MLP_OUTPUT, 1, &mb), i);
     check_true("the next step has other masks", changed > 100);
     changed = 0;
     for (size_t i = 0; i < 1000; i++)
-        changed += dropout_factor(drop(&k[0], SITE_MLP_OUTPUT, 1, &mb), i) !=
-                   dropout_factor(drop(&k[0], SITE_MLP_OUTPUT, 2, &mb), i);
+        changed += dropout_factor(replicated_dropout(&k[0], SITE_MLP_OUTPUT, 1, &mb), i) !=
+                   dropout_factor(replicated_dropout(&k[0], SITE_MLP_OUTPUT, 2, &mb), i);
     check_true("the next layer has other masks", changed > 100);
 }
 
@@ -5335,7 +5335,7 @@ static void golden_rank(Comm *world, void *arg)
     Optimizer a = {1e-3, 1e-3, 0, 1, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, clip[0], 1};
     Progress p = {0, 0, 0, make_loss_scaler(1)};
     Rank *k = rank_create(world, &o);
-    Shards shards = shards_of(k);
+    Slices shards = slices_of(k);
     load_weights(&shards, &model);
     for (int step = 0; step < 3; step++) {
         StepResult r = train_step(k, &a, &p, o.micro_batches, feed_golden, g);
@@ -5358,7 +5358,7 @@ static void golden_logits_rank(Comm *world, void *arg)
     size_t T = find_stored(&g->golden, "tokens")->shape[1] - 1, n;
     RankOptions o = {c, g->layout, 2, 1, T, 0, 0, 1};
     Rank *k = rank_create(world, &o);
-    Shards shards = shards_of(k);
+    Slices shards = slices_of(k);
     load_weights(&shards, &model);
     feed_golden(g, k, &k->flight[0], 0);
     stage_forward(k, &k->flight[0]);
@@ -5370,7 +5370,7 @@ static void golden_logits_rank(Comm *world, void *arg)
     real *expected = golden_values(g, "generate", &n);
     RankOptions one = {c, g->layout, 1, 1, c.P, 0, 0, 1};
     k = rank_create(world, &one);
-    Shards again = shards_of(k);
+    Slices again = slices_of(k);
     load_weights(&again, &model);
     Generator *generator = generator_create(k);
     Sampler greedy = {0, 0, 1, 0};
@@ -5472,7 +5472,7 @@ static void fixture_rank(Comm *world, void *arg)
     Layout s = {f->tp, 1, 1};
     RankOptions o = {c, s, 1, 1, f->T, 0, 0, 1};
     Rank *k = rank_create(world, &o);
-    Shards shards = shards_of(k);
+    Slices shards = slices_of(k);
     int *tokens = (int *)xcalloc(f->T + 1, sizeof *tokens); /* the last is only a target */
     memcpy(tokens, f->tokens, f->T * sizeof *tokens);
     load_weights(&shards, &model);
@@ -6137,25 +6137,25 @@ static void test_dropout_sites(void)
     memset(&k, 0, sizeof k), memset(&mb, 0, sizeof mb);
     shape_rank(&k, &c, ONE_RANK, 0, 2, c.P, 0);
     k.training = 1;
-    check_equal("embd_pdrop: embedding", drop(&k, SITE_EMBEDDING, 0, &mb).p, 0.25);
-    check_equal("attn_pdrop: attention", attention_drop(&k, 1, &mb).p, 0.5);
-    check_equal("resid_pdrop: attention's output", drop(&k, SITE_ATTENTION_OUTPUT, 1, &mb).p, 0.125);
-    check_equal("resid_pdrop: MLP's output", drop(&k, SITE_MLP_OUTPUT, 1, &mb).p, 0.125);
-    site[0] = drop(&k, SITE_EMBEDDING, 0, &mb).site;
+    check_equal("embd_pdrop: embedding", replicated_dropout(&k, SITE_EMBEDDING, 0, &mb).p, 0.25);
+    check_equal("attn_pdrop: attention", attention_dropout(&k, 1, &mb).p, 0.5);
+    check_equal("resid_pdrop: attention's output", replicated_dropout(&k, SITE_ATTENTION_OUTPUT, 1, &mb).p, 0.125);
+    check_equal("resid_pdrop: MLP's output", replicated_dropout(&k, SITE_MLP_OUTPUT, 1, &mb).p, 0.125);
+    site[0] = replicated_dropout(&k, SITE_EMBEDDING, 0, &mb).site;
     for (size_t l = 0; l < LAYERS; l++) {
-        site[3 * l + 1] = attention_drop(&k, l, &mb).site;
-        site[3 * l + 2] = drop(&k, SITE_ATTENTION_OUTPUT, l, &mb).site;
-        site[3 * l + 3] = drop(&k, SITE_MLP_OUTPUT, l, &mb).site;
+        site[3 * l + 1] = attention_dropout(&k, l, &mb).site;
+        site[3 * l + 2] = replicated_dropout(&k, SITE_ATTENTION_OUTPUT, l, &mb).site;
+        site[3 * l + 3] = replicated_dropout(&k, SITE_MLP_OUTPUT, l, &mb).site;
     }
     for (int i = 0; i < 3 * LAYERS + 1; i++)
         for (int j = 0; j < i; j++) shared += site[i] == site[j];
     check_equal("pairs of sites, in 100 layers, that share their masks", shared, 0);
     k.seed = 17, k.step = 4;
     check_true("the rank's seed and step draw",
-               drop(&k, SITE_EMBEDDING, 0, &mb).seed == 17 && attention_drop(&k, 1, &mb).step == 4);
+               replicated_dropout(&k, SITE_EMBEDDING, 0, &mb).seed == 17 && attention_dropout(&k, 1, &mb).step == 4);
     k.training = 0;
     check_true("no dropout outside training",
-               drop(&k, SITE_EMBEDDING, 0, &mb).p == 0 && attention_drop(&k, 0, &mb).p == 0);
+               replicated_dropout(&k, SITE_EMBEDDING, 0, &mb).p == 0 && attention_dropout(&k, 0, &mb).p == 0);
 }
 
 /* rstd = 1 / sqrt(variance + eps) with the model's own eps, in all three LayerNorms. */
@@ -6698,23 +6698,23 @@ static void test_defaults(void)
     check_equal("  with stages", (double)micro_batch_size(&o), 1);
     o = options_of(given_);
     check_equal("  as given", (double)micro_batch_size(&o), 2);
-    Run run;
+    TrainCommand t;
     Safetensors none;
-    memset(&run, 0, sizeof run);
+    memset(&t, 0, sizeof t);
     o = options_of(erf);
-    prepare_model(&run, &o, &none, &none);
-    const Config *c = &run.ranks.config;
+    prepare_model(&t, &o, &none, &none);
+    const Config *c = &t.run.ranks.config;
     check_true("--activation gelu is erf", c->gelu == GELU_ERF);
     check_true("--dropout holds at all sites",
                c->embd_pdrop == (real)0.25 && c->attn_pdrop == (real)0.25 && c->resid_pdrop == (real)0.25);
-    tokenizer_close(run.tokenizer);
-    memset(&run, 0, sizeof run);
+    tokenizer_close(t.tokenizer);
+    memset(&t, 0, sizeof t);
     o = options_of(plain);
-    prepare_model(&run, &o, &none, &none);
+    prepare_model(&t, &o, &none, &none);
     check_true("the model's own: tanh, dropout 0.1, 257 words, 64 positions",
                c->gelu == GELU_TANH && c->embd_pdrop == (real)0.1 && c->attn_pdrop == (real)0.1 &&
                    c->resid_pdrop == (real)0.1 && c->V == 257 && o.seq == 64);
-    tokenizer_close(run.tokenizer);
+    tokenizer_close(t.tokenizer);
 }
 
 /* All that a run must remember comes back from the checkpoint as it went in. */
@@ -6728,11 +6728,11 @@ static void save_run_rank(Comm *world, void *arg)
     SavedRun *s = (SavedRun *)arg;
     RankOptions o = {make_config(1, 8, 2, 4, 257), ONE_RANK, 1, 1, 4, 1, 0, 1};
     Rank *k = rank_create(world, &o);
-    Run run;
-    memset(&run, 0, sizeof run);
-    run.o = &s->o, run.text_tokens = 777, run.tokenizer = tokenizer_bytes();
-    save_run(&run, k, s->progress);
-    tokenizer_close(run.tokenizer);
+    TrainCommand t;
+    memset(&t, 0, sizeof t);
+    t.o = &s->o, t.text_tokens = 777, t.tokenizer = tokenizer_bytes();
+    save_run(&t.run, k, s->progress);
+    tokenizer_close(t.tokenizer);
     rank_free(k);
 }
 
@@ -6749,18 +6749,18 @@ static void test_run_state(void)
     const Progress p = {50, 40, 123, {8, 1, 1, 49, 17}};
     SavedRun s = {options_of(saved), &p};
     run_ranks(1, save_run_rank, &s);
-    Run run;
+    TrainCommand t;
     char path[PATH_MAX];
     Config c = make_config(1, 8, 2, 4, 257);
     snprintf(path, sizeof path, "%s/new_state", SCRATCH);
     Safetensors trainer = open_trainer(path, &c);
     Options o = options_of(resumed);
-    memset(&run, 0, sizeof run);
-    run.progress.scaler = make_loss_scaler(1);
-    resume_run(&run, &o, &trainer);
-    const Progress *q = &run.progress;
+    memset(&t, 0, sizeof t);
+    t.run.progress.scaler = make_loss_scaler(1);
+    resume_run(&t, &o, &trainer);
+    const Progress *q = &t.run.progress;
     check_true("steps 50, updates 40, samples 123, 777 tokens of text",
-               q->step == 50 && q->updates == 40 && q->samples == 123 && run.text_tokens == 777);
+               q->step == 50 && q->updates == 40 && q->samples == 123 && t.text_tokens == 777);
     check_true("loss scale 8, dynamic, one overflow from halving, at 49, the last at 17",
                q->scaler.scale == 8 && q->scaler.dynamic == 1 && q->scaler.hysteresis == 1 &&
                    q->scaler.iteration == 49 && q->scaler.last_overflow == 17);
