@@ -1,33 +1,47 @@
 /* megatron_gpt2.c - Megatron-LM (Shoeybi et al., arXiv 1909.08053) in one C file.
  *
- * A GPT-2 that trains, evaluates and generates with the paper's tensor parallelism, and with the
- * pipeline and data parallelism that Megatron grew around it. Every GPU is a thread. Read it from
- * top to bottom with the paper beside you: [§3 eq.3] names a place in the paper, [P12] a statement
- * about it that test_gpt2.c checks, "code A" and "code V" are Megatron's own code of August 2019
- * and of version 1.0. doc/ holds the longer derivations.
+ * A GPT-2 that trains, evaluates and generates, cut over many GPUs as the paper cuts it, with the
+ * pipeline and data parallelism that Megatron has around it. Every GPU of the paper is a rank, and
+ * every rank is a thread. This line builds it, and nothing but this file is needed:
  *
- * Part I, the paper: read it from top to bottom, and stop at Part II.
- *     1 operators, what they compute    2 ranks and groups    3 the model-parallel transformer
- *     4 operators, how they do it       5 parameters          6 optimisation       7 data and the training loop
- *     8 recomputation, stages, 1F1B     9 evaluation         10 generation
- * Part II, the machine: 11 products, vector loops, memory; 12 ranks as threads Part III, the
- * program: 13 ground; 14 files; 15 text; 16 planner, trace; 17 command line
+ *     cc -O3 -march=native -fopenmp megatron_gpt2.c -lm -lpthread -o megatron_gpt2
  *
- * Letters: B sequences in a micro-batch, T tokens in a sequence, N = B*T rows; C hidden size, H
- * heads, D = C/H, F = 4C width of the MLP, L layers, P positions, V tokens in the vocabulary; t x p
- * x d ranks. A small p behind a letter means this rank's part: Cp = C/t.
+ * HOW TO READ IT. Part I is the paper. Read its @PART1@ lines from top to bottom, with the paper
+ * beside you, and stop at Part II. The code of every formula is in Part I; behind it stands what
+ * makes it fast, what connects ranks, and what reads files and prints.
  *
- * The t x p x d grid of ranks [App. B.1, Fig. 8], here t = 2, p = 2, d = 2:
+ *     Part I, the paper      1 operators, what they compute [§2.2]     2 ranks and groups [§2.3]
+ *                            3 the model-parallel transformer [§3]     4 operators, how they do it
+ *                            5 parameters [§4.2, §5.1]                 6 optimisation [§4.2]
+ *                            7 data and the training loop [§4.1]       8 recomputation, pipeline
+ *                            9 evaluation [§5.2, App. E]              10 generation [App. C]
+ *     Part II, the machine   11 products, vector loops, memory        12 ranks as threads
+ *     Part III, the program  13 ground     14 files     15 text     16 planner, trace
+ *     around it              17 command line
  *
- *              stage 0                stage 1           tensor group:   0-1, 2-3, 4-5, 6-7   share every layer
- *     replica 0   | 0 1 |   ----->    | 4 5 |           pipeline group: 0-4, 1-5, 2-6, 3-7   share the layers
- *     replica 1   | 2 3 |   ----->    | 6 7 |           data group:     0-2, 1-3, 4-6, 5-7   share the batch
+ * TAGS. [§3 eq.3] is a place in the paper. [P12] is a statement about it that a test checks:
+ * ./test_gpt2 P12. "Code A" and "code V" are Megatron's own code of August 2019 and of version 1.0;
+ * DEVIATION marks where this program departs from it on purpose. doc/ has the longer derivations.
  *
- * Contracts: outputs come first, then inputs, then dimensions. Backward functions write dx and add
- * to dw. Matrices are row-major, and their shapes stand beside them. All state is in a Rank;
- * nothing global changes but Ctrl-C's flag. Bad input ends in die(): one line on stderr, exit 1.
- * This text is C11 and C++17: megatron_gpt2.cu includes it and has operators of its own in the
- * place of those between #ifndef OTHER_OPERATORS and its #endif. */
+ * LEFT OUT: BERT [§5.3], the filtering of the training text [§4.1], other models, interleaved
+ * pipelines, sequence parallelism, ZeRO. megatron_gpt2.cu has the operators for NVIDIA GPUs: it
+ * includes this file, which then leaves out its own (OTHER_OPERATORS).
+ *
+ * LETTERS. B sequences in a micro-batch, T tokens in a sequence, N = B*T rows; C hidden size,
+ * H heads, D = C/H their size, F = 4C width of the MLP, L layers, P positions, V tokens in the
+ * vocabulary; t x p x d ranks. A small p behind a letter means this rank's part: Cp = C/t.
+ *
+ * THE GRID of t x p x d ranks [App. B.1, Fig. 8], here t = 2, p = 2, d = 2:
+ *
+ *               stage 0       stage 1
+ *     replica 0  | 0 1 |  ---> | 4 5 |   tensor groups:    0-1, 2-3, 4-5, 6-7   share every layer
+ *     replica 1  | 2 3 |  ---> | 6 7 |   pipeline groups:  0-4, 1-5, 2-6, 3-7   share the layers
+ *                                        data groups:      0-2, 1-3, 4-6, 5-7   share the batch
+ *
+ * CONTRACTS. Outputs come first, then inputs, then dimensions. Backward functions write dx and add
+ * to dw. Matrices are row-major, and their shapes stand beside them. Bad input ends in die(): one
+ * line on stderr, exit status 1. All state is in a Rank; two globals change: `spoken` (chapter 13:
+ * an error is told once) and `interrupted` (chapter 17: Ctrl-C). The text is C11 and C++17. */
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -67,37 +81,37 @@
 #ifndef REAL
 #define REAL float
 #endif
-typedef REAL real; /* the arithmetic: float; double where test_gpt2.c takes finite differences */
+typedef REAL real; /* sums and statistics: float; double where a test takes finite differences */
 
 #ifndef ACT_TYPE
-#define ACT_TYPE                                                                                   \
-    real /* weights, activations and their gradients; megatron_gpt2.cu may make it bf16 or fp16 */
+#define ACT_TYPE real /* megatron_gpt2.cu may make it bf16 or fp16 */
 #endif
-typedef ACT_TYPE act;
+typedef ACT_TYPE act; /* weights, activations and their gradients */
 
 #ifndef HOST_DEVICE
-#define HOST_DEVICE /* the twin: what its kernels call, too */
+#define HOST_DEVICE /* megatron_gpt2.cu: its kernels call these functions, too */
 #endif
 
 static inline HOST_DEVICE size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 static size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
-static size_t round_up(size_t n, size_t d) { return (n + d - 1) / d * d; }
+static size_t round_up(size_t n, size_t d) { return ceil_div(n, d) * d; }
 
-/* ---- What this part takes from the others ---------------------------------------------------- */
+/* ---- What Part I takes from Parts II and III ------------------------------------------------- */
 
-typedef struct Tokenizer Tokenizer;     /* chapter 15 */
-typedef struct Safetensors Safetensors; /* chapter 14 */
-
-/* An arena is one block of memory that holds everything of one lifetime (weights, gradients,
- * moments, activations). The same carving code runs twice: over a NULL base it only measures, over
- * a real one it places. */
+/* Chapter 13: errors, memory. An arena is one block of memory for everything of one lifetime. The
+ * same code carves it twice: with base NULL carve() only measures, then it places. */
 typedef struct {
     char *base;
     size_t used; /* bytes */
 } Arena;
 
-/* Long work on stderr: a bar on a terminal, else a line now and then. */
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...);
+static void *xcalloc(size_t count, size_t size);                     /* zeroed */
+static void *grow(void *p, size_t n, size_t *capacity, size_t size); /* room for element n */
+static void *carve(Arena *arena, size_t count, size_t size);
+
+/* Progress of long work, on stderr. */
 typedef struct {
     const char *unit;    /* "step", "window", .. */
     size_t first, total; /* units done before the start, and at the end */
@@ -106,64 +120,188 @@ typedef struct {
     double start, shown; /* seconds */
 } Meter;
 
+static void meter_show(Meter *m, size_t done, const char *name, double value);
+
+/* Chapter 14: model.safetensors of a folder. */
+typedef struct Safetensors Safetensors;
+
+/* Chapter 15: text and tokens. Tokens starts as {NULL, 0, 0}; free(id) ends it. */
 typedef struct {
     int *id;
     size_t n, capacity;
-} Tokens; /* starts as {NULL, 0, 0}; free(id) ends it */
+} Tokens;
 
-/* Chapter 13. */
-__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...);
-static void *xcalloc(size_t count, size_t size);
-static void *grow(void *p, size_t n, size_t *capacity, size_t size);
-static void *carve(Arena *arena, size_t count, size_t size);
-static void meter_show(Meter *m, size_t done, const char *name, double value);
-
-/* Chapter 15. */
+typedef struct Tokenizer Tokenizer;
 static void push_token(Tokens *tokens, int id);
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n);
 static size_t space_before(const char *text, size_t n);
 static const char *strip(const char *text, size_t *n);
 
-/* Chapter 11. */
-static void *device_calloc(size_t bytes);
+/* Chapter 11: memory of a device. On the CPU that is memory as usual; in megatron_gpt2.cu it is the
+ * memory of this rank's GPU. Sizes in bytes; act_upload and act_download convert n numbers. */
+static void *device_calloc(size_t bytes); /* zeroed */
 static void device_free(void *p);
-static const char *device_kind(void);
-static int device_count(void);
-static double device_memory(void);
-static void device_select(int rank, int ranks);
-static void device_synchronize(void);
 static void device_zero(void *p, size_t bytes);
-static void device_copy(void *to, const void *from, size_t bytes);
+static void device_copy(void *to, const void *from, size_t bytes); /* device to device */
 static void device_upload(void *to, const void *from, size_t bytes);
 static void device_download(void *to, const void *from, size_t bytes);
 static void act_upload(act *to, const real *from, size_t n);
 static void act_download(real *to, const act *from, size_t n);
+static void device_synchronize(void);           /* waits until this rank's device has no work */
+static void device_select(int rank, int ranks); /* gives this rank its device */
+static const char *device_kind(void);           /* "cores", "GPUs": for messages */
+static int device_count(void);
+static double device_memory(void); /* bytes of all of them; 0: unknown */
 
 /* =================================================================================================
  * Chapter 1. Operators, what they compute [§2.2]
  * =================================================================================================
  *
- * Each operator is a function of pointers and dimensions; it knows no ranks and keeps no state.
- * Outputs come first. Backward writes dx and adds to dw. Threads share out work that is cut the
- * same way however many there are, and no two threads add to one number: results do not depend on
- * the number of OpenMP threads, bit for bit.
+ * An operator is a function of pointers and dimensions. It knows no ranks and keeps no state. Here
+ * stands what each computes; chapter 4 has the code. Threads share the work such that one thread
+ * makes each sum, so results do not depend on the number of threads, bit for bit.
  *
- * Letters: N = B*T rows (batch x time), C channels, I inputs and O outputs of a linear layer, H
- * heads of size D. */
+ * Shapes stand behind the names, rows first. N = B*T rows, C channels; a linear layer has I inputs
+ * and O outputs, attention H heads of size D. On a tensor rank these are the rank's own numbers:
+ * the operators see one rank's part of a matrix as a matrix. */
 
+/* ---- Linear layers --------------------------------------------------------------------------- */
+
+/* Weights are stored [out, in], so the paper's A is w', the transposed w. Where w is some rows of a
+ * larger matrix, they are columns of the paper's A: y is then X A_i [§3 eq.3]. Where w is some of
+ * its columns, and x has the same ones, y is X_i A_i, one term of the sum in [§3 eq.2]. */
+
+/* y (N,O) = x (N,I) w' + b; w (O,I); b (O), or NULL for none. */
+static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I,
+                           size_t O);
+
+/* dx (N,I) = dy (N,O) w; dw (O,I) += dy' x; db (O) += column sums of dy. NULL: not wanted. */
+static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w,
+                            size_t N, size_t I, size_t O);
+
+/* Two forms of GeLU, x Phi(x): by tanh, as in the paper's code, or exactly, by erf [P41]. */
 typedef enum { GELU_TANH, GELU_ERF } Gelu;
 
+/* pre (N,O) = x w' + b; y = gelu(pre) [§3 eq.1; eq.3 where w is one rank's part]. pre is kept for
+ * the backward pass; NULL: not wanted. */
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b,
+                                size_t N, size_t I, size_t O, Gelu kind);
+
+/* Backward of y = gelu(pre), z (N,O) = y (N,I) w': dpre (N,I) = (dz w) * gelu'(pre); dw (O,I) +=
+ * dz' y. z has no bias here: w is row-parallel, and its bias is added after g [§3, Z = Y_1 B_1 +
+ * Y_2 B_2]. */
+static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre,
+                                 const act *w, size_t N, size_t I, size_t O, Gelu kind);
+
+/* ---- Dropout --------------------------------------------------------------------------------- */
+
 /* Which elements a dropout site zeroes. Element i of a tensor is kept if word first + i of the
- * stream (seed, site, step) is at least p * 2^32, and is then scaled by 1 / (1 - p). */
+ * random stream (seed, site, step) is at least p * 2^32; what is kept is divided by 1 - p. */
 typedef struct {
     uint64_t seed;
     uint32_t site, step;
-    real p; /* 0: no dropout */
-    size_t
-        first; /* global index of the tensor's element 0: what makes a slice draw the mask of the whole */
-    size_t
-        heads; /* attention only: heads of the whole layer, so that sequence b starts at first + b*heads*T*T */
+    real p;       /* 0: no dropout */
+    size_t first; /* index of element 0 in the whole tensor: a slice gets its part of the mask */
+    size_t heads; /* attention only: heads of the whole layer */
 } Dropout;
+
+/* ---- Embeddings ------------------------------------------------------------------------------ */
+
+/* x (N,C) = row tokens[n] - v0 of wte (Vp,C), if this slice of the vocabulary has the token: it has
+ * v0 .. v0+Vp-1. Else 0. */
+static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C,
+                                    size_t v0, size_t Vp);
+
+/* dwte[tokens[n] - v0] += dx[n], for the tokens of this slice. */
+static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N,
+                                     size_t C, size_t v0, size_t Vp);
+
+/* x (B,T,C) = dropout(x + wpe[past + t]), in place. wpe (P,C). */
+static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C,
+                                       size_t past, Dropout d);
+
+/* dx = mask * dx, in place: the gradient of the token embedding's output. dwpe[t] += the sum of
+ * that over b. */
+static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C,
+                                        Dropout d);
+
+/* ---- LayerNorm ------------------------------------------------------------------------------- */
+
+/* y (N,C) = (x - mean) * rstd * g + b for each row, with rstd = 1 / sqrt(variance + eps). mean and
+ * rstd (N) are kept for the backward pass. */
+static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g,
+                              const act *b, size_t N, size_t C, real eps);
+
+/* dx = dres + the gradient through LayerNorm; dg, db (C) += theirs. dres is the gradient that comes
+ * past LayerNorm, by the residual connection: NULL for none; it may be dx itself. With the
+ * normalised x^ = (x - mean) * rstd and dx^ = dy * g:
+ *
+ *     dx = dres + rstd * (dx^ - mean(dx^) - x^ * mean(dx^ * x^))         [doc/layernorm.md] */
+static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g,
+                               const real *mean, const real *rstd, const act *dres, size_t N,
+                               size_t C);
+
+/* ---- Bias + dropout + residual (+ LayerNorm) ------------------------------------------------- */
+
+/* out (N,C) = residual + dropout(y + bias). out may be y or residual. */
+static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual,
+                                     size_t N, size_t C, Dropout d);
+
+/* The same, and the LayerNorm that follows: res = residual + dropout(y + bias), ln = LN(res). */
+static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd,
+                                               const act *y, const act *bias, const act *residual,
+                                               const act *g, const act *b, size_t N, size_t C,
+                                               real eps, Dropout d);
+
+/* dy (N,C) = mask * dout; dbias (C) += column sums of dy. The residual's gradient is dout. */
+static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C,
+                                      Dropout d);
+
+/* ---- Causal self-attention [§3 Fig. 3b] ------------------------------------------------------ */
+
+/* For each head, scores = Q K' / sqrt(D); row i of them becomes probabilities, the softmax over the
+ * keys j <= i; out (B,T,H*D) = dropout(probabilities) V. qkv (B,T,3*H*D): a row is [Q;K;V], each of
+ * H heads of D numbers [P11]. lse (B,H,T) = log of the sum of e^score over a row, kept for the
+ * backward pass; NULL: not wanted. Probability (b,h,i,j) has the index d.first + ((b * d.heads + h)
+ * * T + i) * T + j in the random stream. */
+static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H,
+                              size_t D, Dropout d);
+
+/* dqkv (B,T,3*H*D) is written. delta (B,H,T) is working space. */
+static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out,
+                               const real *lse, const act *qkv, size_t B, size_t T, size_t H,
+                               size_t D, Dropout d);
+
+/* Generation, one sequence: n new rows qkv (n,3*H*D) at positions past .. past+n-1. Appends their
+ * keys and values to the caches (P,H*D), and attends to all so far. out (n,H*D). */
+static void attention_cached_forward(act *out, act *key_cache, act *value_cache, const act *qkv,
+                                     size_t n, size_t past, size_t H, size_t D);
+
+/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] --------------------------- */
+
+/* A rank's columns of the logits are the tokens v0 .. v0+Vp-1. The first `valid` are real; the rest
+ * is padding, which takes part in nothing. Chapter 3 reduces max, sum and target_logit over the
+ * ranks between these steps. */
+
+/* max (N) of the valid logits (N,Vp); -infinity if there are none. */
+static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t valid);
+
+/* With z the logits of a row, sum (N) = sum of e^(z - max) over the valid tokens; target_logit (N)
+ * = z[target] - max if this slice has the target, else 0. */
+static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max,
+                           const int *targets, size_t N, size_t Vp, size_t valid, size_t v0);
+
+/* loss (N) = log(sum) - target_logit = -log softmax(z)[target]. Both are sums over the ranks by
+ * now. */
+static void cross_entropy_loss(real *loss, const real *sum, const real *target_logit, size_t N);
+
+/* In place: logits (N,Vp) become their gradient (softmax(z) - onehot(target)) * weight[n] * scale;
+ * padding becomes 0. */
+static void cross_entropy_backward(act *logits, const real *max, const real *sum,
+                                   const int *targets, const real *weight, real scale, size_t N,
+                                   size_t Vp, size_t valid, size_t v0);
+
+/* ---- The optimiser [§4.2] -------------------------------------------------------------------- */
 
 typedef struct {
     double lr, beta1, beta2, eps, decay;
@@ -171,214 +309,32 @@ typedef struct {
     size_t step;       /* counts from 1 */
 } AdamW;
 
-/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] -------------------- */
-
-/* y (N,O) = x (N,I) w' + b; w (O,I); b (O) or NULL. */
-static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I,
-                           size_t O);
-
-/* dx (N,I) = dy w; dw (O,I) += dy' x; db (O) += column sums of dy. NULL: not wanted. */
-static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w,
-                            size_t N, size_t I, size_t O);
-
-/* pre (N,O) = x w' + b; y = gelu(pre) [§3 eq.1; eq.3 where w is one rank's columns]. pre may be
- * NULL (inference). */
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b,
-                                size_t N, size_t I, size_t O, Gelu kind);
-
-/* Backward of y = gelu(pre), z = y w': dpre (N,I) = (dz w) * gelu'(pre); dw (O,I) += dz' y. z has
- * no bias: w is row-parallel, and its bias comes after g [§3, Z = sum of Y_i B_i]. */
-static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre,
-                                 const act *w, size_t N, size_t I, size_t O, Gelu kind);
-
-/* ---- Embeddings ------------------------------------------------------------------------------ */
-
-/* x (N,C) = row tokens[n] - v0 of wte (Vp,C) where this slice [v0, v0+Vp) of the vocabulary owns
- * the token, else 0. */
-static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C,
-                                    size_t v0, size_t Vp);
-
-/* dwte[tokens[n] - v0] += dx[n]. A token may repeat, so threads take columns, not rows. */
-static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N,
-                                     size_t C, size_t v0, size_t Vp);
-
-/* x (B,T,C) = dropout(x + wpe[past + t]), in place. */
-static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C,
-                                       size_t past, Dropout d);
-
-/* dx = mask * dx in place: the gradient of the token embedding's output. dwpe[t] += its sum over
- * b. */
-static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C,
-                                        Dropout d);
-
-/* ---- LayerNorm ------------------------------------------------------------------------------- */
-
-/* y (N,C); mean, rstd (N) are kept for backward. */
-static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g,
-                              const act *b, size_t N, size_t C, real eps);
-
-/* dx = dres + the gradient through LayerNorm (dres NULL: none; dres may be dx itself); dg, db (C)
- * += . With h = the normalised x: dh = dy * g, dx = rstd * (dh - mean(dh) - h * mean(dh * h)). */
-static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g,
-                               const real *mean, const real *rstd, const act *dres, size_t N,
-                               size_t C);
-
-/* ---- Bias + dropout + residual (+ LayerNorm) ------------------------------------------------- */
-
-/* out (N,C) = residual + dropout(y + bias). The bias is added once, after g: inside the partial
- * sums it would come t times [P4]. out may be y or residual. */
-static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual,
-                                     size_t N, size_t C, Dropout d);
-
-/* The same, and the LayerNorm that follows it, while the row is in L1: res as above, ln =
- * LN(res). */
-static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd,
-                                               const act *y, const act *bias, const act *residual,
-                                               const act *g, const act *b, size_t N, size_t C,
-                                               real eps, Dropout d);
-
-/* dy = mask * dout; dbias (C) += column sums of dy. The residual's gradient is dout itself. */
-static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C,
-                                      Dropout d);
-
-/* ---- Causal self-attention [§3 Fig. 3b] ------------------------------------------------------ */
-
-/* out (B,T,H*D), lse (B,H,T) log-sum-exp of scaled scores; qkv (B,T,3*H*D): [Q;K;V], each H heads
- * of D [P11]. Dropout element (b,h,i,j) has index d.first + ((b*d.heads + h)*T + i)*T + j. A task
- * is a block of queries of one head, those with the most keys first: threads end together. lse is
- * NULL for a prompt of generation, below. */
-static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H,
-                              size_t D, Dropout d);
-
-/* dqkv is written. delta (B,H,T): scratch, sum over c of dout * out = sum over j of P mask dO V'. A
- * head is one task, so that dK and dV are summed in one order. */
-static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out,
-                               const real *lse, const act *qkv, size_t B, size_t T, size_t H,
-                               size_t D, Dropout d);
-
-/* Generation, one sequence: n new rows qkv (n,3*H*D) at positions past .. past+n-1. Appends their K
- * and V to the caches (positions, H*D) and attends to everything so far; out (n,H*D). */
-static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n,
-                                     size_t past, size_t H, size_t D);
-
-/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] --------------------------- */
-
-/* This rank's columns are the tokens v0 .. v0+Vp-1; the first `valid` are real, the rest padding
- * that takes part in nothing. Between these steps chapter 5 reduces max, sum and target_logit over
- * the ranks: three numbers a row travel where the logits would be V. */
-
-/* max (N) of the valid logits (N,Vp); -inf if there are none. */
-static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t valid);
-
-/* sum = sum of e^(z - max) over the valid tokens; target_logit = z[target] - max if this slice owns
- * it, else 0. Summed in double: the errors left are the exponential's, 1.02 ulp of each term, and
- * of z - max, which e^x makes a relative one, (max - z) U with U = 2^-24. In all (3.1 + depth) U of
- * the sum, depth being the softmax's mean of max - z [P16]. */
-static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max,
-                           const int *targets, size_t N, size_t Vp, size_t valid, size_t v0);
-
-/* loss (N) = log(sum) - target_logit, both summed over the ranks by now: -log softmax(z)[target].
- * On one rank its error is at most (3.1 + depth + max - z[target] + loss) U. */
-static void cross_entropy_loss(real *loss, const real *sum, const real *target_logit, size_t N);
-
-/* In place: logits (N,Vp) become (softmax - onehot) * weight[n] * scale; padding becomes 0. With w
- * = weight[n] * scale, on one rank, an element's error is at most |w| (U (softmax * (9 + max - z +
- * depth) + 2 onehot) + 2^-124) + 2^-149. */
-static void cross_entropy_backward(act *logits, const real *max, const real *sum,
-                                   const int *targets, const real *weight, real scale, size_t N,
-                                   size_t Vp, size_t valid, size_t v0);
-
-/* ---- The optimiser --------------------------------------------------------------------------- */
-
-/* AdamW on n parameters: p -= lr * (m^ / (sqrt(v^) + eps) + decay * p) [P32], m^ and v^ free of the
- * bias of their zero start. master: float weights behind narrower ones; NULL: w itself. */
+/* AdamW on n parameters [P32], with gradients g:
+ *
+ *     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
+ *     w -= lr * (m^ / (sqrt(v^) + eps) + decay * w)
+ *
+ * m^ = m / (1 - beta1^step), and v^ likewise, are free of the bias towards their start at 0.
+ * master: float weights, of which the narrower w are a copy; NULL: w itself is updated. */
 static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h);
 
-/* Sum of squares, in double over a fixed number of runs: the order depends on n alone. */
+/* Sum of squares of x (n), in double. The order of the sum depends on n alone. */
 static double sum_squares(const act *x, size_t n);
 
 /* =================================================================================================
  * Chapter 2. Ranks and groups [§2.3, App. B.1, Fig. 8]
  * =================================================================================================
  *
- * Every GPU of the paper is a thread here, called a rank. Rank code is written as if it were alone;
- * ranks meet only in the collectives below, which bear their MPI and NCCL names. A Comm is one
- * rank's view of a group.
+ * Rank code is written as if the rank were alone. Ranks meet only in the collectives below, which
+ * bear their MPI and NCCL names. Chapter 12 connects ranks that are threads of this process.
  *
- * Sums run in rank order, and each element is summed by one rank only and then written to all:
- * every run repeats bit for bit, and all ranks hold the same bits afterwards. */
+ * A rank belongs to four groups [Fig. 8]: the ranks that share its layers' matrices (tp), the
+ * stages of its pipeline (pp), the replicas that hold the same slices (dp), and all (world). */
 
-enum { MAX_RANKS = 64 };
+/* ---- The grid -------------------------------------------------------------------------------- */
 
-typedef enum { SUM, MAX } Op;
-typedef enum {
-    ACT,
-    REAL_ARRAY,
-    DOUBLE_ARRAY
-} Type; /* of an array's elements; only the twin's act is not real */
-
-/* Where in the model a rank is at work: for error messages and for `trace`. */
-typedef struct {
-    const char *operation; /* "attention", "loss", .. */
-    const char *
-        edge; /* "g forward" or "f backward", the edges of a model-parallel region [§3 Fig.3]; or "" */
-    const char *paper; /* the paper's place, "[§3 Fig.3b]" */
-    int layer;         /* -1 outside the layers */
-} Place;
-
-typedef struct Trace Trace;
-typedef struct Board Board;
-
-typedef struct {
-    int rank, size;
-    Board *board;
-    const char *name;   /* "tp", .. */
-    int world_rank;     /* this rank's number in the whole run */
-    const Place *place; /* set by the model code; NULL: unknown */
-    Trace *trace;       /* NULL: not recorded */
-} Comm;
-
-/* May this rank print, write files and lock? Exactly one of all ranks may. NULL: before the ranks
- * have started. */
-static int is_writer(const Comm *world);
-
-/* No rank returns before all have come. Spins briefly, since ranks are usually close together, and
- * then sleeps. */
-static void barrier(Comm *c);
-
-/* x[i] = x_0[i] op x_1[i] op .. over the ranks of the group, i < n, in place, on all ranks. Rank r
- * reduces slice r for everyone: as in a ring all-reduce, 2 (t-1)/t n elements of each rank cross
- * over, read from others and written to them [P8]. */
-static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op);
-
-/* out[r * n + i] = x[i] of rank r. */
-static void all_gather(Comm *c, void *out, void *x, size_t n, Type type);
-
-/* x of every rank = x of the root. */
-static void broadcast(Comm *c, void *x, size_t n, Type type, int root);
-
-/* Point to point: the message is copied into the mailbox, so send returns before the other side has
- * called recv, unless an earlier message still waits there. */
-static void send(Comm *c, const void *x, size_t n, Type type, int to);
-
-static void recv(Comm *c, void *x, size_t n, Type type, int from);
-
-/* As MPI_Comm_split: the ranks of parent that pass the same color form a group, ordered by their
- * rank in parent. Every rank of parent must call it. */
-static Comm comm_split(Comm *parent, int color, const char *name);
-
-/* Every rank calls it; the group is then gone. */
-static void comm_free(Comm *c);
-
-/* Runs body as n ranks, each a thread with its own world Comm, and returns when all have
- * returned. */
-static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg);
-
-/* ---- Layout: who is who ---------------------------------------------------------------------- */
-
-/* t x p x d ranks. Tensor ranks are neighbours, since they talk most; then come the data replicas,
- * then the pipeline's stages, as in Megatron [App. B.1 Fig.8, P22]: rank = (stage * d + replica) *
- * t + tensor rank. */
+/* t x p x d ranks. Tensor ranks talk most, so they are neighbours; then come the replicas, then the
+ * stages, as in Megatron [P22, P23]: rank = (stage * d + replica) * t + tensor rank. */
 typedef struct {
     int tp, pp, dp;
 } Layout;
@@ -388,254 +344,344 @@ static int tp_rank(Layout s, int rank) { return rank % s.tp; }
 static int dp_rank(Layout s, int rank) { return rank / s.tp % s.dp; }
 static int pp_rank(Layout s, int rank) { return rank / (s.tp * s.dp); }
 
-/* The group of `rank` is named by its two other coordinates; ranks of equal color share a group. */
+/* Ranks of equal color form a group: its color says what they have in common. */
 static int tp_color(Layout s, int rank) { return rank / s.tp; }
 static int dp_color(Layout s, int rank) { return pp_rank(s, rank) * s.tp + tp_rank(s, rank); }
 static int pp_color(Layout s, int rank) { return rank % (s.tp * s.dp); }
 
-/* The first and the last stage of each pipeline share the tied embedding: they form a pair
- * (Megatron's embedding group); stages between stay alone. */
+/* The first and the last stage of a pipeline both hold the word embedding, and form a pair
+ * (Megatron's embedding group). A stage between them is alone in its group. */
 static int embedding_color(Layout s, int rank)
 {
     int stage = pp_rank(s, rank);
     return stage == 0 || stage == s.pp - 1 ? pp_color(s, rank) : s.tp * s.dp + rank;
 }
 
+/* ---- Collectives ----------------------------------------------------------------------------- */
+
+enum { MAX_RANKS = 64 };
+
+typedef enum { SUM, MAX } Op;
+
+/* Of an array's elements. ACT and REAL_ARRAY are arrays of the device, DOUBLE_ARRAY is a few
+ * numbers of the host. */
+typedef enum { ACT, REAL_ARRAY, DOUBLE_ARRAY } Type;
+
+/* Where in the model a rank is at work, for error messages and for `trace`. */
+typedef struct {
+    const char *operation; /* "attention", "loss", .. */
+    const char *edge;      /* "g forward", "f backward" [§3 Fig.3], or "" */
+    const char *paper;     /* the place in the paper, "[§3 Fig.3b]" */
+    int layer;             /* -1 outside of the layers */
+} Place;
+
+typedef struct Trace Trace; /* chapter 12: a list of all calls */
+typedef struct Board Board; /* chapter 12: what the ranks of a group share */
+
+/* One rank's view of a group. */
+typedef struct {
+    int rank, size;
+    Board *board;
+    const char *name;   /* "tp", .. */
+    int world_rank;     /* this rank's number in the whole run */
+    const Place *place; /* NULL: unknown */
+    Trace *trace;       /* NULL: calls are not recorded */
+} Comm;
+
+/* All ranks of a group call the same function with the same n, type and op; else the program ends
+ * and names both. n counts elements. */
+
+/* x[i] = x_0[i] op x_1[i] op .. over the ranks of the group, in place, on all ranks. Sums run in
+ * rank order and are rounded to the elements' type once. So a run repeats bit for bit, and all
+ * ranks hold the same bits afterwards. Rank r reduces slice r for all: each rank moves 2(t-1)/t n
+ * elements, as in a ring [P8]. */
+static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op);
+
+/* out (size * n): out[r * n + i] = x[i] of rank r. */
+static void all_gather(Comm *c, void *out, void *x, size_t n, Type type);
+
+/* x (n) of every rank = x of the root. */
+static void broadcast(Comm *c, void *x, size_t n, Type type, int root);
+
+/* Point to point. send copies x (n) and returns before the other rank calls recv, unless an earlier
+ * message to it still waits. */
+static void send(Comm *c, const void *x, size_t n, Type type, int to);
+static void recv(Comm *c, void *x, size_t n, Type type, int from);
+
+/* Returns when all ranks of the group have called it. */
+static void barrier(Comm *c);
+
+/* As MPI_Comm_split: ranks of parent that pass the same color form a group, in the order of their
+ * ranks in parent. All of parent call it. comm_free ends a group; all of the group call it. */
+static Comm comm_split(Comm *parent, int color, const char *name);
+static void comm_free(Comm *c);
+
+/* Runs body(world, arg) as n ranks, and returns when all have returned. */
+static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg);
+
+/* May this rank print, write files and lock? One of all ranks may. world is NULL before the ranks
+ * have started. */
+static int is_writer(const Comm *world);
+
 /* =================================================================================================
  * Chapter 3. The model-parallel transformer [§3]
- * ============================================================================================== */
+ * =================================================================================================
+ *
+ * Why columns, then rows. The MLP is Z = GeLU(X A) B. If A is cut by rows, and X by columns, X A =
+ * X_1 A_1 + X_2 A_2 is a sum over the ranks. It must be complete before GeLU, because GeLU(a + b)
+ * is not GeLU(a) + GeLU(b) [eq.2, P3]. If A is cut by columns, [Y_1, Y_2] = [GeLU(X A_1), GeLU(X
+ * A_2)], and each rank goes on alone [eq.3, P2]. Its Y_i are columns of Y, and B cut by rows fits
+ * them: Z = Y_1 B_1 + Y_2 B_2 is a sum over the ranks, needed once, at the end. Attention is cut in
+ * the same way: Q, K and V by columns, in whole heads, since a head needs no other head; the matrix
+ * of its output by rows [Fig. 3b].
+ *
+ * f and g [Code 1, Fig. 3] stand at the two ends of such a region:
+ *
+ *                 forward                            backward
+ *     f           identity: X goes to all ranks      all-reduce: each rank has only its own
+ *                                                    columns' contribution to dX
+ *     g           all-reduce: Z is a sum over ranks  identity: dZ goes to all ranks
+ *
+ * Between f and g no rank talks [P7]. A layer has two such regions: two all-reduces forward, two
+ * backward [Fig. 4, P5]. Recomputation runs the forward pass again, with its two [§4.2, P6].
+ *
+ * Outside of these regions all ranks of a tensor group hold the same activations and do the same
+ * work: LayerNorm, dropout, bias and residual are duplicated, and so are their parameters. These
+ * stay equal without a message. Each rank has the same inputs, since g leaves the same bits on all,
+ * and the same incoming gradients, since f does; so it computes the same gradients and makes the
+ * same update [§3]. */
 
-typedef struct Tensor Tensor; /* chapter 5 */
+/* ---- What a rank owns ------------------------------------------------------------------------ */
 
-/* The shape of a model: Hugging Face's n_layer n_embd n_head n_inner n_positions vocab_size, and so
- * on. */
+/* The shape of a model. In Hugging Face's config.json: n_layer, n_embd, n_head, n_inner,
+ * n_positions, vocab_size. */
 typedef struct {
-    size_t L, C, H, F, P,
-        V; /* layers, hidden size, heads, MLP width (4C), positions, tokens of the vocabulary */
+    size_t L, C, H, F, P, V; /* see the letters on the first screen */
     Gelu gelu;
     real eps; /* LayerNorm's */
     real embd_pdrop, attn_pdrop, resid_pdrop;
 } Config;
 
-/* One transformer layer [Fig. 2], as one tensor rank sees it. Cp = C/t, Fp = F/t. */
+/* One layer [Fig. 2], as one tensor rank holds it: weights [out, in]. Cp = C/t, Fp = F/t. */
 typedef struct {
-    act *ln1_g, *ln1_b;   /* (C)          */
-    act *qkv_w, *qkv_b;   /* (3Cp, C) (3Cp)  column-parallel: whole heads */
-    act *proj_w, *proj_b; /* (C, Cp) (C)     row-parallel; the bias is replicated */
-    act *ln2_g, *ln2_b;   /* (C)          */
-    act *fc_w, *fc_b;     /* (Fp, C) (Fp)    column-parallel */
-    act *out_w, *out_b;   /* (C, Fp) (C)     row-parallel */
+    act *ln1_g, *ln1_b;   /* (C)            whole on all tensor ranks */
+    act *qkv_w, *qkv_b;   /* (3Cp,C) (3Cp)  column-parallel: Q, K, V of whole heads */
+    act *proj_w, *proj_b; /* (C,Cp) (C)     row-parallel; the bias is whole */
+    act *ln2_g, *ln2_b;   /* (C)            whole */
+    act *fc_w, *fc_b;     /* (Fp,C) (Fp)    column-parallel: the paper's A */
+    act *out_w, *out_b;   /* (C,Fp) (C)     row-parallel: the paper's B; the bias is whole */
 } Layer;
 
-/* All parameters of a rank, or their gradients. Stages hold only their own part; other fields are
- * NULL. */
+/* All parameters of a rank, or their gradients. A stage has its own part; other fields are NULL. */
 typedef struct {
-    act *wte; /* (Vp, C) rows of the vocabulary; on the last stage too, where it makes the logits */
-    act *wpe; /* (T, C) */
-    Layer *layer;       /* [L / stages] */
+    act *wte;           /* (Vp,C) rows of the vocabulary; on the last stage, too, for the logits */
+    act *wpe;           /* (P,C) */
+    Layer *layer;       /* [depth] this stage's layers */
     act *lnf_g, *lnf_b; /* (C) */
 } Params;
 
-/* clang-format off */
-/* What a layer keeps of one micro-batch for its backward pass. N = B*T rows; Cp, Fp, Hp: this
- * rank's share. */
+/* What a layer keeps of one micro-batch for the backward pass. N = B*T; Cp, Fp, Hp: this rank's. */
 typedef struct {
-    act *x;                            /* (N, C)    the layer's input: the residual stream */
-    act *ln1, *qkv, *att, *res, *ln2;  /* (N, C) (N, 3Cp) (N, Cp) (N, C) (N, C) */
-    act *pre, *gelu;                   /* (N, Fp)   before and after GeLU */
-    real *mean1, *rstd1, *mean2, *rstd2; /* (N) */
-    real *lse;                         /* (B, Hp, T) log-sum-exp of each row of scores */
+    act *x;                              /* (N,C)     the layer's input: the residual stream */
+    act *ln1;                            /* (N,C)     LayerNorm of x */
+    act *qkv;                            /* (N,3Cp)   */
+    act *att;                            /* (N,Cp)    attention of this rank's heads */
+    act *res;                            /* (N,C)     x + attention's output */
+    act *ln2;                            /* (N,C)     LayerNorm of res */
+    act *pre, *gelu;                     /* (N,Fp)    before and after GeLU */
+    real *mean1, *rstd1, *mean2, *rstd2; /* (N)       */
+    real *lse;                           /* (B,Hp,T)  log-sum-exp of each row of scores */
 } Saved;
 
 /* One micro-batch on its way through a stage. */
 typedef struct {
-    int *tokens, *targets; /* (N) input; what to predict, which is the same shifted by one */
-    real *weight;          /* (N) 1: the target counts; 0: it does not (padding, or context that is not scored) */
-    size_t sequence;       /* number of its first sequence in the global batch: dropout is drawn by it */
+    int *tokens, *targets; /* (N) input; targets are the same text one token later */
+    real *weight;          /* (N) 1: the target counts. 0: padding, or context that is not scored */
+    size_t sequence;       /* number of its first sequence in the global batch: the dropout masks'
+                              counters start from it */
     Saved *layer;          /* [depth + 1]; of the last one only x exists: the stage's output */
-    real *meanf, *rstdf;   /* (N)     last stage: final LayerNorm */
-    act *lnf, *logits;     /* (N, C) (N, Vp) */
+    real *meanf, *rstdf;   /* (N) last stage: final LayerNorm */
+    act *lnf, *logits;     /* (N,C) (N,Vp) */
     real *max, *sum, *target_logit, *loss; /* (N) */
 } MicroBatch;
 
-/* Keys and values of all earlier positions, for generation: [depth] arrays of (T, Cp). */
+/* Keys and values of all earlier positions, for generation. */
 typedef struct {
-    act **k, **v;
-    size_t past; /* positions filled */
+    act **keys, **values; /* [depth] arrays of (P,Cp) */
+    size_t past;          /* positions filled */
 } Cache;
 
-/* All that one GPU owns. Rank code reads as if it were alone. */
+typedef struct Tensor Tensor; /* chapter 5: one parameter's name, shape and slice */
+
+/* All that one GPU owns. The variable is called k everywhere. */
 typedef struct {
     Config config;
     Layout layout;
     Comm world, tp, pp, dp, embedding; /* the groups this rank belongs to */
     Place place;                       /* where it is at work */
 
-    size_t B, T;                       /* sequences in a micro-batch, tokens in a sequence, right now */
-    size_t Cp, Hp, Fp, D;              /* this rank's hidden columns, heads, MLP columns; head size */
-    size_t Vp, v0, valid;              /* it owns tokens v0 .. v0+Vp-1, of which the first `valid` are no padding */
-    size_t depth, first_layer;         /* this stage's layers */
+    size_t B, T;               /* sequences in a micro-batch, tokens in a sequence, now */
+    size_t Cp, Hp, Fp, D;      /* this rank's columns, heads, MLP columns; size of a head */
+    size_t Vp, v0, valid;      /* its tokens are v0 .. v0+Vp-1; the first `valid` are no padding */
+    size_t depth, first_layer; /* this stage's layers */
     int first_stage, last_stage;
 
-    Tensor *tensor;                    /* [tensors] its slices */
-    size_t tensors, elements;          /* elements in each arena of parameters */
-    Params w, g;                       /* weights and their gradients, in ... */
-    act *weights, *gradients;          /* ... these arenas */
-    real *m, *v, *master;              /* AdamW's moments; float weights where act is narrower, else NULL */
+    Tensor *tensor;           /* [tensors] its slices */
+    size_t tensors, elements; /* elements of each arena of parameters */
+    Params w, g;              /* weights and their gradients, in .. */
+    act *weights, *gradients; /* .. these arenas */
+    real *m, *v;              /* AdamW's moments */
+    real *master;             /* float weights where act is narrower; else NULL */
 
-    MicroBatch *flight;                /* [in_flight] micro-batches whose backward pass is still to come */
-    int in_flight, peak_in_flight;     /* places; how many were ever taken at once [P57] */
-    act *dx, *dy;                      /* (N, C)  gradient of the residual stream; of a branch */
-    act *dpre, *dqkv, *datt;           /* (N, Fp) (N, 3Cp) (N, Cp) */
-    real *delta;                       /* (B, Hp, T) attention's backward */
-    void *activations;                 /* the arena of all these */
-    real *host;                        /* (2, N) losses and weights on the host, on their way to or from the device */
-    int *host_ids;                     /* (2, N) tokens and targets likewise */
-    Cache *cache;                      /* generation only */
+    MicroBatch *flight;      /* [in_flight] micro-batches whose backward pass is still to come */
+    int in_flight;           /* slots for them */
+    int peak_in_flight;      /* most slots ever in use [P57] */
+    act *dx, *dy;            /* (N,C) gradient of the residual stream; of a branch */
+    act *dpre, *dqkv, *datt; /* (N,Fp) (N,3Cp) (N,Cp) */
+    real *delta;             /* (B,Hp,T) attention's backward pass */
+    void *activations;       /* the arena of all these */
+    real *host;              /* (2,N) losses and weights on the host */
+    int *host_ids;           /* (2,N) tokens and targets on the host */
+    Cache *cache;            /* generation only */
 
-    int recompute, training;           /* recompute activations in backward [§4.2]; dropout on */
+    int recompute; /* recompute activations in the backward pass [§4.2] */
+    int training;  /* dropout is on */
     uint64_t seed;
-    uint32_t step;                     /* dropout draws new masks each step */
+    uint32_t step; /* dropout draws new masks in each step */
 } Rank;
-/* clang-format on */
 
-static Place *set_place(Rank *k, const char *operation, const char *paper, int layer)
+static void set_place(Rank *k, const char *operation, const char *paper, int layer)
 {
-    k->place.operation = operation, k->place.edge = "", k->place.paper = paper,
-    k->place.layer = layer;
-    return &k->place;
+    Place place = {operation, "", paper, layer};
+    k->place = place;
 }
 
-/* f and g [§3, Code 1, Fig. 3]: the conjugate pair that stands at the edges of every model-parallel
- * region. f hands a replicated x to all ranks, so its backward pass adds up what each rank's
- * columns contribute to dx; g adds up the ranks' partial sums, so its backward pass hands dx to
- * all. Between them no rank talks [P1, P7]. */
+/* ---- f and g [§3, Code 1, Fig. 3; P1] -------------------------------------------------------- */
+
+/* x and dx have n elements; both are changed in place. */
+
 static void f_forward(Rank *k, act *x, size_t n) { (void)k, (void)x, (void)n; /* identity */ }
+
 static void f_backward(Rank *k, act *dx, size_t n)
 {
     k->place.edge = "f backward";
     all_reduce(&k->tp, dx, n, ACT, SUM);
 }
+
 static void g_forward(Rank *k, act *x, size_t n)
 {
     k->place.edge = "g forward";
     all_reduce(&k->tp, x, n, ACT, SUM);
 }
+
 static void g_backward(Rank *k, act *dx, size_t n) { (void)k, (void)dx, (void)n; /* identity */ }
 
-/* Dropout's sites: the embedding, and three in each layer. */
+/* ---- Dropout's masks [App. B.2] -------------------------------------------------------------- */
+
+/* Sites of dropout: one at the embedding, three in each layer. */
 enum { SITE_EMBEDDING = 0, SITE_ATTENTION = 1, SITE_ATTENTION_OUTPUT = 2, SITE_MLP_OUTPUT = 3 };
 
-/* Dropout of a replicated activation: masks are drawn by global index, so they are equal on all
- * tensor ranks, as the equal results of duplicated work require [App. B.2, P25]. */
+/* Outside of the regions between f and g, all tensor ranks must draw equal masks, since they
+ * duplicate work. Inside, ranks have different heads, and masks must differ [P25]. Here every
+ * element draws by its index in the whole tensor, which gives both.
+ * DEVIATION: the paper has a generator on each GPU. For attention it is seeded with seed + 2718 +
+ * rank, so that masks depend on t [P24]. Here a run does not depend on its layout. */
+
 static Dropout replicated_dropout(const Rank *k, int site, size_t layer, const MicroBatch *mb)
 {
-    real p = site == SITE_EMBEDDING ? k->config.embd_pdrop : k->config.resid_pdrop;
-    Dropout d = {k->seed,
-                 (uint32_t)(3 * layer) + (uint32_t)site,
-                 k->step,
-                 k->training ? p : 0,
-                 mb->sequence * k->T * k->config.C,
-                 0};
+    const real p = site == SITE_EMBEDDING ? k->config.embd_pdrop : k->config.resid_pdrop;
+    Dropout d = {k->seed, (uint32_t)(3 * layer) + (uint32_t)site, k->step, 0, 0, 0};
+    d.p = k->training ? p : 0;
+    d.first = mb->sequence * k->T * k->config.C;
     return d;
 }
 
-/* Dropout of the attention probabilities of this rank's heads. DEVIATION: the paper draws attention
- * masks from a generator per rank, seeded with 2718 + seed + rank, so they depend on t [App. B.2,
- * P24]; here they are drawn by the global head, differ between heads just as well, and a run does
- * not depend on its layout. */
 static Dropout attention_dropout(const Rank *k, size_t layer, const MicroBatch *mb)
 {
-    size_t H = k->config.H, first_head = (size_t)k->tp.rank * k->Hp;
-    Dropout d = {k->seed,
-                 (uint32_t)(3 * layer) + SITE_ATTENTION,
-                 k->step,
-                 k->training ? k->config.attn_pdrop : 0,
-                 (mb->sequence * H + first_head) * k->T * k->T,
-                 H};
+    const size_t H = k->config.H, first_head = (size_t)k->tp.rank * k->Hp;
+    Dropout d = {k->seed, (uint32_t)(3 * layer) + SITE_ATTENTION, k->step, 0, 0, H};
+    d.p = k->training ? k->config.attn_pdrop : 0;
+    d.first = (mb->sequence * H + first_head) * k->T * k->T;
     return d;
 }
 
 /* ---- One layer [Fig. 2, Fig. 3, Fig. 4] ------------------------------------------------------ */
 
-/* Layer l of this stage, from mb->layer[l].x to mb->layer[l + 1].x. Two all-reduces: the g of
- * attention and the g of the MLP [P5]. */
+/* Layer l of this stage, from mb->layer[l].x to mb->layer[l + 1].x. The bias of a row-parallel
+ * matrix is added after g: inside the partial sums it would be added t times [P4]. */
 static void block_forward(Rank *k, size_t l, MicroBatch *mb)
 {
     const Layer *w = &k->w.layer[l];
     Saved *a = &mb->layer[l];
     act *out = mb->layer[l + 1].x;
-    size_t B = k->B, T = k->T, N = B * T, C = k->config.C, layer = k->first_layer + l;
-    real eps = k->config.eps;
+    const size_t B = k->B, T = k->T, N = B * T, C = k->config.C, layer = k->first_layer + l;
+    const real eps = k->config.eps;
+    const Dropout after_attention = replicated_dropout(k, SITE_ATTENTION_OUTPUT, layer, mb);
+    const Dropout after_mlp = replicated_dropout(k, SITE_MLP_OUTPUT, layer, mb);
 
-    /* Fig. 3b: each rank owns Hp whole heads */
+    /* Fig. 3b. This rank has Hp whole heads: qkv (N,3Cp) = ln1 (N,C) times its columns. */
     set_place(k, "attention", "[§3 Fig.3b]", (int)layer);
     layernorm_forward(a->ln1, a->mean1, a->rstd1, a->x, w->ln1_g, w->ln1_b, N, C, eps);
     f_forward(k, a->ln1, N * C);
-    linear_forward(a->qkv, a->ln1, w->qkv_w, w->qkv_b, N, C, 3 * k->Cp); /* (N,C) -> (N,3Cp) */
+    linear_forward(a->qkv, a->ln1, w->qkv_w, w->qkv_b, N, C, 3 * k->Cp);
     if (k->cache)
-        attention_cached_forward(a->att, k->cache->k[l], k->cache->v[l], a->qkv, T, k->cache->past,
-                                 k->Hp, k->D);
+        attention_cached_forward(a->att, k->cache->keys[l], k->cache->values[l], a->qkv, T,
+                                 k->cache->past, k->Hp, k->D);
     else
         attention_forward(a->att, a->lse, a->qkv, B, T, k->Hp, k->D,
                           attention_dropout(k, layer, mb));
-    linear_forward(a->res, a->att, w->proj_w, NULL, N, k->Cp, C); /* partial sums */
+    linear_forward(a->res, a->att, w->proj_w, NULL, N, k->Cp, C); /* this rank's partial sums */
     g_forward(k, a->res, N * C);
-    bias_dropout_add_layernorm_forward(
-        a->ln2, a->res, a->mean2, a->rstd2, a->res, w->proj_b, a->x, w->ln2_g, w->ln2_b, N, C, eps,
-        replicated_dropout(k, SITE_ATTENTION_OUTPUT, layer, mb)); /* bias once: after g [P4] */
+    bias_dropout_add_layernorm_forward(a->ln2, a->res, a->mean2, a->rstd2, a->res, w->proj_b, a->x,
+                                       w->ln2_g, w->ln2_b, N, C, eps, after_attention);
 
-    /* Fig. 3a: GeLU(X A_i) on each rank, since A is split by columns [§3 eq.3] */
+    /* Fig. 3a. Y_i = GeLU(X A_i), then Y_i B_i. */
     set_place(k, "mlp", "[§3 Fig.3a]", (int)layer);
     f_forward(k, a->ln2, N * C);
-    linear_gelu_forward(a->gelu, a->pre, a->ln2, w->fc_w, w->fc_b, N, C, k->Fp,
-                        k->config.gelu);                       /* (N,C) -> (N,Fp) */
-    linear_forward(out, a->gelu, w->out_w, NULL, N, k->Fp, C); /* partial sums */
+    linear_gelu_forward(a->gelu, a->pre, a->ln2, w->fc_w, w->fc_b, N, C, k->Fp, k->config.gelu);
+    linear_forward(out, a->gelu, w->out_w, NULL, N, k->Fp, C); /* this rank's partial sums */
     g_forward(k, out, N * C);
-    bias_dropout_add_forward(out, out, w->out_b, a->res, N, C,
-                             replicated_dropout(k, SITE_MLP_OUTPUT, layer, mb));
+    bias_dropout_add_forward(out, out, w->out_b, a->res, N, C, after_mlp);
 }
 
-/* k->dx: gradient of the layer's output on entry, of its input on return. Adds to the gradients of
- * the layer's weights. block_forward read backwards; two all-reduces: the two f [P5]. */
+/* block_forward read from its end. On entry k->dx is the gradient of the layer's output, on return
+ * that of its input. Adds to the gradients of the layer's weights. */
 static void block_backward(Rank *k, size_t l, const MicroBatch *mb)
 {
     const Layer *w = &k->w.layer[l], *g = &k->g.layer[l];
     const Saved *a = &mb->layer[l];
-    size_t B = k->B, T = k->T, N = B * T, C = k->config.C, layer = k->first_layer + l;
+    const size_t B = k->B, T = k->T, N = B * T, C = k->config.C, layer = k->first_layer + l;
+    const Dropout after_attention = replicated_dropout(k, SITE_ATTENTION_OUTPUT, layer, mb);
+    const Dropout after_mlp = replicated_dropout(k, SITE_MLP_OUTPUT, layer, mb);
     act *dx = k->dx, *dy = k->dy;
 
     set_place(k, "mlp", "[§3 Fig.3a]", (int)layer);
-    bias_dropout_add_backward(dy, g->out_b, dx, N, C,
-                              replicated_dropout(k, SITE_MLP_OUTPUT, layer, mb));
+    bias_dropout_add_backward(dy, g->out_b, dx, N, C, after_mlp);
     g_backward(k, dy, N * C);
     gelu_linear_backward(k->dpre, g->out_w, dy, a->gelu, a->pre, w->out_w, N, k->Fp, C,
                          k->config.gelu);
     linear_backward(dy, g->fc_w, g->fc_b, k->dpre, a->ln2, w->fc_w, N, C, k->Fp);
     f_backward(k, dy, N * C);
-    layernorm_backward(dx, g->ln2_g, g->ln2_b, dy, a->res, w->ln2_g, a->mean2, a->rstd2, dx, N,
-                       C); /* + residual */
+    layernorm_backward(dx, g->ln2_g, g->ln2_b, dy, a->res, w->ln2_g, a->mean2, a->rstd2, dx, N, C);
 
     set_place(k, "attention", "[§3 Fig.3b]", (int)layer);
-    bias_dropout_add_backward(dy, g->proj_b, dx, N, C,
-                              replicated_dropout(k, SITE_ATTENTION_OUTPUT, layer, mb));
+    bias_dropout_add_backward(dy, g->proj_b, dx, N, C, after_attention);
     g_backward(k, dy, N * C);
     linear_backward(k->datt, g->proj_w, NULL, dy, a->att, w->proj_w, N, k->Cp, C);
     attention_backward(k->dqkv, k->delta, k->datt, a->att, a->lse, a->qkv, B, T, k->Hp, k->D,
                        attention_dropout(k, layer, mb));
     linear_backward(dy, g->qkv_w, g->qkv_b, k->dqkv, a->ln1, w->qkv_w, N, C, 3 * k->Cp);
     f_backward(k, dy, N * C);
-    layernorm_backward(dx, g->ln1_g, g->ln1_b, dy, a->x, w->ln1_g, a->mean1, a->rstd1, dx, N,
-                       C); /* + residual */
+    layernorm_backward(dx, g->ln1_g, g->ln1_b, dy, a->x, w->ln1_g, a->mean1, a->rstd1, dx, N, C);
 }
 
-/* ---- Both ends: the vocabulary-parallel embedding and cross entropy [§3] --------------------- */
+/* ---- Both ends: the embedding and the cross entropy, cut by the vocabulary [§3] -------------- */
 
-/* x (N,C) = dropout(word embedding + position embedding). Each rank looks up the tokens it owns and
- * leaves zeros for the others'; g adds the ranks up [P15]. */
+/* x (N,C) = dropout(word embedding + position embedding). Each rank looks up the tokens that it has
+ * and leaves zeros for the others; g adds up the ranks [P15]. */
 static void embedding_forward(Rank *k, act *x, const MicroBatch *mb)
 {
-    size_t N = k->B * k->T, C = k->config.C, past = k->cache ? k->cache->past : 0;
+    const size_t N = k->B * k->T, C = k->config.C, past = k->cache ? k->cache->past : 0;
     set_place(k, "embedding", "[§3 input embedding]", -1);
     token_embedding_forward(x, mb->tokens, k->w.wte, N, C, k->v0, k->Vp);
     g_forward(k, x, N * C);
@@ -643,21 +689,21 @@ static void embedding_forward(Rank *k, act *x, const MicroBatch *mb)
                                replicated_dropout(k, SITE_EMBEDDING, 0, mb));
 }
 
-/* From k->dx. */
+/* From k->dx, the gradient of embedding_forward's x. */
 static void embedding_backward(Rank *k, const MicroBatch *mb)
 {
-    size_t N = k->B * k->T, C = k->config.C;
+    const size_t N = k->B * k->T, C = k->config.C;
     position_embedding_backward(k->dx, k->g.wpe, k->B, k->T, C,
                                 replicated_dropout(k, SITE_EMBEDDING, 0, mb));
     g_backward(k, k->dx, N * C);
     token_embedding_backward(k->g.wte, k->dx, mb->tokens, N, C, k->v0, k->Vp);
 }
 
-/* Logits of this rank's tokens for `rows` rows of x: the output layer is the word embedding again
- * [§3]. */
+/* Logits of this rank's tokens, for some rows of x (rows,C). The output layer is the word embedding
+ * again [§3]; each rank's rows of wte are columns of the paper's E', so it begins with an f. */
 static void logits_forward(Rank *k, MicroBatch *mb, const act *x, size_t rows)
 {
-    size_t C = k->config.C;
+    const size_t C = k->config.C;
     set_place(k, "logits", "[§3 output embedding]", -1);
     layernorm_forward(mb->lnf, mb->meanf, mb->rstdf, x, k->w.lnf_g, k->w.lnf_b, rows, C,
                       k->config.eps);
@@ -665,14 +711,14 @@ static void logits_forward(Rank *k, MicroBatch *mb, const act *x, size_t rows)
     linear_forward(mb->logits, mb->lnf, k->w.wte, NULL, rows, C, k->Vp);
 }
 
-/* loss (N) = log sum_j exp(z_j) - z_target, where each rank has its own tokens' z only. Gathering
- * the logits would move N*V numbers; this moves 3N, in exactly three all-reduces [§3, P17, P18;
- * doc/cross_entropy.md]. DEVIATION: Megatron lets the padding tokens take part in the softmax; here
- * they do not, so that the loss depends neither on t nor on the padding, and equals Hugging
- * Face's. */
+/* loss (N) = log sum_j e^(z_j) - z_target, where a rank has the logits z of its own tokens only.
+ * Gathering the logits would move N*V numbers. This moves 3N: the largest logit, the sum, and the
+ * target's logit, in three all-reduces [§3, P17, P18; doc/cross_entropy.md]. DEVIATION: in Megatron
+ * padding tokens take part in the softmax. Here they do not: the loss depends neither on t nor on
+ * the padding, and equals Hugging Face's. */
 static void cross_entropy_forward(Rank *k, MicroBatch *mb)
 {
-    size_t N = k->B * k->T;
+    const size_t N = k->B * k->T;
     set_place(k, "cross entropy", "[§3 output embedding]", -1);
     logits_max(mb->max, mb->logits, N, k->Vp, k->valid);
     all_reduce(&k->tp, mb->max, N, REAL_ARRAY, MAX);
@@ -683,11 +729,11 @@ static void cross_entropy_forward(Rank *k, MicroBatch *mb)
     cross_entropy_loss(mb->loss, mb->sum, mb->target_logit, N);
 }
 
-/* k->dx = gradient of sum_n weight_n loss_n * scale with respect to the last layer's output x. The
- * softmax needs no communication [P17]; the f of the logits needs one all-reduce. */
+/* k->dx = gradient of scale * sum over n of weight[n] * loss[n], with respect to the last layer's
+ * output x (N,C). The softmax needs no message [P17]; the f of the logits needs one all-reduce. */
 static void logits_backward(Rank *k, MicroBatch *mb, const act *x, real scale)
 {
-    size_t N = k->B * k->T, C = k->config.C;
+    const size_t N = k->B * k->T, C = k->config.C;
     set_place(k, "logits", "[§3 output embedding]", -1);
     cross_entropy_backward(mb->logits, mb->max, mb->sum, mb->targets, mb->weight, scale, N, k->Vp,
                            k->valid, k->v0);
@@ -699,7 +745,10 @@ static void logits_backward(Rank *k, MicroBatch *mb, const act *x, real scale)
 
 /* =================================================================================================
  * Chapter 4. Operators, how they do it [§2.2, Fig. 2, 3]
- * ============================================================================================== */
+ * =================================================================================================
+ *
+ * The code of chapter 1's contracts, forward beside backward. First what the CPU and the GPU share,
+ * then the CPU's operators. */
 
 /* ---- Random numbers -------------------------------------------------------------------------- */
 
@@ -707,9 +756,10 @@ static void logits_backward(Rank *k, MicroBatch *mb, const act *x, real scale)
 static inline HOST_DEVICE void philox_round(uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3,
                                             uint64_t seed, uint32_t round)
 {
-    const uint32_t k0 = (uint32_t)seed + round * 0x9E3779B9,
-                   k1 = (uint32_t)(seed >> 32) + round * 0xBB67AE85;
-    const uint64_t p0 = (uint64_t)0xD2511F53 * *c0, p1 = (uint64_t)0xCD9E8D57 * *c2;
+    const uint32_t k0 = (uint32_t)seed + round * 0x9E3779B9;
+    const uint32_t k1 = (uint32_t)(seed >> 32) + round * 0xBB67AE85;
+    const uint64_t p0 = (uint64_t)0xD2511F53 * *c0;
+    const uint64_t p1 = (uint64_t)0xCD9E8D57 * *c2;
     *c0 = (uint32_t)(p1 >> 32) ^ *c1 ^ k0;
     *c2 = (uint32_t)(p0 >> 32) ^ *c3 ^ k1;
     *c1 = (uint32_t)p1;
@@ -717,20 +767,21 @@ static inline HOST_DEVICE void philox_round(uint32_t *c0, uint32_t *c1, uint32_t
 }
 
 /* Philox4x32-10 (Salmon et al. 2011; also PyTorch's and cuRAND's on GPUs): four random words as a
- * pure function of a key and a counter. There is no state to save, and any rank, in any layout, in
- * any order, draws the same number for the same (seed, site, step, index): masks and initial
- * weights do not depend on how the model is cut. DEVIATION from [App. B.2], where each GPU owns a
- * generator: see replicated_dropout() in chapter 5. */
+ * pure function of a key and a counter. There is no state to save. Any rank, in any layout, in any
+ * order, draws the same word for the same (seed, site, step, index), so masks and initial weights
+ * do not depend on how the model is cut. */
 static inline HOST_DEVICE void philox(uint32_t out[4], uint64_t seed, uint64_t block, uint32_t site,
                                       uint32_t step)
 {
-    out[0] = (uint32_t)block, out[1] = (uint32_t)(block >> 32), out[2] = site, out[3] = step;
+    out[0] = (uint32_t)block;
+    out[1] = (uint32_t)(block >> 32);
+    out[2] = site;
+    out[3] = step;
     for (uint32_t round = 0; round < 10; round++)
         philox_round(out, out + 1, out + 2, out + 3, seed, round);
 }
 
-/* Sites keep the streams apart: dropout sites count up from 0 (chapter 5), the others carry a high
- * bit. */
+/* Sites keep the streams apart. Those of dropout count up from 0; the others have a high bit. */
 enum { SITE_INIT = 0x40000000, SITE_SHUFFLE = 0x20000000, SITE_SAMPLE = 0x10000000 };
 
 /* Word number index of a stream. */
@@ -747,86 +798,104 @@ static inline double uniform(uint32_t word) { return (word + 0.5) * 0x1p-32; }
 /* A word below this drops its element; p < 1. */
 static inline uint32_t dropout_threshold(real p) { return (uint32_t)ceil(p * 0x1p32); }
 
-/* ---- Functions of one number ----------------------------------------------------------------- */
+/* ---- GeLU [§2.2] ----------------------------------------------------------------------------- */
 
-/* Both machines' operators call these. But the twin, whose real is always float, says sqrtf, and
- * expf in its softmax: GPUs have an instruction that does most of it. */
+/* doc/accuracy.md has the error bounds of these functions, in units in the last place. */
 
-static HOST_DEVICE real exponential(real x); /* chapter 11 */
+static HOST_DEVICE real exponential(real x); /* e^x; chapter 11 */
 
 static inline real square_root(real x)
 {
     return sizeof x == sizeof(float) ? sqrtf((float)x) : (real)sqrt(x);
 }
 
-/* Phi(x), through erfc: 1 + erf would cancel on the left. libm's erfc is within a few ulp; the
- * rounding of x / sqrt(2) makes x^2 ulp more of it on the left. */
+/* Phi(x), through erfc: 1 + erf would cancel on the left. */
 static inline HOST_DEVICE real normal_cdf(real x)
 {
-    return sizeof x == sizeof(float) ? erfcf((float)x * -(float)M_SQRT1_2) / 2
-                                     : (real)(erfc(x * -M_SQRT1_2) / 2);
+    if (sizeof x == sizeof(float)) return erfcf((float)x * -(float)M_SQRT1_2) / 2;
+    return (real)(erfc(x * -M_SQRT1_2) / 2);
 }
 
-/* GeLU [§2.2]: x * Phi(x). Megatron's tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715
- * x^3), equals x / (1 + e^-2u): one exponential, no tanh. GELU_ERF is the exact form [P41]. Error,
- * tanh: at most 2.2 ulp from 0 on; 3.3 (1 + |2u|) ulp left of 0, where e^-2u makes a relative error
- * of what is lost of 2u; below -10.05 4e-38, which is the function itself. erf: 1.8 ulp from 0 on,
- * 1.8 (1 + x^2) ulp left of 0. Both are NaN at -inf. */
+/* x * Phi(x). Megatron's tanh form, x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), equals
+ * x / (1 + e^-2u): one exponential, no tanh [P41]. Both forms are NaN at -infinity. */
 static inline HOST_DEVICE real gelu(real x, Gelu kind)
 {
     if (kind == GELU_ERF) return x * normal_cdf(x);
     return x / (1 + exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * x * x)));
 }
 
-/* d gelu / dx = s + x s(1-s) 2u' with t = e^-2u, s = 1 / (1 + t), 1-s = t s. Error, tanh: at most
- * 2^-22 = 2.4e-7 (gelu' is 0 near -0.75: no bound in ulp there), and 4.2 (1 + |2u|) ulp from -9.96
- * to -1. erf: 1.6e-7, and 3.8 (1 + x^2) ulp from -13 to -1. Left of these 7e-36 and 2e-37. */
+/* d gelu / dx. tanh: s + x s(1-s) 2u' with t = e^-2u, s = 1 / (1 + t), 1-s = t s. erf: Phi(x) + x
+ * phi(x). x is clamped first: gelu' is 0 at `low` and 1 at 40, and t stays finite between. */
 static inline HOST_DEVICE real gelu_slope(real x, Gelu kind)
 {
-    const real low =
-        kind == GELU_ERF
-            ? -40
-            : -10; /* gelu' is 0 there, and 1 at 40: no 0 * infinity, and t is finite */
-    x = x > 40 ? 40 : x < low ? low : x;
+    const real low = kind == GELU_ERF ? -40 : -10;
+    if (x > 40) x = 40;
+    else if (x < low) x = low;
     if (kind == GELU_ERF)
-        return normal_cdf(x) + x * (real)0.3989422804014327 * exponential(-x * x / 2); /* + x phi */
-    const real xx = x * x,
-               t = exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * xx)),
-               s = 1 / (1 + t);
+        return normal_cdf(x) + x * (real)0.3989422804014327 * exponential(-x * x / 2);
+    const real xx = x * x;
+    const real t = exponential((real)-1.5957691216057308 * x * (1 + (real)0.044715 * xx));
+    const real s = 1 / (1 + t);
     return s + x * (t * s) * s * (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * xx);
 }
 
-#ifndef OTHER_OPERATORS /* the CPU's side; megatron_gpt2.cu has the GPU's */
+#ifndef OTHER_OPERATORS /* what follows is the CPU's; megatron_gpt2.cu has the GPU's */
 
-enum { SMALL = 16384 }; /* numbers that one thread has done with before others would wake up */
+enum { SMALL = 16384 }; /* a loop over fewer numbers is not worth waking other threads */
 
+/* ---- What this chapter takes from chapter 11 ------------------------------------------------- */
+
+/* A matrix: element (i, j) is p[i * row + j * col]. */
 typedef struct {
-    const act *p; /* element (i, j) is p[i * row + j * col] */
-    size_t row, col;
-} Mat;
+    const act *p;
+    size_t rows, cols;
+    size_t row, col; /* from one row to the next, from one column to the next; elements */
+} Matrix;
 
+static inline Matrix matrix(const act *p, size_t rows, size_t cols, size_t row)
+{
+    Matrix m = {p, rows, cols, row, 1};
+    return m;
+}
+
+static inline Matrix transposed(Matrix m)
+{
+    Matrix t = {m.p, m.cols, m.rows, m.col, m.row};
+    return t;
+}
+
+typedef enum { WRITE, ADD } Store; /* c = a b, or c += a b */
+
+/* What is done to an element of a product when its sum is complete. */
 typedef enum { BIAS, BIAS_GELU, GELU_SLOPE } EpilogueKind;
-
-/* What happens to an element of C when its sum is complete. */
 typedef struct {
     EpilogueKind kind;
-    const act *bias; /* BIAS, BIAS_GELU: (N), or NULL */
-    act *
-        pre; /* BIAS_GELU: (M,N) gets C + bias, or NULL. GELU_SLOPE: C is multiplied by gelu'(pre) */
+    const act *bias; /* BIAS, BIAS_GELU: (columns) is added; NULL for none */
+    act *pre;        /* BIAS_GELU: gets the sum before gelu(), unless NULL.
+                        GELU_SLOPE: the element is multiplied by gelu_slope(pre) */
     Gelu gelu;
 } Epilogue;
 
-/* Chapter 11. */
-static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e);
-static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1,
-                    size_t K, int add, const Epilogue *e, real *strips);
-static real dot(const real *a, const real *b, size_t n);
-static real largest(const real *x, size_t n, real top);
-static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n);
+/* c (rows of a, columns of b) = or += a b, on all threads; then e, unless it is NULL. */
+static void matmul(act *c, Matrix a, Matrix b, Store store, const Epilogue *e);
 
-/* ---- Linear layers [§3 eq.1, eq.3; eq.2 is the cut that is not taken: P3] -------------------- */
+/* The same on the calling thread, for attention's blocks. Rows of c are c_row apart. */
+static void matmul_block(act *c, size_t c_row, Matrix a, Matrix b, Store store);
 
-enum { COLUMN_BLOCK = 64 }; /* columns a thread takes at a time where sums run down the rows */
+static real dot(const act *a, const act *b, size_t n);                     /* a' b */
+static real largest(const real *x, size_t n, real top);                    /* of top and x (n) */
+static void dropout_factors(real *out, Dropout d, size_t index, size_t n); /* 0 or 1/(1-p) */
+
+/* ---- Linear layers [§3 eq.1-3] --------------------------------------------------------------- */
+
+static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I,
+                           size_t O)
+{
+    const Epilogue bias = {BIAS, b, NULL, GELU_TANH};
+    matmul(y, matrix(x, N, I, I), transposed(matrix(w, O, I, I)), WRITE, &bias);
+}
+
+enum { COLUMN_BLOCK = 64 }; /* columns a thread takes at a time where it sums over rows */
 
 /* db (C) += column sums of x (N,C). */
 static void add_column_sums(act *db, const act *x, size_t N, size_t C)
@@ -842,34 +911,29 @@ static void add_column_sums(act *db, const act *x, size_t N, size_t C)
     }
 }
 
-static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I,
-                           size_t O)
-{
-    const Epilogue bias = {BIAS, b, NULL, GELU_TANH};
-    matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &bias);
-}
-
 static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w,
                             size_t N, size_t I, size_t O)
 {
-    if (dx) matmul(dx, (Mat){dy, O, 1}, (Mat){w, I, 1}, N, I, O, 0, NULL);
-    if (dw) matmul(dw, (Mat){dy, 1, O}, (Mat){x, I, 1}, O, I, N, 1, NULL);
+    const Matrix DY = matrix(dy, N, O, O);
+    if (dx) matmul(dx, DY, matrix(w, O, I, I), WRITE, NULL);
+    if (dw) matmul(dw, transposed(DY), matrix(x, N, I, I), ADD, NULL);
     if (db) add_column_sums(db, dy, N, O);
 }
 
 static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b,
                                 size_t N, size_t I, size_t O, Gelu kind)
 {
-    const Epilogue e = {BIAS_GELU, b, pre, kind};
-    matmul(y, (Mat){x, I, 1}, (Mat){w, 1, I}, N, O, I, 0, &e);
+    const Epilogue bias_gelu = {BIAS_GELU, b, pre, kind};
+    matmul(y, matrix(x, N, I, I), transposed(matrix(w, O, I, I)), WRITE, &bias_gelu);
 }
 
 static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre,
                                  const act *w, size_t N, size_t I, size_t O, Gelu kind)
 {
+    const Matrix DZ = matrix(dz, N, O, O);
     const Epilogue slope = {GELU_SLOPE, NULL, (act *)pre, kind};
-    matmul(dpre, (Mat){dz, O, 1}, (Mat){w, I, 1}, N, I, O, 0, &slope);
-    matmul(dw, (Mat){dz, 1, O}, (Mat){y, I, 1}, O, I, N, 1, NULL);
+    matmul(dpre, DZ, matrix(w, O, I, I), WRITE, &slope);
+    matmul(dw, transposed(DZ), matrix(y, N, I, I), ADD, NULL);
 }
 
 /* ---- Embeddings ------------------------------------------------------------------------------ */
@@ -879,12 +943,13 @@ static void token_embedding_forward(act *x, const int *tokens, const act *wte, s
 {
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
     for (size_t n = 0; n < N; n++) {
-        const size_t row = (size_t)tokens[n] - v0; /* below v0 it wraps to a huge number */
+        const size_t row = (size_t)tokens[n] - v0; /* of a token below v0: a huge number */
         if (row < Vp) memcpy(x + n * C, wte + row * C, C * sizeof *x);
         else memset(x + n * C, 0, C * sizeof *x);
     }
 }
 
+/* A token may occur several times, so threads share columns, not rows. */
 static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N,
                                      size_t C, size_t v0, size_t Vp)
 {
@@ -898,7 +963,7 @@ static void token_embedding_backward(act *dwte, const act *dx, const int *tokens
         }
 }
 
-enum { KEEP_BLOCK = 512 }; /* dropout factors at a time: they stay in L1 */
+enum { KEEP_BLOCK = 512 }; /* dropout factors at a time: they stay in the L1 cache */
 
 /* x (C) *= the mask of elements index .. index+C-1. */
 static void dropout_row(act *x, size_t C, Dropout d, size_t index)
@@ -912,7 +977,8 @@ static void dropout_row(act *x, size_t C, Dropout d, size_t index)
     }
 }
 
-/* out (C) = residual + mask * (y + bias), for elements index .. index+C-1. residual may be NULL. */
+/* out (C) = residual + mask * (y + bias), with the mask of elements index .. index+C-1. residual
+ * NULL: none. */
 static void bias_dropout_add_row(act *out, const act *y, const act *bias, const act *residual,
                                  size_t C, Dropout d, size_t index)
 {
@@ -930,8 +996,10 @@ static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t 
                                        size_t past, Dropout d)
 {
 #pragma omp parallel for schedule(static) if (B * T * C > SMALL)
-    for (size_t n = 0; n < B * T; n++)
-        bias_dropout_add_row(x + n * C, x + n * C, wpe + (past + n % T) * C, NULL, C, d, n * C);
+    for (size_t n = 0; n < B * T; n++) {
+        act *row = x + n * C;
+        bias_dropout_add_row(row, row, wpe + (past + n % T) * C, NULL, C, d, n * C);
+    }
 }
 
 static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C, Dropout d)
@@ -948,10 +1016,8 @@ static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, 
 
 /* ---- LayerNorm ------------------------------------------------------------------------------- */
 
-/* y (C) = (x - mean) * rstd * g + b. Two passes over x (it is in L1): no cancellation, unlike
- * E[x^2] - E[x]^2. Error of y, with h = (x - mean) * rstd and U = 2^-24: simd sums run in at least
- * 4 lanes, and the mean's is D = (C/4 + 4) U * mean(|x|) * rstd at most; so |g| D + |h g| ((C/8 +
- * 8) U + D^2) + |y| U. Roundings are random, and far below that. */
+/* One row y (C). Two passes over x, which is in the L1 cache: E[x^2] - E[x]^2 would cancel
+ * [doc/accuracy.md]. */
 static void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b,
                           size_t C, real eps)
 {
@@ -964,7 +1030,8 @@ static void layernorm_row(act *y, real *mean, real *rstd, const act *x, const ac
     const real r = 1 / square_root(squares / (real)C + eps);
 #pragma omp simd
     for (size_t c = 0; c < C; c++) y[c] = (x[c] - m) * r * g[c] + b[c];
-    *mean = m, *rstd = r;
+    *mean = m;
+    *rstd = r;
 }
 
 static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g,
@@ -975,13 +1042,13 @@ static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, cons
         layernorm_row(y + n * C, mean + n, rstd + n, x + n * C, g, b, C, eps);
 }
 
+/* dg and db come first, because dx may overwrite dy or x. */
 static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g,
                                const real *mean, const real *rstd, const act *dres, size_t N,
                                size_t C)
 {
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
-    for (size_t c0 = 0; c0 < C;
-         c0 += COLUMN_BLOCK) { /* dx may overwrite dy's or x's buffer: this comes first */
+    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
         real sum_g[COLUMN_BLOCK] = {0}, sum_b[COLUMN_BLOCK] = {0};
         const size_t count = min_size(COLUMN_BLOCK, C - c0);
         for (size_t n = 0; n < N; n++) {
@@ -993,20 +1060,24 @@ static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const a
                 sum_b[c] += dy_n[c];
             }
         }
-        for (size_t c = 0; c < count; c++) dg[c0 + c] += sum_g[c], db[c0 + c] += sum_b[c];
+        for (size_t c = 0; c < count; c++) {
+            dg[c0 + c] += sum_g[c];
+            db[c0 + c] += sum_b[c];
+        }
     }
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
     for (size_t n = 0; n < N; n++) {
         act *dx_n = dx + n * C;
         const act *dy_n = dy + n * C, *x_n = x + n * C, *dres_n = dres ? dres + n * C : NULL;
         const real m = mean[n], r = rstd[n];
-        real sum = 0, sum_h = 0;
+        real sum = 0, sum_h = 0; /* of dx^, and of dx^ * x^ */
 #pragma omp simd reduction(+ : sum, sum_h)
         for (size_t c = 0; c < C; c++) {
             sum += dy_n[c] * g[c];
             sum_h += dy_n[c] * g[c] * ((x_n[c] - m) * r);
         }
-        sum /= (real)C, sum_h /= (real)C;
+        sum /= (real)C;
+        sum_h /= (real)C;
 #pragma omp simd
         for (size_t c = 0; c < C; c++)
             dx_n[c] =
@@ -1024,6 +1095,7 @@ static void bias_dropout_add_forward(act *out, const act *y, const act *bias, co
         bias_dropout_add_row(out + n * C, y + n * C, bias, residual + n * C, C, d, n * C);
 }
 
+/* The LayerNorm reads each row while it is in the L1 cache. */
 static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd,
                                                const act *y, const act *bias, const act *residual,
                                                const act *g, const act *b, size_t N, size_t C,
@@ -1047,27 +1119,31 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
     add_column_sums(dbias, dy, N, C);
 }
 
-/* ---- Causal self-attention [§3 Fig. 3b] ------------------------------------------------------ */
+/* ---- Causal self-attention, fused [§3 Fig. 3b] ----------------------------------------------- */
 
-/* For one head: S = Q K' / sqrt(D), P = softmax of each row i over the keys j <= i, out =
- * dropout(P) V. The T x T matrices never exist: a block of QUERIES rows meets the keys KEYS at a
- * time, and the softmax is kept as a running maximum m, a running sum l of e^(s-m) and a running
- * out, the last two shrunk by e^(old m - new m) when m grows. Blocks above the diagonal are
- * skipped. What remains for backward is lse = m + log l, for P = e^(S - lse) [Milakov & Gimelshein
- * 2018, Dao et al. 2022]. The products are matmul's tiles, on rows as they lie in qkv. */
-enum { QUERIES = 48, KEYS = 384 }; /* multiples of K_RUN: faster */
-static_assert(
-    KEYS % QUERIES == 0,
-    "no block of keys may begin inside a block of queries: each query must see a key of it");
+/* The T x T matrices of a head, scores and probabilities, never exist as a whole. A block of
+ * QUERIES rows meets the keys KEYS at a time. For each row these run along:
+ *
+ *     m    the largest score so far
+ *     l    the sum of e^(score - m) so far
+ *     out  the sum of e^(score - m) * mask * value so far
+ *
+ * When m grows, l and out shrink by e^(old m - new m). In the end a probability is e^(score - m) /
+ * l, so out is divided by l. The backward pass makes the probabilities again, as e^(score - lse)
+ * with lse = m + log l [Milakov & Gimelshein 2018, Dao et al. 2022; doc/attention.md]. Blocks of
+ * keys that no query of the block may see are skipped. */
+enum { QUERIES = 48, KEYS = 384 };
+static_assert(KEYS % QUERIES == 0,
+              "a block of keys must not begin inside a block of queries: each sees its first key");
 
-/* One row of products q k' in s (n) becomes dropped-out probabilities relative to e^m; the row's m,
- * l and out (D) follow. */
+/* One row of products q k' in s (n) becomes dropped-out probabilities, relative to e^m; m, l and
+ * out (D) of the row follow. index: of s[0] in the mask. */
 static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, act *out, size_t D,
                                Dropout d, size_t index)
 {
     real sum = 0, keep[KEYS];
     const real top = fmax(*m, largest(s, n, -INFINITY) * scale);
-    const real shrink = exponential(*m - top); /* 0 the first time, when m = -inf */
+    const real shrink = exponential(*m - top); /* 0 the first time, when m is -infinity */
     dropout_factors(keep, d, index, n);
 #pragma omp simd reduction(+ : sum)
     for (size_t j = 0; j < n; j++) {
@@ -1082,34 +1158,38 @@ static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, 
         for (size_t c = 0; c < D; c++) out[c] *= shrink;
 }
 
+/* A task is a block of queries of one head. Tasks with the most keys come first: so the threads end
+ * together. */
 static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H,
                               size_t D, Dropout d)
 {
-    const size_t C = H * D, blocks = ceil_div(T, QUERIES);
+    const size_t C = H * D, row = 3 * C, blocks = ceil_div(T, QUERIES);
     const real scale = 1 / square_root((real)D);
 #pragma omp parallel for schedule(dynamic) if (B * H * T * D > SMALL)
     for (size_t task = 0; task < B * H * blocks; task++) {
-        const size_t b = task / blocks / H, h = task / blocks % H,
-                     i0 = (blocks - 1 - task % blocks) * QUERIES;
-        const size_t rows = min_size(QUERIES, T - i0);
-        const act *q = qkv + b * T * 3 * C + h * D;
+        const size_t b = task / blocks / H, h = task / blocks % H;
+        const size_t i0 = (blocks - 1 - task % blocks) * QUERIES, rows = min_size(QUERIES, T - i0);
+        const act *head = qkv + b * T * row + h * D;
+        const Matrix queries = matrix(head + i0 * row, rows, D, row);
         act *o = out + (b * T + i0) * C + h * D;
-        real s[QUERIES * KEYS], strips[QUERIES * KEYS], m[QUERIES], l[QUERIES];
-        for (size_t i = 0; i < rows; i++)
-            m[i] = -INFINITY, l[i] = 0, memset(o + i * C, 0, D * sizeof *o);
+        real s[QUERIES * KEYS], m[QUERIES], l[QUERIES];
+        for (size_t i = 0; i < rows; i++) {
+            m[i] = -INFINITY;
+            l[i] = 0;
+            memset(o + i * C, 0, D * sizeof *o);
+        }
         for (size_t j0 = 0; j0 < i0 + rows; j0 += KEYS) {
-            const size_t keys = min_size(KEYS, i0 + rows - j0);
-            const act *k = q + C + j0 * 3 * C, *v = k + C;
-            product(s, KEYS, (Mat){q + i0 * 3 * C, 3 * C, 1}, (Mat){k, 1, 3 * C}, 0, rows, 0, keys,
-                    D, 0, NULL, strips);
+            const size_t count = min_size(KEYS, i0 + rows - j0);
+            const Matrix keys = matrix(head + C + j0 * row, count, D, row);
+            const Matrix values = matrix(head + 2 * C + j0 * row, count, D, row);
+            matmul_block(s, KEYS, queries, transposed(keys), WRITE);
             for (size_t i = 0; i < rows; i++) {
-                const size_t n = min_size(i0 + i + 1 - j0, keys); /* what it may see */
-                online_softmax_row(s + i * KEYS, n, scale, m + i, l + i, o + i * C, D, d,
-                                   ((b * d.heads + h) * T + i0 + i) * T + j0);
-                memset(s + i * KEYS + n, 0, (keys - n) * sizeof *s);
+                const size_t n = min_size(i0 + i + 1 - j0, count); /* keys that query i sees */
+                const size_t index = ((b * d.heads + h) * T + i0 + i) * T + j0;
+                online_softmax_row(s + i * KEYS, n, scale, m + i, l + i, o + i * C, D, d, index);
+                memset(s + i * KEYS + n, 0, (count - n) * sizeof *s);
             }
-            product(o, C, (Mat){s, KEYS, 1}, (Mat){v, 3 * C, 1}, 0, rows, 0, D, keys, 1, NULL,
-                    strips);
+            matmul_block(o, C, matrix(s, rows, count, KEYS), values, ADD);
         }
         for (size_t i = 0; i < rows; i++) {
             for (size_t c = 0; c < D; c++) o[i * C + c] /= l[i];
@@ -1118,8 +1198,8 @@ static void attention_forward(act *out, real *lse, const act *qkv, size_t B, siz
     }
 }
 
-/* One row: products s become the dropped-out P, and dp = dO V' becomes dS = P (mask dp - delta) *
- * scale, the gradient of q k'. */
+/* One row: products s = q k' become probabilities p, dropped out; dp = dout v' becomes the gradient
+ * of q k', p * (mask * dp - delta) * scale. index: of s[0] in the mask. */
 static void softmax_backward_row(real *s, real *dp, size_t n, real scale, real lse, real delta,
                                  Dropout d, size_t index)
 {
@@ -1133,6 +1213,8 @@ static void softmax_backward_row(real *s, real *dp, size_t n, real scale, real l
     }
 }
 
+/* delta of a row is the sum of dout * out, which is the sum over j of p * mask * dout v'. A head is
+ * one task, so that dk and dv are summed in one order. */
 static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out,
                                const real *lse, const act *qkv, size_t B, size_t T, size_t H,
                                size_t D, Dropout d)
@@ -1141,71 +1223,73 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
     const real scale = 1 / square_root((real)D);
 #pragma omp parallel for schedule(dynamic) if (B * H * T * D > SMALL)
     for (size_t head = 0; head < B * H; head++) {
-        const size_t b = head / H, h = head % H, first = b * T * row + h * D;
-        real p[QUERIES * KEYS], ds[QUERIES * KEYS], strips[QUERIES * KEYS];
+        const size_t b = head / H, h = head % H;
+        const act *q = qkv + b * T * row + h * D, *k = q + C, *v = k + C;
+        const act *o = out + b * T * C + h * D, *go = dout + b * T * C + h * D;
+        act *dq = dqkv + b * T * row + h * D, *dk = dq + C, *dv = dk + C;
+        real p[QUERIES * KEYS], ds[QUERIES * KEYS];
         for (size_t i = 0; i < T; i++) {
-            const size_t at = (b * T + i) * C + h * D;
-            delta[head * T + i] = dot(dout + at, out + at, D);
-            for (size_t part = 0; part < 3; part++)
-                memset(dqkv + first + i * row + part * C, 0, D * sizeof *dqkv);
+            delta[head * T + i] = dot(go + i * C, o + i * C, D);
+            memset(dq + i * row, 0, D * sizeof *dq);
+            memset(dk + i * row, 0, D * sizeof *dk);
+            memset(dv + i * row, 0, D * sizeof *dv);
         }
         for (size_t j0 = 0; j0 < T; j0 += KEYS)
             for (size_t i0 = j0; i0 < T; i0 += QUERIES) {
-                const size_t rows = min_size(QUERIES, T - i0),
-                             keys = min_size(KEYS, i0 + rows - j0);
-                const act *q = qkv + first + i0 * row, *k = qkv + first + C + j0 * row, *v = k + C;
-                const act *go = dout + (b * T + i0) * C + h * D;
-                act *dq = dqkv + first + i0 * row, *dk = dqkv + first + C + j0 * row, *dv = dk + C;
-                product(p, KEYS, (Mat){q, row, 1}, (Mat){k, 1, row}, 0, rows, 0, keys, D, 0, NULL,
-                        strips);
-                product(ds, KEYS, (Mat){go, C, 1}, (Mat){v, 1, row}, 0, rows, 0, keys, D, 0, NULL,
-                        strips);
+                const size_t rows = min_size(QUERIES, T - i0);
+                const size_t count = min_size(KEYS, i0 + rows - j0);
+                const Matrix queries = matrix(q + i0 * row, rows, D, row);
+                const Matrix keys = matrix(k + j0 * row, count, D, row);
+                const Matrix values = matrix(v + j0 * row, count, D, row);
+                const Matrix douts = matrix(go + i0 * C, rows, D, C);
+                const Matrix probabilities = matrix(p, rows, count, KEYS);
+                const Matrix dscores = matrix(ds, rows, count, KEYS);
+                matmul_block(p, KEYS, queries, transposed(keys), WRITE);
+                matmul_block(ds, KEYS, douts, transposed(values), WRITE);
                 for (size_t i = 0; i < rows; i++) {
-                    const size_t n = min_size(i0 + i + 1 - j0, keys), at = head * T + i0 + i;
+                    const size_t n = min_size(i0 + i + 1 - j0, count), at = head * T + i0 + i;
+                    const size_t index = ((b * d.heads + h) * T + i0 + i) * T + j0;
                     softmax_backward_row(p + i * KEYS, ds + i * KEYS, n, scale, lse[at], delta[at],
-                                         d, ((b * d.heads + h) * T + i0 + i) * T + j0);
-                    memset(p + i * KEYS + n, 0, (keys - n) * sizeof *p);
-                    memset(ds + i * KEYS + n, 0, (keys - n) * sizeof *ds);
+                                         d, index);
+                    memset(p + i * KEYS + n, 0, (count - n) * sizeof *p);
+                    memset(ds + i * KEYS + n, 0, (count - n) * sizeof *ds);
                 }
-                product(dv, row, (Mat){p, 1, KEYS}, (Mat){go, C, 1}, 0, keys, 0, D, rows, 1, NULL,
-                        strips);
-                product(dk, row, (Mat){ds, 1, KEYS}, (Mat){q, row, 1}, 0, keys, 0, D, rows, 1, NULL,
-                        strips);
-                product(dq, row, (Mat){ds, KEYS, 1}, (Mat){k, row, 1}, 0, rows, 0, D, keys, 1, NULL,
-                        strips);
+                matmul_block(dv + j0 * row, row, transposed(probabilities), douts, ADD);
+                matmul_block(dk + j0 * row, row, transposed(dscores), queries, ADD);
+                matmul_block(dq + i0 * row, row, dscores, keys, ADD);
             }
     }
 }
 
-static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n,
-                                     size_t past, size_t H, size_t D)
+static void attention_cached_forward(act *out, act *key_cache, act *value_cache, const act *qkv,
+                                     size_t n, size_t past, size_t H, size_t D)
 {
     const size_t C = H * D;
     const real scale = 1 / square_root((real)D);
     const Dropout none = {0, 0, 0, 0, 0, H};
     for (size_t i = 0; i < n; i++) {
-        memcpy(k_cache + (past + i) * C, qkv + i * 3 * C + C, C * sizeof *k_cache);
-        memcpy(v_cache + (past + i) * C, qkv + i * 3 * C + 2 * C, C * sizeof *v_cache);
+        memcpy(key_cache + (past + i) * C, qkv + i * 3 * C + C, C * sizeof *key_cache);
+        memcpy(value_cache + (past + i) * C, qkv + i * 3 * C + 2 * C, C * sizeof *value_cache);
     }
-    if (past == 0 && n > 1) { /* a prompt: nothing but itself to attend to */
+    if (past == 0 && n > 1) { /* a prompt: it has only itself to attend to */
         attention_forward(out, NULL, qkv, 1, n, H, D, none);
         return;
     }
 #pragma omp parallel for schedule(static) if (n * (past + n) * C > SMALL)
     for (size_t task = 0; task < n * H; task++) {
         const size_t i = task / H, h = task % H, count = past + i + 1;
-        const act *q = qkv + i * 3 * C + h * D;
+        const act *query = qkv + i * 3 * C + h * D;
         act *o = out + i * C + h * D;
         real s[KEYS], m = -INFINITY, l = 0;
         memset(o, 0, D * sizeof *o);
         for (size_t j0 = 0; j0 < count; j0 += KEYS) {
-            const size_t keys = min_size(KEYS, count - j0);
-            const act *k = k_cache + j0 * C + h * D, *v = v_cache + j0 * C + h * D;
-            for (size_t j = 0; j < keys; j++) s[j] = dot(q, k + j * C, D);
-            online_softmax_row(s, keys, scale, &m, &l, o, D, none, 0);
-            for (size_t j = 0; j < keys; j++)
+            const size_t rows = min_size(KEYS, count - j0);
+            const act *key = key_cache + j0 * C + h * D, *value = value_cache + j0 * C + h * D;
+            for (size_t j = 0; j < rows; j++) s[j] = dot(query, key + j * C, D);
+            online_softmax_row(s, rows, scale, &m, &l, o, D, none, 0);
+            for (size_t j = 0; j < rows; j++)
 #pragma omp simd
-                for (size_t c = 0; c < D; c++) o[c] += s[j] * v[j * C + c];
+                for (size_t c = 0; c < D; c++) o[c] += s[j] * value[j * C + c];
         }
         for (size_t c = 0; c < D; c++) o[c] /= l;
     }
@@ -1219,13 +1303,14 @@ static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t
     for (size_t n = 0; n < N; n++) max[n] = largest(logits + n * Vp, valid, -INFINITY);
 }
 
+/* Summed in double, since V is large: the exponential's errors are left [P16, doc/accuracy.md]. */
 static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max,
                            const int *targets, size_t N, size_t Vp, size_t valid, size_t v0)
 {
 #pragma omp parallel for schedule(static) if (N * Vp > SMALL)
     for (size_t n = 0; n < N; n++) {
         const act *z = logits + n * Vp;
-        const size_t target = (size_t)targets[n] - v0;
+        const size_t target = (size_t)targets[n] - v0; /* of a token below v0: a huge number */
         const real top = max[n];
         double total = 0;
 #pragma omp simd reduction(+ : total)
@@ -1256,14 +1341,14 @@ static void cross_entropy_backward(act *logits, const real *max, const real *sum
     }
 }
 
-/* ---- The optimiser --------------------------------------------------------------------------- */
+/* ---- The optimiser [§4.2] -------------------------------------------------------------------- */
 
 static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h)
 {
-    const real lr = (real)h.lr, decay = (real)h.decay, eps = (real)h.eps,
-               grad_scale = (real)h.grad_scale;
-    const real b1 = (real)h.beta1, b2 = (real)h.beta2, r1 = (real)(1 - h.beta1),
-               r2 = (real)(1 - h.beta2);
+    const real lr = (real)h.lr, decay = (real)h.decay, eps = (real)h.eps;
+    const real grad_scale = (real)h.grad_scale;
+    const real b1 = (real)h.beta1, r1 = (real)(1 - h.beta1);
+    const real b2 = (real)h.beta2, r2 = (real)(1 - h.beta2);
     const real c1 = (real)(1 / (1 - pow(h.beta1, (double)h.step)));
     const real c2 = (real)(1 / (1 - pow(h.beta2, (double)h.step)));
     real *p = master ? master : w;
@@ -1277,17 +1362,18 @@ static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n
     }
 }
 
+/* A fixed number of runs, whatever the number of threads: so the order of the sum is fixed, too. */
 static double sum_squares(const act *x, size_t n)
 {
     enum { RUNS = 64 };
     double part[RUNS], total = 0;
 #pragma omp parallel for schedule(static) if (n > SMALL)
     for (size_t r = 0; r < RUNS; r++) {
+        const size_t begin = n / RUNS * r + min_size(r, n % RUNS);
+        const size_t end = n / RUNS * (r + 1) + min_size(r + 1, n % RUNS);
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (size_t i = n / RUNS * r + min_size(r, n % RUNS);
-             i < n / RUNS * (r + 1) + min_size(r + 1, n % RUNS); i++)
-            sum += (double)x[i] * (double)x[i];
+        for (size_t i = begin; i < end; i++) sum += (double)x[i] * (double)x[i];
         part[r] = sum;
     }
     for (size_t r = 0; r < RUNS; r++) total += part[r];
@@ -1298,11 +1384,25 @@ static double sum_squares(const act *x, size_t n)
 
 /* =================================================================================================
  * Chapter 5. Parameters [§4.2, §5.1, Tables 1 and 2]
- * ============================================================================================== */
+ * =================================================================================================
+ *
+ * One table, `specs`, says for each tensor of the model what its name and shape are, how tensor
+ * ranks share it, and how it starts. Arenas, slices, initialisation, weight decay, the global norm,
+ * checkpoints and convert.c follow this table.
+ *
+ * What a checkpoint holds. It is a folder of config.json (the shape), model.safetensors (the
+ * weights), trainer.safetensors (AdamW's two moments of each weight, and where the run stands:
+ * steps, updates, samples, loss scale, options), and the tokenizer's files. Tensors are whole, in
+ * float, under Hugging Face's names; nothing in them depends on the ranks that wrote them. Each
+ * rank finds its slices by whole_row() and whole_col() below. So a run can go on in any other
+ * layout, bit for bit as one rank would. Dropout and the order of samples are functions of the seed
+ * and the step, so no state of generators is stored. Chapter 14 has the code. */
+
+/* ---- Shapes ---------------------------------------------------------------------------------- */
 
 typedef struct {
     const char *name, *what;
-    size_t L, C, H, T, V;
+    size_t L, C, H, P, V;
 } Preset;
 
 /* The paper pads its vocabulary to 51,200 in all experiments [§5.1]. 124M, 774M and 1558M are
@@ -1324,9 +1424,10 @@ static const Preset presets[] = {
 enum { N_PRESETS = sizeof presets / sizeof *presets };
 
 /* A model of this shape with the paper's other choices [§4.2, P41]. */
-static Config make_config(size_t L, size_t C, size_t H, size_t T, size_t V)
+static Config make_config(size_t L, size_t C, size_t H, size_t P, size_t V)
 {
-    Config c = {L, C, H, 4 * C, T, V, GELU_TANH, (real)1e-5, (real)0.1, (real)0.1, (real)0.1};
+    const real dropout = (real)0.1;
+    Config c = {L, C, H, 4 * C, P, V, GELU_TANH, (real)1e-5, dropout, dropout, dropout};
     return c;
 }
 
@@ -1335,14 +1436,14 @@ static Config find_preset(const char *name)
     char known[256] = "";
     for (int i = 0; i < N_PRESETS; i++) {
         const Preset *p = &presets[i];
-        if (!strcmp(p->name, name)) return make_config(p->L, p->C, p->H, p->T, p->V);
+        if (!strcmp(p->name, name)) return make_config(p->L, p->C, p->H, p->P, p->V);
         snprintf(known + strlen(known), sizeof known - strlen(known), " %s", p->name);
     }
     die("--config %s is not known; there are:%s", name, known);
 }
 
 /* The vocabulary is padded to a multiple of 128 t, so that all tensor ranks hold equally many
- * [§5.1, P14]. */
+ * tokens [§5.1, P14]. */
 static size_t padded_vocab(size_t V, int tp) { return round_up(V, 128 * (size_t)tp); }
 
 /* Dies unless the model can be cut this way. */
@@ -1361,25 +1462,24 @@ static void check_layout(const Config *c, Layout s)
             s.pp, c->L);
 }
 
-/* ---- The one table of tensors ---------------------------------------------------------------- */
+/* ---- The table of tensors -------------------------------------------------------------------- */
 
-/* How tensor ranks share a tensor [§3]. Weights are [out, in], as in Megatron. */
+/* How tensor ranks share a tensor [§3]. Weights are [out, in], the paper's matrices transposed: the
+ * paper's columns are rows here. */
 typedef enum {
-    WHOLE, /* replicated: every rank has all of it and computes the same gradient for it */
-    COLUMN_PARALLEL, /* column-parallel in the paper's words (its A stands transposed here), or vocabulary rows */
-    QKV, /* rows too, but of each of Q, K, V: rank r holds [Q_r; K_r; V_r], whole heads [P11] */
-    ROW_PARALLEL /* row-parallel */
+    WHOLE,           /* every rank has all of it */
+    COLUMN_PARALLEL, /* rank r has the r-th part of the rows: outputs, or the vocabulary's tokens */
+    QKV,             /* so, too, but of each of Q, K, V: [Q_r; K_r; V_r], in whole heads [P11] */
+    ROW_PARALLEL     /* rank r has the r-th part of the columns: inputs */
 } Split;
 
 typedef enum { ONE, DIM_C, DIM_3C, DIM_F, DIM_P, DIM_V } Dim;
 
 typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_SCALED } Init;
 
-/* What there is to know about a tensor. Placing, initialisation, sharding, weight decay, clipping,
- * checkpoints and convert.c walk this table; no second list of tensors exists. */
 typedef struct {
-    const char *name; /* Hugging Face's, without its prefix "transformer."; %zu is the layer */
-    size_t field;     /* of the pointer in Layer, or in Params if not in_layer */
+    const char *name; /* Hugging Face's, without "transformer." before it; %zu is the layer */
+    size_t field;     /* where its pointer is in Layer, or in Params if not in_layer */
     int in_layer;
     Dim rows, cols; /* [out, in] */
     Split split;
@@ -1389,26 +1489,30 @@ typedef struct {
 } Spec;
 
 /* clang-format off */
+#define TOP(field) offsetof(Params, field), 0
+#define LAYER(field) offsetof(Layer, field), 1
 static const Spec specs[] = {
-    /* name                      field                      layer rows    cols   split  init
-     * decay conv1d */
-    {"wte.weight",               offsetof(Params, wte),     0,    DIM_V,  DIM_C, COLUMN_PARALLEL,  INIT_NORMAL, 1,    0},
-    {"wpe.weight",               offsetof(Params, wpe),     0,    DIM_P,  DIM_C, WHOLE, INIT_NORMAL, 1,    0},
-    {"h.%zu.ln_1.weight",        offsetof(Layer, ln1_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
-    {"h.%zu.ln_1.bias",          offsetof(Layer, ln1_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"h.%zu.attn.c_attn.weight", offsetof(Layer, qkv_w),    1,    DIM_3C, DIM_C, QKV,   INIT_NORMAL, 1,    1},
-    {"h.%zu.attn.c_attn.bias",   offsetof(Layer, qkv_b),    1,    DIM_3C, ONE,   QKV,   INIT_ZERO,   0,    0},
-    {"h.%zu.attn.c_proj.weight", offsetof(Layer, proj_w),   1,    DIM_C,  DIM_C, ROW_PARALLEL,  INIT_SCALED, 1,    1},
-    {"h.%zu.attn.c_proj.bias",   offsetof(Layer, proj_b),   1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"h.%zu.ln_2.weight",        offsetof(Layer, ln2_g),    1,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
-    {"h.%zu.ln_2.bias",          offsetof(Layer, ln2_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"h.%zu.mlp.c_fc.weight",    offsetof(Layer, fc_w),     1,    DIM_F,  DIM_C, COLUMN_PARALLEL,  INIT_NORMAL, 1,    1},
-    {"h.%zu.mlp.c_fc.bias",      offsetof(Layer, fc_b),     1,    DIM_F,  ONE,   COLUMN_PARALLEL,  INIT_ZERO,   0,    0},
-    {"h.%zu.mlp.c_proj.weight",  offsetof(Layer, out_w),    1,    DIM_C,  DIM_F, ROW_PARALLEL,  INIT_SCALED, 1,    1},
-    {"h.%zu.mlp.c_proj.bias",    offsetof(Layer, out_b),    1,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
-    {"ln_f.weight",              offsetof(Params, lnf_g),   0,    DIM_C,  ONE,   WHOLE, INIT_ONE,    0,    0},
-    {"ln_f.bias",                offsetof(Params, lnf_b),   0,    DIM_C,  ONE,   WHOLE, INIT_ZERO,   0,    0},
+    /* name                      field          rows    cols   split            init; decay,
+     * conv1d */
+    {"wte.weight",               TOP(wte),      DIM_V,  DIM_C, COLUMN_PARALLEL, INIT_NORMAL, 1, 0},
+    {"wpe.weight",               TOP(wpe),      DIM_P,  DIM_C, WHOLE,           INIT_NORMAL, 1, 0},
+    {"h.%zu.ln_1.weight",        LAYER(ln1_g),  DIM_C,  ONE,   WHOLE,           INIT_ONE,    0, 0},
+    {"h.%zu.ln_1.bias",          LAYER(ln1_b),  DIM_C,  ONE,   WHOLE,           INIT_ZERO,   0, 0},
+    {"h.%zu.attn.c_attn.weight", LAYER(qkv_w),  DIM_3C, DIM_C, QKV,             INIT_NORMAL, 1, 1},
+    {"h.%zu.attn.c_attn.bias",   LAYER(qkv_b),  DIM_3C, ONE,   QKV,             INIT_ZERO,   0, 0},
+    {"h.%zu.attn.c_proj.weight", LAYER(proj_w), DIM_C,  DIM_C, ROW_PARALLEL,    INIT_SCALED, 1, 1},
+    {"h.%zu.attn.c_proj.bias",   LAYER(proj_b), DIM_C,  ONE,   WHOLE,           INIT_ZERO,   0, 0},
+    {"h.%zu.ln_2.weight",        LAYER(ln2_g),  DIM_C,  ONE,   WHOLE,           INIT_ONE,    0, 0},
+    {"h.%zu.ln_2.bias",          LAYER(ln2_b),  DIM_C,  ONE,   WHOLE,           INIT_ZERO,   0, 0},
+    {"h.%zu.mlp.c_fc.weight",    LAYER(fc_w),   DIM_F,  DIM_C, COLUMN_PARALLEL, INIT_NORMAL, 1, 1},
+    {"h.%zu.mlp.c_fc.bias",      LAYER(fc_b),   DIM_F,  ONE,   COLUMN_PARALLEL, INIT_ZERO,   0, 0},
+    {"h.%zu.mlp.c_proj.weight",  LAYER(out_w),  DIM_C,  DIM_F, ROW_PARALLEL,    INIT_SCALED, 1, 1},
+    {"h.%zu.mlp.c_proj.bias",    LAYER(out_b),  DIM_C,  ONE,   WHOLE,           INIT_ZERO,   0, 0},
+    {"ln_f.weight",              TOP(lnf_g),    DIM_C,  ONE,   WHOLE,           INIT_ONE,    0, 0},
+    {"ln_f.bias",                TOP(lnf_b),    DIM_C,  ONE,   WHOLE,           INIT_ZERO,   0, 0},
 };
+#undef TOP
+#undef LAYER
 /* clang-format on */
 enum { N_SPECS = sizeof specs / sizeof *specs, NAME_SIZE = 64 };
 
@@ -1424,14 +1528,29 @@ static size_t dim_size(const Config *c, Dim dim)
     }
 }
 
+/* Parameters of the whole model, without padding: 12 L C^2 (1 + 13/(12C) + (V+P)/(12 L C)) + 2C
+ * [P42, P43]. */
+static size_t count_parameters(const Config *c)
+{
+    size_t total = 0;
+    for (int i = 0; i < N_SPECS; i++) {
+        const Spec *s = &specs[i];
+        total += dim_size(c, s->rows) * dim_size(c, s->cols) * (s->in_layer ? c->L : 1);
+    }
+    return total;
+}
+
+/* ---- A rank's slices ------------------------------------------------------------------------- */
+
 /* One tensor, as one rank holds it. */
 struct Tensor {
     const Spec *spec;
     size_t layer;                  /* its number in the whole model */
     size_t rows, cols;             /* of the whole tensor, [out, in]; wte without padding */
     size_t local_rows, local_cols; /* of this rank's slice; wte with padding */
-    size_t offset, n; /* where the slice starts in the arenas, and its size; elements */
-    int counted; /* 1 on exactly one rank for each distinct element: global sums must count replicas once [P27] */
+    size_t offset, n;              /* place of the slice in the arenas, and its size; elements */
+    int counted;                   /* 1 on one rank for each distinct element: sums over all ranks
+                                      must count replicas once [P27] */
 };
 
 /* The name, with the layer filled in. */
@@ -1442,66 +1561,65 @@ static char *tensor_name(char name[NAME_SIZE], const Tensor *t)
     return name;
 }
 
-/* Does this stage hold the tensor? Embeddings live on the first stage, the final LayerNorm on the
- * last, which also holds a copy of the word embedding for the logits. */
+/* Does this stage hold the tensor? The first stage has both embeddings, the last one the final
+ * LayerNorm and a copy of the word embedding, for the logits. */
 static int on_stage(const Spec *spec, int stage, int stages)
 {
-    int first = stage == 0, last = stage == stages - 1;
+    const int first = stage == 0, last = stage == stages - 1;
     if (spec->in_layer) return 1;
     if (spec->field == offsetof(Params, wte)) return first || last;
     return spec->field == offsetof(Params, wpe) ? first : last;
 }
 
-static void add_tensor(Tensor *t, size_t *offset, const Config *c, const Spec *spec, size_t layer,
-                       Layout s, int rank)
+/* The slice that this rank holds of one tensor. It begins at *offset, which moves behind it. */
+static Tensor make_tensor(size_t *offset, const Config *c, const Spec *spec, size_t layer, Layout s,
+                          int rank)
 {
-    int copied = spec->field == offsetof(Params, wte) && !spec->in_layer && pp_rank(s, rank) > 0;
-    t->spec = spec;
-    t->layer = layer;
-    t->rows = dim_size(c, spec->rows);
-    t->cols = dim_size(c, spec->cols);
-    t->local_rows = spec->rows == DIM_V ? padded_vocab(t->rows, s.tp) : t->rows;
-    if (spec->split == COLUMN_PARALLEL || spec->split == QKV) t->local_rows /= (size_t)s.tp;
-    t->local_cols = spec->split == ROW_PARALLEL ? t->cols / (size_t)s.tp : t->cols;
-    t->n = t->local_rows * t->local_cols;
-    t->offset = *offset;
-    t->counted = !copied && (spec->split != WHOLE || tp_rank(s, rank) == 0);
-    *offset += round_up(t->n, 64); /* every tensor starts on a cache line, whatever its type */
+    const int is_wte = !spec->in_layer && spec->field == offsetof(Params, wte);
+    const int copied = is_wte && pp_rank(s, rank) > 0; /* the last stage's copy */
+    Tensor t = {spec, layer, dim_size(c, spec->rows), dim_size(c, spec->cols), 0, 0, 0, 0, 0};
+    t.local_rows = spec->rows == DIM_V ? padded_vocab(t.rows, s.tp) : t.rows;
+    t.local_cols = t.cols;
+    if (spec->split == COLUMN_PARALLEL || spec->split == QKV) t.local_rows /= (size_t)s.tp;
+    if (spec->split == ROW_PARALLEL) t.local_cols /= (size_t)s.tp;
+    t.n = t.local_rows * t.local_cols;
+    t.offset = *offset;
+    t.counted = !copied && (spec->split != WHOLE || tp_rank(s, rank) == 0);
+    *offset += round_up(t.n, 64); /* every tensor starts on a cache line, whatever its type */
+    return t;
 }
 
-/* Lists the tensors of one rank, in the order of the table, layer by layer. list has room for
- * max_tensors(c), or is NULL: then they are only counted. Returns their number; *elements (if
- * wanted) the size of an arena for them. */
+/* Lists the tensors of one rank, in the order of the table, layer by layer. list NULL: they are
+ * only counted. Returns their number; *elements, unless NULL, is the size of an arena for them. */
 static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layout s, int rank)
 {
-    int stage = pp_rank(s, rank);
-    size_t n = 0, offset = 0, depth = c->L / (size_t)s.pp, first = (size_t)stage * depth;
-    for (int i = 0; i < N_SPECS;) {
-        int end = i + 1; /* the layer's specs are neighbours: they repeat together */
+    const int stage = pp_rank(s, rank);
+    const size_t depth = c->L / (size_t)s.pp, first = (size_t)stage * depth;
+    size_t n = 0, offset = 0;
+    for (int i = 0, end; i < N_SPECS; i = end) {
+        const size_t repeats = specs[i].in_layer ? depth : 1;
+        end = i + 1; /* a layer's specs are neighbours, and repeat together */
         while (specs[i].in_layer && end < N_SPECS && specs[end].in_layer) end++;
-        size_t repeats = specs[i].in_layer ? depth : 1;
         for (size_t l = 0; l < repeats; l++)
             for (int j = i; j < end; j++) {
-                Tensor t;
                 if (!on_stage(&specs[j], stage, s.pp)) continue;
-                add_tensor(list ? &list[n] : &t, &offset, c, &specs[j],
-                           specs[j].in_layer ? first + l : 0, s, rank);
+                const size_t layer = specs[j].in_layer ? first + l : 0;
+                const Tensor t = make_tensor(&offset, c, &specs[j], layer, s, rank);
+                if (list) list[n] = t;
                 n++;
             }
-        i = end;
     }
     if (elements) *elements = offset;
     return n;
 }
 
-/* Row of the whole tensor that local row i of tensor rank r's slice is; columns start at
+/* Local row i of tensor rank r's slice is this row of the whole tensor; its first column is
  * whole_col(). */
 static size_t whole_row(const Tensor *t, int r, size_t i)
 {
-    size_t rows = t->local_rows;
+    const size_t rows = t->local_rows, third = rows / 3; /* QKV: rows of Q_r, of K_r, of V_r */
     if (t->spec->split == COLUMN_PARALLEL) return (size_t)r * rows + i;
-    if (t->spec->split == QKV)
-        return i / (rows / 3) * (t->rows / 3) + (size_t)r * (rows / 3) + i % (rows / 3);
+    if (t->spec->split == QKV) return i / third * (t->rows / 3) + (size_t)r * third + i % third;
     return i;
 }
 
@@ -1510,28 +1628,17 @@ static size_t whole_col(const Tensor *t, int r)
     return t->spec->split == ROW_PARALLEL ? (size_t)r * t->local_cols : 0;
 }
 
-/* Local rows that exist in the whole tensor: all but the padding of the vocabulary, which stays
+/* Local rows that exist in the whole tensor. The others are the vocabulary's padding, which stays
  * zero for ever. */
 static size_t real_rows(const Tensor *t, int r)
 {
     if (t->spec->rows != DIM_V) return t->local_rows;
-    size_t first = (size_t)r * t->local_rows;
+    const size_t first = (size_t)r * t->local_rows;
     return first >= t->rows ? 0 : min_size(t->local_rows, t->rows - first);
 }
 
-/* Number of parameters of the whole model, without padding: 12 L C^2 (1 + 13/(12C) + (V+T)/(12 L
- * C)) + 2C [P42, P43]. */
-static size_t count_parameters(const Config *c)
-{
-    size_t total = 0;
-    for (int i = 0; i < N_SPECS; i++)
-        total += dim_size(c, specs[i].rows) * dim_size(c, specs[i].cols) *
-                 (specs[i].in_layer ? c->L : 1);
-    return total;
-}
-
-/* Points the fields of p into an arena at base. p->layer has room for the stage's layers, of which
- * the first is layer number first_layer of the model. */
+/* Points the fields of p into an arena at base. first_layer is the number of p->layer[0] in the
+ * model. */
 static void place_params(Params *p, act *base, const Tensor *list, size_t n, size_t first_layer)
 {
     for (size_t i = 0; i < n; i++) {
@@ -1540,6 +1647,8 @@ static void place_params(Params *p, act *base, const Tensor *list, size_t n, siz
         *(act **)(void *)(owner + t->spec->field) = base + t->offset;
     }
 }
+
+/* ---- Initialisation [§4.2] ------------------------------------------------------------------- */
 
 /* out[i] = normal variate number first + i of a stream, i < n, by Box and Muller: four words give
  * four variates. */
@@ -1550,8 +1659,8 @@ static void random_normals(real *out, uint64_t seed, uint32_t site, size_t first
         double z[4];
         philox(word, seed, i / 4, site, 0);
         for (int pair = 0; pair < 4; pair += 2) {
-            double r = sqrt(-2 * log(uniform(word[pair]))),
-                   angle = 2 * M_PI * uniform(word[pair + 1]);
+            const double r = sqrt(-2 * log(uniform(word[pair])));
+            const double angle = 2 * M_PI * uniform(word[pair + 1]);
             z[pair] = r * cos(angle);
             z[pair + 1] = r * sin(angle);
         }
@@ -1560,31 +1669,39 @@ static void random_normals(real *out, uint64_t seed, uint32_t site, size_t first
     }
 }
 
-/* Draws the initial weights of a rank: N(0, 0.02), residual outputs scaled by 1/sqrt(2L), biases 0,
- * LayerNorm 1 and 0 [§4.2, P40]. An element's value depends on the tensor and its place in the
- * whole, so every layout draws one and the same model [P13]; Megatron gets there by drawing the
- * whole matrix on every rank and keeping a slice. */
+/* The slice's part of a row of initial weights: cols elements, the first of which is element
+ * `first` of the whole tensor. */
+static void init_row(real *x, Init init, double std, uint64_t seed, uint32_t site, size_t first,
+                     size_t cols)
+{
+    if (init == INIT_NORMAL || init == INIT_SCALED) {
+        random_normals(x, seed, site, first, cols);
+        for (size_t col = 0; col < cols; col++) x[col] = (real)std * x[col];
+    } else {
+        for (size_t col = 0; col < cols; col++) x[col] = init == INIT_ONE;
+    }
+}
+
+/* Draws the initial weights of tensor rank r: N(0, 0.02), those of a branch's last matrix scaled by
+ * 1/sqrt(2L); biases 0, LayerNorm 1 and 0 [§4.2, P40]. An element's value depends on the tensor and
+ * the element's place in the whole of it, so every layout draws the same model [P13]. Megatron
+ * draws the whole matrix on every rank and keeps a slice. */
 static void init_params(act *base, const Tensor *list, size_t n, const Config *c, uint64_t seed,
                         int r)
 {
     for (size_t i = 0; i < n; i++) {
         const Tensor *t = &list[i];
-        uint32_t site = SITE_INIT + (uint32_t)(t->layer * N_SPECS + (size_t)(t->spec - specs));
-        double std = t->spec->init == INIT_SCALED ? 0.02 / sqrt(2.0 * (double)c->L) : 0.02;
+        const size_t number = t->layer * N_SPECS + (size_t)(t->spec - specs);
+        const uint32_t site = SITE_INIT + (uint32_t)number;
+        const double std = t->spec->init == INIT_SCALED ? 0.02 / sqrt(2.0 * (double)c->L) : 0.02;
         const size_t cols = t->local_cols, rows = real_rows(t, r), at_once = 1024;
         real *block = (real *)xcalloc(min_size(rows, at_once) * cols, sizeof *block);
         for (size_t row0 = 0; row0 < rows; row0 += at_once) { /* padding stays zero */
             const size_t count = min_size(at_once, rows - row0);
 #pragma omp parallel for
             for (size_t row = 0; row < count; row++) {
-                real *x = block + row * cols;
-                if (t->spec->init >= INIT_NORMAL)
-                    random_normals(x, seed, site,
-                                   whole_row(t, r, row0 + row) * t->cols + whole_col(t, r), cols);
-                for (size_t col = 0; col < cols; col++)
-                    x[col] = t->spec->init == INIT_ZERO  ? 0
-                             : t->spec->init == INIT_ONE ? 1
-                                                         : (real)std * x[col];
+                const size_t first = whole_row(t, r, row0 + row) * t->cols + whole_col(t, r);
+                init_row(block + row * cols, t->spec->init, std, seed, site, first, cols);
             }
             act_upload(base + t->offset + row0 * cols, block, count * cols);
         }
@@ -1603,30 +1720,30 @@ typedef struct {
     size_t warmup, decay_steps;
     Decay decay; /* of the learning rate */
     double beta1, beta2, eps, weight_decay;
-    double clip;       /* global gradient norm; 0: no clipping */
+    double clip;       /* largest norm of the gradient; 0: any */
     double loss_scale; /* fixed; 0: dynamic */
 } Optimizer;
 
-/* Learning rate of update n, counted from 0: linear warm-up, then a cosine down to min_lr [§4.2].
- * The scheduler stands at 0 during the first update, which therefore changes nothing [P33]. Three
- * readings of "cosine":
- *     paper      over the 297k iterations after the warm-up, down to 0, but never below the floor [P35]
- *     megatron   as its code of 2020 has it: the whole 300k are the period, and the floor comes later [P34]
- *     cosine     from the peak to the floor itself: Megatron today, and most others */
+/* Learning rate of update n, counted from 0: linear warm-up, then a cosine down to min_lr. The
+ * first update has rate 0, as in Megatron, and changes nothing [P33]. Three readings of "cosine":
+ *
+ *     paper      over the 297k iterations after the warm-up, down to 0, never below min_lr [P35]
+ *     megatron   its code of 2020: the period is the whole 300k, so min_lr comes later [P34]
+ *     cosine     from the peak down to min_lr itself: Megatron today, and most others */
 static double learning_rate(const Optimizer *o, size_t n)
 {
-    double w = (double)o->warmup, end = (double)o->decay_steps, k = (double)n;
-    if (n <= o->warmup && o->warmup > 0) return o->lr * k / w;
+    const double w = (double)o->warmup, end = (double)o->decay_steps, i = (double)n;
+    if (n <= o->warmup && o->warmup > 0) return o->lr * i / w;
     if (o->decay == DECAY_MEGATRON)
-        return fmax(o->lr / 2 * (cos(M_PI * (fmin(k, end - w) - w) / end) + 1), o->min_lr);
-    double fall = end > w ? (cos(M_PI * (fmin(k, end) - w) / (end - w)) + 1) / 2 : 1; /* 1 .. 0 */
-    return o->decay == DECAY_PAPER ? fmax(o->lr * fall, o->min_lr)
-                                   : o->min_lr + (o->lr - o->min_lr) * fall;
+        return fmax(o->lr / 2 * (cos(M_PI * (fmin(i, end - w) - w) / end) + 1), o->min_lr);
+    const double fall = end > w ? (cos(M_PI * (fmin(i, end) - w) / (end - w)) + 1) / 2 : 1;
+    if (o->decay == DECAY_PAPER) return fmax(o->lr * fall, o->min_lr);
+    return o->min_lr + (o->lr - o->min_lr) * fall;
 }
 
-/* Dynamic loss scaling: fp16 gradients are kept away from underflow by a factor as large as does
- * not overflow. Two overflows (hysteresis) halve it once, each further one again; 1000 clean steps
- * double it [P36-P38]. */
+/* Dynamic loss scaling keeps fp16 gradients from underflow: the loss is multiplied by a factor that
+ * is as large as does not overflow. Two overflows (hysteresis) halve it, each further one halves it
+ * again; 1000 steps without one double it [P36-P38]. */
 typedef struct {
     double scale;
     int dynamic, hysteresis;
@@ -1635,7 +1752,7 @@ typedef struct {
 
 enum { SCALE_WINDOW = 1000, HYSTERESIS = 2 };
 
-static LossScaler make_loss_scaler(double fixed)
+static LossScaler make_loss_scaler(double fixed) /* 0: dynamic */
 {
     LossScaler s = {fixed > 0 ? fixed : 0x1p32, fixed <= 0, HYSTERESIS, 0, -1};
     return s;
@@ -1654,38 +1771,18 @@ static void loss_scaler_update(LossScaler *s, int overflow)
     s->iteration++;
 }
 
-/* Where a run stands: all that resuming needs beside weights and moments. */
+/* Where a run stands: what resuming needs beside weights and moments. */
 typedef struct {
-    size_t
-        step; /* optimizer steps tried, skipped ones included: what the user counts, and what draws dropout */
-    size_t updates; /* steps that changed the weights: Adam's and the learning rate's clock [P39] */
+    size_t step;    /* steps done, skipped ones included: what the user counts; draws dropout */
+    size_t updates; /* steps that changed the weights: the clock of AdamW and learning rate [P39] */
     size_t samples; /* sequences consumed */
     LossScaler scaler;
 } Progress;
 
-/* 2-norm of the whole model's gradient, equal on all ranks. Every distinct element counts once:
- * slices on each tensor rank, replicas on the first one, the last stage's copy of the embedding not
- * at all [P27]. Data replicas hold equal gradients: the first one speaks for all. Infinite or NaN
- * if any element is. */
-static double gradient_norm(Rank *k)
-{
-    double sum = 0;
-    set_place(k, "gradient norm", "[§4.2]", -1);
-    for (size_t i = 0, end; i < k->tensors && k->dp.rank == 0; i = end) {
-        const Tensor *t =
-            &k->tensor[i]; /* it and its neighbours at once: there are zeros between them */
-        size_t n = 0;
-        for (end = i; end < k->tensors && k->tensor[end].counted == t->counted; end++)
-            n = k->tensor[end].offset + k->tensor[end].n - t->offset;
-        if (t->counted) sum += sum_squares(k->gradients + t->offset, n);
-    }
-    all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
-    return sqrt(sum);
-}
-
-/* Sums the gradients of what is held more than once: the tied embedding of first and last stage,
- * then the data replicas, each of which saw other sequences [§2.3]. Replicas within a tensor group
- * need nothing: equal inputs and equal incoming gradients made equal gradients [§3]. */
+/* Sums the gradients of parameters that several ranks hold and that saw other data: the word
+ * embedding of the first and the last stage, then all of the data replicas, each of which had other
+ * sequences [§2.3]. Replicas within a tensor group need no sum: their gradients are equal already
+ * (see chapter 3). */
 static void reduce_gradients(Rank *k)
 {
     if (k->first_stage || k->last_stage) {
@@ -1696,29 +1793,45 @@ static void reduce_gradients(Rank *k)
     all_reduce(&k->dp, k->gradients, k->elements, ACT, SUM);
 }
 
-/* AdamW with decoupled decay; none for biases and LayerNorm [§4.2, P31, P32]. */
+/* 2-norm of the whole model's gradient, equal on all ranks. Every distinct element must count once
+ * [P27]. Tensor.counted says where: slices on each tensor rank, replicas on the first one, the last
+ * stage's copy of the word embedding not at all. Data replicas hold equal gradients by now, so only
+ * the first one counts. The norm is infinite or NaN if any element is. */
+static double gradient_norm(Rank *k)
+{
+    double sum = 0;
+    set_place(k, "gradient norm", "[§4.2]", -1);
+    for (size_t i = 0, end; i < k->tensors && k->dp.rank == 0; i = end) {
+        const Tensor *t = &k->tensor[i];
+        size_t n = 0; /* of t and its neighbours of the same kind: the gaps between are zero */
+        for (end = i; end < k->tensors && k->tensor[end].counted == t->counted; end++)
+            n = k->tensor[end].offset + k->tensor[end].n - t->offset;
+        if (t->counted) sum += sum_squares(k->gradients + t->offset, n);
+    }
+    all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
+    return sqrt(sum);
+}
+
+/* Each rank updates its own slices, and its own copy of what is replicated; nothing is sent [§3].
+ * Decay is decoupled from the gradient; biases and LayerNorm have none [P31, P32]. */
 static void update_weights(Rank *k, const Optimizer *o, size_t update, double gradient_scale)
 {
+    AdamW h = {learning_rate(o, update), o->beta1, o->beta2, o->eps, 0, gradient_scale, update + 1};
     for (size_t i = 0; i < k->tensors; i++) {
         const Tensor *t = &k->tensor[i];
-        AdamW h = {learning_rate(o, update),
-                   o->beta1,
-                   o->beta2,
-                   o->eps,
-                   t->spec->decay ? o->weight_decay : 0,
-                   gradient_scale,
-                   update + 1};
-        size_t o0 = t->offset;
-        adamw(k->weights + o0, k->master ? k->master + o0 : NULL, k->m + o0, k->v + o0,
-              k->gradients + o0, t->n, h);
+        const size_t at = t->offset;
+        h.decay = t->spec->decay ? o->weight_decay : 0;
+        adamw(k->weights + at, k->master ? k->master + at : NULL, k->m + at, k->v + at,
+              k->gradients + at, t->n, h);
     }
 }
 
-/* Where a step's micro-batches come from: fills mb's tokens, targets, weight and sequence for
- * micro-batch number i. */
+/* Where a step's micro-batches come from: fills tokens, targets, weight and sequence of mb, number
+ * i of the step on this rank. */
 typedef void (*Feed)(void *source, Rank *k, MicroBatch *mb, size_t i);
 
-/* Chapter 8. */
+/* Chapter 8: forward and backward pass of m micro-batches through all stages. Returns the sum of
+ * this rank's losses. */
 static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real scale);
 
 typedef struct {
@@ -1726,34 +1839,35 @@ typedef struct {
     int skipped; /* an overflow: the weights did not change */
 } StepResult;
 
-/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py): zero gradients,
- * forward and backward of all micro-batches with the scaled loss, sum over replicas, unscale, clip,
- * update the scale, AdamW unless some gradient overflowed anywhere. DEVIATION: the loss is the mean
- * over all targets of the global batch, and the mean over data replicas is folded into each
- * target's share of it [P29, P30]; Megatron divides by d before the sum of gradients. An overflow
- * shows in the gradient norm; Megatron reduces a flag of its own. */
+/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py). DEVIATION: the
+ * loss is the mean over all targets of the global batch, and so is its gradient: each target has
+ * the share 1/targets, on whichever replica it is [P29, P30]. Megatron takes the mean on each
+ * replica and divides gradients by d before their sum. An overflow shows in the gradient's norm;
+ * Megatron reduces a flag of its own. */
 static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t micro_batches,
                              Feed feed, void *source)
 {
     StepResult r;
-    size_t sequences = k->B * micro_batches * (size_t)k->dp.size;
-    double targets = (double)(sequences * k->T);
+    const size_t sequences = k->B * micro_batches * (size_t)k->dp.size;
+    const double targets = (double)(sequences * k->T);
     k->step = (uint32_t)p->step;
     r.loss_scale = p->scaler.scale;
     r.lr = learning_rate(o, p->updates);
 
     device_zero(k->gradients, k->elements * sizeof(act));
-    r.loss =
-        pipeline_step(k, micro_batches, feed, source, (real)(r.loss_scale / targets)) / targets;
+    const real scale = (real)(r.loss_scale / targets);
+    r.loss = pipeline_step(k, micro_batches, feed, source, scale) / targets;
     reduce_gradients(k);
     r.grad_norm = gradient_norm(k) / r.loss_scale;
-    r.skipped =
-        !isfinite(r.grad_norm); /* on one rank means on all: every rank reads the same norm [P39] */
+    r.skipped = !isfinite(r.grad_norm); /* all ranks have the same norm, so all skip [P39] */
     set_place(k, "logged loss", "[§4.2]", -1);
     all_reduce(&k->world, &r.loss, 1, DOUBLE_ARRAY, SUM);
 
-    double coefficient = o->clip > 0 ? fmin(o->clip / (r.grad_norm + 1e-6), 1) : 1; /* [P28] */
-    if (!r.skipped) update_weights(k, o, p->updates++, coefficient / r.loss_scale);
+    const double clip = o->clip > 0 ? fmin(o->clip / (r.grad_norm + 1e-6), 1) : 1; /* [P28] */
+    if (!r.skipped) {
+        update_weights(k, o, p->updates, clip / r.loss_scale);
+        p->updates++;
+    }
     loss_scaler_update(&p->scaler, r.skipped);
     p->step++;
     p->samples += sequences;
@@ -1762,15 +1876,20 @@ static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t mi
 
 /* =================================================================================================
  * Chapter 7. Data and the training loop [§4.1]
- * ============================================================================================== */
+ * =================================================================================================
+ *
+ * Documents are joined into one row of tokens, with <|endoftext|> between them. The row is cut into
+ * samples of T inputs; the labels are the same tokens shifted by one [code V data/gpt2_dataset.py].
+ * Each data replica takes its part of every batch; all tensor ranks of a replica read the same. */
 
-/* A run of tokens in memory. Where a document does not end with <|endoftext|>, one is read behind
- * its last token. */
+/* ---- Documents and samples ------------------------------------------------------------------- */
+
+/* Tokens of a document, in memory. document_token() returns <|endoftext|> after the last one, where
+ * the document does not end with it. */
 typedef struct {
-    const char *data; /* uint16_t or int32_t, little-endian as every machine this runs on */
-    size_t width;     /* bytes of a token there: 2 or 4 */
-    size_t stored,
-        length; /* tokens there; tokens in the document, with the <|endoftext|> that is added */
+    const char *data;      /* uint16_t or int32_t, little-endian */
+    size_t width;          /* bytes of a token there: 2 or 4 */
+    size_t stored, length; /* tokens there; tokens with the <|endoftext|> that is added */
 } Document;
 
 static int document_token(const Document *d, size_t i, int end_of_text)
@@ -1779,8 +1898,9 @@ static int document_token(const Document *d, size_t i, int end_of_text)
     return d->width == 2 ? ((const uint16_t *)d->data)[i] : ((const int32_t *)d->data)[i];
 }
 
-typedef struct Storage Storage; /* chapter 15 */
+typedef struct Storage Storage; /* chapter 15: what documents point into */
 
+/* Everything that --data names; chapter 15 reads it. */
 typedef struct {
     Document *document; /* all that are not empty, in the order of the paths */
     Storage *storage;
@@ -1790,20 +1910,18 @@ typedef struct {
     int end_of_text;   /* -1: documents follow each other unmarked */
 } Corpus;
 
-/* ---- Samples --------------------------------------------------------------------------------- */
-
+/* The training part of a corpus, or the held-out part. */
 typedef struct {
-    Document *document; /* (documents) of the training part, or of the held-out part */
+    Document *document; /* [documents] */
     size_t documents, tokens, T;
     size_t samples; /* in an epoch */
     uint64_t seed;
     int end_of_text;
-    pthread_mutex_t
-        lock;       /* of the rest: the order of an epoch, which follows from (seed, epoch) alone */
-    size_t epoch;   /* SIZE_MAX: none yet */
-    size_t *order;  /* (documents) shuffled */
-    size_t *start;  /* (documents + 1) where each of them begins in the row of all tokens */
-    size_t *sample; /* (samples) shuffled */
+    pthread_mutex_t lock; /* of the rest: an epoch's order, which follows from (seed, epoch) */
+    size_t epoch;         /* SIZE_MAX: none yet */
+    size_t *order;        /* [documents] shuffled */
+    size_t *start;        /* [documents + 1] where each of them begins in the row of all tokens */
+    size_t *sample;       /* [samples] shuffled */
 } Dataset;
 
 /* The last valid_percent (0..100) of the tokens are held out. The dataset has those, or the others
@@ -1812,27 +1930,29 @@ static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out
                              uint64_t seed)
 {
     Dataset *d = (Dataset *)xcalloc(1, sizeof(Dataset));
-    size_t cut = c->tokens - min_size((size_t)((double)c->tokens * valid_percent / 100), c->tokens);
-    size_t first = held_out ? cut : 0, last = held_out ? c->tokens : cut, at = 0;
+    const size_t part = (size_t)((double)c->tokens * valid_percent / 100);
+    const size_t cut = c->tokens - min_size(part, c->tokens);
+    const size_t first = held_out ? cut : 0, last = held_out ? c->tokens : cut;
 
-    d->tokens = last - first, d->T = T, d->seed = seed, d->end_of_text = c->end_of_text;
+    d->tokens = last - first;
+    d->T = T;
+    d->seed = seed;
+    d->end_of_text = c->end_of_text;
     if (d->tokens < T + 1)
         die("the %s text has %zu tokens, but a sample of %zu needs %zu: give more text, a smaller "
-            "--seq, or a %s "
-            "--valid-percent",
+            "--seq, or a %s --valid-percent",
             held_out ? "held-out" : "training", d->tokens, T, T + 1,
             held_out ? "larger" : "smaller");
     d->samples = (d->tokens - 1) / T;
     d->document = (Document *)xcalloc(c->documents, sizeof(Document));
-    for (size_t i = 0; i < c->documents; at += c->document[i++].length) {
-        Document part = c->document[i];
-        size_t begin = max_size(first, at), end = min_size(last, at + part.length);
+    for (size_t i = 0, at = 0; i < c->documents; at += c->document[i++].length) {
+        Document doc = c->document[i];
+        const size_t begin = max_size(first, at), end = min_size(last, at + doc.length);
         if (begin >= end) continue;
-        part.data += (begin - at) * part.width;
-        part.stored -=
-            begin - at; /* may be more than length now: what is behind that is not read */
-        part.length = end - begin;
-        d->document[d->documents++] = part;
+        doc.data += (begin - at) * doc.width;
+        doc.stored -= begin - at; /* may be more than length now: later tokens are never read */
+        doc.length = end - begin;
+        d->document[d->documents++] = doc;
     }
     d->epoch = SIZE_MAX;
     d->order = (size_t *)xcalloc(d->documents, sizeof(size_t));
@@ -1845,24 +1965,28 @@ static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out
 static void dataset_close(Dataset *d)
 {
     pthread_mutex_destroy(&d->lock);
-    free(d->order), free(d->start), free(d->sample), free(d->document), free(d);
+    free(d->order);
+    free(d->start);
+    free(d->sample);
+    free(d->document);
+    free(d);
 }
 
-/* x = a permutation of 0..n-1 (Fisher and Yates). DEVIATION: Megatron shuffles with NumPy's
- * RandomState [code V]. */
+/* x = a permutation of 0..n-1 (Fisher and Yates).
+ * DEVIATION: Megatron shuffles with NumPy's RandomState [code V]. */
 static void shuffle(size_t *x, size_t n, uint64_t seed, uint32_t site, uint32_t epoch)
 {
     for (size_t i = 0; i < n; i++) x[i] = i;
     for (size_t i = n; i > 1; i--) {
         uint32_t word[4];
         philox(word, seed, i, site, epoch);
-        size_t j = ((uint64_t)word[0] << 32 | word[1]) % i, swap = x[j];
-        x[j] = x[i - 1], x[i - 1] = swap;
+        const size_t j = ((uint64_t)word[0] << 32 | word[1]) % i, swap = x[j];
+        x[j] = x[i - 1];
+        x[i - 1] = swap;
     }
 }
 
-/* Documents in a shuffled order form one row of tokens, which is cut every T tokens; the pieces are
- * shuffled too. */
+/* The documents in a shuffled order form the row of tokens; its pieces are shuffled, too. */
 static void start_epoch(Dataset *d, size_t epoch)
 {
     shuffle(d->order, d->documents, d->seed, SITE_SHUFFLE, (uint32_t)epoch);
@@ -1872,37 +1996,42 @@ static void start_epoch(Dataset *d, size_t epoch)
     d->epoch = epoch;
 }
 
-/* Sample number n of a whole run, in which epochs follow each other without end: to resume, that
- * number is enough. tokens (T + 1): T inputs and one label more, the first input of the next piece
- * [code V data/gpt2_dataset.py]. Ranks may call this at the same time. */
+/* tokens (T + 1) of sample n of a whole run: T inputs and one label more, which is the first input
+ * of the next piece. Epochs follow each other without end, so n is all that a resumed run needs.
+ * Ranks may call this at the same time. */
 static void dataset_sample(Dataset *d, size_t n, int *tokens)
 {
     size_t low = 0, high = d->documents; /* the first document is in [low, high) */
     pthread_mutex_lock(&d->lock);
     if (d->epoch != n / d->samples) start_epoch(d, n / d->samples);
 
-    size_t at = d->sample[n % d->samples] * d->T, stop = at + d->T + 1;
+    size_t at = d->sample[n % d->samples] * d->T;
+    const size_t stop = at + d->T + 1;
     while (high - low > 1) {
-        size_t middle = (low + high) / 2;
+        const size_t middle = (low + high) / 2;
         if (d->start[middle] <= at) low = middle;
         else high = middle;
     }
-    for (; at < stop; low++)
-        for (const Document *doc = &d->document[d->order[low]]; at < stop && at < d->start[low + 1];
-             at++)
+    for (; at < stop; low++) {
+        const Document *doc = &d->document[d->order[low]];
+        for (; at < stop && at < d->start[low + 1]; at++)
             *tokens++ = document_token(doc, at - d->start[low], d->end_of_text);
+    }
     pthread_mutex_unlock(&d->lock);
 }
 
-/* Gives a rank its tokens: row b of the micro-batch predicts tokens[1..T] from tokens[0..T-1];
- * tokens (B, T+1), weight (B, T) or NULL for all ones. */
+/* ---- The feed -------------------------------------------------------------------------------- */
+
+/* Gives a rank its tokens. Row b of the micro-batch predicts tokens[1..T] from tokens[0..T-1].
+ * tokens (B,T+1), weight (B,T), all on the host; weight NULL: all ones. */
 static void set_tokens(Rank *k, MicroBatch *mb, const int *tokens, const real *weight)
 {
-    size_t N = k->B * k->T;
+    const size_t N = k->B * k->T;
     int *ids = k->host_ids;
     for (size_t n = 0; n < N; n++) {
-        ids[n] = tokens[n / k->T * (k->T + 1) + n % k->T];
-        ids[N + n] = tokens[n / k->T * (k->T + 1) + n % k->T + 1];
+        const size_t at = n / k->T * (k->T + 1) + n % k->T;
+        ids[n] = tokens[at];
+        ids[N + n] = tokens[at + 1];
         k->host[n] = weight ? weight[n] : 1;
     }
     device_upload(mb->tokens, ids, N * sizeof *ids);
@@ -1910,23 +2039,64 @@ static void set_tokens(Rank *k, MicroBatch *mb, const int *tokens, const real *w
     device_upload(mb->weight, k->host, N * sizeof *k->host);
 }
 
+/* Data replica r takes the r-th contiguous part of the global batch.
+ * DEVIATION: every rank reads its samples from the shared memory. In Megatron the first tensor rank
+ * reads them and broadcasts. */
+typedef struct {
+    Dataset *data;
+    const Progress *progress;
+    size_t micro_batches;
+    int *tokens; /* (B,T+1) */
+} Samples;
+
+static void feed_samples(void *source, Rank *k, MicroBatch *mb, size_t i)
+{
+    const Samples *s = (const Samples *)source;
+    mb->sequence = ((size_t)k->dp.rank * s->micro_batches + i) * k->B;
+    for (size_t b = 0; b < k->B; b++) {
+        const size_t sample = s->progress->samples + mb->sequence + b;
+        dataset_sample(s->data, sample, s->tokens + b * (k->T + 1));
+    }
+    set_tokens(k, mb, s->tokens, NULL);
+}
+
+/* ---- The training loop ----------------------------------------------------------------------- */
+
+/* What a run asks of its ranks. */
+typedef struct {
+    Config config;
+    Layout layout;
+    size_t micro_batch;   /* sequences in a micro-batch */
+    size_t micro_batches; /* of a step, on one data replica */
+    size_t seq;           /* tokens in a sequence */
+    int training;         /* with gradients and moments, and dropout */
+    int recompute;
+    uint64_t seed;
+} RankOptions;
+
+/* Chapter 8. */
+static Rank *rank_create(Comm *world, const RankOptions *o);
+static void init_rank(Rank *k); /* new weights */
+static void rank_free(Rank *k);
 static void stage_forward(Rank *k, MicroBatch *mb);
 static double sum_losses(const Rank *k, const MicroBatch *mb);
 
-/* Mean loss over the held-out samples, every one once, or over the first `batches` micro-batches of
- * each data rank if that is not 0. Called by all ranks, during training. */
+/* Mean loss over the held-out samples, each of them once; or, unless batches is 0, over the first
+ * `batches` micro-batches of each data replica [Fig. 6]. All ranks call it. */
 static double held_out_loss(Rank *k, Dataset *held_out, size_t batches)
 {
     MicroBatch *mb = &k->flight[0];
-    size_t B = k->B, T = k->T, together = B * (size_t)k->dp.size, samples = held_out->samples;
+    const size_t B = k->B, T = k->T, together = B * (size_t)k->dp.size;
+    size_t samples = held_out->samples;
     if (batches) samples = min_size(samples, batches * together);
-    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens), training = k->training;
+    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens);
     real *weight = (real *)xcalloc(B * T, sizeof *weight);
     double sum = 0;
+    const int training = k->training;
     k->training = 0;
     for (size_t first = 0; first < samples; first += together) {
         for (size_t b = 0; b < B; b++) {
-            size_t i = first + (size_t)k->dp.rank * B + b;
+            const size_t i = first + (size_t)k->dp.rank * B + b;
             dataset_sample(held_out, min_size(i, samples - 1), tokens + b * (T + 1));
             for (size_t t = 0; t < T; t++) weight[b * T + t] = i < samples;
         }
@@ -1937,70 +2107,37 @@ static double held_out_loss(Rank *k, Dataset *held_out, size_t batches)
     k->training = training;
     set_place(k, "validation loss", "[§5.2]", -1);
     all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
-    free(tokens), free(weight);
+    free(tokens);
+    free(weight);
     return sum / (double)(samples * T);
 }
 
-/* What a run asks of its ranks. */
-typedef struct {
-    Config config;
-    Layout layout;
-    size_t micro_batch,
-        micro_batches; /* sequences in each; how many of them make a step on one data rank */
-    size_t seq;        /* tokens in a sequence */
-    int training;      /* with gradients and moments, and dropout */
-    int recompute;
-    uint64_t seed;
-} RankOptions;
-
-/* Chapter 8. */
-static Rank *rank_create(Comm *world, const RankOptions *o);
-static void init_rank(Rank *k);
-static void rank_free(Rank *k);
-
-/* Micro-batch i of a step for this rank: data replica r takes the r-th contiguous part of the
- * global batch. DEVIATION: every rank reads its samples from the shared memory; Megatron's first
- * tensor rank reads and broadcasts. */
-typedef struct {
-    Dataset *data;
-    const Progress *progress;
-    size_t micro_batches;
-    int *tokens; /* (B, T + 1) */
-} Samples;
-
-static void feed_samples(void *source, Rank *k, MicroBatch *mb, size_t i)
-{
-    const Samples *s = (const Samples *)source;
-    mb->sequence = ((size_t)k->dp.rank * s->micro_batches + i) * k->B;
-    for (size_t b = 0; b < k->B; b++)
-        dataset_sample(s->data, s->progress->samples + mb->sequence + b,
-                       s->tokens + b * (k->T + 1));
-    set_tokens(k, mb, s->tokens, NULL);
-}
-
-typedef struct Report Report; /* chapter 17: what rank 0 prints, logs and draws */
+typedef struct Report Report; /* chapter 17 */
 
 /* What all ranks of a training run share. */
 typedef struct {
     RankOptions ranks;
     Optimizer optimizer;
     Progress progress; /* where to begin; at the end, where it stands */
-    size_t steps, save_every, eval_every,
-        eval_iters;                     /* 0: only at the end; never; all of the text */
+    size_t steps;
+    size_t save_every;                  /* 0: save at the end only */
+    size_t eval_every, eval_iters;      /* 0: never; 0: all of the held-out text */
     Dataset *data, *held_out;           /* held_out NULL: there is none */
-    const Safetensors *model, *trainer; /* to start from; NULL: draw new weights, zero moments */
+    const Safetensors *model, *trainer; /* to start from; NULL: new weights, zero moments */
     Report *report;
 } Run;
 
-/* Chapters 14 and 17. */
+/* Chapter 14: fills a rank's weights and, unless trainer is NULL, its moments. */
 static void load_rank(Rank *k, const Safetensors *model, const Safetensors *trainer);
+
+/* Chapter 17: the log, the progress, the loss curve; checkpoints; Ctrl-C. */
 static void report_start(const Run *run);
 static void report_step(const Run *run, const Progress *p, const StepResult *r, double held_out);
 static void report_end(const Run *run);
-static void save_run(const Run *run, Rank *k, const Progress *p);
-static int is_interrupted(Rank *k);
+static void save_run(const Run *run, Rank *k, const Progress *p); /* all ranks call it */
+static int is_interrupted(Rank *k);                               /* on any rank; all call it */
 
-enum { HOPELESS = 10 }; /* skipped steps in a row, when no smaller loss scale is left to try */
+enum { HOPELESS = 10 }; /* skipped steps in a row, at the smallest loss scale */
 
 /* One rank's training run. */
 static void train_rank(Comm *world, void *arg)
@@ -2018,21 +2155,20 @@ static void train_rank(Comm *world, void *arg)
     if (is_writer(world)) report_start(run);
     while (p.step < run->steps && !stop) {
         double held_out = NAN;
-        StepResult r =
+        const StepResult r =
             train_step(k, &run->optimizer, &p, run->ranks.micro_batches, feed_samples, &samples);
-        skipped_in_a_row =
-            r.skipped && (!p.scaler.dynamic || p.scaler.scale <= 1) ? skipped_in_a_row + 1 : 0;
+        const int last = p.step == run->steps;
+        const int at_smallest_scale = !p.scaler.dynamic || p.scaler.scale <= 1;
+        skipped_in_a_row = r.skipped && at_smallest_scale ? skipped_in_a_row + 1 : 0;
         if (skipped_in_a_row == HOPELESS)
             die("step %zu: loss or gradient has not been finite for %d steps: the run has "
-                "diverged; try a smaller "
-                "--lr",
+                "diverged; try a smaller --lr",
                 p.step, HOPELESS);
         stop = is_interrupted(k);
-        if (run->held_out && run->eval_every &&
-            (p.step % run->eval_every == 0 || p.step == run->steps))
+        if (run->held_out && run->eval_every && (last || p.step % run->eval_every == 0))
             held_out = held_out_loss(k, run->held_out, run->eval_iters);
         if (is_writer(world)) report_step(run, &p, &r, held_out);
-        if (stop || p.step == run->steps || (run->save_every && p.step % run->save_every == 0))
+        if (stop || last || (run->save_every && p.step % run->save_every == 0))
             save_run(run, k, &p);
     }
     if (is_writer(world)) {
@@ -2044,83 +2180,191 @@ static void train_rank(Comm *world, void *arg)
 }
 
 /* =================================================================================================
- * Chapter 8. Recomputation [§4.2], stages, 1F1B (beyond the paper: arXiv 2104.04473 §2.2)
+ * Chapter 8. Stages, recomputation [§4.2], 1F1B (beyond the paper: arXiv 2104.04473 §2.2)
  * ============================================================================================== */
 
-/* ---- A rank's memory ------------------------------------------------------------------------- */
+/* ---- One micro-batch through one stage ------------------------------------------------------- */
+
+/* From the tokens (first stage), or the output of the stage before, to the stage behind, or to the
+ * losses (last stage). */
+static void stage_forward(Rank *k, MicroBatch *mb)
+{
+    const size_t n = k->B * k->T * k->config.C;
+    set_place(k, "pipeline", "[beyond the paper]", -1);
+    if (k->first_stage) embedding_forward(k, mb->layer[0].x, mb);
+    else recv(&k->pp, mb->layer[0].x, n, ACT, k->pp.rank - 1);
+
+    for (size_t l = 0; l < k->depth; l++) block_forward(k, l, mb);
+
+    if (k->last_stage) {
+        logits_forward(k, mb, mb->layer[k->depth].x, k->B * k->T);
+        cross_entropy_forward(k, mb);
+    } else {
+        set_place(k, "pipeline", "[beyond the paper]", -1);
+        send(&k->pp, mb->layer[k->depth].x, n, ACT, k->pp.rank + 1);
+    }
+}
+
+/* The way back. scale is loss_scale / targets: the gradient of the step's scaled loss with respect
+ * to one target's loss. Recomputation [§4.2] keeps only the input x of each layer, and runs the
+ * layer's forward pass again just before its backward pass: the same code, with the same masks, so
+ * gradients are equal bit for bit [P26]. It costs one more forward pass, with two more all-reduces
+ * a layer [P6]. */
+static void stage_backward(Rank *k, MicroBatch *mb, real scale)
+{
+    const size_t n = k->B * k->T * k->config.C;
+    set_place(k, "pipeline", "[beyond the paper]", -1);
+    if (k->last_stage) logits_backward(k, mb, mb->layer[k->depth].x, scale);
+    else recv(&k->pp, k->dx, n, ACT, k->pp.rank + 1);
+
+    for (size_t l = k->depth; l-- > 0;) {
+        if (k->recompute) block_forward(k, l, mb);
+        block_backward(k, l, mb);
+    }
+
+    if (k->first_stage) embedding_backward(k, mb);
+    else {
+        set_place(k, "pipeline", "[beyond the paper]", -1);
+        send(&k->pp, k->dx, n, ACT, k->pp.rank - 1);
+    }
+}
+
+/* Sum over this rank's targets of weight * loss, in double. Tensor ranks hold equal copies of the
+ * losses, so only the first one counts them; stages before the last have none. */
+static double sum_losses(const Rank *k, const MicroBatch *mb)
+{
+    const size_t N = k->B * k->T;
+    real *loss = k->host, *weight = k->host + N;
+    double sum = 0;
+    if (!k->last_stage || k->tp.rank > 0) return 0;
+    device_download(loss, mb->loss, N * sizeof *loss);
+    device_download(weight, mb->weight, N * sizeof *weight);
+    for (size_t n = 0; n < N; n++) sum += weight[n] == 0 ? 0 : (double)loss[n] * weight[n];
+    return sum;
+}
+
+/* ---- 1F1B ------------------------------------------------------------------------------------ */
+
+/* Stage i of p (from 0) has at most p - i micro-batches in flight: forward done, backward still to
+ * come [P57]. */
+static int most_in_flight(const Rank *k, size_t micro_batches)
+{
+    const int stage = pp_rank(k->layout, k->world.world_rank);
+    return (int)min_size((size_t)(k->layout.pp - stage), micro_batches);
+}
+
+/* A step's m micro-batches: p - i - 1 forward passes to warm up, then one forward, one backward, in
+ * turns, then the backward passes that are left. The bubble, (p-1)/m of the ideal time, is that of
+ * all forward passes before all backward passes; but memory for p - i micro-batches is enough [P56,
+ * P57; doc/pipeline.md draws it]. A stage only receives, works and sends: recv blocks until the
+ * other stage has sent, and that makes the schedule. Slots of k->flight are reused in turn: the
+ * micro-batch p - i earlier has finished its backward pass.
+ * Returns the sum of this rank's weighted losses. */
+static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real scale)
+{
+    const size_t warmup = min_size((size_t)(k->pp.size - k->pp.rank - 1), m);
+    const size_t slots = (size_t)k->in_flight;
+    size_t started = 0, finished = 0;
+    double loss = 0;
+    while (finished < m) {
+        if (started < m) {
+            MicroBatch *mb = &k->flight[started % slots];
+            feed(source, k, mb, started);
+            started++;
+            stage_forward(k, mb);
+            loss += sum_losses(k, mb);
+            const int in_flight = (int)(started - finished);
+            if (in_flight > k->peak_in_flight) k->peak_in_flight = in_flight;
+        }
+        if (started > warmup || started == m) {
+            stage_backward(k, &k->flight[finished % slots], scale);
+            finished++;
+        }
+    }
+    return loss;
+}
+
+/* ---- What a rank keeps ----------------------------------------------------------------------- */
 
 /* Fills in what follows from the shape of the model, the layout and the rank's number. */
 static void shape_rank(Rank *k, const Config *c, Layout s, int rank, size_t B, size_t T,
                        int recompute)
 {
-    size_t t = (size_t)s.tp, stage = (size_t)pp_rank(s, rank);
-    k->config = *c, k->layout = s, k->B = B, k->T = T, k->recompute = recompute;
-    k->D = c->C / c->H, k->Hp = c->H / t, k->Cp = c->C / t, k->Fp = c->F / t;
+    const size_t t = (size_t)s.tp, stage = (size_t)pp_rank(s, rank);
+    k->config = *c;
+    k->layout = s;
+    k->B = B;
+    k->T = T;
+    k->recompute = recompute;
+    k->D = c->C / c->H;
+    k->Hp = c->H / t;
+    k->Cp = c->C / t;
+    k->Fp = c->F / t;
     k->Vp = padded_vocab(c->V, s.tp) / t;
     k->v0 = (size_t)tp_rank(s, rank) * k->Vp;
     k->valid = k->v0 >= c->V ? 0 : min_size(k->Vp, c->V - k->v0);
-    k->depth = c->L / (size_t)s.pp, k->first_layer = stage * k->depth;
-    k->first_stage = stage == 0, k->last_stage = stage == (size_t)s.pp - 1;
+    k->depth = c->L / (size_t)s.pp;
+    k->first_layer = stage * k->depth;
+    k->first_stage = stage == 0;
+    k->last_stage = stage == (size_t)s.pp - 1;
 }
+
+static act *carve_acts(Arena *arena, size_t n) { return (act *)carve(arena, n, sizeof(act)); }
+static real *carve_reals(Arena *arena, size_t n) { return (real *)carve(arena, n, sizeof(real)); }
 
 static void carve_saved(Saved *a, const Rank *k, Arena *arena)
 {
-    size_t N = k->B * k->T, C = k->config.C;
-    a->ln1 = (act *)carve(arena, N * C, sizeof(act));
-    a->qkv = (act *)carve(arena, N * 3 * k->Cp, sizeof(act));
-    a->att = (act *)carve(arena, N * k->Cp, sizeof(act));
-    a->res = (act *)carve(arena, N * C, sizeof(act));
-    a->ln2 = (act *)carve(arena, N * C, sizeof(act));
-    a->pre = (act *)carve(arena, N * k->Fp, sizeof(act));
-    a->gelu = (act *)carve(arena, N * k->Fp, sizeof(act));
-    a->mean1 = (real *)carve(arena, N, sizeof(real));
-    a->rstd1 = (real *)carve(arena, N, sizeof(real));
-    a->mean2 = (real *)carve(arena, N, sizeof(real));
-    a->rstd2 = (real *)carve(arena, N, sizeof(real));
-    a->lse = (real *)carve(arena, N * k->Hp, sizeof(real));
+    const size_t N = k->B * k->T, C = k->config.C;
+    a->ln1 = carve_acts(arena, N * C);
+    a->qkv = carve_acts(arena, N * 3 * k->Cp);
+    a->att = carve_acts(arena, N * k->Cp);
+    a->res = carve_acts(arena, N * C);
+    a->ln2 = carve_acts(arena, N * C);
+    a->pre = carve_acts(arena, N * k->Fp);
+    a->gelu = carve_acts(arena, N * k->Fp);
+    a->mean1 = carve_reals(arena, N);
+    a->rstd1 = carve_reals(arena, N);
+    a->mean2 = carve_reals(arena, N);
+    a->rstd2 = carve_reals(arena, N);
+    a->lse = carve_reals(arena, N * k->Hp);
 }
 
-/* The activations of all micro-batches in flight. With recomputation a layer keeps only its input,
- * and all layers share the rest: "activation checkpointing after every transformer layer" [§4.2].
- * flight has room for k->in_flight entries with depth + 1 layers each. Without gradients
- * (inference) there is nothing but the forward pass's part. */
+/* The activations of all micro-batches in flight. With recomputation each layer keeps its input,
+ * and all layers share the rest. flight has k->in_flight entries of depth + 1 layers. Without
+ * gradients (inference) there is only what the forward pass needs. */
 static void carve_activations(Rank *k, MicroBatch *flight, Arena *arena, int gradients)
 {
-    size_t N = k->B * k->T, C = k->config.C;
+    const size_t N = k->B * k->T, C = k->config.C;
     Saved shared;
     if (k->recompute) carve_saved(&shared, k, arena);
     for (int i = 0; i < k->in_flight; i++) {
         MicroBatch *mb = &flight[i];
         mb->tokens = (int *)carve(arena, N, sizeof(int));
         mb->targets = (int *)carve(arena, N, sizeof(int));
-        mb->weight = (real *)carve(arena, N, sizeof(real));
+        mb->weight = carve_reals(arena, N);
         for (size_t l = 0; l <= k->depth; l++) {
             Saved *a = &mb->layer[l];
             if (l < k->depth && k->recompute) *a = shared;
             else if (l < k->depth) carve_saved(a, k, arena);
-            a->x = (act *)carve(arena, N * C, sizeof(act));
+            a->x = carve_acts(arena, N * C);
         }
         if (!k->last_stage) continue;
-        mb->lnf = (act *)carve(arena, N * C, sizeof(act));
-        mb->logits = (act *)carve(arena, N * k->Vp, sizeof(act));
-        real **rows[] = {&mb->meanf, &mb->rstdf, &mb->max, &mb->sum, &mb->target_logit, &mb->loss};
-        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
-            *rows[r] = (real *)carve(arena, N, sizeof(real));
+        mb->lnf = carve_acts(arena, N * C);
+        mb->logits = carve_acts(arena, N * k->Vp);
+        mb->meanf = carve_reals(arena, N);
+        mb->rstdf = carve_reals(arena, N);
+        mb->max = carve_reals(arena, N);
+        mb->sum = carve_reals(arena, N);
+        mb->target_logit = carve_reals(arena, N);
+        mb->loss = carve_reals(arena, N);
     }
     if (!gradients) return;
-    k->dx = (act *)carve(arena, N * C, sizeof(act));
-    k->dy = (act *)carve(arena, N * C, sizeof(act));
-    k->dpre = (act *)carve(arena, N * k->Fp, sizeof(act));
-    k->dqkv = (act *)carve(arena, N * 3 * k->Cp, sizeof(act));
-    k->datt = (act *)carve(arena, N * k->Cp, sizeof(act));
-    k->delta = (real *)carve(arena, N * k->Hp, sizeof(real));
-}
-
-/* 1F1B keeps at most p - i micro-batches in flight on stage i (from 0) [P57]. */
-static int most_in_flight(const Rank *k, size_t micro_batches)
-{
-    return (int)min_size((size_t)(k->layout.pp - pp_rank(k->layout, k->world.world_rank)),
-                         micro_batches);
+    k->dx = carve_acts(arena, N * C);
+    k->dy = carve_acts(arena, N * C);
+    k->dpre = carve_acts(arena, N * k->Fp);
+    k->dqkv = carve_acts(arena, N * 3 * k->Cp);
+    k->datt = carve_acts(arena, N * k->Cp);
+    k->delta = carve_reals(arena, N * k->Hp);
 }
 
 static MicroBatch *flight_create(const Rank *k)
@@ -2137,9 +2381,9 @@ static void flight_free(const Rank *k, MicroBatch *flight)
     free(flight);
 }
 
-/* Bytes of activations of one rank: `plan` prints it, and rank_create allocates exactly so much for
- * them. What else a rank needs is small and not counted: working space of the operators, mailboxes,
- * one micro-batch on the host. */
+/* Bytes of one rank's activations. `plan` prints them, and rank_create() allocates exactly as many.
+ * Not counted are small things: working space of the operators, mailboxes, a micro-batch's tokens
+ * on the host. */
 static size_t activation_bytes(const Config *c, Layout s, int rank, size_t B, size_t T,
                                int recompute, size_t micro_batches)
 {
@@ -2155,41 +2399,51 @@ static size_t activation_bytes(const Config *c, Layout s, int rank, size_t B, si
     return measure.used;
 }
 
-/* A rank with all its memory: weights are zero (see init_params, load_slices). Every rank of the
- * world calls it. */
-static Rank *rank_create(Comm *world, const RankOptions *o)
+/* The rank's groups. */
+static void join_groups(Rank *k, Comm *world, Layout s)
 {
-    Rank *k = (Rank *)xcalloc(1, sizeof *k);
-    const Layout s = o->layout;
-    int rank = world->rank;
-    shape_rank(k, &o->config, s, rank, o->micro_batch, o->seq,
-               o->recompute || !o->training); /* inference shares, too */
-    k->seed = o->seed, k->training = o->training;
+    const int rank = world->rank;
     k->world = *world;
     k->tp = comm_split(world, tp_color(s, rank), "tp");
     k->pp = comm_split(world, pp_color(s, rank), "pp");
     k->dp = comm_split(world, dp_color(s, rank), "dp");
     k->embedding = comm_split(world, embedding_color(s, rank), "embedding");
-    k->world.place = k->tp.place = k->pp.place = k->dp.place = k->embedding.place =
-        set_place(k, "-", "", -1);
+    Comm *groups[] = {&k->world, &k->tp, &k->pp, &k->dp, &k->embedding};
+    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) groups[i]->place = &k->place;
+    set_place(k, "-", "", -1);
+}
 
-    k->tensors = list_tensors(NULL, &k->elements, &k->config, s, rank);
+/* Arenas of weights, gradients and moments. */
+static void create_params(Rank *k, int training)
+{
+    k->tensors = list_tensors(NULL, &k->elements, &k->config, k->layout, k->world.rank);
     k->tensor = (Tensor *)xcalloc(k->tensors, sizeof *k->tensor);
-    list_tensors(k->tensor, &k->elements, &k->config, s, rank);
+    list_tensors(k->tensor, NULL, &k->config, k->layout, k->world.rank);
     k->w.layer = (Layer *)xcalloc(k->depth, sizeof(Layer));
     k->weights = (act *)device_calloc(k->elements * sizeof(act));
     place_params(&k->w, k->weights, k->tensor, k->tensors, k->first_layer);
-    if (o->training) {
-        k->g.layer = (Layer *)xcalloc(k->depth, sizeof(Layer));
-        k->gradients = (act *)device_calloc(k->elements * sizeof(act));
-        place_params(&k->g, k->gradients, k->tensor, k->tensors, k->first_layer);
-        k->m = (real *)device_calloc(k->elements * sizeof(real));
-        k->v = (real *)device_calloc(k->elements * sizeof(real));
-        if (sizeof(act) < sizeof(real))
-            k->master = (real *)device_calloc(k->elements * sizeof(real));
-    }
+    if (!training) return;
+    k->g.layer = (Layer *)xcalloc(k->depth, sizeof(Layer));
+    k->gradients = (act *)device_calloc(k->elements * sizeof(act));
+    place_params(&k->g, k->gradients, k->tensor, k->tensors, k->first_layer);
+    k->m = (real *)device_calloc(k->elements * sizeof(real));
+    k->v = (real *)device_calloc(k->elements * sizeof(real));
+    if (sizeof(act) < sizeof(real)) k->master = (real *)device_calloc(k->elements * sizeof(real));
+}
 
+/* A rank with all its memory; its weights are zero (see init_rank, load_rank). All ranks of the
+ * world call it. Inference recomputes nothing, but its layers share activations in the same way. */
+static Rank *rank_create(Comm *world, const RankOptions *o)
+{
+    Rank *k = (Rank *)xcalloc(1, sizeof *k);
     Arena measure = {NULL, 0}, arena = {NULL, 0};
+    shape_rank(k, &o->config, o->layout, world->rank, o->micro_batch, o->seq,
+               o->recompute || !o->training);
+    k->seed = o->seed;
+    k->training = o->training;
+    join_groups(k, world, o->layout);
+    create_params(k, o->training);
+
     k->in_flight = o->training ? most_in_flight(k, o->micro_batches) : 1;
     k->flight = flight_create(k);
     carve_activations(k, k->flight, &measure, o->training);
@@ -2201,10 +2455,11 @@ static Rank *rank_create(Comm *world, const RankOptions *o)
     return k;
 }
 
-/* The float weights behind narrower ones start as copies of these, as Megatron's do (code A
- * fp16.py). Does nothing where there are none. */
-static void start_master(Rank *k)
+/* New weights. Where act is narrower, the float weights begin as copies of the narrower ones, as in
+ * Megatron (code A fp16.py). */
+static void init_rank(Rank *k)
 {
+    init_params(k->weights, k->tensor, k->tensors, &k->config, k->seed, k->tp.rank);
     for (size_t i = 0; k->master && i < k->tensors; i++) {
         const Tensor *t = &k->tensor[i];
         real *slice = (real *)xcalloc(t->n, sizeof *slice);
@@ -2214,120 +2469,29 @@ static void start_master(Rank *k)
     }
 }
 
-/* New weights. */
-static void init_rank(Rank *k)
-{
-    init_params(k->weights, k->tensor, k->tensors, &k->config, k->seed, k->tp.rank);
-    start_master(k);
-}
-
-/* Every rank of the world calls it. */
+/* All ranks of the world call it. */
 static void rank_free(Rank *k)
 {
-    comm_free(&k->tp), comm_free(&k->pp), comm_free(&k->dp), comm_free(&k->embedding);
-    device_free(k->weights), device_free(k->gradients), device_free(k->m), device_free(k->v),
-        device_free(k->master);
-    device_free(k->activations);
+    Comm *groups[] = {&k->tp, &k->pp, &k->dp, &k->embedding};
+    void *arenas[] = {k->weights, k->gradients, k->m, k->v, k->master, k->activations};
+    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) comm_free(groups[i]);
+    for (size_t i = 0; i < sizeof arenas / sizeof *arenas; i++) device_free(arenas[i]);
     flight_free(k, k->flight);
-    free(k->w.layer), free(k->g.layer), free(k->tensor), free(k->host), free(k->host_ids), free(k);
-}
-
-/* ---- One micro-batch through one stage ------------------------------------------------------- */
-
-/* From tokens (first stage) or the previous stage's output to the next stage, or to the losses
- * (last stage). */
-static void stage_forward(Rank *k, MicroBatch *mb)
-{
-    size_t n = k->B * k->T * k->config.C;
-    set_place(k, "pipeline", "[beyond the paper]", -1);
-    if (k->first_stage) embedding_forward(k, mb->layer[0].x, mb);
-    else recv(&k->pp, mb->layer[0].x, n, ACT, k->pp.rank - 1);
-
-    for (size_t l = 0; l < k->depth; l++) block_forward(k, l, mb);
-
-    if (k->last_stage) {
-        logits_forward(k, mb, mb->layer[k->depth].x, k->B * k->T);
-        cross_entropy_forward(k, mb);
-    } else {
-        set_place(k, "pipeline", "[beyond the paper]", -1);
-        send(&k->pp, mb->layer[k->depth].x, n, ACT, k->pp.rank + 1);
-    }
-}
-
-/* The same way back. scale: what one unit of a target's loss counts in the step's loss, times the
- * loss scale. */
-static void stage_backward(Rank *k, MicroBatch *mb, real scale)
-{
-    size_t n = k->B * k->T * k->config.C;
-    set_place(k, "pipeline", "[beyond the paper]", -1);
-    if (k->last_stage) logits_backward(k, mb, mb->layer[k->depth].x, scale);
-    else recv(&k->pp, k->dx, n, ACT, k->pp.rank + 1);
-
-    for (size_t l = k->depth; l-- > 0;) {
-        /* Recomputation runs the very same code and draws the same masks: gradients are equal bit
-         * for bit [P26]. */
-        if (k->recompute) block_forward(k, l, mb);
-        block_backward(k, l, mb);
-    }
-
-    if (k->first_stage) embedding_backward(k, mb);
-    else {
-        set_place(k, "pipeline", "[beyond the paper]", -1);
-        send(&k->pp, k->dx, n, ACT, k->pp.rank - 1);
-    }
-}
-
-/* ---- 1F1B ------------------------------------------------------------------------------------ */
-
-/* Sum over this rank's targets of weight * loss, in double; 0 on ranks that have no losses of their
- * own. */
-static double sum_losses(const Rank *k, const MicroBatch *mb)
-{
-    size_t N = k->B * k->T;
-    real *host = k->host;
-    double sum = 0;
-    if (!k->last_stage || k->tp.rank > 0)
-        return 0; /* tensor ranks hold equal copies: count them once */
-    device_download(host, mb->loss, N * sizeof *host);
-    device_download(host + N, mb->weight, N * sizeof *host);
-    for (size_t n = 0; n < N; n++) sum += host[N + n] == 0 ? 0 : (double)host[n] * host[N + n];
-    return sum;
-}
-
-/* All forward and backward passes of a step: m micro-batches, one forward, one backward, in turns,
- * after a warm-up of p - i - 1 forward passes on stage i. No stage then holds more than p - i
- * micro-batches, and the bubble is that of all forward then all backward, (p-1)/m of the ideal time
- * [P56, P57; doc/pipeline.md draws it]. Each stage just receives, works and sends; the blocking of
- * recv makes the schedule. A place in k->flight is free again when its turn comes: the micro-batch
- * that had it, p - i earlier, has just finished its backward pass. Returns the sum of this rank's
- * weighted losses. */
-static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real scale)
-{
-    size_t warmup = min_size((size_t)(k->pp.size - k->pp.rank - 1), m);
-    size_t started = 0, finished = 0;
-    double loss = 0;
-    while (finished < m) {
-        if (started < m) {
-            MicroBatch *mb = &k->flight[started % (size_t)k->in_flight];
-            feed(source, k, mb, started++);
-            stage_forward(k, mb);
-            loss += sum_losses(k, mb);
-            if ((int)(started - finished) > k->peak_in_flight)
-                k->peak_in_flight = (int)(started - finished);
-        }
-        if (started > warmup || started == m)
-            stage_backward(k, &k->flight[finished++ % (size_t)k->in_flight], scale);
-    }
-    return loss;
+    free(k->w.layer);
+    free(k->g.layer);
+    free(k->tensor);
+    free(k->host);
+    free(k->host_ids);
+    free(k);
 }
 
 /* =================================================================================================
  * Chapter 9. Evaluation [§5.2, App. E]
  * ============================================================================================== */
 
-/* ---- WikiText-103 [§5.2, App. E; code V tasks/zeroshot_gpt2] --------------------------------- */
+/* ---- WikiText-103 [App. E; code V tasks/zeroshot_gpt2] --------------------------------------- */
 
-/* T_o, what the paper's perplexity is normalised by: len(text.strip().split(" ")) [P51]. */
+/* T_o, the number of original tokens: len(text.strip().split(" ")) [P51]. */
 static size_t wikitext_original_tokens(const char *text, size_t n)
 {
     size_t count = 1;
@@ -2336,96 +2500,161 @@ static size_t wikitext_original_tokens(const char *text, size_t n)
     return count;
 }
 
-/* Both of these work in place, from left to right, and return the new length, which is not
- * larger. */
+/* replace_all() and strip_inside() work in place, from left to right, and return the new length,
+ * which is not larger. */
 static size_t replace_all(char *text, size_t n, const char *from, const char *to)
 {
-    size_t from_length = strlen(from), to_length = strlen(to), out = 0;
-    for (size_t i = 0; i < n;)
+    const size_t from_length = strlen(from), to_length = strlen(to);
+    size_t out = 0, i = 0;
+    while (i < n)
         if (text[i] == from[0] && n - i >= from_length && !memcmp(text + i, from, from_length)) {
             memcpy(text + out, to, to_length);
-            out += to_length, i += from_length;
-        } else text[out++] = text[i++];
+            out += to_length;
+            i += from_length;
+        } else {
+            text[out] = text[i];
+            out++;
+            i++;
+        }
     return out;
 }
 
-/* "( a )" -> "(a)": from each opening sign to the next closing one, re.sub(r"\(\s*([^\)]*?)\s*\)",
- * r"(\1)", text). */
+/* "( a )" -> "(a)": from each opening sign to the next closing one, as Python's
+ * re.sub(r"\(\s*([^\)]*?)\s*\)", r"(\1)", text). */
 static size_t strip_inside(char *text, size_t n, char opening, char closing)
 {
     size_t out = 0, i = 0;
-    const char *begin, *end;
-    while ((begin = (const char *)memchr(text + i, opening, n - i)) &&
-           (end = (const char *)memchr(begin + 1, closing, n - (size_t)(begin + 1 - text)))) {
-        size_t before = (size_t)(begin + 1 - text) - i, length = (size_t)(end - begin - 1);
+    for (;;) {
+        const char *begin = (const char *)memchr(text + i, opening, n - i);
+        const size_t inside_at = begin ? (size_t)(begin + 1 - text) : n;
+        const char *end = (const char *)memchr(text + inside_at, closing, n - inside_at);
+        if (!begin || !end) break;
+        size_t length = (size_t)(end - begin - 1);
         const char *inside = strip(begin + 1, &length);
-        memmove(text + out, text + i, before), out += before;
-        memmove(text + out, inside, length), out += length;
-        text[out++] = closing;
+        memmove(text + out, text + i, inside_at - i);
+        out += inside_at - i;
+        memmove(text + out, inside, length);
+        out += length;
+        text[out] = closing;
+        out++;
         i = (size_t)(end + 1 - text);
     }
     memmove(text + out, text + i, n - i);
     return out + n - i;
 }
 
-/* WikiText's tokens back into text, in place; returns the new length. The order matters: rules see
- * what earlier ones left. (Megatron's second rule, /' [0-9]/, has slashes that never match: it is
- * left out.) */
+/* WikiText's tokens back into text, in place; returns the new length. The order of the rules
+ * matters, because a rule sees what earlier ones left. A rule of two single signs strips white
+ * space inside of them. (Megatron's second rule, /' [0-9]/, never matches because of its slashes,
+ * and is left out.) */
 static size_t wikitext_detokenise(char *text, size_t n)
 {
+    /* clang-format off */
     static const char *const rules[][2] = {
-        {"s '", "s'"},       {" @-@ ", "-"},
-        {" @,@ ", ","},      {" @.@ ", "."},
-        {" : ", ": "},       {" ; ", "; "},
-        {" . ", ". "},       {" ! ", "! "},
-        {" ? ", "? "},       {" , ", ", "},
-        {"(", ")"},          {"[", "]"},
-        {"{", "}"},          {"\"", "\""},
-        {"'", "'"}, /* strip inside these */
-        {"= = = =", "===="}, {"= = =", "==="},
-        {"= =", "=="},       {" \xC2\xB0 ", "\xC2\xB0"}, /* degrees */
-        {" \n", "\n"},       {"\n ", "\n"},
-        {" N ", " 1 "},      {" 's", "'s"},
+        {"s '", "s'"}, {" @-@ ", "-"}, {" @,@ ", ","}, {" @.@ ", "."},
+        {" : ", ": "}, {" ; ", "; "}, {" . ", ". "}, {" ! ", "! "}, {" ? ", "? "}, {" , ", ", "},
+        {"(", ")"}, {"[", "]"}, {"{", "}"}, {"\"", "\""}, {"'", "'"},
+        {"= = = =", "===="}, {"= = =", "==="}, {"= =", "=="},
+        {" \xC2\xB0 ", "\xC2\xB0"}, /* the sign of degrees */
+        {" \n", "\n"}, {"\n ", "\n"}, {" N ", " 1 "}, {" 's", "'s"},
     };
-    for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++)
-        if (!rules[i][0][1]) n = strip_inside(text, n, rules[i][0][0], rules[i][1][0]);
-        else n = replace_all(text, n, rules[i][0], rules[i][1]);
+    /* clang-format on */
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++) {
+        const char *from = rules[i][0], *to = rules[i][1];
+        if (!from[1]) n = strip_inside(text, n, from[0], to[0]);
+        else n = replace_all(text, n, from, to);
+    }
     return n;
 }
 
 /* Window i of T tokens begins at token overlap * i. Window 0 scores all its targets; a later one
- * only the last `overlap`, each of which has at least T - overlap tokens before it. The count is
- * Megatron's: it takes the first window to score `overlap` targets, not T, so that the last windows
- * have none to score [P52]. 0 < overlap <= T. */
+ * its last `overlap` only, each of which has at least T - overlap tokens before it. So each target
+ * is scored once. The count is Megatron's: it assumes that window 0 scores only `overlap` targets,
+ * so the last windows score nothing [P52]. 0 < overlap <= T. */
 static size_t window_count(size_t targets, size_t overlap)
 {
     return targets ? (targets - 1) / overlap + 1 : 1;
 }
 
-/* tokens (T + 1), weight (T) of window i over a text of n tokens: target t is tokens[t + 1], and
- * counts weight[t]. Behind the text stands pad. */
+/* tokens (T + 1), weight (T) of window i of a text of n tokens: target t is tokens[t + 1], and
+ * counts weight[t]. After the text comes pad. */
 static void window_fill(int *tokens, real *weight, const int *text, size_t n, size_t i, size_t T,
                         size_t overlap, int pad)
 {
-    size_t start = i * overlap, left = start < n ? n - start : 0;
+    const size_t start = i * overlap, left = start < n ? n - start : 0;
     for (size_t t = 0; t <= T; t++) tokens[t] = t < left ? text[start + t] : pad;
-    for (size_t t = 0; t < T; t++) weight[t] = t + 1 < left && (i == 0 || t >= T - overlap) ? 1 : 0;
+    for (size_t t = 0; t < T; t++) weight[t] = t + 1 < left && (i == 0 || t >= T - overlap);
+}
+
+typedef struct {
+    double loss; /* mean over the targets, nats */
+    size_t targets;
+} Score;
+
+/* Loss of a text in overlapping windows [App. E], the first `limit` of them. The ranks are tensor
+ * ranks; all call it. */
+static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit, int pad,
+                       Meter *meter)
+{
+    MicroBatch *mb = &k->flight[0];
+    const size_t B = k->B, T = k->T;
+    const size_t windows = min_size(window_count(text->n - 1, overlap), limit);
+    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens);
+    real *weight = (real *)xcalloc(B * T, sizeof *weight);
+    double sum = 0;
+    Score score = {0, 0};
+    for (size_t first = 0; first < windows; first += B) {
+        size_t scored = 0;
+        for (size_t b = 0; b < B; b++) {
+            real *w = weight + b * T;
+            if (first + b < windows)
+                window_fill(tokens + b * (T + 1), w, text->id, text->n, first + b, T, overlap, pad);
+            else memset(w, 0, T * sizeof *w); /* the last batch is not full */
+            for (size_t t = 0; t < T; t++) scored += w[t] != 0;
+        }
+        if (scored) {
+            set_tokens(k, mb, tokens, weight);
+            stage_forward(k, mb);
+            sum += sum_losses(k, mb);
+        }
+        score.targets += scored;
+        score.loss = sum / (double)max_size(score.targets, 1);
+        if (meter && is_writer(&k->world))
+            meter_show(meter, min_size(first + B, windows), "loss", score.loss);
+    }
+    free(tokens);
+    free(weight);
+    all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM); /* the first tensor rank has it so far */
+    score.loss = sum / (double)max_size(score.targets, 1);
+    return score;
+}
+
+/* exp(loss) [App. E eq.4], with Megatron's cap on the exponent. */
+static double perplexity(double loss) { return exp(fmin(loss, 20)); }
+
+/* The loss whose perplexity the paper reports: eq.4 divides the sum of all losses by the number of
+ * original tokens T_o; Megatron's code by T_o - 1 [App. E, P53]. */
+static double adjusted_loss(double loss, size_t targets, size_t original_tokens)
+{
+    return loss * (double)targets / (double)max_size(original_tokens - 1, 1);
 }
 
 /* ---- LAMBADA [§5.2; code V, --strict-lambada] ------------------------------------------------ */
 
-/* The last word is to be predicted from the text before it: right if all of its tokens are the most
- * probable ones. */
+/* The last word of a text is to be predicted from the text before it. It counts as right if each of
+ * its tokens is the most probable one, given the true tokens before it. */
 typedef struct {
-    size_t first, context, label; /* tokens[first ..]: the context's, then the last word's */
+    size_t first, context, label; /* tokens[first ..]: those of the context, then of the word */
 } LambadaExample;
 
 typedef struct {
     Tokens tokens;
-    LambadaExample *example; /* (n) */
+    LambadaExample *example; /* [n] */
     size_t n, capacity;
 } Lambada;
 
+/* Adds a text of n bytes. Context and " word" are encoded one by one. `what` names the text in
+ * messages. */
 static void lambada_add(Lambada *l, const Tokenizer *t, const char *text, size_t n,
                         const char *what)
 {
@@ -2438,7 +2667,7 @@ static void lambada_add(Lambada *l, const Tokenizer *t, const char *text, size_t
     if (!context)
         die("%s: the text needs two words at least: the last is predicted from those before it",
             what);
-    char *label = (char *)xcalloc(n - word + 1, 1); /* " word" */
+    char *label = (char *)xcalloc(n - word + 1, 1);
     label[0] = ' ';
     memcpy(label + 1, text + word, n - word);
     encode(&l->tokens, t, text, context);
@@ -2447,81 +2676,38 @@ static void lambada_add(Lambada *l, const Tokenizer *t, const char *text, size_t
     e.label = l->tokens.n - e.first - e.context;
     free(label);
     l->example = (LambadaExample *)grow(l->example, l->n, &l->capacity, sizeof(LambadaExample));
-    l->example[l->n++] = e;
+    l->example[l->n] = e;
+    l->n++;
 }
 
-/* tokens (T + 1), weight (T) of example i, as window_fill(). Of one that is longer than T + 1 the
- * end counts. */
+/* tokens (T + 1), weight (T) of example i, as in window_fill(). If it is longer than T + 1 tokens,
+ * its end counts. */
 static void lambada_fill(int *tokens, real *weight, const Lambada *l, size_t i, size_t T, int pad)
 {
-    LambadaExample e = l->example[i];
-    size_t n = e.context + e.label, cut = n > T + 1 ? n - (T + 1) : 0;
+    const LambadaExample e = l->example[i];
+    const size_t n = e.context + e.label, cut = n > T + 1 ? n - (T + 1) : 0;
     for (size_t t = 0; t <= T; t++) tokens[t] = cut + t < n ? l->tokens.id[e.first + cut + t] : pad;
-    for (size_t t = 0; t < T; t++) weight[t] = cut + t + 1 >= e.context && cut + t + 1 < n ? 1 : 0;
+    for (size_t t = 0; t < T; t++) weight[t] = cut + t + 1 >= e.context && cut + t + 1 < n;
 }
 
-/* ---- Scores [§5.2, App. E] ------------------------------------------------------------------- */
-
-typedef struct {
-    double loss; /* mean over the targets, nats */
-    size_t targets;
-} Score;
-
-/* exp(loss) [App. E eq.4], with Megatron's cap on the exponent. */
-static double perplexity(double loss) { return exp(fmin(loss, 20)); }
-
-/* Loss of a text in overlapping windows: each target is scored once, with as much context as there
- * is, but at least T - overlap tokens [App. E, P52]. Runs the first `limit` windows. Tensor ranks
- * only; all call it. */
-static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit, int pad,
-                       Meter *meter)
-{
-    MicroBatch *mb = &k->flight[0];
-    size_t B = k->B, T = k->T, windows = window_count(text->n - 1, overlap);
-    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens);
-    real *weight = (real *)xcalloc(B * T, sizeof *weight);
-    double sum = 0;
-    Score score = {0, 0};
-    windows = min_size(windows, limit);
-    for (size_t first = 0; first < windows; first += B) {
-        size_t scored = 0;
-        for (size_t b = 0; b < B; b++) {
-            real *w = weight + b * T;
-            window_fill(tokens + b * (T + 1), w, text->id, text->n,
-                        min_size(first + b, windows - 1), T, overlap, pad);
-            for (size_t t = 0; t < T; t++) scored += w[t] = first + b < windows ? w[t] : 0;
-        }
-        if (scored) { /* Megatron's last windows have nothing left to score */
-            set_tokens(k, mb, tokens, weight);
-            stage_forward(k, mb);
-            sum += sum_losses(k, mb);
-        }
-        score.targets += scored;
-        if (meter && k->world.rank == 0)
-            meter_show(meter, min_size(first + B, windows), "loss",
-                       sum / (double)max_size(score.targets, 1));
-    }
-    free(tokens), free(weight);
-    all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM);
-    score.loss = sum / (double)max_size(score.targets, 1);
-    return score;
-}
-
-/* id[i] = the most probable token after row row[i] of the micro-batch: each tensor rank finds the
- * best of its own tokens, and all compare. Of equal ones the first counts, as with argmax. Tensor
- * ranks only; all call it. */
+/* id[i] = the most probable token after row row[i] of the micro-batch, i < n. Each tensor rank
+ * finds the best of its own tokens, and all compare. Of equal ones the first counts, as in argmax.
+ * The ranks are tensor ranks; all call it. */
 static void most_probable(Rank *k, const MicroBatch *mb, const size_t *row, size_t n, int *id)
 {
-    size_t Vp = k->Vp, t = (size_t)k->tp.size;
+    const size_t Vp = k->Vp, t = (size_t)k->tp.size;
     real *logits = (real *)xcalloc(Vp, sizeof *logits);
-    double *mine = (double *)xcalloc(2 * n, sizeof *mine),
-           *all = (double *)xcalloc(2 * n * t, sizeof *all);
+    double *mine = (double *)xcalloc(2 * n, sizeof *mine); /* [n] logit, token */
+    double *all = (double *)xcalloc(2 * n * t, sizeof *all);
     for (size_t i = 0; i < n; i++) {
+        double *best = &mine[2 * i];
         act_download(logits, mb->logits + row[i] * Vp, Vp);
-        mine[2 * i] = -INFINITY;
+        best[0] = -INFINITY;
         for (size_t v = 0; v < k->valid; v++)
-            if (logits[v] > mine[2 * i])
-                mine[2 * i] = logits[v], mine[2 * i + 1] = (double)(k->v0 + v);
+            if (logits[v] > best[0]) {
+                best[0] = logits[v];
+                best[1] = (double)(k->v0 + v);
+            }
     }
     all_gather(&k->tp, all, mine, 2 * n, DOUBLE_ARRAY);
     for (size_t i = 0; i < n; i++) {
@@ -2530,57 +2716,69 @@ static void most_probable(Rank *k, const MicroBatch *mb, const size_t *row, size
             if (all[2 * (r * n + i)] > best[0]) best = &all[2 * (r * n + i)];
         id[i] = (int)best[1];
     }
-    free(logits), free(mine), free(all);
+    free(logits);
+    free(mine);
+    free(all);
 }
 
 typedef struct {
-    size_t examples, correct,
-        last_correct; /* all tokens of the last word right; its last token right */
+    size_t examples;
+    size_t correct;      /* all tokens of the last word right */
+    size_t last_correct; /* its last token right [P55] */
 } Accuracy;
 
-/* LAMBADA: is every token of the last word the most probable one, given the true tokens before it
- * [§5.2]? Runs the first `limit` examples. Tensor ranks only; all call it. */
+/* The first `limit` examples. The ranks are tensor ranks; all call it. */
 static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pad, Meter *meter)
 {
     MicroBatch *mb = &k->flight[0];
-    size_t B = k->B, T = k->T, examples = min_size(l->n, limit);
-    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens),
-        *best = (int *)xcalloc(B * T, sizeof *best);
+    const size_t B = k->B, T = k->T, examples = min_size(l->n, limit);
+    int *tokens = (int *)xcalloc(B * (T + 1), sizeof *tokens);
+    int *best = (int *)xcalloc(B * T, sizeof *best);
     real *weight = (real *)xcalloc(B * T, sizeof *weight);
-    size_t *row = (size_t *)xcalloc(B * T, sizeof *row);
+    size_t *row = (size_t *)xcalloc(B * T, sizeof *row); /* rows that predict a token of a word */
     Accuracy a = {0, 0, 0};
     for (size_t first = 0; first < examples; first += B) {
         size_t longest = 1, n = 0;
-        for (size_t b = 0; b < B && first + b < examples; b++)
-            longest =
-                max_size(longest, l->example[first + b].context + l->example[first + b].label - 1);
-        k->T =
-            min_size(longest, T); /* no need to compute the padding of the longest example of all */
+        for (size_t b = 0; b < B && first + b < examples; b++) {
+            const LambadaExample e = l->example[first + b];
+            longest = max_size(longest, e.context + e.label - 1);
+        }
+        k->T = min_size(longest, T); /* no more padding than this batch needs */
         memset(weight, 0, B * T * sizeof *weight);
-        for (size_t b = 0; b < B; b++)
-            lambada_fill(tokens + b * (k->T + 1), weight + b * k->T, l,
-                         min_size(first + b, examples - 1), k->T, pad);
+        for (size_t b = 0; b < B; b++) { /* the last batch is filled up with copies */
+            const size_t i = min_size(first + b, examples - 1);
+            lambada_fill(tokens + b * (k->T + 1), weight + b * k->T, l, i, k->T, pad);
+        }
         set_tokens(k, mb, tokens, weight);
         stage_forward(k, mb);
         for (size_t i = 0; i < B * k->T; i++)
-            if (weight[i] != 0) row[n++] = i;
+            if (weight[i] != 0) {
+                row[n] = i;
+                n++;
+            }
         most_probable(k, mb, row, n, best);
-        for (size_t i = 0, right = 1; i < n; i++) {
-            size_t b = row[i] / k->T;
-            int last = i + 1 == n || row[i + 1] / k->T != b;
-            int hit = best[i] == tokens[b * (k->T + 1) + row[i] % k->T + 1];
-            if (first + b >= examples) break; /* the last batch is filled up with copies */
+        int right = 1; /* all tokens of the word so far */
+        for (size_t i = 0; i < n; i++) {
+            const size_t b = row[i] / k->T;
+            const int last = i + 1 == n || row[i + 1] / k->T != b;
+            const int hit = best[i] == tokens[b * (k->T + 1) + row[i] % k->T + 1];
+            if (first + b >= examples) break; /* a copy */
             right = right && hit;
             if (!last) continue;
-            a.examples++, a.correct += right, a.last_correct += (size_t)hit;
+            a.examples++;
+            a.correct += (size_t)right;
+            a.last_correct += (size_t)hit;
             right = 1;
         }
         k->T = T;
-        if (meter && k->world.rank == 0)
+        if (meter && is_writer(&k->world))
             meter_show(meter, min_size(first + B, examples), "accuracy",
                        (double)a.correct / (double)a.examples);
     }
-    free(tokens), free(best), free(weight), free(row);
+    free(tokens);
+    free(best);
+    free(weight);
+    free(row);
     return a;
 }
 
@@ -2588,11 +2786,12 @@ static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pa
  * Chapter 10. Generation [App. C]
  * ============================================================================================== */
 
+/* ---- Sampling -------------------------------------------------------------------------------- */
+
 typedef struct {
     double temperature; /* 0: always the most probable token */
-    size_t top_k;       /* draw from the k most probable tokens only; 0: from all */
-    double
-        top_p; /* draw from the most probable tokens that make up this probability; 1: from all */
+    size_t top_k;       /* draw from the top_k most probable tokens; 0: from all */
+    double top_p;       /* draw from the most probable tokens that have this probability together */
     uint64_t seed;
 } Sampler;
 
@@ -2604,66 +2803,85 @@ typedef struct {
 /* More probable; of equals, the earlier token. */
 static int better(Candidate a, Candidate b) { return a.p > b.p || (a.p == b.p && a.id < b.id); }
 
-/* Restores the heap (no child better than its parent) below place i. */
+/* Restores the heap (no child is better than its parent) below place i. */
 static void sift_down(Candidate *heap, size_t n, size_t i)
 {
-    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+    for (size_t child = 2 * i + 1; child < n; child = 2 * i + 1) {
         if (child + 1 < n && better(heap[child + 1], heap[child])) child++;
         if (!better(heap[child], heap[i])) return;
-        Candidate swap = heap[i];
-        heap[i] = heap[child], heap[child] = swap;
+        const Candidate swap = heap[i];
+        heap[i] = heap[child];
+        heap[child] = swap;
+        i = child;
     }
 }
 
-/* The next token from its logits (V): softmax(z / temperature), cut by top-k and then top-p. A heap
- * yields the tokens in order of probability, so that only those that are kept get sorted. Token
- * number `index` of a text draws its own random number, whatever came before. heap: (V) scratch. */
+/* Moves the best tokens to the end of heap (V), until top-k or top-p is reached; at least one.
+ * Returns how many; *mass is their probability, relative to total. Only what is kept gets
+ * sorted. */
+static size_t keep_best(Candidate *heap, size_t V, const Sampler *s, double total, double *mass)
+{
+    size_t kept = 0;
+    *mass = 0;
+    for (size_t i = V / 2; i-- > 0;) sift_down(heap, V, i);
+    while (kept < V) {
+        const int more = (s->top_k == 0 || kept < s->top_k) && *mass < s->top_p * total;
+        if (kept > 0 && !more) break;
+        const size_t left = V - kept - 1;
+        const Candidate top = heap[0];
+        heap[0] = heap[left];
+        sift_down(heap, left, 0);
+        heap[left] = top;
+        *mass += top.p;
+        kept++;
+    }
+    return kept;
+}
+
+/* The next token from its logits z (V): softmax(z / temperature), cut by top-k and top-p. Token
+ * number `index` of a text draws its own random number, whatever came before. heap: (V) working
+ * space. */
 static int sample_token(const real *z, size_t V, const Sampler *s, size_t index, Candidate *heap)
 {
-    size_t best = 0, kept = 0, left = V;
-    double total = 0, mass = 0, u = uniform(random_word(s->seed, SITE_SAMPLE, 0, index));
+    size_t best = 0, kept = V;
+    double total = 0, u = uniform(random_word(s->seed, SITE_SAMPLE, 0, index));
     for (size_t i = 0; i < V; i++) best = z[i] > z[best] ? i : best;
     if (s->temperature == 0) return (int)best;
     for (size_t i = 0; i < V; i++) {
-        heap[i].p = exp(((double)z[i] - z[best]) / s->temperature), heap[i].id = (int)i;
+        heap[i].p = exp(((double)z[i] - z[best]) / s->temperature);
+        heap[i].id = (int)i;
         total += heap[i].p;
     }
-    if ((s->top_k == 0 || s->top_k >= V) && s->top_p >= 1) mass = total, kept = V;
-    else {
-        for (size_t i = V / 2; i-- > 0;) sift_down(heap, V, i);
-        while (kept < V &&
-               (kept == 0 || ((s->top_k == 0 || kept < s->top_k) && mass < s->top_p * total))) {
-            Candidate top = heap[0];
-            heap[0] = heap[--left];
-            sift_down(heap, left, 0);
-            heap[left] = top; /* the kept ones gather behind the heap */
-            mass += top.p, kept++;
-        }
+    double mass = total;
+    if ((s->top_k > 0 && s->top_k < V) || s->top_p < 1) kept = keep_best(heap, V, s, total, &mass);
+    for (size_t i = V - kept; i < V; i++) {
+        u -= heap[i].p / mass;
+        if (u < 0) return heap[i].id;
     }
-    for (size_t i = V - kept; i < V; i++)
-        if ((u -= heap[i].p / mass) < 0) return heap[i].id;
-    return heap[V - 1].id; /* rounding left a crumb of u */
+    return heap[V - 1].id; /* the sum was a little less than 1 by rounding */
 }
+
+/* ---- A text, token by token ------------------------------------------------------------------ */
 
 typedef struct {
     Rank *k;
     Cache cache;
-    act *slices;     /* (t, Vp) every tensor rank's logits of one row */
-    real *logits;    /* (t * Vp) the same on the host; the first V are no padding */
+    act *slices;     /* (t,Vp) all tensor ranks' logits of one row */
+    real *logits;    /* (t*Vp) the same on the host; the first V are no padding */
     Candidate *heap; /* (V) */
 } Generator;
 
-/* Keys and values of up to T positions, for a rank with B = 1. */
+/* For a rank with B = 1: keys and values of up to T positions. */
 static Generator *generator_create(Rank *k)
 {
     Generator *g = (Generator *)xcalloc(1, sizeof *g);
-    size_t all = (size_t)k->tp.size * k->Vp;
+    const size_t all = (size_t)k->tp.size * k->Vp;
     g->k = k;
-    g->cache.k = (act **)xcalloc(k->depth, sizeof(act *)),
-    g->cache.v = (act **)xcalloc(k->depth, sizeof(act *));
+    g->cache.keys = (act **)xcalloc(k->depth, sizeof(act *));
+    g->cache.values = (act **)xcalloc(k->depth, sizeof(act *));
     for (size_t l = 0; l < k->depth; l++) {
-        g->cache.k[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
-        g->cache.v[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
+        g->cache.keys[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
+        g->cache.values[l] = (act *)device_calloc(k->T * k->Cp * sizeof(act));
     }
     g->slices = (act *)device_calloc(all * sizeof(act));
     g->logits = (real *)xcalloc(all, sizeof(real));
@@ -2674,20 +2892,27 @@ static Generator *generator_create(Rank *k)
 
 static void generator_free(Generator *g)
 {
-    for (size_t l = 0; l < g->k->depth; l++) device_free(g->cache.k[l]), device_free(g->cache.v[l]);
+    for (size_t l = 0; l < g->k->depth; l++) {
+        device_free(g->cache.keys[l]);
+        device_free(g->cache.values[l]);
+    }
     g->k->cache = NULL;
     device_free(g->slices);
-    free(g->cache.k), free(g->cache.v), free(g->logits), free(g->heap), free(g);
+    free(g->cache.keys);
+    free(g->cache.values);
+    free(g->logits);
+    free(g->heap);
+    free(g);
 }
 
-/* Reads n more tokens at positions past .. past+n-1 and leaves the logits of the token that follows
- * in g->logits, on all tensor ranks. A prompt comes as one batch; then one token at a time: its
- * keys and values join the cache, so nothing is computed twice. */
+/* Reads n more tokens, at positions past .. past+n-1, and leaves the logits of the token that
+ * follows in g->logits, on all tensor ranks. Their keys and values join the cache, so nothing is
+ * computed twice. */
 static void generator_read(Generator *g, const int *tokens, size_t n)
 {
     Rank *k = g->k;
     MicroBatch *mb = &k->flight[0];
-    size_t T = k->T, C = k->config.C;
+    const size_t T = k->T, C = k->config.C;
     k->T = n;
     device_upload(mb->tokens, tokens, n * sizeof *tokens);
     embedding_forward(k, mb->layer[0].x, mb);
@@ -2699,24 +2924,28 @@ static void generator_read(Generator *g, const int *tokens, size_t n)
     k->T = T;
 }
 
-/* Appends up to `count` tokens to text, and calls emit for each; ends early at end_of_text, which
- * is appended but not emitted. Every tensor rank calls it, and draws the same tokens. Of a longer
- * prompt the last P tokens count. When all P positions are full, the last P/2 tokens are read again
- * from position 0: learned positions allow no sliding. */
+/* Appends up to `count` tokens to text and calls emit for each. It ends early at end_of_text, which
+ * is appended but not emitted. All tensor ranks call it, and get the same tokens. The prompt is
+ * read at once, then one token at a time; of a longer prompt the last P tokens count. When all P
+ * positions are full, the last P/2 tokens are read again, from position 0 on, because learned
+ * positions cannot slide. */
 static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s, int end_of_text,
                      void (*emit)(void *arg, int id), void *arg)
 {
-    size_t T = g->k->T, stop = text->n + count, unread = min_size(text->n, T);
+    const size_t P = g->k->T, stop = text->n + count;
+    size_t unread = min_size(text->n, P);
     g->cache.past = 0;
     while (text->n < stop) {
-        if (g->cache.past + unread > T) g->cache.past = 0, unread = (T + 1) / 2;
+        if (g->cache.past + unread > P) {
+            g->cache.past = 0;
+            unread = (P + 1) / 2;
+        }
         generator_read(g, text->id + text->n - unread, unread);
         double next = sample_token(g->logits, g->k->config.V, s, text->n, g->heap);
-        broadcast(&g->k->tp, &next, 1, DOUBLE_ARRAY, 0); /* all would draw the same; one decides */
-        int id = (int)next;
-        push_token(text, id);
-        if (id == end_of_text) return;
-        if (emit) emit(arg, id);
+        broadcast(&g->k->tp, &next, 1, DOUBLE_ARRAY, 0); /* one decides, though all draw the same */
+        push_token(text, (int)next);
+        if ((int)next == end_of_text) return;
+        if (emit) emit(arg, (int)next);
         unread = 1;
     }
 }
@@ -2731,7 +2960,7 @@ static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s,
  * Chapter 11. Products, vector loops, memory
  * ============================================================================================== */
 
-/* ---- The machine ----------------------------------------------------------------------------- */
+/* ---- Cores and threads ----------------------------------------------------------------------- */
 
 /* Cores that this process may use. */
 static int cores(void)
@@ -2756,17 +2985,17 @@ static int openmp_threads(void)
 
 /* ---- Vector loops ---------------------------------------------------------------------------- */
 
-/* e^x in a form that compilers vectorise: e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2, and
- * for e^r a polynomial that is within 0.06 ulp of it. Error: at most 1.02 ulp, for all floats. 0
- * below -86.5 (e^x < 2^-124); inf above 88.72283, where floats end; NaN stays NaN. Adding 1.5 *
- * 2^23 leaves n in the sum's low bits. 2^(n-1) times a doubled polynomial reaches the last binade,
- * where 2^n alone would not exist. */
+/* e^x in a form that compilers vectorise: e^x = 2^n e^r, with n = round(x / ln 2), |r| <= ln(2)/2,
+ * and a polynomial for e^r. Error: at most 1.02 ulp [doc/accuracy.md]. Below -86.5 (e^x < 2^-124)
+ * it is 0, above 88.72283, where floats end, infinity; NaN stays NaN. Adding 1.5 * 2^23 leaves n in
+ * the low bits of the sum. 2^(n-1) times the doubled polynomial reaches the largest floats, where
+ * 2^n itself would overflow. */
 static inline HOST_DEVICE real exponential(real x)
 {
     if (sizeof x != sizeof(float)) return (real)exp(x);
     float f = (float)x, shifted = f * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, scale;
-    float r =
-        (f - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: n * the first is exact */
+    float r = f - n * 0.693359375f; /* ln 2 in two parts; n times the first is exact */
+    r = r + n * 2.12194440e-4f;
     float q = 0.001381446547f;
     q = q * r + 0.008368780424f;
     q = q * r + 0.04166839425f;
@@ -2777,13 +3006,13 @@ static inline HOST_DEVICE real exponential(real x)
     bits = (bits + 126) << 23;
     memcpy(&scale, &bits, 4);
     float y = (1 + (r + r * r * q)) * 2 * scale;
-    return f < -86.5f ? 0 : f > 89 ? INFINITY : y;
+    if (f > 89) y = INFINITY;
+    return f < -86.5f ? 0 : y;
 }
 
 #ifndef OTHER_OPERATORS
 
-/* The largest of top and x (n); NaNs are passed over. Lane by lane: not every compiler reorders a
- * maximum. */
+/* NaNs are passed over. Lane by lane, since not every compiler reorders a maximum. */
 static real largest(const real *x, size_t n, real top)
 {
     enum { SIDE = 32 };
@@ -2797,26 +3026,27 @@ static real largest(const real *x, size_t n, real top)
     return top;
 }
 
-/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor: philox() on blocks side by
- * side, round by round, so that it vectorises. Ones, and no numbers drawn, where there is no
- * dropout. */
+/* out (n) = 0 or 1/(1-p), for elements index .. index+n-1 of a tensor. It is philox() on SIDE
+ * blocks at once, round by round, so that it vectorises. Without dropout no words are drawn. */
 static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n)
 {
-    enum { SIDE = 32 }; /* blocks, of four words each */
+    enum { SIDE = 32 }; /* blocks of four words */
     if (d.p == 0) {
         for (size_t i = 0; i < n; i++) out[i] = 1;
         return;
     }
     const uint32_t threshold = dropout_threshold(d.p);
     const real scale = 1 / (1 - d.p);
-    size_t skip = (d.first + index) % 4; /* words of the first block that come before ours */
+    size_t skip = (d.first + index) % 4; /* words of the first block before element index */
     for (uint64_t block = (d.first + index) / 4; n > 0; block += SIDE) {
         uint32_t c[4][SIDE];
         real factor[4 * SIDE];
         for (int i = 0; i < SIDE; i++) {
-            c[0][i] = (uint32_t)(block + (uint64_t)i),
-            c[1][i] = (uint32_t)((block + (uint64_t)i) >> 32);
-            c[2][i] = d.site, c[3][i] = d.step;
+            const uint64_t counter = block + (uint64_t)i;
+            c[0][i] = (uint32_t)counter;
+            c[1][i] = (uint32_t)(counter >> 32);
+            c[2][i] = d.site;
+            c[3][i] = d.step;
         }
         for (uint32_t round = 0; round < 10; round++)
 #pragma omp simd
@@ -2824,40 +3054,42 @@ static inline void dropout_factors(real *out, Dropout d, size_t index, size_t n)
                 philox_round(&c[0][i], &c[1][i], &c[2][i], &c[3][i], d.seed, round);
         for (int i = 0; i < SIDE; i++)
             for (int j = 0; j < 4; j++) factor[4 * i + j] = c[j][i] >= threshold ? scale : 0;
-        size_t count = min_size(n, 4 * SIDE - skip);
+        const size_t count = min_size(n, 4 * SIDE - skip);
         memcpy(out, factor + skip, count * sizeof *out);
-        out += count, n -= count, skip = 0;
+        out += count;
+        n -= count;
+        skip = 0;
     }
 }
 
-/* The loop of all_reduce: elements [begin, begin+n) of all P arrays become op over the P arrays, in
- * rank order. A NaN wins every MAX. type is ACT or REAL_ARRAY, which only the twin must tell
- * apart. */
-static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op)
+/* The loop of all_reduce: elements [begin, begin+n) of all arrays become x[0] op x[1] op .., one
+ * array for each rank, in their order. A NaN wins every MAX. type is ACT or REAL_ARRAY; they differ
+ * on a GPU only. */
+static void reduce_slice(void *const *x, int ranks, size_t begin, size_t n, Type type, Op op)
 {
-    enum { RUN = 1024 }; /* elements that stay in L1 while the ranks' arrays pass by */
+    enum { RUN = 1024 }; /* elements that stay in the L1 cache while the ranks' arrays pass by */
     (void)type;
 #pragma omp parallel for schedule(static) if (n > SMALL)
     for (size_t i0 = begin; i0 < begin + n; i0 += RUN) {
         const size_t count = min_size(RUN, begin + n - i0);
         real total[RUN];
         memcpy(total, (real *)x[0] + i0, count * sizeof *total);
-        for (int r = 1; r < P; r++) {
+        for (int r = 1; r < ranks; r++) {
             const real *a = (real *)x[r] + i0;
 #pragma omp simd
-            for (size_t i = 0; i < count; i++)
-                total[i] = op == SUM                         ? total[i] + a[i]
-                           : a[i] > total[i] || a[i] != a[i] ? a[i]
-                                                             : total[i];
+            for (size_t i = 0; i < count; i++) {
+                const real larger = a[i] > total[i] || a[i] != a[i] ? a[i] : total[i];
+                total[i] = op == SUM ? total[i] + a[i] : larger;
+            }
         }
-        for (int r = 0; r < P; r++) memcpy((real *)x[r] + i0, total, count * sizeof *total);
+        for (int r = 0; r < ranks; r++) memcpy((real *)x[r] + i0, total, count * sizeof *total);
     }
 }
 
 /* ---- Memory ---------------------------------------------------------------------------------- */
 
-/* Zeroed, 64-byte aligned; dies when there is none. Large arrays ask for pages of 2 MB: fewer
- * misses of the TLB. */
+/* 64-byte aligned; dies when there is no memory. Large arrays ask for pages of 2 MB, so that
+ * addresses are translated faster. */
 static void *device_calloc(size_t bytes)
 {
     const size_t huge = (size_t)2 << 20, align = bytes < huge ? 64 : huge;
@@ -2870,26 +3102,21 @@ static void *device_calloc(size_t bytes)
 }
 
 static void device_free(void *p) { free(p); }
-static const char *device_kind(void)
-{
-    return "cores";
-} /* what ranks share, for messages; how many, and bytes of memory in all */
-static int device_count(void) { return cores(); }
-static double device_memory(void)
-{
-    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-}
-static void device_select(int rank, int ranks)
-{
-    (void)rank, (void)ranks;
-} /* the twin: which GPU is this rank's */
-static void device_synchronize(void) {} /* the twin: wait for this rank's stream */
 static void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 static void device_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
 static void device_upload(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 static void device_download(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 static void act_upload(act *to, const real *from, size_t n) { memcpy(to, from, n * sizeof *to); }
 static void act_download(real *to, const act *from, size_t n) { memcpy(to, from, n * sizeof *to); }
+static void device_synchronize(void) {}
+static void device_select(int rank, int ranks) { (void)rank, (void)ranks; }
+static const char *device_kind(void) { return "cores"; }
+static int device_count(void) { return cores(); }
+
+static double device_memory(void)
+{
+    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+}
 
 /* n reals of working space, 64-byte aligned and not zeroed; free() it. */
 static real *scratch(size_t n)
@@ -2899,26 +3126,28 @@ static real *scratch(size_t n)
     return (real *)p;
 }
 
-/* ---- Matrix product -------------------------------------------------------------------------- */
+/* ---- The packed product ---------------------------------------------------------------------- */
 
-/* C (M,N) = A (M,K) B (K,N), four fifths of all time. One product serves X W', dY W and dY' X,
- * because A and B are read through a (row, column) stride; N is C's columns here, not B*T. It makes
- * C in tiles of 6 rows x TILE_VECS vectors:
+/* C (M,N) = A (M,K) B (K,N) takes four fifths of all time. (In this section M, N, K are the sizes
+ * of a product.) One product serves X W', dY W and dY' X, because a Matrix has two strides. It
+ * makes C in tiles of 6 rows x TILE_VECS vectors:
  *
- *                   TILE_COLS              in registers  the tile of C, and one row of B's panel at a time
- *              B   +--+==+--+--+           in L1, L2     a K_BLOCK x TILE_COLS panel of B (24 KB with AVX2, 96 KB with
- *          K_BLOCK |  |##|  |  |                         AVX-512), which all strips meet before the next panel comes
- *                  +--+==+--+--+           in L2, L3     ROW_BLOCK x K_BLOCK of A (1.8 MB), in strips of 6 rows (9 KB)
- *     A  K_BLOCK                                         that are read one after the other
- *      +========+  +--+--+--+--+
- *    6 |########|  |  |##|  |  | C         For each k a tile loads TILE_VECS vectors of B and 6 numbers of A, and
- *      +========+  +--+--+--+--+           makes 6 * TILE_VECS multiply-adds of vectors: the arithmetic units never
- *      |        |  |  |  |  |  |           wait for the loads.
+ *                 TILE_COLS          in registers: the tile of C, and a row of B's panel at a time
+ *            B   +--+==+--+--+
+ *        K_BLOCK |  |##|  |  |       in L1, L2: a K_BLOCK x TILE_COLS panel of B (24 KB with AVX2,
+ *                +--+==+--+--+       96 KB with AVX-512); all strips meet it before the next panel
+ *     A  K_BLOCK
+ *     +========+ +--+--+--+--+       in L2, L3: ROW_BLOCK x K_BLOCK of A (1.8 MB), in strips of 6
+ *   6 |########| |  |##|  |  | C     rows (9 KB), which are read one after the other
+ *     +========+ +--+--+--+--+
+ *     |        | |  |  |  |  |       for each k a tile loads TILE_VECS vectors of B and 6 numbers
+ *                                    of A, and makes 6 * TILE_VECS multiply-adds of vectors: the
+ *                                    arithmetic units never wait for loads
  *
- * Strips and panels are packed: copied so that the tile's loop reads them in order, whatever their
- * strides. Each thread makes a rectangle of C of its own, from copies of its own: nobody waits for
- * anybody before the end, and a sum over k has one order, whoever makes it; `dot`, for C of less
- * than 4 rows, has another. doc/matmul.md gets here step by step. */
+ * Strips and panels are packed: copied such that the tile's loop reads them in order, whatever the
+ * strides. Each thread makes a rectangle of C from copies of its own, so no thread waits for
+ * another before the end, and a sum over k has one order, whichever thread makes it. (dot(), for C
+ * of less than 4 rows, has another order.) doc/matmul.md gets here step by step. */
 
 #if defined __AVX512F__
 enum { VEC_BYTES = 64, TILE_VECS = 4 };
@@ -2930,8 +3159,8 @@ enum { VEC_BYTES = 16, TILE_VECS = 4 };
 enum { VEC_BYTES = 16, TILE_VECS = 2 };
 #endif
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
-typedef real loose_vec
-    __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias)); /* any address */
+typedef real loose_vec /* at any address */
+    __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
 
 enum {
     LANES = VEC_BYTES / sizeof(real),
@@ -2939,48 +3168,46 @@ enum {
     TILE_COLS = TILE_VECS * LANES,
     K_RUN = 16, /* steps of k that are packed at a time */
     K_BLOCK = 384,
-    ROW_BLOCK = 1152, /* so that 1,024 rows need one copy of B */
+    ROW_BLOCK = 1152, /* 1,024 rows need one copy of B */
 };
-static_assert(K_BLOCK % K_RUN == 0 && ROW_BLOCK % TILE_ROWS == 0 && TILE_ROWS % 2 == 0,
-              "pack and product rely on it");
+static_assert(K_BLOCK % K_RUN == 0 && ROW_BLOCK % TILE_ROWS == 0, "blocks are whole runs, strips");
+static_assert(TILE_ROWS % 2 == 0, "pack() takes two rows at a time");
 
-static_assert(QUERIES % TILE_ROWS == 0 && KEYS % TILE_ROWS == 0,
-              "strips has no room for a strip that is not full");
-static_assert((int)KEYS == (int)K_BLOCK, "strips suffices for any D");
-
-static inline Mat from_element(Mat m, size_t i,
-                               size_t j) /* the part of m from row i and column j on */
+static inline Matrix from_element(Matrix m, size_t i, size_t j) /* m from row i and column j on */
 {
-    return (Mat){m.p + i * m.row + j * m.col, m.row, m.col};
+    Matrix part = {m.p + i * m.row + j * m.col, m.rows - i, m.cols - j, m.row, m.col};
+    return part;
 }
 
-/* out (ceil(n/width), K, width) = from (n,K) in strips of width rows, each transposed, the last
- * filled up with zeros. Two rows at a time: compilers store pairs. width, which is even, is a
- * constant where this is inlined. */
-static inline __attribute__((always_inline)) void pack(real *out, Mat from, size_t n,
+/* out (ceil(n/width), K, width) = the first n rows and K columns of `from`, in strips of width
+ * rows, each transposed, the last filled up with zeros. Two rows at a time, because compilers store
+ * pairs then. width is even, and a constant where this is inlined. */
+static inline __attribute__((always_inline)) void pack(real *out, Matrix from, size_t n,
                                                        const size_t width, size_t K)
 {
-    /* Steps of k before the next strip. 16, where that strip reads on in the lines of cache that
-     * this one began. */
+    /* Steps of k before the next strip: K_RUN where that strip continues the cache lines that this
+     * one began. */
     const size_t stretch = from.col == 1 ? K : (size_t)K_RUN;
     for (size_t k0 = 0; k0 < K; k0 += stretch)
         for (size_t i = 0; i < n; i += width)
             for (size_t k = k0; k < min_size(k0 + stretch, K); k += K_RUN) {
-                const Mat m = from_element(from, i, k);
+                const Matrix m = from_element(from, i, k);
                 const size_t run = min_size(K_RUN, K - k), rows = min_size(width, n - i);
                 const int whole = rows == width && run == K_RUN;
                 real *to = out + i * K + k * width;
                 if (whole && m.col == 1)
                     for (size_t r = 0; r < width; r += 2) {
                         const real *x = m.p + r * m.row, *y = x + m.row;
-                        __builtin_prefetch(x + 2 * K_RUN), __builtin_prefetch(y + 2 * K_RUN);
-                        for (size_t c = 0; c < K_RUN; c++)
-                            to[c * width + r] = x[c], to[c * width + r + 1] = y[c];
+                        __builtin_prefetch(x + 2 * K_RUN);
+                        __builtin_prefetch(y + 2 * K_RUN);
+                        for (size_t c = 0; c < K_RUN; c++) {
+                            to[c * width + r] = x[c];
+                            to[c * width + r + 1] = y[c];
+                        }
                     }
                 else if (whole && m.row == 1)
                     for (size_t c = 0; c < K_RUN; c++) {
-                        __builtin_prefetch(m.p + c * m.col +
-                                           2 * K_RUN); /* of use to A only: for its next strips */
+                        __builtin_prefetch(m.p + c * m.col + 2 * K_RUN); /* helps A's next strips */
                         memcpy(to + c * width, m.p + c * m.col, width * sizeof *to);
                     }
                 else
@@ -2990,14 +3217,14 @@ static inline __attribute__((always_inline)) void pack(real *out, Mat from, size
             }
 }
 
-/* The epilogue on rows x cols elements of C, whose rows are c_row apart; the first is element `at`
- * of C, in column `col`. Both GeLUs have loops of their own, because only the tanh form vectorises:
- * the other calls libm. */
+/* The epilogue on rows x cols elements of C, whose rows are c_row apart. The first is element `at`
+ * of C, in column `col`. Each GeLU has loops of its own, because only the tanh form vectorises; the
+ * other calls libm. */
 static void finish(act *c, size_t c_row, size_t at, size_t col, size_t rows, size_t cols,
                    const Epilogue *e)
 {
-    const int forward = e->kind == BIAS_GELU, backward = e->kind == GELU_SLOPE,
-              erf_form = e->gelu == GELU_ERF;
+    const int forward = e->kind == BIAS_GELU, backward = e->kind == GELU_SLOPE;
+    const int erf_form = e->gelu == GELU_ERF;
     for (size_t i = 0; i < rows; i++, at += c_row) {
         act *x = c + at, *pre = e->pre ? e->pre + at : NULL;
         if (e->bias)
@@ -3017,9 +3244,9 @@ static void finish(act *c, size_t c_row, size_t at, size_t col, size_t rows, siz
     }
 }
 
-/* c (m,n) [+]= strip' panel, strip (K,6), panel (K,TILE_COLS). n fits in vecs vectors, a constant
- * where this is inlined; a tile of less than 6 rows, or not as wide as vecs vectors, goes through
- * `edge`. */
+/* c (m,n) = or += strip' panel, with strip (K,6) and panel (K,TILE_COLS). n fits into vecs vectors,
+ * a constant where this is inlined. A tile of less than 6 rows, or less wide than vecs vectors,
+ * goes through `edge`. */
 static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act *c, size_t c_row,
                                                           size_t m, size_t n, const real *strip,
                                                           const real *panel, size_t K, int add)
@@ -3046,7 +3273,7 @@ static inline __attribute__((always_inline)) void tile_of(const size_t vecs, act
 }
 
 /* Tiles of 2, 3 and 4 vectors where TILE_VECS is 4, of 1 and 2 where it is 2. Not inlined: its
- * loops need all registers, and gcc spills sums where other loops are about. */
+ * loops need all registers, and gcc spills sums where other loops are near. */
 static __attribute__((noinline)) void tile(act *c, size_t c_row, size_t m, size_t n,
                                            const real *strip, const real *panel, size_t K, int add)
 {
@@ -3056,52 +3283,64 @@ static __attribute__((noinline)) void tile(act *c, size_t c_row, size_t m, size_
     else tile_of(TILE_VECS, c, c_row, m, n, strip, panel, K, add);
 }
 
-/* Rows i0 .. i1-1 and columns j0 .. j1-1 of c, whose rows are c_row apart, [+]= a (.,K) b (K,.),
- * and e, which may be NULL. strips: room for min(ROW_BLOCK, i1 - i0) rows, rounded up to whole
- * strips, of min(K_BLOCK, K) numbers. K > 0. */
-static void product(act *c, size_t c_row, Mat a, Mat b, size_t i0, size_t i1, size_t j0, size_t j1,
-                    size_t K, int add, const Epilogue *e, real *strips)
+/* Rows i0 .. i1-1 and columns j0 .. j1-1 of C. */
+typedef struct {
+    size_t i0, i1, j0, j1;
+} Rectangle;
+
+/* One rectangle of c = or += a b, and e on it, unless it is NULL. a.cols > 0. strips: room for
+ * min(ROW_BLOCK, i1 - i0) rows, rounded up to whole strips, of min(K_BLOCK, a.cols) numbers. */
+static void product(act *c, size_t c_row, Matrix a, Matrix b, Rectangle part, Store store,
+                    const Epilogue *e, real *strips)
 {
-    const size_t block =
-        round_up(ceil_div(K, ceil_div(K, K_BLOCK)), K_RUN); /* of k: all about equal */
+    const size_t K = a.cols;
+    const size_t block = round_up(ceil_div(K, ceil_div(K, K_BLOCK)), K_RUN); /* all about equal */
+    const Matrix columns = transposed(b);
     real panel[K_BLOCK * TILE_COLS] __attribute__((aligned(64)));
-    for (; i0 < i1 && j0 < j1; i0 += ROW_BLOCK)
+    for (size_t i0 = part.i0; i0 < part.i1 && part.j0 < part.j1; i0 += ROW_BLOCK)
         for (size_t k0 = 0; k0 < K; k0 += block) {
-            const size_t end = min_size(i0 + ROW_BLOCK, i1), depth = min_size(block, K - k0);
-            const int last = e && k0 + depth == K;
+            const size_t end = min_size(i0 + ROW_BLOCK, part.i1), depth = min_size(block, K - k0);
+            const int add = store == ADD || k0 > 0, last = e && k0 + depth == K;
             pack(strips, from_element(a, i0, k0), end - i0, TILE_ROWS, depth);
-            for (size_t j = j0; j < j1; j += TILE_COLS) {
-                const size_t n = min_size(TILE_COLS, j1 - j);
-                pack(panel, from_element((Mat){b.p, b.col, b.row}, j, k0), n, TILE_COLS,
-                     depth); /* B' */
+            for (size_t j = part.j0; j < part.j1; j += TILE_COLS) {
+                const size_t n = min_size(TILE_COLS, part.j1 - j);
+                pack(panel, from_element(columns, j, k0), n, TILE_COLS, depth);
                 for (size_t i = i0; i < end; i += TILE_ROWS) {
                     const size_t m = min_size(TILE_ROWS, end - i), at = i * c_row + j;
                     for (size_t r = 0; r < m && last && e->pre; r++)
                         for (size_t q = 0; q < n; q += LANES)
                             __builtin_prefetch(e->pre + at + r * c_row + q);
-                    tile(c + at, c_row, m, n, strips + (i - i0) * depth, panel, depth,
-                         add || k0 > 0);
+                    tile(c + at, c_row, m, n, strips + (i - i0) * depth, panel, depth, add);
                     if (last) finish(c, c_row, at, j, m, n, e);
                 }
             }
         }
 }
 
-/* a' b for vectors of n numbers. */
+/* One of a's sizes is QUERIES at most, the other KEYS, or else it is cut into blocks of K_BLOCK. */
+static void matmul_block(act *c, size_t c_row, Matrix a, Matrix b, Store store)
+{
+    real strips[QUERIES * KEYS];
+    const Rectangle all = {0, a.rows, 0, b.cols};
+    product(c, c_row, a, b, all, store, NULL, strips);
+}
+static_assert((int)KEYS == (int)K_BLOCK, "QUERIES rows of K_BLOCK numbers fit into strips");
+static_assert(QUERIES % TILE_ROWS == 0 && KEYS % TILE_ROWS == 0, "so do whole strips");
+static_assert(QUERIES % K_RUN == 0 && KEYS % K_RUN == 0, "whole runs are packed faster");
+
 static real dot(const real *a, const real *b, size_t n)
 {
-    enum {
-        CHAINS = 4,
-        AHEAD = 2048
-    }; /* independent sums hide the adder's latency; prefetchers stop where pages end */
+    /* Independent sums hide the adder's latency. AHEAD, because the hardware's prefetcher stops at
+     * the end of a page. */
+    enum { CHAINS = 4, AHEAD = 2048 };
     vec s[CHAINS] = {{0}};
     real sum = 0;
     size_t i = 0;
     for (; i + CHAINS * LANES <= n; i += CHAINS * LANES)
         for (int j = 0; j < CHAINS; j++) {
-            __builtin_prefetch(b + i + j * LANES + AHEAD);
-            s[j] +=
-                *(const loose_vec *)(a + i + j * LANES) * *(const loose_vec *)(b + i + j * LANES);
+            const real *x = a + i + j * LANES, *y = b + i + j * LANES;
+            __builtin_prefetch(y + AHEAD);
+            s[j] += *(const loose_vec *)x * *(const loose_vec *)y;
         }
     s[0] = (s[0] + s[1]) + (s[2] + s[3]);
     for (int lane = 0; lane < LANES; lane++) sum += s[0][lane];
@@ -3109,52 +3348,69 @@ static real dot(const real *a, const real *b, size_t n)
     return sum;
 }
 
-/* c (M,N) [+]= a (M,K) b (K,N), K > 0, and e, which may be NULL. A few rows times a transposed
- * matrix, as in generation, run at the speed at which b is read: so once, and as it lies. */
-static void matmul(act *c, Mat a, Mat b, size_t M, size_t N, size_t K, int add, const Epilogue *e)
+/* C of less than 4 rows, as in generation, is made at the speed at which b is read: b is read once,
+ * as it lies. Else C is cut into down x (parts / down) rectangles, one for each thread, such that a
+ * thread copies as little as possible of A and B. */
+static void matmul(act *c, Matrix a, Matrix b, Store store, const Epilogue *e)
 {
+    const size_t M = a.rows, N = b.cols, K = a.cols;
     if (M < 4 && a.col == 1 && b.row == 1) {
 #pragma omp parallel for schedule(static) if (N * K > SMALL)
         for (size_t j = 0; j < N; j++)
             for (size_t i = 0; i < M; i++)
-                c[i * N + j] = dot(a.p + i * a.row, b.p + j * b.col, K) + (add ? c[i * N + j] : 0);
+                c[i * N + j] =
+                    dot(a.p + i * a.row, b.p + j * b.col, K) + (store == ADD ? c[i * N + j] : 0);
         if (e) finish(c, N, 0, 0, M, N, e);
         return;
     }
     const size_t parts = M * N * K > 8 * SMALL ? (size_t)openmp_threads() : 1;
-    size_t down = 1, rows = 0, cols = 0,
-           least = SIZE_MAX; /* C is cut into down x (parts / down) rectangles of */
-    for (size_t d = 1; d <= parts;
-         d++) { /* rows x cols, such that a thread copies least of A and B */
-        const size_t high = round_up(ceil_div(M, d), TILE_ROWS),
-                     wide = round_up(ceil_div(N, parts / d), TILE_COLS);
+    size_t down = 1, rows = 0, cols = 0, least = SIZE_MAX;
+    for (size_t d = 1; d <= parts; d++) {
+        const size_t high = round_up(ceil_div(M, d), TILE_ROWS);
+        const size_t wide = round_up(ceil_div(N, parts / d), TILE_COLS);
         const size_t copied = high + wide * ceil_div(high, ROW_BLOCK);
-        if (parts % d == 0 && copied < least) down = d, rows = high, cols = wide, least = copied;
+        if (parts % d || copied >= least) continue;
+        down = d;
+        rows = high;
+        cols = wide;
+        least = copied;
     }
 #pragma omp parallel for schedule(static) if (parts > 1)
     for (size_t part = 0; part < parts; part++) {
-        const size_t i0 = part % down * rows, i1 = min_size(i0 + rows, M), j0 = part / down * cols;
+        const size_t i0 = part % down * rows, j0 = part / down * cols;
+        const Rectangle mine = {i0, min_size(i0 + rows, M), j0, min_size(j0 + cols, N)};
         real *strips = scratch(min_size(rows, ROW_BLOCK) * min_size(K, K_BLOCK));
-        product(c, N, a, b, i0, i1, j0, min_size(j0 + cols, N), K, add, e, strips);
+        product(c, N, a, b, mine, store, e, strips);
         free(strips);
     }
 }
 
 #else
-static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op);
+static void reduce_slice(void *const *x, int ranks, size_t begin, size_t n, Type type, Op op);
 #endif /* OTHER_OPERATORS */
 
 /* =================================================================================================
  * Chapter 12. Ranks as threads
  * =================================================================================================
  *
+ * Chapter 2's list of collectives, for ranks that are threads of this process. Another back end
+ * defines OTHER_RANKS, includes this file, and has functions of its own in the place of those
+ * below.
+ *
  * A group's Board is what its ranks share. The protocol of every collective is the same:
  *
- *     1. each rank posts its pointer and count on the board;      2. barrier: all posts can be read;
- *     3. each rank reads the others' buffers and does its part;   4. barrier: the buffers are
- * their owners' again. */
+ *     1. each rank posts its pointer and its arguments on the board
+ *     2. barrier: now all posts can be read
+ *     3. each rank reads the others' arrays and does its part
+ *     4. barrier: now the arrays are their owners' again */
 
-/* One collective as `trace` prints it. */
+static size_t type_size(Type type)
+{
+    if (type == ACT) return sizeof(act);
+    return type == REAL_ARRAY ? sizeof(real) : sizeof(double);
+}
+
+/* One call of a collective, as `trace` prints it. */
 typedef struct {
     const char *op, *group;
     size_t elements, bytes; /* of the message: what each rank passes in */
@@ -3166,8 +3422,36 @@ struct Trace {
     size_t n, capacity;
 };
 
-/* A buffered one-way channel between two ranks: send waits while it is full, recv while it is
- * empty. */
+static void record(Comm *c, const char *op, size_t n, Type type)
+{
+    static const Place nowhere = {"-", "", "", -1};
+    Trace *trace = c->trace;
+    if (!trace) return;
+    trace->event = (Event *)grow(trace->event, trace->n, &trace->capacity, sizeof *trace->event);
+    Event event = {op, c->name, n, n * type_size(type), c->place ? *c->place : nowhere};
+    trace->event[trace->n++] = event;
+}
+
+/* reduce_slice for a few doubles in the host's memory. */
+static void reduce_scalars(void *const *x, int ranks, size_t begin, size_t n, Op op)
+{
+    for (size_t i = begin; i < begin + n; i++) {
+        double total = ((double *)x[0])[i];
+        for (int r = 1; r < ranks; r++) {
+            const double a = ((double *)x[r])[i];
+            if (op == SUM) total += a;
+            else if (a > total || a != a) total = a;
+        }
+        for (int r = 0; r < ranks; r++) ((double *)x[r])[i] = total;
+    }
+}
+
+#ifndef OTHER_RANKS
+
+/* ---- The board ------------------------------------------------------------------------------- */
+
+/* A one-way channel between two ranks, with room for one message: send waits while it is full, recv
+ * while it is empty. */
 typedef struct {
     pthread_mutex_t mutex;
     pthread_cond_t changed;
@@ -3176,35 +3460,32 @@ typedef struct {
     size_t capacity, bytes;
 } Mailbox;
 
-/* What one rank posts. */
+/* What one rank posts, beside its pointer. */
 typedef struct {
     const char *op;
-    void *x;
     size_t n;
     int type, world_rank;
 } Post;
 
 struct Board {
-    int size, spin;
+    int size;
+    int spin;            /* barrier: how often a rank looks before it sleeps */
     int arrived;         /* barrier: ranks that wait */
     unsigned generation; /* barrier: how often it has opened */
     pthread_mutex_t mutex;
     pthread_cond_t opened;
-    Post post[MAX_RANKS];
+    Post *post;       /* [size] */
+    void **x;         /* [size] the ranks' pointers */
     Mailbox *mailbox; /* [from * size + to] */
 };
 
-static size_t type_size(Type type)
-{
-    return type == ACT ? sizeof(act) : type == REAL_ARRAY ? sizeof(real) : sizeof(double);
-}
-
-/* spin: how often a barrier looks before it sleeps. */
 static Board *board_create(int size, int spin)
 {
     Board *board = (Board *)xcalloc(1, sizeof *board);
     board->size = size;
     board->spin = spin;
+    board->post = (Post *)xcalloc((size_t)size, sizeof *board->post);
+    board->x = (void **)xcalloc((size_t)size, sizeof *board->x);
     board->mailbox = (Mailbox *)xcalloc((size_t)size * size, sizeof *board->mailbox);
     pthread_mutex_init(&board->mutex, NULL);
     pthread_cond_init(&board->opened, NULL);
@@ -3215,22 +3496,24 @@ static Board *board_create(int size, int spin)
     return board;
 }
 
-/* Called by one rank, after the last barrier of the group. */
+/* One rank calls it, after the last barrier of the group. */
 static void board_destroy(Board *board)
 {
     for (int i = 0; i < board->size * board->size; i++) device_free(board->mailbox[i].data);
+    free(board->post);
+    free(board->x);
     free(board->mailbox);
     free(board);
 }
 
+/* Looks a while, since ranks are usually close together, and then sleeps. */
 static void barrier(Comm *c)
 {
     Board *b = c->board;
     unsigned generation = __atomic_load_n(&b->generation, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&b->arrived, 1, __ATOMIC_ACQ_REL) == b->size) {
         __atomic_store_n(&b->arrived, 0, __ATOMIC_RELAXED);
-        pthread_mutex_lock(
-            &b->mutex); /* so that no rank falls asleep between its last look and our call */
+        pthread_mutex_lock(&b->mutex); /* no rank falls asleep between its last look and our call */
         __atomic_store_n(&b->generation, generation + 1, __ATOMIC_RELEASE);
         pthread_cond_broadcast(&b->opened);
         pthread_mutex_unlock(&b->mutex);
@@ -3244,26 +3527,13 @@ static void barrier(Comm *c)
     pthread_mutex_unlock(&b->mutex);
 }
 
-static void record(Comm *c, const char *op, size_t n, Type type)
-{
-    static const Place nowhere = {"-", "", "", -1};
-    Trace *trace = c->trace;
-    if (!trace) return;
-    trace->event = (Event *)grow(trace->event, trace->n, &trace->capacity, sizeof *trace->event);
-    Event *event = &trace->event[trace->n++];
-    event->op = op;
-    event->group = c->name;
-    event->elements = n;
-    event->bytes = n * type_size(type);
-    event->place = c->place ? *c->place : nowhere;
-}
-
-/* Steps 1 and 2 of the protocol. A program whose ranks disagree on what comes next is broken beyond
- * repair: say who. */
+/* Steps 1 and 2 of the protocol. If ranks disagree on what comes next, the program is broken: say
+ * which ranks. */
 static void meet(Comm *c, const char *op, void *x, size_t n, Type type)
 {
-    Post *mine = &c->board->post[c->rank];
-    mine->op = op, mine->x = x, mine->n = n, mine->type = type, mine->world_rank = c->world_rank;
+    const Post mine = {op, n, (int)type, c->world_rank};
+    c->board->post[c->rank] = mine;
+    c->board->x[c->rank] = x;
     device_synchronize();
     barrier(c);
     for (int r = 0; r < c->size; r++) {
@@ -3276,39 +3546,28 @@ static void meet(Comm *c, const char *op, void *x, size_t n, Type type)
     record(c, op, n, type);
 }
 
+/* Step 4. */
 static void leave(Comm *c)
 {
     device_synchronize();
     barrier(c);
 }
 
-/* reduce_slice for a few scalars in the host's memory. */
-static void reduce_scalars(void *const *x, int P, size_t begin, size_t n, Op op)
-{
-    for (size_t i = begin; i < begin + n; i++) {
-        double total = ((double *)x[0])[i];
-        for (int r = 1; r < P; r++) {
-            const double a = ((double *)x[r])[i];
-            total = op == SUM ? total + a : a > total || a != a ? a : total;
-        }
-        for (int r = 0; r < P; r++) ((double *)x[r])[i] = total;
-    }
-}
+/* ---- Collectives ----------------------------------------------------------------------------- */
 
+/* Rank r reduces slice r of all arrays, and writes it to all. */
 static void all_reduce(Comm *c, void *x, size_t n, Type type, Op op)
 {
     if (c->size == 1) return;
+    const size_t size = (size_t)c->size, begin = n * c->rank / size;
+    const size_t count = n * (c->rank + 1) / size - begin;
     meet(c, op == SUM ? "all_reduce" : "all_reduce_max", x, n, type);
-    void *buffer[MAX_RANKS];
-    for (int r = 0; r < c->size; r++) buffer[r] = c->board->post[r].x;
-    size_t begin = n * c->rank / c->size, end = n * (c->rank + 1) / c->size;
-    if (type == DOUBLE_ARRAY) reduce_scalars(buffer, c->size, begin, end - begin, op);
-    else reduce_slice(buffer, c->size, begin, end - begin, type, op);
+    if (type == DOUBLE_ARRAY) reduce_scalars(c->board->x, c->size, begin, count, op);
+    else reduce_slice(c->board->x, c->size, begin, count, type, op);
     leave(c);
 }
 
-/* n elements of another rank's array, or of this one's. A DOUBLE_ARRAY is a few scalars in the
- * host's memory; all others are the device's. */
+/* n elements of another rank's array, or of this one's. */
 static void copy_array(void *to, const void *from, size_t n, Type type)
 {
     if (type == DOUBLE_ARRAY) memmove(to, from, n * type_size(type));
@@ -3317,25 +3576,28 @@ static void copy_array(void *to, const void *from, size_t n, Type type)
 
 static void all_gather(Comm *c, void *out, void *x, size_t n, Type type)
 {
-    size_t bytes = n * type_size(type);
-    if (c->size > 1) meet(c, "all_gather", x, n, type);
+    if (c->size == 1) {
+        copy_array(out, x, n, type);
+        return;
+    }
+    meet(c, "all_gather", x, n, type);
     for (int r = 0; r < c->size; r++)
-        copy_array((char *)out + r * bytes, c->size > 1 ? c->board->post[r].x : x, n, type);
-    if (c->size > 1) leave(c);
+        copy_array((char *)out + r * n * type_size(type), c->board->x[r], n, type);
+    leave(c);
 }
 
 static void broadcast(Comm *c, void *x, size_t n, Type type, int root)
 {
     if (c->size == 1) return;
     meet(c, "broadcast", x, n, type);
-    if (c->rank != root) copy_array(x, c->board->post[root].x, n, type);
+    if (c->rank != root) copy_array(x, c->board->x[root], n, type);
     leave(c);
 }
 
 static void send(Comm *c, const void *x, size_t n, Type type, int to)
 {
     Mailbox *box = &c->board->mailbox[c->rank * c->size + to];
-    size_t bytes = n * type_size(type);
+    const size_t bytes = n * type_size(type);
     record(c, "send", n, type);
     pthread_mutex_lock(&box->mutex);
     while (box->full) pthread_cond_wait(&box->changed, &box->mutex);
@@ -3355,53 +3617,55 @@ static void send(Comm *c, const void *x, size_t n, Type type, int to)
 static void recv(Comm *c, void *x, size_t n, Type type, int from)
 {
     Mailbox *box = &c->board->mailbox[from * c->size + c->rank];
+    const size_t bytes = n * type_size(type);
     record(c, "recv", n, type);
     pthread_mutex_lock(&box->mutex);
     while (!box->full) pthread_cond_wait(&box->changed, &box->mutex);
-    if (box->bytes != n * type_size(type))
-        die("rank %d receives %zu bytes in group %s, but %zu were sent", c->world_rank,
-            n * type_size(type), c->name, box->bytes);
-    device_copy(x, box->data, box->bytes);
+    if (box->bytes != bytes)
+        die("rank %d receives %zu bytes in group %s, but %zu were sent", c->world_rank, bytes,
+            c->name, box->bytes);
+    device_copy(x, box->data, bytes);
     device_synchronize();
     box->full = 0;
     pthread_cond_broadcast(&box->changed);
     pthread_mutex_unlock(&box->mutex);
 }
 
+/* ---- Groups, and the start of the ranks ------------------------------------------------------ */
+
+/* Colors are posted as n. The first rank of each color makes its group's board. */
 static Comm comm_split(Comm *parent, int color, const char *name)
 {
-    Post *mine = &parent->board->post[parent->rank];
+    Board *board = parent->board;
     Comm c = {0, 0, NULL, name, parent->world_rank, NULL, NULL};
     int leader = -1;
-    mine->n = (size_t)color;
+    board->post[parent->rank].n = (size_t)color;
     barrier(parent);
     for (int r = 0; r < parent->size; r++) {
-        if (parent->board->post[r].n != (size_t)color) continue;
+        if (board->post[r].n != (size_t)color) continue;
         if (leader < 0) leader = r;
         if (r == parent->rank) c.rank = c.size;
         c.size++;
     }
-    if (leader == parent->rank) mine->x = board_create(c.size, parent->board->spin);
+    if (leader == parent->rank) board->x[leader] = board_create(c.size, board->spin);
     barrier(parent);
-    c.board = (Board *)parent->board->post[leader].x;
-    barrier(parent); /* the posts may be reused only when all have read them */
+    c.board = (Board *)board->x[leader];
+    barrier(parent); /* the posts may be used again only when all have read them */
     return c;
 }
 
+/* The last rank to leave the barrier destroys the board: the others no longer touch it. */
 static void comm_free(Comm *c)
 {
     barrier(c);
-    int last = __atomic_add_fetch(&c->board->arrived, 1, __ATOMIC_ACQ_REL) == c->size;
-    if (last)
-        board_destroy(
-            c->board); /* the others have left the barrier before they counted themselves in */
+    const int last = __atomic_add_fetch(&c->board->arrived, 1, __ATOMIC_ACQ_REL) == c->size;
+    if (last) board_destroy(c->board);
 }
-
-/* ---- Starting the ranks ---------------------------------------------------------------------- */
 
 static int is_writer(const Comm *world) { return !world || world->rank == 0; }
 
 typedef struct {
+    pthread_t thread;
     Comm world;
     void (*body)(Comm *world, void *arg);
     void *arg;
@@ -3412,29 +3676,33 @@ static void *start_rank(void *arg)
     Start *start = (Start *)arg;
     device_select(start->world.rank, start->world.size);
 #ifdef _OPENMP
-    omp_set_num_threads(cores() / start->world.size > 1 ? cores() / start->world.size
-                                                        : 1); /* ranks share the cores */
+    const int share = cores() / start->world.size; /* the ranks share the cores */
+    omp_set_num_threads(share > 1 ? share : 1);
 #endif
     start->body(&start->world, start->arg);
     return NULL;
 }
 
+/* A barrier spins only where every rank has a core of its own. */
 static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg)
 {
-    pthread_t thread[MAX_RANKS];
-    Start start[MAX_RANKS];
     if (n < 1 || n > MAX_RANKS) die("%d ranks were asked for: 1 to %d are possible", n, MAX_RANKS);
-    Board *board =
-        board_create(n, n <= cores() ? 4096 : 0); /* never burn a core that another rank needs */
+    Start *start = (Start *)xcalloc((size_t)n, sizeof *start);
+    Board *board = board_create(n, n <= cores() ? 4096 : 0);
     for (int r = 0; r < n; r++) {
-        Comm world = {r, n, board, "world", r, NULL, NULL};
-        start[r].world = world, start[r].body = body, start[r].arg = arg;
-        if (pthread_create(&thread[r], NULL, start_rank, &start[r]))
+        const Comm world = {r, n, board, "world", r, NULL, NULL};
+        start[r].world = world;
+        start[r].body = body;
+        start[r].arg = arg;
+        if (pthread_create(&start[r].thread, NULL, start_rank, &start[r]))
             die("cannot start a thread for rank %d of %d", r, n);
     }
-    for (int r = 0; r < n; r++) pthread_join(thread[r], NULL);
+    for (int r = 0; r < n; r++) pthread_join(start[r].thread, NULL);
     board_destroy(board);
+    free(start);
 }
+
+#endif /* OTHER_RANKS */
 
 /* =================================================================================================
  *
@@ -7046,7 +7314,8 @@ struct Report {
     size_t skipped;
 };
 
-/* A training run, and what the command needs around it. `run` comes first: save_run() gets here from there. */
+/* A training run, and what the command needs around it. `run` comes first: save_run() gets here
+ * from there. */
 typedef struct {
     Run run;
     Report report;
@@ -7535,10 +7804,7 @@ static void eval_text(Inference *in, int json)
     in->units = given(o, "--limit") ? min_size(o->limit, windows) : windows;
     in->ranks.micro_batch = min_size(in->ranks.micro_batch, max_size(in->units, 1));
     if (in->units) run_ranks(world_size(in->ranks.layout), eval_rank, in);
-    /* [App. E eq.4] divides the sum of the losses by the number of original tokens, T_o - 1 in the
-     * code [P53]. */
-    double loss = in->score.loss,
-           adjusted = loss * (double)targets / (double)max_size(original - 1, 1);
+    double loss = in->score.loss, adjusted = adjusted_loss(loss, targets, original);
     if (json) {
         printf("{\"tokens\": %zu, \"targets\": %zu, \"windows\": %zu", in->text.n, targets,
                windows);

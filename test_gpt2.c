@@ -1141,7 +1141,7 @@ static void test_philox_and_dropout(void)
 
 /* ---- Matrix product, linear layers ----------------------------------------------------------------------------- */
 
-/* c (M,N) [+]= a b in double, strides as in Mat. */
+/* c (M,N) [+]= a b in double, strides as in Matrix. */
 static void naive_product(double *c, const real *a, size_t a_row, size_t a_col, const real *b, size_t b_row,
                           size_t b_col, size_t M, size_t N, size_t K, int add)
 {
@@ -1160,10 +1160,10 @@ static double product_error(size_t M, size_t N, size_t K)
     real *a = random_reals(M * K, 1, 1), *b = random_reals(K * N, 2, 1), *c0 = random_reals(M * N, 3, 1);
     for (int way = 0; way < 8; way++) {
         const size_t a_row = way & 1 ? 1 : K, a_col = way & 1 ? M : 1, b_row = way & 2 ? 1 : N, b_col = way & 2 ? K : 1;
-        const Mat ma = {a, a_row, a_col}, mb = {b, b_row, b_col};
+        const Matrix ma = {a, M, K, a_row, a_col}, mb = {b, K, N, b_row, b_col};
         real *c = copy_reals(c0, M * N);
         double *exact = random_doubles(c0, M * N);
-        matmul(c, ma, mb, M, N, K, way >> 2, NULL);
+        matmul(c, ma, mb, way >> 2 ? ADD : WRITE, NULL);
         naive_product(exact, a, a_row, a_col, b, b_row, b_col, M, N, K, way >> 2);
         const double e = error_of(c, exact, M * N);
         worst = worse(worst, e);

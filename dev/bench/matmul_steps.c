@@ -14,6 +14,12 @@
 
 /* ---- The steps --------------------------------------------------------------------------------------------------- */
 
+/* A matrix of the steps, whose sizes are M, N, K: element (i, j) is p[i * row + j * col]. */
+typedef struct {
+    const real *p;
+    size_t row, col;
+} Mat;
+
 /* Step 1: the definition. */
 static void definition(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
 {
@@ -109,7 +115,11 @@ static void blocks(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
 }
 
 /* Step 5: strips of A and panels of B are packed. */
-static void packed(real *c, Mat a, Mat b, size_t M, size_t N, size_t K) { matmul(c, a, b, M, N, K, 0, NULL); }
+static void packed(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
+{
+    const Matrix left = {a.p, M, K, a.row, a.col}, right = {b.p, K, N, b.row, b.col};
+    matmul(c, left, right, WRITE, NULL);
+}
 
 /* ---- The machine's ceilings -------------------------------------------------------------------------------------- */
 
