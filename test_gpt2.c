@@ -147,10 +147,10 @@ static void record_linear(FILE *out, size_t N, size_t I, size_t O, Gelu kind)
 {
     char s[128];
     int down = -(int)(log2((double)I) / 2); /* keeps y near 1 */
-    act *x = input(N * I, 1, 0), *w = input(O * I, 2, down), *b = input(O, 3, 0),
-        *dy = input(N * O, 4, 0);
-    act *y = zeros(N * O), *pre = zeros(N * O), *dx = zeros(N * I), *dw = input(O * I, 5, 0),
-        *db = input(O, 6, 0);
+    act *x = input(N * I, 1, 0), *w = input(O * I, 2, down), *b = input(O, 3, 0);
+    act *dy = input(N * O, 4, 0);
+    act *y = zeros(N * O), *pre = zeros(N * O), *dx = zeros(N * I), *dw = input(O * I, 5, 0);
+    act *db = input(O, 6, 0);
     linear_forward(y, x, w, NULL, N, I, O);
     put_act(out, named(s, "linear %zux%zux%zu y", N, I, O), y, N * O, 1);
     linear_forward(y, x, w, b, N, I, O);
@@ -161,8 +161,8 @@ static void record_linear(FILE *out, size_t N, size_t I, size_t O, Gelu kind)
     put_act(out, named(s, "linear %zux%zux%zu db", N, I, O), db, O, 1);
 
     const char *form = kind == GELU_TANH ? "tanh" : "erf";
-    act *w2 = input(I * O, 7, -(int)(log2((double)O) / 2)), *dz = input(N * I, 8, 0),
-        *dw2 = zeros(I * O);
+    act *w2 = input(I * O, 7, -(int)(log2((double)O) / 2)), *dz = input(N * I, 8, 0);
+    act *dw2 = zeros(I * O);
     /* y (N,O) = gelu(x w' + b); z (N,I) = y w2' follows */
     linear_gelu_forward(y, pre, x, w, b, N, I, O, kind);
     put_act(out, named(s, "gelu %s %zux%zux%zu pre", form, N, I, O), pre, N * O, 1);
@@ -196,10 +196,10 @@ static void record_embedding(FILE *out, size_t B, size_t T, size_t C, size_t V, 
 static void record_layernorm(FILE *out, size_t N, size_t C, double p)
 {
     char s[128];
-    act *x = input(N * C, 21, 0), *g = input(C, 22, 0), *b = input(C, 23, 0),
-        *dy = input(N * C, 24, 0);
-    act *bias = input(C, 25, 0), *residual = input(N * C, 26, 0), *dg = input(C, 27, 0),
-        *db = input(C, 28, 0);
+    act *x = input(N * C, 21, 0), *g = input(C, 22, 0), *b = input(C, 23, 0);
+    act *dy = input(N * C, 24, 0);
+    act *bias = input(C, 25, 0), *residual = input(N * C, 26, 0), *dg = input(C, 27, 0);
+    act *db = input(C, 28, 0);
     act *y = zeros(N * C), *res = zeros(N * C), *dx = zeros(N * C), *dres = input(N * C, 29, 0);
     real *mean = zero_reals(N), *rstd = zero_reals(N), eps = (real)1e-5;
     Dropout d = twin_dropout(p, 4 * C, 1);
@@ -252,8 +252,8 @@ static void record_cross_entropy(FILE *out, size_t N, size_t Vp, size_t valid)
     size_t v0 = 100;
     act *z = input(N * Vp, 41, 1);
     int *targets = input_tokens(N, 42, v0 + valid); /* some are another rank's */
-    real *max = zero_reals(N), *sum = zero_reals(N), *target_logit = zero_reals(N),
-         *loss = zero_reals(N);
+    real *max = zero_reals(N), *sum = zero_reals(N), *target_logit = zero_reals(N);
+    real *loss = zero_reals(N);
     real *weight = input_reals(N, 43, 0);
     logits_max(max, z, N, Vp, valid);
     put_real(out, named(s, "cross entropy %zux%zu max", N, Vp), max, N, 0);
@@ -270,8 +270,8 @@ static void record_cross_entropy(FILE *out, size_t N, size_t Vp, size_t valid)
 static void record_optimizer(FILE *out, size_t n)
 {
     char s[128];
-    real *start = coarse_reals(n, 51, 0), *p = zero_reals(n), *m = zero_reals(n),
-         *v = zero_reals(n);
+    real *start = coarse_reals(n, 51, 0), *p = zero_reals(n), *m = zero_reals(n);
+    real *v = zero_reals(n);
     act *w = zeros(n), *g = input(n, 52, 0);
     act_upload(w, start, n);
     device_upload(p, start, n * sizeof *p);
@@ -294,7 +294,10 @@ static void record_reduce(FILE *out, size_t n, Op op)
     char s[128];
     act *x[P];
     real *y[P];
-    for (uint32_t r = 0; r < P; r++) x[r] = input(n, 61 + r, 0), y[r] = input_reals(n, 61 + r, 0);
+    for (uint32_t r = 0; r < P; r++) {
+        x[r] = input(n, 61 + r, 0);
+        y[r] = input_reals(n, 61 + r, 0);
+    }
     device_synchronize(); /* as the barrier of all_reduce does */
     reduce_slice((void *const *)x, P, n / 5, n - n / 4, ACT, op);
     reduce_slice((void *const *)y, P, n / 5, n - n / 4, REAL_ARRAY, op);
@@ -310,8 +313,8 @@ static void record_reduce(FILE *out, size_t n, Op op)
 /* Ranks are added in their order: 0 and 1 cancel, and what 2 has is lost in any other. */
 static void record_rank_order(FILE *out, size_t n)
 {
-    real *host = coarse_reals(n, 64, 30),
-         *x[3] = {input_reals(n, 64, 30), zero_reals(n), input_reals(n, 65, 0)};
+    real *host = coarse_reals(n, 64, 30);
+    real *x[3] = {input_reals(n, 64, 30), zero_reals(n), input_reals(n, 65, 0)};
     for (size_t i = 0; i < n; i++) host[i] = -host[i];
     device_upload(x[1], host, n * sizeof *host);
     device_synchronize();
@@ -456,10 +459,13 @@ static void record_rank(Comm *world, void *arg)
     TwinModel *m = (TwinModel *)arg;
     RankOptions o;
     memset(&o, 0, sizeof o);
-    o.config = m->config, o.layout = m->layout;
-    o.micro_batch = m->micro_batch,
+    o.config = m->config;
+    o.layout = m->layout;
+    o.micro_batch = m->micro_batch;
     o.micro_batches = m->batch / m->micro_batch / (size_t)m->layout.dp;
-    o.seq = m->config.P, o.training = 1, o.seed = 1234;
+    o.seq = m->config.P;
+    o.training = 1;
+    o.seed = 1234;
     Rank *k = rank_create(world, &o);
     FILE *out = m->out[world->rank];
     Optimizer optimizer = {1e-3, 1e-5, 2, 100, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, 1, 128};
@@ -484,9 +490,14 @@ static void record_model(FILE *out, const char *what, Config config, int tp, int
     char *text[MAX_RANKS];
     size_t size[MAX_RANKS];
     memset(&m, 0, sizeof m);
-    m.what = what, m.config = config, m.steps = steps;
-    m.layout.tp = tp, m.layout.pp = pp, m.layout.dp = dp;
-    m.micro_batch = 2, m.batch = 4;
+    m.what = what;
+    m.config = config;
+    m.steps = steps;
+    m.layout.tp = tp;
+    m.layout.pp = pp;
+    m.layout.dp = dp;
+    m.micro_batch = 2;
+    m.batch = 4;
     for (int r = 0; r < world_size(m.layout); r++)
         if (!(m.out[r] = open_memstream(&text[r], &size[r]))) die("out of memory");
     run_ranks(world_size(m.layout), record_rank, &m);
@@ -562,7 +573,8 @@ static int checks, failures; /* in the running test */
 static void check(const char *what, double measured, double bound)
 {
     int ok = measured <= bound;
-    checks++, failures += !ok;
+    checks++;
+    failures += !ok;
     printf("    %-60s %12.4g <= %-10.4g %s\n", what, measured, bound, ok ? "ok" : "FAILED");
 }
 
@@ -570,13 +582,15 @@ static void check(const char *what, double measured, double bound)
 static void check_equal(const char *what, double measured, double expected)
 {
     int ok = measured == expected;
-    checks++, failures += !ok;
+    checks++;
+    failures += !ok;
     printf("    %-60s %12.10g == %-10.10g %s\n", what, measured, expected, ok ? "ok" : "FAILED");
 }
 
 static void check_true(const char *what, int ok)
 {
-    checks++, failures += !ok;
+    checks++;
+    failures += !ok;
     printf("    %-60s %s\n", what, ok ? "ok" : "FAILED");
 }
 
@@ -617,7 +631,8 @@ static void check_dies(const char *what, void (*body)(void *), void *arg, const 
     pid_t child = fork();
     if (child == 0) {
         dup2(pipe_[1], STDERR_FILENO);
-        close(pipe_[0]), close(pipe_[1]);
+        close(pipe_[0]);
+        close(pipe_[1]);
         alarm(60);
 #ifdef _OPENMP
         omp_set_num_threads(1); /* the parent's threads are not there */
@@ -632,7 +647,8 @@ static void check_dies(const char *what, void (*body)(void *), void *arg, const 
     line[n] = 0;
     int refused = WIFEXITED(status) && WEXITSTATUS(status) == 1 && n &&
                   strchr(line, '\n') == line + n - 1 && strstr(line, message);
-    checks++, failures += !refused;
+    checks++;
+    failures += !refused;
     printf("    %-60s %s\n", what, refused ? "refused, ok" : "FAILED");
     if (!refused)
         printf("      status %d, expected exit 1 and one line with \"%s\"; got: %s\n", status,
@@ -654,6 +670,17 @@ static int run_command(const char *format, ...)
     int status = system(command);
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
 }
+
+/* FREE(a, b, ..) frees them all. */
+static void free_all(void *const *p, size_t n)
+{
+    for (size_t i = 0; i < n; i++) free(p[i]);
+}
+#define FREE(...)                                                                                  \
+    do {                                                                                           \
+        void *const all_[] = {__VA_ARGS__};                                                        \
+        free_all(all_, sizeof all_ / sizeof *all_);                                                \
+    } while (0)
 
 /* Says what was not tested, and why. */
 static int skips;
@@ -744,9 +771,12 @@ static void compare_twin(const char *program, const char *what, void (*make)(FIL
             break;
         }
         check(b.name, entry_error(&a, &b), bound + (u > 0x1p-24 ? u * b.roundings : 0));
-        free(a.x), free(b.x), a.x = b.x = NULL;
+        free(a.x);
+        free(b.x);
+        a.x = b.x = NULL;
     }
-    free(a.x), free(b.x);
+    free(a.x);
+    free(b.x);
     check_equal("exit status of the twin", pclose(twin), 0);
     if (memory) fclose(memory);
     free(own);
@@ -759,9 +789,10 @@ static void test_twin_operators(void)
         if (fallback) setenv("CUDAEMU_LT", "off", 1);
         if (sizeof(real) == sizeof(float))
             compare_twin("test_twin_fp32", "operators", record_operators, 2e-6);
-        else
-            compare_twin("test_twin_bf16", "operators", record_operators, 2e-6),
-                compare_twin("test_twin_fp16", "operators", record_operators, 2e-6);
+        else {
+            compare_twin("test_twin_bf16", "operators", record_operators, 2e-6);
+            compare_twin("test_twin_fp16", "operators", record_operators, 2e-6);
+        }
     }
     unsetenv("CUDAEMU_LT");
 }
@@ -770,9 +801,10 @@ static void test_twin_models(void)
 {
     if (sizeof(real) == sizeof(float))
         compare_twin("test_twin_fp32", "models", record_models, 1e-5);
-    else
-        compare_twin("test_twin_bf16", "models", record_models, 1e-5),
-            compare_twin("test_twin_fp16", "models", record_models, 1e-5);
+    else {
+        compare_twin("test_twin_bf16", "models", record_models, 1e-5);
+        compare_twin("test_twin_fp16", "models", record_models, 1e-5);
+    }
 }
 
 /* ---- Chapter 2: every operator against a naive double version -------------------------------- */
@@ -824,7 +856,11 @@ static void use_threads(int n)
 static Dropout test_dropout(double p, size_t first, size_t heads)
 {
     Dropout d;
-    d.seed = 0x123456789abcdefull, d.site = 7, d.step = 3, d.p = (real)p, d.first = first,
+    d.seed = 0x123456789abcdefull;
+    d.site = 7;
+    d.step = 3;
+    d.p = (real)p;
+    d.first = first;
     d.heads = heads;
     return d;
 }
@@ -1003,7 +1039,9 @@ static size_t special_floats(float *special, size_t room)
         double low = 0, high = 100;
         for (int j = 0; j < 60; j++)
             *(tanh_argument((low + high) / 2) < step ? &low : &high) = (low + high) / 2;
-        special[n++] = (float)step, special[n++] = (float)low, special[n++] = (float)sqrt(2 * step);
+        special[n++] = (float)step;
+        special[n++] = (float)low;
+        special[n++] = (float)sqrt(2 * step);
     }
     for (size_t i = 0, half = n; i < half; i++) special[n++] = -special[i];
     return n <= room ? n : 0;
@@ -1017,8 +1055,8 @@ static void check_functions(int all)
     enum { ROOM = 4096, STRIDE = 1021 };
     float special[ROOM];
     const uint32_t first = bits_of_float(0x1p-26f), count = bits_of_float(128) - first;
-    const size_t n_special = special_floats(special, ROOM),
-                 n_sparse = 0x100000000u / STRIDE / FUNCTION_RUN + 1;
+    const size_t n_special = special_floats(special, ROOM);
+    const size_t n_sparse = 0x100000000u / STRIDE / FUNCTION_RUN + 1;
     const size_t runs = n_special + n_sparse + (all ? 2 * (size_t)count / FUNCTION_RUN : 0);
     check_true("special floats", n_special > 0);
     for (const FunctionBound *b = function_bounds; b < function_bounds + N_FUNCTION_BOUNDS; b++) {
@@ -1045,11 +1083,17 @@ static void check_functions(int all)
                 const double e = worse(
                     function_error(b, (double)x[i], (double)y[i], exact),
                     function_error(b, (double)x[i], (double)function_alone(b->f, x[i]), exact));
-                if (is_worse(error, e)) error = e, at = (double)x[i];
+                if (is_worse(error, e)) {
+                    error = e;
+                    at = (double)x[i];
+                }
             }
             tried += n;
 #pragma omp critical
-            if (is_worse(worst, error)) worst = error, worst_at = at;
+            if (is_worse(worst, error)) {
+                worst = error;
+                worst_at = at;
+            }
         }
         check(b->what, worst, b->bound);
         printf("      %zu floats; worst at %.9g\n", tried, worst_at);
@@ -1065,7 +1109,8 @@ static void check_polynomial(void)
     for (uint32_t bits = bits_of_float(0.25f); bits < bits_of_float(64); bits += STRIDE) {
         const double x = bits % 2 ? float_of_bits(bits) : -float_of_bits(bits), exact = exp(x);
         const size_t bin = (size_t)((x / M_LN2 - rint(x / M_LN2) + 0.5) * BINS) % BINS;
-        sum[bin] += ((double)exponential((real)x) - exact) / ulp(exact), count[bin]++;
+        sum[bin] += ((double)exponential((real)x) - exact) / ulp(exact);
+        count[bin]++;
     }
     for (size_t bin = 0; bin < BINS; bin++) worst = worse(worst, fabs(sum[bin] / count[bin]));
     check("e^x: mean error at equal r, ulp", worst, 0.05);
@@ -1102,8 +1147,8 @@ static double exact_gelu(double x, Gelu kind)
 static double exact_gelu_slope(double x, Gelu kind)
 {
     if (kind == GELU_ERF) return 0.5 * erfc(-x / sqrt(2)) + x * exp(-x * x / 2) / sqrt(2 * M_PI);
-    const long double slope_at_0 = sqrtl(2 / 3.14159265358979323846L),
-                      t = tanhl(slope_at_0 * (x + 0.044715L * x * x * x));
+    const long double slope_at_0 = sqrtl(2 / 3.14159265358979323846L);
+    const long double t = tanhl(slope_at_0 * (x + 0.044715L * x * x * x));
     return (double)(0.5L * (1 + t) +
                     0.5L * x * (1 - t * t) * slope_at_0 * (1 + 3 * 0.044715L * x * x));
 }
@@ -1114,8 +1159,8 @@ static void test_gelu(void)
     for (int kind = GELU_TANH; kind <= GELU_ERF; kind++)
         for (int i = -12000; i <= 12000; i++) {
             const real x = (real)(i * 1e-3);
-            const double exact = exact_gelu(x, (Gelu)kind), slope = exact_gelu_slope(x, (Gelu)kind),
-                         h = 1e-6;
+            const double exact = exact_gelu(x, (Gelu)kind), slope = exact_gelu_slope(x, (Gelu)kind);
+            const double h = 1e-6;
             const double e = fabs(gelu(x, (Gelu)kind) - exact) / fmax(fabs(exact), 0.01);
             const double s = fabs(gelu_slope(x, (Gelu)kind) - slope);
             const double d = fabs(
@@ -1138,7 +1183,10 @@ static void test_gelu(void)
     check("[P41] gelu_erf(1) = 0.8413447", fabs(gelu(1, GELU_ERF) - 0.8413447), 1e-7);
     for (double x = 0; x < 6; x += 1e-3) {
         const double g = fabs((double)gelu((real)x, GELU_TANH) - (double)gelu((real)x, GELU_ERF));
-        if (g > gap) gap = g, gap_at = x;
+        if (g > gap) {
+            gap = g;
+            gap_at = x;
+        }
     }
     check("[P41] largest gap is 4.73e-4", fabs(gap - 4.73e-4), 1e-6);
     check("[P41] at x = 2.699", fabs(gap_at - 2.699), 0.01);
@@ -1220,11 +1268,11 @@ static void naive_product(double *c, const real *a, size_t a_row, size_t a_col, 
 static double product_error(size_t M, size_t N, size_t K)
 {
     double worst = 0;
-    real *a = random_reals(M * K, 1, 1), *b = random_reals(K * N, 2, 1),
-         *c0 = random_reals(M * N, 3, 1);
+    real *a = random_reals(M * K, 1, 1), *b = random_reals(K * N, 2, 1);
+    real *c0 = random_reals(M * N, 3, 1);
     for (int way = 0; way < 8; way++) {
-        const size_t a_row = way & 1 ? 1 : K, a_col = way & 1 ? M : 1, b_row = way & 2 ? 1 : N,
-                     b_col = way & 2 ? K : 1;
+        const size_t a_row = way & 1 ? 1 : K, a_col = way & 1 ? M : 1, b_row = way & 2 ? 1 : N;
+        const size_t b_col = way & 2 ? K : 1;
         const Matrix ma = {a, M, K, a_row, a_col}, mb = {b, K, N, b_row, b_col};
         real *c = copy_reals(c0, M * N);
         double *exact = random_doubles(c0, M * N);
@@ -1232,9 +1280,10 @@ static double product_error(size_t M, size_t N, size_t K)
         naive_product(exact, a, a_row, a_col, b, b_row, b_col, M, N, K, way >> 2);
         const double e = error_of(c, exact, M * N);
         worst = worse(worst, e);
-        free(c), free(exact);
+        free(c);
+        free(exact);
     }
-    free(a), free(b), free(c0);
+    FREE(a, b, c0);
     return worst;
 }
 
@@ -1279,18 +1328,27 @@ static void linear_case(size_t N, size_t I, size_t O, Gelu kind)
 {
     printf("  N %zu I %zu O %zu %s\n", N, I, O, kind == GELU_ERF ? "erf" : "tanh");
     LinearCase c;
-    c.N = N, c.I = I, c.O = O, c.kind = kind;
-    c.x = random_reals(N * I, 1, 1), c.w = random_reals(O * I, 2, 1 / sqrt((double)I)),
+    c.N = N;
+    c.I = I;
+    c.O = O;
+    c.kind = kind;
+    c.x = random_reals(N * I, 1, 1);
+    c.w = random_reals(O * I, 2, 1 / sqrt((double)I));
     c.b = random_reals(O, 3, 1);
-    c.w2 = random_reals(I * O, 4, 1 / sqrt((double)O)), c.weight = random_reals(N * O, 5, 1);
-    c.y = random_reals(N * O, 6, 1), c.pre = random_reals(N * O, 7, 1),
+    c.w2 = random_reals(I * O, 4, 1 / sqrt((double)O));
+    c.weight = random_reals(N * O, 5, 1);
+    c.y = random_reals(N * O, 6, 1);
+    c.pre = random_reals(N * O, 7, 1);
     c.z = random_reals(N * (I + O), 8, 1);
-    double *pre = (double *)xcalloc(N * O, sizeof *pre),
-           *act_ = (double *)xcalloc(N * O, sizeof *act_);
+    double *pre = (double *)xcalloc(N * O, sizeof *pre);
+    double *act_ = (double *)xcalloc(N * O, sizeof *act_);
     naive_product(pre, c.x, I, 1, c.w, 1, I, N, O, I, 0);
     linear_forward(c.y, c.x, c.w, NULL, N, I, O);
     check("linear, no bias", error_of(c.y, pre, N * O), 16 * U);
-    for (size_t i = 0; i < N * O; i++) pre[i] += c.b[i % O], act_[i] = exact_gelu(pre[i], kind);
+    for (size_t i = 0; i < N * O; i++) {
+        pre[i] += c.b[i % O];
+        act_[i] = exact_gelu(pre[i], kind);
+    }
     linear_forward(c.y, c.x, c.w, c.b, N, I, O);
     check("linear", error_of(c.y, pre, N * O), 16 * U);
     linear_gelu_forward(c.y, c.pre, c.x, c.w, c.b, N, I, O, kind);
@@ -1299,11 +1357,11 @@ static void linear_case(size_t N, size_t I, size_t O, Gelu kind)
     linear_gelu_forward(c.z, NULL, c.x, c.w, c.b, N, I, O, kind);
     check_true("the same without pre", memcmp(c.z, c.y, N * O * sizeof(real)) == 0);
 
-    real *dx = random_reals(N * I, 9, 1), *dw0 = random_reals(O * I, 10, 1),
-         *db0 = random_reals(O, 11, 1);
+    real *dx = random_reals(N * I, 9, 1), *dw0 = random_reals(O * I, 10, 1);
+    real *db0 = random_reals(O, 11, 1);
     real *dw = copy_reals(dw0, O * I), *db = copy_reals(db0, O);
-    double *edx = (double *)xcalloc(N * I, sizeof *edx), *edw = random_doubles(dw0, O * I),
-           *edb = random_doubles(db0, O);
+    double *edx = (double *)xcalloc(N * I, sizeof *edx), *edw = random_doubles(dw0, O * I);
+    double *edb = random_doubles(db0, O);
     linear_backward(dx, dw, db, c.weight, c.x, c.w, N, I, O);
     naive_product(edx, c.weight, O, 1, c.w, I, 1, N, I, O, 0);
     naive_product(edw, c.weight, 1, O, c.x, I, 1, O, I, N, 1);
@@ -1340,11 +1398,8 @@ static void linear_case(size_t N, size_t I, size_t O, Gelu kind)
         check("dw2, differences", finite_difference_error(c.w2, dw2, I * O, gelu_linear_loss, &c),
               1e-8);
     }
-    free(c.x), free(c.w), free(c.b), free(c.w2), free(c.y), free(c.pre), free(c.z), free(c.weight),
-        free(pre), free(act_);
-    free(dx), free(dw0), free(db0), free(dw), free(db), free(edx), free(edw), free(edb), free(dpre),
-        free(dw2), free(edpre);
-    free(edw2);
+    FREE(c.x, c.w, c.b, c.w2, c.y, c.pre, c.z, c.weight, pre, act_, dx, dw0, db0, dw, db, edx, edw,
+         edb, dpre, dw2, edpre, edw2);
 }
 
 static void test_linear(void)
@@ -1360,14 +1415,14 @@ static void test_linear(void)
 static void test_split_gemm(void)
 {
     enum { N = 66, C = 96, F = 384, T = 4 };
-    real *x = random_reals(N * C, 1, 1), *a = random_reals(F * C, 2, 0.1),
-         *b = random_reals(C * F, 3, 0.05);
+    real *x = random_reals(N * C, 1, 1), *a = random_reals(F * C, 2, 0.1);
+    real *b = random_reals(C * F, 3, 0.05);
     real *no_bias = (real *)xcalloc(F, sizeof(real)), *bias = random_reals(C, 4, 1);
-    real *y = random_reals(N * F, 5, 1), *part = random_reals(N * F, 6, 1),
-         *z = random_reals(N * C, 7, 1);
+    real *y = random_reals(N * F, 5, 1), *part = random_reals(N * F, 6, 1);
+    real *z = random_reals(N * C, 7, 1);
     real *sum = (real *)xcalloc(N * F, sizeof(real)), *out = (real *)xcalloc(N * C, sizeof(real));
-    real *wrong = (real *)xcalloc(N * C, sizeof(real)), *slice = random_reals(C * F, 8, 1),
-         *cut = random_reals(F * C, 9, 1);
+    real *wrong = (real *)xcalloc(N * C, sizeof(real)), *slice = random_reals(C * F, 8, 1);
+    real *cut = random_reals(F * C, 9, 1);
     linear_gelu_forward(y, NULL, x, a, no_bias, N, C, F, GELU_TANH);
 
     double worst = 0; /* columns: each rank holds rows r*F/T.. of a (F,C), the output features */
@@ -1399,15 +1454,16 @@ static void test_split_gemm(void)
         for (size_t i = 0; i < C; i++)
             memcpy(cut + i * F / T, b + i * F + r * F / T, F / T * sizeof(real));
         linear_forward(part, slice, cut, NULL, N, F / T, C);
-        for (size_t i = 0; i < N * C; i++) out[i] += part[i], wrong[i] += part[i] + bias[i % C];
+        for (size_t i = 0; i < N * C; i++) {
+            out[i] += part[i];
+            wrong[i] += part[i] + bias[i % C];
+        }
     }
     memset(sum, 0, N * C * sizeof(real)); /* as the residual */
     bias_dropout_add_forward(out, out, bias, sum, N, C, test_dropout(0, 0, 1));
     check("[P4] sum of Y_i B_i + bias = Y B + bias", relative_error(out, z, N * C), 8 * U);
     check_true("[P4] a bias on every rank would show", relative_error(wrong, z, N * C) > 0.5);
-    free(x), free(a), free(b), free(no_bias), free(bias), free(y), free(part), free(z), free(sum),
-        free(out), free(wrong);
-    free(slice), free(cut);
+    FREE(x, a, b, no_bias, bias, y, part, z, sum, out, wrong, slice, cut);
 }
 
 /* ---- Embeddings, LayerNorm, bias + dropout + residual ---------------------------------------- */
@@ -1418,10 +1474,10 @@ static void test_embedding(void)
     int tokens[N];
     /* some repeat, half of them belong to another slice */
     for (int n = 0; n < N; n++) tokens[n] = n * 7 % V;
-    real *wte = random_reals(VP * C, 1, 1), *wpe = random_reals((PAST + T) * C, 2, 1),
-         *x = random_reals(N * C, 3, 1);
-    real *dwte = random_reals(VP * C, 4, 1), *dx = random_reals(N * C, 5, 1),
-         *dwpe = random_reals(T * C, 6, 1);
+    real *wte = random_reals(VP * C, 1, 1), *wpe = random_reals((PAST + T) * C, 2, 1);
+    real *x = random_reals(N * C, 3, 1);
+    real *dwte = random_reals(VP * C, 4, 1), *dx = random_reals(N * C, 5, 1);
+    real *dwpe = random_reals(T * C, 6, 1);
     double *edwte = random_doubles(dwte, VP * C), *edwpe = random_doubles(dwpe, T * C);
     token_embedding_forward(x, tokens, wte, N, C, V0, VP);
     int same = 1, inside = 0;
@@ -1439,8 +1495,8 @@ static void test_embedding(void)
     for (int i = 0; i < 3; i++) {
         const Dropout d = test_dropout(i == 0 ? 0 : i == 1 ? 0.1 : 0.5, 12345, 1);
         real *y = copy_reals(x, N * C), *dy = copy_reals(dx, N * C), *dw = copy_reals(dwpe, T * C);
-        double *ey = random_doubles(x, N * C), *edy = random_doubles(dx, N * C),
-               *edw = random_doubles(dwpe, T * C);
+        double *ey = random_doubles(x, N * C), *edy = random_doubles(dx, N * C);
+        double *edw = random_doubles(dwpe, T * C);
         position_embedding_forward(y, wpe, B, T, C, PAST, d);
         position_embedding_backward(dy, dw, B, T, C, d);
         for (size_t e = 0; e < N * C; e++) {
@@ -1452,9 +1508,9 @@ static void test_embedding(void)
         check("position embedding", error_of(y, ey, N * C), 2 * U);
         check("position embedding backward dx", error_of(dy, edy, N * C), 2 * U);
         check("position embedding backward dwpe +=", error_of(dw, edw, T * C), 4 * U);
-        free(y), free(dy), free(dw), free(ey), free(edy), free(edw);
+        FREE(y, dy, dw, ey, edy, edw);
     }
-    free(wte), free(wpe), free(x), free(dwte), free(dx), free(dwpe), free(edwte), free(edwpe);
+    FREE(wte, wpe, x, dwte, dx, dwpe, edwte, edwpe);
 }
 
 typedef struct {
@@ -1479,18 +1535,25 @@ static void norm_case(size_t N, size_t C, double p, double mean)
     printf("  N %zu C %zu p %g mean %g\n", N, C, p, mean);
     const size_t n = N * C;
     NormCase c;
-    c.N = N, c.C = C, c.d = test_dropout(p, 98765432101, 1);
-    c.ln = random_reals(n, 1, 1), c.res = random_reals(n, 2, 1), c.mean = random_reals(N, 3, 1),
+    c.N = N;
+    c.C = C;
+    c.d = test_dropout(p, 98765432101, 1);
+    c.ln = random_reals(n, 1, 1);
+    c.res = random_reals(n, 2, 1);
+    c.mean = random_reals(N, 3, 1);
     c.rstd = random_reals(N, 4, 1);
-    c.y = random_reals(n, 5, 1), c.bias = random_reals(C, 6, 1), c.residual = random_reals(n, 7, 1),
+    c.y = random_reals(n, 5, 1);
+    c.bias = random_reals(C, 6, 1);
+    c.residual = random_reals(n, 7, 1);
     c.g = random_reals(C, 8, 1);
-    c.b = random_reals(C, 9, 1), c.weight = random_reals(n, 10, 1),
+    c.b = random_reals(C, 9, 1);
+    c.weight = random_reals(n, 10, 1);
     c.weight_res = random_reals(n, 11, 1);
     for (size_t i = 0; i < n; i++) c.residual[i] += (real)mean;
     norm_loss(&c);
 
-    double *res = (double *)xcalloc(n, sizeof *res), *ln = (double *)xcalloc(n, sizeof *ln),
-           *h = (double *)xcalloc(n, sizeof *h);
+    double *res = (double *)xcalloc(n, sizeof *res), *ln = (double *)xcalloc(n, sizeof *ln);
+    double *h = (double *)xcalloc(n, sizeof *h);
     double *em = (double *)xcalloc(N, sizeof *em), *er = (double *)xcalloc(N, sizeof *er);
     for (size_t e = 0; e < n; e++)
         res[e] = c.residual[e] +
@@ -1498,8 +1561,10 @@ static void norm_case(size_t N, size_t C, double p, double mean)
     double worst = 0; /* in the bound that LayerNorm states, from the same float input */
     for (size_t i = 0; i < N; i++) {
         double m = 0, size = 0, square = 0, terms = (double)C;
-        for (size_t j = 0; j < C; j++)
-            m += c.res[i * C + j] / terms, size += fabs((double)c.res[i * C + j]) / terms;
+        for (size_t j = 0; j < C; j++) {
+            m += c.res[i * C + j] / terms;
+            size += fabs((double)c.res[i * C + j]) / terms;
+        }
         for (size_t j = 0; j < C; j++)
             square += (c.res[i * C + j] - m) * (c.res[i * C + j] - m) / terms;
         const double r = 1 / sqrt(square + 1e-5), of_mean = (terms / 4 + 4) * size * r;
@@ -1529,22 +1594,22 @@ static void norm_case(size_t N, size_t C, double p, double mean)
     check("layernorm mean", error_of(c.mean, em, N), 32 * U); /* a mean near 0 of numbers near 1 */
     check("layernorm rstd", error_of(c.rstd, er, N), 8 * U * grow);
     check("layernorm", error_of(c.ln, ln, n), 8 * U * grow);
-    real *ln2 = random_reals(n, 12, 1), *m2 = random_reals(N, 13, 1), *r2 = random_reals(N, 14, 1),
-         *out = copy_reals(c.y, n);
+    real *ln2 = random_reals(n, 12, 1), *m2 = random_reals(N, 13, 1), *r2 = random_reals(N, 14, 1);
+    real *out = copy_reals(c.y, n);
     layernorm_forward(ln2, m2, r2, c.res, c.g, c.b, N, C, (real)1e-5);
     bias_dropout_add_forward(out, out, c.bias, c.residual, N, C, c.d);
     check_true("fused = bias_dropout_add, then layernorm, bit for bit",
                !memcmp(ln2, c.ln, n * sizeof(real)) && !memcmp(out, c.res, n * sizeof(real)) &&
                    !memcmp(m2, c.mean, N * sizeof(real)) && !memcmp(r2, c.rstd, N * sizeof(real)));
 
-    real *dres = copy_reals(c.weight_res, n), *dg = random_reals(C, 15, 1),
-         *db = random_reals(C, 16, 1), *alone = random_reals(n, 17, 1);
-    real *dbias = random_reals(C, 18, 1), *dy = random_reals(n, 19, 1), *dg0 = copy_reals(dg, C),
-         *db0 = copy_reals(db, C), *dbias0 = copy_reals(dbias, C);
-    double *edres = random_doubles(c.weight_res, n), *ealone = (double *)xcalloc(n, sizeof *ealone),
-           *edg = random_doubles(dg, C);
-    double *edb = random_doubles(db, C), *edbias = random_doubles(dbias, C),
-           *edy = (double *)xcalloc(n, sizeof *edy);
+    real *dres = copy_reals(c.weight_res, n), *dg = random_reals(C, 15, 1);
+    real *db = random_reals(C, 16, 1), *alone = random_reals(n, 17, 1);
+    real *dbias = random_reals(C, 18, 1), *dy = random_reals(n, 19, 1), *dg0 = copy_reals(dg, C);
+    real *db0 = copy_reals(db, C), *dbias0 = copy_reals(dbias, C);
+    double *edres = random_doubles(c.weight_res, n), *ealone = (double *)xcalloc(n, sizeof *ealone);
+    double *edg = random_doubles(dg, C);
+    double *edb = random_doubles(db, C), *edbias = random_doubles(dbias, C);
+    double *edy = (double *)xcalloc(n, sizeof *edy);
     layernorm_backward(alone, dg, db, c.weight, c.res, c.g, c.mean, c.rstd, NULL, N, C);
     real zero_g[600] = {0}, zero_b[600] = {0};
     layernorm_backward(dres, zero_g, zero_b, c.weight, c.res, c.g, c.mean, c.rstd, dres, N, C);
@@ -1553,8 +1618,10 @@ static void norm_case(size_t N, size_t C, double p, double mean)
         double sum = 0, sum_h = 0;
         for (size_t j = 0; j < C; j++) {
             const double dh = (double)c.weight[i * C + j] * c.g[j];
-            sum += dh / (double)C, sum_h += dh * h[i * C + j] / (double)C;
-            edg[j] += c.weight[i * C + j] * h[i * C + j], edb[j] += c.weight[i * C + j];
+            sum += dh / (double)C;
+            sum_h += dh * h[i * C + j] / (double)C;
+            edg[j] += c.weight[i * C + j] * h[i * C + j];
+            edb[j] += c.weight[i * C + j];
         }
         for (size_t j = 0; j < C; j++) {
             const size_t e = i * C + j;
@@ -1571,7 +1638,11 @@ static void norm_case(size_t N, size_t C, double p, double mean)
     check("bias + dropout + residual backward dy", error_of(dy, edy, n), 16 * U * grow);
     check("bias + dropout + residual backward dbias +=", error_of(dbias, edbias, C), 16 * U * grow);
     if (sizeof(real) == sizeof(double) && mean == 0) {
-        for (size_t i = 0; i < C; i++) dg[i] -= dg0[i], db[i] -= db0[i], dbias[i] -= dbias0[i];
+        for (size_t i = 0; i < C; i++) {
+            dg[i] -= dg0[i];
+            db[i] -= db0[i];
+            dbias[i] -= dbias0[i];
+        }
         check("residual, differences", finite_difference_error(c.residual, dres, n, norm_loss, &c),
               1e-7);
         check("y, differences", finite_difference_error(c.y, dy, n, norm_loss, &c), 1e-7);
@@ -1579,13 +1650,9 @@ static void norm_case(size_t N, size_t C, double p, double mean)
         check("g, differences", finite_difference_error(c.g, dg, C, norm_loss, &c), 1e-7);
         check("b, differences", finite_difference_error(c.b, db, C, norm_loss, &c), 1e-7);
     }
-    free(c.ln), free(c.res), free(c.mean), free(c.rstd), free(c.y), free(c.bias), free(c.residual),
-        free(c.g), free(c.b);
-    free(c.weight), free(c.weight_res), free(res), free(ln), free(h), free(em), free(er), free(ln2),
-        free(m2), free(r2), free(out);
-    free(dres), free(dg), free(db), free(alone), free(dbias), free(dy), free(dg0), free(db0),
-        free(dbias0), free(edres);
-    free(ealone), free(edg), free(edb), free(edbias), free(edy);
+    FREE(c.ln, c.res, c.mean, c.rstd, c.y, c.bias, c.residual, c.g, c.b, c.weight, c.weight_res,
+         res, ln, h, em, er, ln2, m2, r2, out, dres, dg, db, alone, dbias, dy, dg0, db0, dbias0,
+         edres, ealone, edg, edb, edbias, edy);
 }
 
 static void test_layernorm(void)
@@ -1616,8 +1683,8 @@ static void naive_attention(double *out, double *lse, double *dqkv, const real *
                             const real *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
 {
     const size_t C = H * D;
-    double *p = (double *)xcalloc(T, sizeof *p), *dp = (double *)xcalloc(T, sizeof *dp),
-           *keep = (double *)xcalloc(T, sizeof *keep);
+    double *p = (double *)xcalloc(T, sizeof *p), *dp = (double *)xcalloc(T, sizeof *dp);
+    double *keep = (double *)xcalloc(T, sizeof *keep);
     for (size_t b = 0; b < B; b++)
         for (size_t h = 0; h < H; h++)
             for (size_t i = 0; i < T; i++) {
@@ -1637,7 +1704,8 @@ static void naive_attention(double *out, double *lse, double *dqkv, const real *
                 lse[(b * H + h) * T + i] = top + log(sum);
                 for (size_t j = 0; j <= i; j++) {
                     const size_t v = (b * T + j) * 3 * C + 2 * C + h * D;
-                    p[j] = exp(p[j] - top) / sum, dp[j] = 0;
+                    p[j] = exp(p[j] - top) / sum;
+                    dp[j] = 0;
                     for (size_t c = 0; c < D; c++) {
                         out[o + c] += p[j] * keep[j] * qkv[v + c];
                         dp[j] += keep[j] * dout[o + c] * qkv[v + c];
@@ -1648,11 +1716,13 @@ static void naive_attention(double *out, double *lse, double *dqkv, const real *
                 for (size_t j = 0; j <= i; j++) {
                     const size_t k = (b * T + j) * 3 * C + C + h * D;
                     const double ds = p[j] * (dp[j] - delta) / sqrt((double)D);
-                    for (size_t c = 0; c < D; c++)
-                        dqkv[q + c] += ds * qkv[k + c], dqkv[k + c] += ds * qkv[q + c];
+                    for (size_t c = 0; c < D; c++) {
+                        dqkv[q + c] += ds * qkv[k + c];
+                        dqkv[k + c] += ds * qkv[q + c];
+                    }
                 }
             }
-    free(p), free(dp), free(keep);
+    FREE(p, dp, keep);
 }
 
 static void attention_case(size_t B, size_t T, size_t H, size_t D, double p, double std)
@@ -1660,13 +1730,19 @@ static void attention_case(size_t B, size_t T, size_t H, size_t D, double p, dou
     printf("  B %zu T %zu H %zu D %zu p %g std %g\n", B, T, H, D, p, std);
     const size_t C = H * D, n = B * T * C;
     AttentionCase c;
-    c.B = B, c.T = T, c.H = H, c.D = D, c.d = test_dropout(p, 1003, H + 2);
-    c.out = random_reals(n, 1, 1), c.lse = random_reals(B * H * T, 2, 1),
-    c.qkv = random_reals(3 * n, 3, std), c.weight = random_reals(n, 4, 1);
+    c.B = B;
+    c.T = T;
+    c.H = H;
+    c.D = D;
+    c.d = test_dropout(p, 1003, H + 2);
+    c.out = random_reals(n, 1, 1);
+    c.lse = random_reals(B * H * T, 2, 1);
+    c.qkv = random_reals(3 * n, 3, std);
+    c.weight = random_reals(n, 4, 1);
     real *dqkv = random_reals(3 * n, 5, 1), *delta = random_reals(B * H * T, 6, 1);
-    double *out = (double *)xcalloc(n, sizeof *out),
-           *lse = (double *)xcalloc(B * H * T, sizeof *lse),
-           *edqkv = (double *)xcalloc(3 * n, sizeof *edqkv);
+    double *out = (double *)xcalloc(n, sizeof *out);
+    double *lse = (double *)xcalloc(B * H * T, sizeof *lse);
+    double *edqkv = (double *)xcalloc(3 * n, sizeof *edqkv);
     attention_loss(&c);
     attention_backward(dqkv, delta, c.weight, c.out, c.lse, c.qkv, B, T, H, D, c.d);
     naive_attention(out, lse, edqkv, c.weight, c.qkv, B, T, H, D, c.d);
@@ -1680,8 +1756,8 @@ static void attention_case(size_t B, size_t T, size_t H, size_t D, double p, dou
               finite_difference_error(c.qkv, dqkv, 3 * n, attention_loss, &c), 1e-7);
 
     if (p == 0) { /* generation: 1 row, then all but one of the rest, then the last; sequence 0 */
-        real *k = (real *)xcalloc(T * C, sizeof(real)), *v = (real *)xcalloc(T * C, sizeof(real)),
-             *o = random_reals(T * C, 7, 1);
+        real *k = (real *)xcalloc(T * C, sizeof(real)), *v = (real *)xcalloc(T * C, sizeof(real));
+        real *o = random_reals(T * C, 7, 1);
         const size_t cut[4] = {0, T > 2 ? 1 : 0, T > 1 ? T - 1 : 0, T};
         for (int i = 0; i < 3; i++)
             if (cut[i + 1] > cut[i])
@@ -1695,10 +1771,9 @@ static void attention_case(size_t B, size_t T, size_t H, size_t D, double p, dou
             same &= k[i] == c.qkv[i / C * 3 * C + C + i % C] &&
                     v[i] == c.qkv[i / C * 3 * C + 2 * C + i % C];
         check_true("the caches hold K and V", same);
-        free(k), free(v), free(o);
+        FREE(k, v, o);
     }
-    free(c.out), free(c.lse), free(c.qkv), free(c.weight), free(dqkv), free(delta), free(out),
-        free(lse), free(edqkv);
+    FREE(c.out, c.lse, c.qkv, c.weight, dqkv, delta, out, lse, edqkv);
 }
 
 static void test_attention(void)
@@ -1777,8 +1852,8 @@ static CrossEntropyCase *cross_entropy_case(double std)
 static void softmax_bounds(size_t V, double std)
 {
     enum { N = 12 };
-    real *z = random_reals(N * V, 21, std), max[N], sum[N], target_logit[N], loss[N],
-         *weight = random_reals(N, 22, 1);
+    real *z = random_reals(N * V, 21, std), max[N], sum[N], target_logit[N], loss[N];
+    real *weight = random_reals(N, 22, 1);
     double worst_sum = 0, worst_loss = 0, worst_p = 0;
     int target[N];
     for (size_t n = 0; n < N; n++) target[n] = (int)(n * 389 % V);
@@ -1792,18 +1867,19 @@ static void softmax_bounds(size_t V, double std)
         double total = 0, depth = 0;
         for (size_t v = 0; v < V; v++) {
             const double d = (double)max[n] - z[n * V + v];
-            total += exp(-d), depth += exp(-d) * d;
+            total += exp(-d);
+            depth += exp(-d) * d;
         }
         depth /= total;
-        const double dt = (double)max[n] - z[n * V + (size_t)target[n]],
-                     exact_loss = log(total) + dt;
+        const double dt = (double)max[n] - z[n * V + (size_t)target[n]];
+        const double exact_loss = log(total) + dt;
         const double w = (double)weight[n] * 0.125;
         worst_sum = worse(worst_sum, fabs(sum[n] / total - 1) / U / (3.1 + depth));
         worst_loss =
             worse(worst_loss, fabs(loss[n] - exact_loss) / U / (3.1 + depth + dt + exact_loss));
         for (size_t v = 0; v < V; v++) {
-            const double d = (double)max[n] - z[n * V + v], q = exp(-d) / total,
-                         hit = v == (size_t)target[n];
+            const double d = (double)max[n] - z[n * V + v], q = exp(-d) / total;
+            const double hit = v == (size_t)target[n];
             const double allowed =
                 fabs(w) * (U * (q * (9 + d + depth) + 2 * hit) + 0x1p-124) + 0x1p-149;
             worst_p = worse(worst_p, fabs(p[n * V + v] - (q - hit) * w) / allowed);
@@ -1813,16 +1889,19 @@ static void softmax_bounds(size_t V, double std)
     check("sum of exponentials, in U (3.1 + mean of max - z)", worst_sum, 1);
     check("loss, in U (3.1 + that + target's + loss)", worst_loss, 1);
     check("each element of the gradient, in what is allowed", worst_p, 1);
-    free(z), free(p), free(weight);
+    FREE(z, p, weight);
 }
 
 static void test_cross_entropy(void)
 {
-    if (sizeof(real) == sizeof(float))
-        softmax_bounds(7, 1), softmax_bounds(5003, 1), softmax_bounds(5003, 12);
+    if (sizeof(real) == sizeof(float)) {
+        softmax_bounds(7, 1);
+        softmax_bounds(5003, 1);
+        softmax_bounds(5003, 12);
+    }
     CrossEntropyCase *c = cross_entropy_case(3);
-    double *loss = (double *)xcalloc(CE_N, sizeof *loss),
-           *grad = (double *)xcalloc(CE_T * CE_N * CE_VP, sizeof *grad);
+    double *loss = (double *)xcalloc(CE_N, sizeof *loss);
+    double *grad = (double *)xcalloc(CE_T * CE_N * CE_VP, sizeof *grad);
     for (size_t n = 0; n < CE_N; n++) {
         double top = -INFINITY, sum = 0;
         for (int pass = 0; pass < 3; pass++)
@@ -1916,8 +1995,7 @@ static void test_cross_entropy(void)
     logits_sum_exp(&sum, &target, uniform_logits, &l, &last, 1, V, 0, 0);
     check_true("a slice of dummies: max -inf, sum 0, target 0",
                max == -INFINITY && sum == 0 && target == 0);
-    free(uniform_logits), free(before), free(keep), free(g), free(noise), free(loss), free(grad),
-        free(c);
+    FREE(uniform_logits, before, keep, g, noise, loss, grad, c);
 }
 
 /* ---- Optimiser, reductions, threads ---------------------------------------------------------- */
@@ -1925,11 +2003,11 @@ static void test_cross_entropy(void)
 static void test_adamw(void)
 {
     enum { N = 1003, STEPS = 5 };
-    real *w = random_reals(N, 1, 1), *m = (real *)xcalloc(N, sizeof *m),
-         *v = (real *)xcalloc(N, sizeof *v);
+    real *w = random_reals(N, 1, 1), *m = (real *)xcalloc(N, sizeof *m);
+    real *v = (real *)xcalloc(N, sizeof *v);
     double *ew = random_doubles(w, N), *em = random_doubles(m, N), *ev = random_doubles(v, N);
-    real *w2 = copy_reals(w, N), *master = copy_reals(w, N), *m2 = copy_reals(m, N),
-         *v2 = copy_reals(v, N), *w0 = copy_reals(w, N);
+    real *w2 = copy_reals(w, N), *master = copy_reals(w, N), *m2 = copy_reals(m, N);
+    real *v2 = copy_reals(v, N), *w0 = copy_reals(w, N);
     AdamW h = {1e-2, 0.9, 0.999, 1e-8, 0.01, 0.25, 0};
     for (int step = 1; step <= STEPS; step++) {
         real *g = random_reals(N, (uint32_t)(10 + step), 1);
@@ -1955,15 +2033,15 @@ static void test_adamw(void)
     for (size_t i = 0; i < N; i++) moved += fabs((double)w[i] - w0[i]) / N;
     check_true("AdamW moved p by about lr a step",
                moved > 0.2 * STEPS * h.lr && moved < 1.1 * STEPS * h.lr);
-    memset(m, 0, N * sizeof *m), memset(v, 0, N * sizeof *v);
+    memset(m, 0, N * sizeof *m);
+    memset(v, 0, N * sizeof *v);
     real *zero = (real *)xcalloc(N, sizeof *zero);
     memcpy(w, w0, N * sizeof *w);
     h.step = 1;
     adamw(w, NULL, m, v, zero, N, h);
     for (size_t i = 0; i < N; i++) ew[i] = w0[i] * (1 - h.lr * h.decay);
     check("[P32] gradient 0: decay only", error_of(w, ew, N), 2 * U);
-    free(w), free(m), free(v), free(ew), free(em), free(ev), free(w2), free(master), free(m2),
-        free(v2), free(w0), free(zero);
+    FREE(w, m, v, ew, em, ev, w2, master, m2, v2, w0, zero);
 }
 
 static void test_reductions(void)
@@ -2032,17 +2110,21 @@ static size_t all_results(real *r)
 {
     enum { B = 2, T = 130, H = 3, D = 24, C = H * D, N = B * T, V = 1003 };
     real *const start = r;
-    real *x = random_reals(N * 3 * C, 1, 1), *w = random_reals(V * C, 2, 0.3),
-         *b = random_reals(V, 3, 1), *y = random_reals(N * V, 4, 1);
+    real *x = random_reals(N * 3 * C, 1, 1), *w = random_reals(V * C, 2, 0.3);
+    real *b = random_reals(V, 3, 1), *y = random_reals(N * V, 4, 1);
     int tokens[N];
     for (int n = 0; n < N; n++) tokens[n] = n * 31 % V;
     const Dropout d = test_dropout(0.1, 77, H);
     AdamW h = {1e-2, 0.9, 0.999, 1e-8, 0.01, 1, 1};
-    linear_forward(r, x, w, b, N, C, V), r += N * V;
-    linear_forward(r, x, w, b, 1, C, V), r += V;
-    linear_gelu_forward(r, r + N * V, x, w, b, N, C, V, GELU_TANH), r += 2 * N * V;
+    linear_forward(r, x, w, b, N, C, V);
+    r += N * V;
+    linear_forward(r, x, w, b, 1, C, V);
+    r += V;
+    linear_gelu_forward(r, r + N * V, x, w, b, N, C, V, GELU_TANH);
+    r += 2 * N * V;
     memset(r, 0, (N * C + V * C + V) * sizeof *r);
-    linear_backward(r, r + N * C, r + N * C + V * C, y, x, w, N, C, V), r += N * C + V * C + V;
+    linear_backward(r, r + N * C, r + N * C + V * C, y, x, w, N, C, V);
+    r += N * C + V * C + V;
     attention_forward(r, r + N * C, x, B, T, H, D, d);
     attention_backward(r + N * C + B * H * T, r + N * C + B * H * T + 3 * N * C, y, r, r + N * C, x,
                        B, T, H, D, d);
@@ -2052,11 +2134,14 @@ static size_t all_results(real *r)
         attention_cached_forward(r, caches, caches + T * C, x + t * 3 * C, 26, t, H, D);
     free(caches);
     memset(r, 0, (2 * V * C + T * C + 3 * C) * sizeof *r);
-    token_embedding_forward(r, tokens, w, N, C, 0, V), r += N * C;
+    token_embedding_forward(r, tokens, w, N, C, 0, V);
+    r += N * C;
     memset(r, 0, (V * C + T * C + 3 * C) * sizeof *r);
-    token_embedding_backward(r, y, tokens, N, C, 0, V), r += V * C;
+    token_embedding_backward(r, y, tokens, N, C, 0, V);
+    r += V * C;
     memcpy(r + T * C, y, N * C * sizeof *r);
-    position_embedding_backward(r + T * C, r, B, T, C, d), r += T * C + N * C;
+    position_embedding_backward(r + T * C, r, B, T, C, d);
+    r += T * C + N * C;
     bias_dropout_add_layernorm_forward(r, r + N * C, r + 2 * N * C, r + 2 * N * C + N, x, b, y, w,
                                        w + C, N, C, (real)1e-5, d);
     memset(r + 2 * N * C + 2 * N, 0, (N * C + 2 * C) * sizeof *r);
@@ -2064,17 +2149,22 @@ static size_t all_results(real *r)
                        r + N * C, w, r + 2 * N * C, r + 2 * N * C + N, NULL, N, C);
     r += 3 * N * C + 2 * N + 2 * C;
     memset(r, 0, (N * C + C) * sizeof *r);
-    bias_dropout_add_backward(r, r + N * C, y, N, C, d), r += N * C + C;
+    bias_dropout_add_backward(r, r + N * C, y, N, C, d);
+    r += N * C + C;
     logits_max(r, y, N, V, V);
     logits_sum_exp(r + N, r + 2 * N, y, r, tokens, N, V, V, 0);
     memcpy(r + 3 * N, y, N * V * sizeof *r);
-    cross_entropy_backward(r + 3 * N, r, r + N, tokens, b, 1, N, V, V, 0), r += 3 * N + N * V;
+    cross_entropy_backward(r + 3 * N, r, r + N, tokens, b, 1, N, V, V, 0);
+    r += 3 * N + N * V;
     const double squares = sum_squares(y, N * V);
-    r[0] = (real)squares, r[1] = (real)((squares - (real)squares) * 0x1p20), r += 2;
+    r[0] = (real)squares;
+    r[1] = (real)((squares - (real)squares) * 0x1p20);
+    r += 2;
     memcpy(r, w, V * C * sizeof *r);
     memset(r + V * C, 0, 2 * V * C * sizeof *r);
-    adamw(r, NULL, r + V * C, r + 2 * V * C, y, V * C, h), r += 3 * V * C;
-    free(x), free(w), free(b), free(y);
+    adamw(r, NULL, r + V * C, r + 2 * V * C, y, V * C, h);
+    r += 3 * V * C;
+    FREE(x, w, b, y);
     return (size_t)(r - start);
 }
 
@@ -2095,7 +2185,8 @@ static void test_threads(void)
     double finite = 0;
     for (size_t i = 0; i < n; i++) finite += isfinite(one[i]) != 0;
     check_equal("and all of them finite", finite, (double)n);
-    free(one), free(two);
+    free(one);
+    free(two);
 }
 
 /* ---- Chapters 8 and 9: text and data --------------------------------------------------------- */
@@ -2117,7 +2208,7 @@ static TextFolder *open_folder(const char *name)
 static void close_folder(TextFolder *f)
 {
     for (size_t i = 0; i < f->n; i++) free(f->name[i]);
-    free(f->name), free(f->path), free(f);
+    FREE(f->name, f->path, f);
 }
 
 static const char *text_path(TextFolder *f, const char *name)
@@ -2172,14 +2263,15 @@ static void test_encode_reference(void)
     for (const char *line = map.data, *end; line < map.data + map.size; line = end + 1, cases++) {
         end = (const char *)memchr(line, '\n', (size_t)(map.data + map.size - line));
         Json json = json_parse(line, (size_t)(end - line), REFERENCE "/cases.jsonl");
-        const JsonValue *text = json_get(&json, json.value, "text"),
-                        *ids = json_get(&json, json.value, "ids");
+        const JsonValue *text = json_get(&json, json.value, "text");
+        const JsonValue *ids = json_get(&json, json.value, "ids");
         tokens.n = 0;
         encode(&tokens, t, text->string, text->length);
         int ok = tokens.n == ids->length;
         for (size_t i = 0; ok && i < tokens.n; i++) ok = tokens.id[i] == ids[1 + i].number;
         if (!ok) printf("    %.*s\n", (int)(end - line), line);
-        wrong += !ok, broken += !round_trips(t, text->string, text->length);
+        wrong += !ok;
+        broken += !round_trips(t, text->string, text->length);
         json_free(&json);
     }
     check_equal("vocabulary", (double)t->vocabulary, 677);
@@ -2218,8 +2310,8 @@ static Tokenizer *random_tokenizer(TextFolder *f, size_t count, uint64_t seed)
     const char *more[64];
     size_t pair[64][2], order[64], names = 3, n = 0;
     for (uint64_t draw = 0; n < count && draw < 1000; draw++) {
-        size_t a = random_word(seed, 0, 0, 2 * draw) % names,
-               b = random_word(seed, 0, 0, 2 * draw + 1) % names;
+        size_t a = random_word(seed, 0, 0, 2 * draw) % names;
+        size_t b = random_word(seed, 0, 0, 2 * draw + 1) % names;
         size_t found = 0;
         char joined[128];
         snprintf(joined, sizeof(joined), "%s%s", name[a], name[b]);
@@ -2227,7 +2319,9 @@ static Tokenizer *random_tokenizer(TextFolder *f, size_t count, uint64_t seed)
         if (found || strlen(joined) > 40) continue;
         for (size_t i = 0; i < names; i++) found |= !strcmp(name[i], joined);
         if (!found) strcpy(name[names++], joined);
-        pair[n][0] = a, pair[n][1] = b, n++;
+        pair[n][0] = a;
+        pair[n][1] = b;
+        n++;
     }
     shuffle(order, n, seed, 1, 0);
     for (size_t i = 0; i < n; i++)
@@ -2250,8 +2344,11 @@ static void encode_naively(Tokens *out, const Tokenizer *t, const char *text, si
         for (size_t i = 0; i + 1 < n; i++)
             for (size_t m = 0; m < t->row[t->vocabulary]; m++)
                 if (t->merge[m].left == id[i] && t->merge[m].right == id[i + 1] &&
-                    t->merge[m].rank < best)
-                    best = t->merge[m].rank, merged = t->merge[m].id, at = i;
+                    t->merge[m].rank < best) {
+                    best = t->merge[m].rank;
+                    merged = t->merge[m].id;
+                    at = i;
+                }
         if (best == UINT32_MAX) break;
         id[at] = merged;
         memmove(id + at + 1, id + at + 2, (--n - at - 1) * sizeof(uint32_t));
@@ -2280,7 +2377,8 @@ static void test_encode_brute_force(void)
     }
     check_true("nearly all of 1200 strings had merges", merged > 1150);
     check_equal("strings on which heap and rescan differ", (double)wrong, 0);
-    free(fast.id), free(slow.id);
+    free(fast.id);
+    free(slow.id);
     close_folder(f);
 }
 
@@ -2306,8 +2404,9 @@ static void test_encode_any_bytes(void)
     /* 0xC3 opens a letter that does not come: a sign, at which words end */
     Tokens invalid = {NULL, 0, 0};
     encode(&invalid, t, "the\xC3river", 9);
-    encode(&whole, t, "the", 3), push_token(&whole, t->byte_id[0xC3]),
-        encode(&whole, t, "river", 5);
+    encode(&whole, t, "the", 3);
+    push_token(&whole, t->byte_id[0xC3]);
+    encode(&whole, t, "river", 5);
     check_true("a stray byte is one sign between two words",
                same_tokens(&invalid, whole.id, whole.n));
     whole.n = 0;
@@ -2346,8 +2445,10 @@ static void test_encode_any_bytes(void)
     const int expected[3] = {'a', 256, 255};
     check_true("bytes: <|endoftext|> is 256",
                bytes->vocabulary == 257 && same_tokens(&whole, expected, 3));
-    free(text), free(whole.id), free(parts.id), free(invalid.id);
-    tokenizer_close(t), tokenizer_close(bytes), tokenizer_close(white);
+    FREE(text, whole.id, parts.id, invalid.id);
+    tokenizer_close(t);
+    tokenizer_close(bytes);
+    tokenizer_close(white);
     close_folder(f);
 }
 
@@ -2370,7 +2471,8 @@ static void test_encode_long_word(void)
     check_true("the short ones come last",
                tokens.n > 4 && !memcmp(tokens.id + tokens.n - 4, last, sizeof(last)));
     check_equal("no <|endoftext|> in this vocabulary", t->end_of_text, -1);
-    free(text), free(tokens.id);
+    free(text);
+    free(tokens.id);
     tokenizer_close(t);
     close_folder(f);
 }
@@ -2526,7 +2628,8 @@ enum {
 static void write_index(TextFolder *f, size_t width, int broken)
 {
     Buffer idx = {{0}, 0}, bin = {{0}, 0};
-    memcpy(idx.bytes, broken == BAD_MAGIC ? "TNTIDX\0\0\0" : "MMIDIDX\0\0", 9), idx.n = 9;
+    memcpy(idx.bytes, broken == BAD_MAGIC ? "TNTIDX\0\0\0" : "MMIDIDX\0\0", 9);
+    idx.n = 9;
     append(&idx, broken == BAD_VERSION ? 2 : 1, 8);
     append(&idx, broken == BAD_TYPE ? 5 : width == 2 ? 8 : 4, 1);
     append(&idx,
@@ -2535,13 +2638,15 @@ static void write_index(TextFolder *f, size_t width, int broken)
                                           : 3,
            8);
     append(&idx, broken == BAD_MARKS ? 0x2000000000000003 : broken == BAD_MARK_BACK ? 4 : 3, 8);
-    append(&idx, broken == BAD_SIZE_NEGATIVE ? -3 : 3, 4), append(&idx, 2, 4);
+    append(&idx, broken == BAD_SIZE_NEGATIVE ? -3 : 3, 4);
+    append(&idx, 2, 4);
     append(&idx, broken == BAD_SIZE_LONG ? 9 : 1, 4);
     append(&idx, 0, 8);
     append(&idx, (broken == BAD_POINTER ? 2 : 3) * (long long)width + (broken == BAD_POINTER_ODD),
            8);
     append(&idx, 5 * (long long)width, 8);
-    append(&idx, broken == BAD_FIRST_MARK, 8), append(&idx, broken == BAD_MARK_LARGE ? 4 : 2, 8);
+    append(&idx, broken == BAD_FIRST_MARK, 8);
+    append(&idx, broken == BAD_MARK_LARGE ? 4 : 2, 8);
     if (broken == BAD_MARK_BACK) append(&idx, 1, 8);
     append(&idx, broken == BAD_LAST_MARK ? 2 : 3, 8);
     if (broken == BAD_LONGER) append(&idx, 0, 1);
@@ -2614,11 +2719,17 @@ static void test_indexed_dataset(void)
     for (size_t vocabulary = 65499; vocabulary <= 65500; vocabulary++) {
         size_t width = vocabulary < 65500 ? 2 : 4;
         Buffer expected = {"MMIDIDX\0", 9};
-        append(&expected, 1, 8), append(&expected, width == 2 ? 8 : 4, 1);
-        append(&expected, 2, 8), append(&expected, 3, 8); /* two sequences, three marks */
-        append(&expected, 4, 4), append(&expected, 3, 4); /* "abc|", "de|" */
-        append(&expected, 0, 8), append(&expected, 4 * (long long)width, 8);
-        append(&expected, 0, 8), append(&expected, 1, 8), append(&expected, 2, 8);
+        append(&expected, 1, 8);
+        append(&expected, width == 2 ? 8 : 4, 1);
+        append(&expected, 2, 8);
+        append(&expected, 3, 8); /* two sequences, three marks */
+        append(&expected, 4, 4);
+        append(&expected, 3, 4); /* "abc|", "de|" */
+        append(&expected, 0, 8);
+        append(&expected, 4 * (long long)width, 8);
+        append(&expected, 0, 8);
+        append(&expected, 1, 8);
+        append(&expected, 2, 8);
         Corpus *c = corpus_open(&text, 1, t, vocabulary);
         corpus_write(c, prefix);
         corpus_close(c);
@@ -2685,16 +2796,19 @@ static Corpus *counting_corpus(TextFolder *f, const size_t *lengths, size_t n)
 {
     size_t total = 0;
     for (size_t i = 0; i < n; i++) total += lengths[i];
-    FILE *bin = fopen(text_path(f, "count.bin"), "wb"),
-         *idx = fopen(text_path(f, "count.idx"), "wb");
+    FILE *bin = fopen(text_path(f, "count.bin"), "wb");
+    FILE *idx = fopen(text_path(f, "count.idx"), "wb");
     fwrite("MMIDIDX\0", 9, 1, idx);
     uint64_t head[3] = {1, n, n + 1}, at = 0, four = 4;
-    fwrite(&head[0], 8, 1, idx), fwrite(&four, 1, 1, idx), fwrite(&head[1], 8, 2, idx);
+    fwrite(&head[0], 8, 1, idx);
+    fwrite(&four, 1, 1, idx);
+    fwrite(&head[1], 8, 2, idx);
     for (size_t i = 0; i < n; i++) fwrite(&lengths[i], 4, 1, idx);
     for (size_t i = 0; i < n; at += 4 * lengths[i++]) fwrite(&at, 8, 1, idx);
     for (uint64_t i = 0; i <= n; i++) fwrite(&i, 8, 1, idx);
     for (uint32_t i = 0; i < total; i++) fwrite(&i, 4, 1, bin);
-    fclose(bin), fclose(idx);
+    fclose(bin);
+    fclose(idx);
     Tokenizer *t = tokenizer_bytes();
     t->end_of_text = -1;
     const char *prefix = text_path(f, "count");
@@ -2715,7 +2829,10 @@ static void test_samples(void)
         for (size_t j = 0; j < lengths[i]; j++) document_of[total++] = i;
     }
     while (total % T) /* so that the last piece lacks its label */
-        lengths[DOCUMENTS - 1]++, document_of[total++] = DOCUMENTS - 1;
+    {
+        lengths[DOCUMENTS - 1]++;
+        document_of[total++] = DOCUMENTS - 1;
+    }
     Corpus *c = counting_corpus(f, lengths, DOCUMENTS);
     Dataset *d = dataset_open(c, 0, 0, T, 42);
     size_t samples = total / T - 1;
@@ -2748,7 +2865,8 @@ static void test_samples(void)
         check_equal("labels at the end that open no other sample: the last", (double)headless, 1);
         check_true("samples are shuffled", in_order < samples / 5);
         check_true("documents are shuffled", neighbours < DOCUMENTS / 5);
-        free(seen), free(heads);
+        free(seen);
+        free(heads);
     }
     check_true("epochs differ",
                memcmp(all, all + samples * (T + 1), samples * (T + 1) * sizeof(int)) != 0);
@@ -2766,7 +2884,9 @@ static void test_samples(void)
     }
     check_equal("samples that depend on what was read before", (double)wrong, 0);
     check_true("another seed, other samples", equal < 10);
-    dataset_close(again), dataset_close(other), dataset_close(d);
+    dataset_close(again);
+    dataset_close(other);
+    dataset_close(d);
     free(all);
     corpus_close(c);
     close_folder(f);
@@ -2807,7 +2927,10 @@ static void test_samples_from_threads(void)
         reader[i] = r;
         if (pthread_create(&thread[i], NULL, read_samples, &reader[i])) die("no thread");
     }
-    for (size_t i = 0; i < 4; i++) pthread_join(thread[i], NULL), wrong += reader[i].wrong;
+    for (size_t i = 0; i < 4; i++) {
+        pthread_join(thread[i], NULL);
+        wrong += reader[i].wrong;
+    }
     check_equal("wrong samples when four threads read at once", (double)wrong, 0);
     free(expected);
     dataset_close(d);
@@ -2861,7 +2984,8 @@ static void test_held_out(void)
         dataset_sample(right, 0, s);
         for (int i = 0; i < 8 - cut; i++) ends += s[i] == 256;
         check_equal("and in all", (double)ends, 2);
-        dataset_close(left), dataset_close(right);
+        dataset_close(left);
+        dataset_close(right);
     }
     corpus_close(c);
     tokenizer_close(t);
@@ -2883,8 +3007,10 @@ static void test_shuffle(void)
         count[x[0] + 5 * (x[1] + 5 * (x[2] + 5 * (x[3] + 5 * x[4])))]++;
     }
     for (size_t i = 0; i < 3125; i++)
-        if (count[i])
-            orders++, chi_squared += ((double)count[i] - 100) * ((double)count[i] - 100) / 100;
+        if (count[i]) {
+            orders++;
+            chi_squared += ((double)count[i] - 100) * ((double)count[i] - 100) / 100;
+        }
     check_equal("orders of 5 elements that occur", (double)orders, 120);
     check("chi squared of how often they do", chi_squared, 200);
 }
@@ -2964,7 +3090,8 @@ static void test_windows(void)
         double sum = 0;
         window_fill(tokens, weight, text, N, i, LENGTH, 32, 0);
         for (size_t t = 0; t < LENGTH; t++) sum += (double)weight[t];
-        empty += sum == 0, scored += sum;
+        empty += sum == 0;
+        scored += sum;
     }
     check_equal("[P52] windows of WikiText-103", (double)windows, 8448);
     check_equal("[P52] that score nothing", (double)empty, 31);
@@ -3057,7 +3184,8 @@ static void test_benchmark_texts(void)
     check_equal("[P51] tokens", (double)tokens.n, 270330);
     check_equal("[P52] windows", (double)window_count(tokens.n - 1, 32), 8448);
     unmap_file(map);
-    free(text), free(tokens.id);
+    free(text);
+    free(tokens.id);
 
     Lambada l = lambada_open(SHARED "/lambada_test.jsonl", t);
     size_t labels[6] = {0}, longest = 0;
@@ -3133,8 +3261,8 @@ static const char json_sample[] =
 static void test_json(void)
 {
     Json j = json_parse(json_sample, sizeof json_sample - 1, "sample");
-    const JsonValue *v = j.value, *a = json_get(&j, v, "a"), *b = json_get(&j, v, "b"),
-                    *c = json_get(&j, v, "c");
+    const JsonValue *v = j.value, *a = json_get(&j, v, "a"), *b = json_get(&j, v, "b");
+    const JsonValue *c = json_get(&j, v, "c");
     const JsonValue *d = json_get(&j, v, "dA\n\\/");
     check_true("the root is an object of 4 members",
                v->type == JSON_OBJECT && v->length == 4 && !v->key);
@@ -3190,13 +3318,15 @@ static void test_json(void)
 
     enum { DEEP = 100000 };
     char *deep = (char *)xcalloc(2 * DEEP, 1);
-    memset(deep, '[', DEEP), memset(deep + DEEP, ']', DEEP);
+    memset(deep, '[', DEEP);
+    memset(deep + DEEP, ']', DEEP);
     Text all = {deep, 2 * DEEP}, edge = {deep + DEEP - 40, 80}, over = {deep + DEEP - 41, 82};
     check_dies("100,000 levels deep", parse_text, &all, "levels deep");
     check_dies("41 levels deep", parse_text, &over, "levels deep");
     j = json_parse(edge.text, edge.size, "edge");
     check_equal("40 levels are not too deep", (double)j.value[0].end, 40);
-    json_free(&j), free(deep);
+    json_free(&j);
+    free(deep);
 
     /* 100,000 members with one key twice. Compared each with each, this would take 5e9 comparisons,
      * minutes. */
@@ -3227,7 +3357,8 @@ static void test_json_strings(void)
     fclose(out);
     Json j = json_parse(text, size, "strings");
     check_true("all ASCII and some UTF-8 come back", !strcmp(j.value[0].string, s));
-    json_free(&j), free(text);
+    json_free(&j);
+    free(text);
     out = open_memstream(&text, &size);
     json_write_string(out, "a\xFF\xC3", 3);
     fclose(out);
@@ -3442,8 +3573,8 @@ static void test_stored_types(void)
     for (size_t i = 0; i < 65536; i++)
         for (int bf16 = 0; bf16 < 2; bf16++) {
             int fraction_bits = bf16 ? 7 : 10, exponent_bits = bf16 ? 8 : 5, bias = bf16 ? 127 : 15;
-            int exponent = (int)i >> fraction_bits & ((1 << exponent_bits) - 1),
-                fraction = (int)i & ((1 << fraction_bits) - 1);
+            int exponent = (int)i >> fraction_bits & ((1 << exponent_bits) - 1);
+            int fraction = (int)i & ((1 << fraction_bits) - 1);
             double expected = exponent ? ldexp(1 + ldexp(fraction, -fraction_bits), exponent - bias)
                                        : ldexp(fraction, 1 - bias - fraction_bits);
             if (exponent == (1 << exponent_bits) - 1) expected = fraction ? NAN : INFINITY;
@@ -3478,7 +3609,11 @@ static void test_config(void)
     int tied = 0;
     make_checkpoint_folder(folder);
     Config c = make_config(3, 24, 4, 10, 77);
-    c.F = 50, c.gelu = GELU_ERF, c.eps = (real)1e-6, c.embd_pdrop = (real)0.2, c.attn_pdrop = 0,
+    c.F = 50;
+    c.gelu = GELU_ERF;
+    c.eps = (real)1e-6;
+    c.embd_pdrop = (real)0.2;
+    c.attn_pdrop = 0;
     c.resid_pdrop = (real)0.3;
     size_t size;
     char *text = config_text(&size, &c, 76);
@@ -3577,12 +3712,14 @@ static void add_plain(PlainModel *m, const char *name, size_t rows, size_t cols)
     Plain *p = &m->tensor[m->n++];
     snprintf(p->name, sizeof p->name, "%s", name);
     p->dims = cols ? 2 : 1;
-    p->shape[0] = rows, p->shape[1] = cols;
+    p->shape[0] = rows;
+    p->shape[1] = cols;
     p->n = rows * (cols ? cols : 1);
     p->x = (float *)xcalloc(p->n, sizeof(float));
     real *x = random_reals(p->n, 1100 + (uint32_t)m->n, 1);
     for (size_t i = 0; i < p->n; i++) p->x[i] = (float)x[i];
-    p->x[0] = 1e-45f, p->x[p->n - 1] = -0.0f; /* the smallest subnormal number; minus zero */
+    p->x[0] = 1e-45f;
+    p->x[p->n - 1] = -0.0f; /* the smallest subnormal number; minus zero */
     free(x);
 }
 
@@ -3594,9 +3731,9 @@ static PlainModel plain_model(Config c)
         "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias",
         "attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight", "ln_2.bias",
         "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"};
-    size_t C = c.C, F = c.F, shapes[12][2] = {
-        {C, 0}, {C, 0}, {C, 3 * C}, {3 * C, 0}, {C, C}, {C, 0},
-        {C, 0}, {C, 0}, {C, F},     {F, 0},     {F, C}, {C, 0}};
+    size_t C = c.C, F = c.F;
+    size_t shapes[12][2] = {{C, 0}, {C, 0}, {C, 3 * C}, {3 * C, 0}, {C, C}, {C, 0},
+                            {C, 0}, {C, 0}, {C, F},     {F, 0},     {F, C}, {C, 0}};
     /* clang-format on */
     PlainModel m = {c, NULL, 0};
     m.tensor = (Plain *)xcalloc(12 * c.L + 4, sizeof *m.tensor);
@@ -3669,9 +3806,11 @@ static void put_model(const char *folder, const char *file, const PlainModel *m,
     if (extra) fprintf(h, ",%s,\"data_offsets\":[%zu,%zu]}", extra, at, at + extra_bytes);
     for (size_t i = 0; i < extra_bytes; i++) fputc(0, d);
     fprintf(h, "}");
-    fclose(h), fclose(d);
+    fclose(h);
+    fclose(d);
     put_safetensors(folder, file, header, data, data_size);
-    free(header), free(data);
+    free(header);
+    free(data);
 }
 
 static void put_config(const char *folder, const Config *c)
@@ -3703,8 +3842,8 @@ static void count_wrong(LoadSave *job, const Tensor *list, size_t n, const act *
         for (size_t row = 0; row < t->local_rows; row++)
             for (size_t col = 0; col < t->local_cols; col++) {
                 size_t at = t->offset + row * t->local_cols + col;
-                size_t y = row < real_rows(t, r) ? whole_row(t, r, row) : 0,
-                       x = whole_col(t, r) + col;
+                size_t y = row < real_rows(t, r) ? whole_row(t, r, row) : 0;
+                size_t x = whole_col(t, r) + col;
                 float seen = weights ? (float)weights[at] : (float)other[at], expected;
                 if (row >= real_rows(t, r)) {
                     padding += seen != 0;
@@ -3746,7 +3885,10 @@ static void load_save_rank(Comm *world, void *arg)
     if (master) device_zero(weights, elements * sizeof *weights);
     if (job->to) save_checkpoint(&s, world, job->to, NULL, -1, job->fact, job->facts);
     safetensors_close(&model);
-    device_free(weights), device_free(master), device_free(m), device_free(v);
+    device_free(weights);
+    device_free(master);
+    device_free(m);
+    device_free(v);
     free(list);
 }
 
@@ -3795,10 +3937,15 @@ static void test_checkpoint_layouts(void)
     size_t wrong = 0, padding = 0, differ = 0, again = 0;
     for (int i = 0; i < 10; i++) {
         Layout layout = {sizes[i % 3], sizes[i / 3 % 3], 1};
-        if (i == 9) layout.tp = 2, layout.pp = 2, layout.dp = 2;
+        if (i == 9) {
+            layout.tp = 2;
+            layout.pp = 2;
+            layout.dp = 2;
+        }
         LoadSave job = {layout, &model, from, join_path(to, root, "to"), facts, 3, 0, 0, i & 1, 1};
         load_save(&job);
-        wrong += job.wrong, padding += job.padding;
+        wrong += job.wrong;
+        padding += job.padding;
 
         char path[PATH_MAX]; /* what was saved, with the plain names in the plain order */
         Safetensors saved[2] = {safetensors_open(to),
@@ -3818,7 +3965,8 @@ static void test_checkpoint_layouts(void)
                    metadata_count(&saved[1], "step") == 1234567890123 &&
                        metadata_number(&saved[1], "loss \"scale\"", 0, 1e6) == 65536.5 &&
                        !strcmp(find_metadata(&saved[1], "note"), "a\nb"));
-        safetensors_close(&saved[0]), safetensors_close(&saved[1]);
+        safetensors_close(&saved[0]);
+        safetensors_close(&saved[1]);
 
         /* and from there into another layout */
         Layout other = {sizes[(i + 1) % 3], sizes[(i / 3 + 1) % 3], 1};
@@ -4017,7 +4165,8 @@ static void save_value(Comm *world, void *arg)
         delete_folder(p.old, p.dir);
     }
     device_free(w);
-    free(x), free(list);
+    free(x);
+    free(list);
 }
 
 /* The value of the checkpoint in dir; NaN if not all of it is this value. */
@@ -4032,7 +4181,8 @@ static double saved_value(const char *dir)
     for (size_t i = 0; i < trainer.tensors; i++)
         for (size_t e = 0; e < trainer.tensor[i].n; e++)
             value = stored_value(&trainer.tensor[i], e) == value ? value : NAN;
-    safetensors_close(&model), safetensors_close(&trainer);
+    safetensors_close(&model);
+    safetensors_close(&trainer);
     return value;
 }
 
@@ -4068,7 +4218,9 @@ static void test_save_folders(void)
     if (!have_forked_threads()) return;
     char root[PATH_MAX], dir[PATH_MAX], other[PATH_MAX], link_[PATH_MAX], path[PATH_MAX];
     make_checkpoint_folder(root);
-    join_path(dir, root, "run"), join_path(other, root, "other"), join_path(link_, root, "link");
+    join_path(dir, root, "run");
+    join_path(other, root, "other");
+    join_path(link_, root, "link");
     Save job = {make_config(1, 32, 2, 4, 12), dir, 1, 1, -1};
 
     check_save_folder(dir, NULL);
@@ -4091,7 +4243,9 @@ static void test_save_folders(void)
     check_save_folder(dir, dir);
     if (symlink("run", link_)) die("cannot create %s: %s", link_, strerror(errno));
     for (int exchange = 0; exchange < 2; exchange++) {
-        job.value = (real)(2 + exchange), job.exchange = exchange, job.dir = exchange ? link_ : dir;
+        job.value = (real)(2 + exchange);
+        job.exchange = exchange;
+        job.dir = exchange ? link_ : dir;
         run_ranks(1, save_value, &job);
         check_equal(exchange ? "saved through a link, by exchange" : "saved by stepping aside",
                     saved_value(dir), 2 + exchange);
@@ -4109,7 +4263,8 @@ static void test_save_folders(void)
     check_save_folder(dir, dir);
     check_true("what was left behind is cleared away", !file_exists(root, "run.tmp"));
 
-    mkdir(other, 0777), put_file(other, "model.safetensors", "mine", 4);
+    mkdir(other, 0777);
+    put_file(other, "model.safetensors", "mine", 4);
     check_dies("somebody's model", check_folder_quietly, other, "holds model.safetensors already");
     check_true("is not touched", holds(other, "model.safetensors", "mine"));
     check_dies("a file", check_folder_quietly, join_path(path, root, "run/notes.txt"),
@@ -4117,7 +4272,8 @@ static void test_save_folders(void)
     check_dies("no name", check_folder_quietly, (void *)"", "name of a folder");
     check_dies("a folder that cannot be created", check_folder_quietly,
                join_path(path, root, "no/run"), "cannot create");
-    rename(other, join_path(path, root, "run.tmp")), put_file(path, "poem.txt", "mine", 4);
+    rename(other, join_path(path, root, "run.tmp"));
+    put_file(path, "poem.txt", "mine", 4);
     join_path(other, root, "run");
     rename(other, join_path(path, root, "kept"));
     check_dies("somebody's run.tmp", check_folder_quietly, other, "there is poem.txt in it");
@@ -4152,9 +4308,11 @@ static void save_for_ever(Save *job)
 static int can_exchange(const char *root)
 {
     char a[PATH_MAX], b[PATH_MAX];
-    mkdir(join_path(a, root, "a"), 0777), mkdir(join_path(b, root, "b"), 0777);
+    mkdir(join_path(a, root, "a"), 0777);
+    mkdir(join_path(b, root, "b"), 0777);
     int can = !exchange_folders(a, b);
-    rmdir(a), rmdir(b);
+    rmdir(a);
+    rmdir(b);
     return can;
 }
 
@@ -4210,21 +4368,22 @@ static void test_info(void)
     put_model(folder, "model.safetensors", &m, "transformer.", NULL, NULL, NULL, 0);
     for (int json = 0; json < 2; json++) {
         fflush(stdout);
-        int saved = dup(STDOUT_FILENO),
-            fd = open(join_path(path, folder, "out"), O_RDWR | O_CREAT | O_TRUNC, 0600);
+        int saved = dup(STDOUT_FILENO);
+        int fd = open(join_path(path, folder, "out"), O_RDWR | O_CREAT | O_TRUNC, 0600);
         dup2(fd, STDOUT_FILENO);
         print_info(folder, json);
         fflush(stdout);
         dup2(saved, STDOUT_FILENO);
-        close(saved), close(fd);
+        close(saved);
+        close(fd);
         Map map = map_file(path);
         if (!json) {
             check_true("the shape in words", memmem(map.data, map.size, "[8, 24]", 7) &&
                                                  memmem(map.data, map.size, "28 tensors", 10));
         } else {
             Json j = json_parse(map.data, map.size, path);
-            const JsonValue *totals = json_get(&j, j.value, "totals"),
-                            *config = json_get(&j, j.value, "config");
+            const JsonValue *totals = json_get(&j, j.value, "totals");
+            const JsonValue *config = json_get(&j, j.value, "config");
             const JsonValue *tensors = json_get(&j, j.value, "tensors");
             size_t parameters = 12 * 8 + 4 * 8 + 2 * (12 * 64 + 13 * 8) + 2 * 8; /* [P42] */
             check_true("the same as JSON", totals && config && tensors && tensors->length == 28);
@@ -4247,8 +4406,8 @@ static void test_info(void)
 
 static void test_fixtures(void)
 {
-    static const char root[] = "../shared/fixtures", *const models[] = {"h01_safetensors",
-                                                                        "h02_safetensors_noprefix"};
+    static const char root[] = "../shared/fixtures";
+    static const char *const models[] = {"h01_safetensors", "h02_safetensors_noprefix"};
     char path[PATH_MAX], folder[PATH_MAX];
     if (access(root, F_OK)) {
         skip("../shared/fixtures is not here");
@@ -4289,7 +4448,8 @@ static void test_fixtures(void)
         if (number < 140 || number > 174) continue; /* the others are for convert.c */
         int ok = is_refused(load_alone, join_path(one, folder, entry->d_name));
         if (!ok) printf("    not refused in one line: %s\n", entry->d_name);
-        refused += ok, seen++;
+        refused += ok;
+        seen++;
     }
     if (stream) closedir(stream);
     check("malformed fixtures found, at least 20", 20, seen);
@@ -4306,8 +4466,13 @@ static PlanInput plan_case(const char *preset, int tp, int pp, int dp, size_t ba
     PlanInput in;
     memset(&in, 0, sizeof in);
     in.config = find_preset(preset);
-    in.layout.tp = tp, in.layout.pp = pp, in.layout.dp = dp;
-    in.batch = batch, in.micro_batch = micro, in.seq = in.config.P, in.recompute = recompute;
+    in.layout.tp = tp;
+    in.layout.pp = pp;
+    in.layout.dp = dp;
+    in.batch = batch;
+    in.micro_batch = micro;
+    in.seq = in.config.P;
+    in.recompute = recompute;
     return in;
 }
 
@@ -4351,7 +4516,9 @@ static void test_plan_parameters(void)
     /* Two stages: both hold the 128 x 51200 embedding. Shapes enumerated by hand: C 8, F 32, T 4, L
      * 2. */
     in.config = make_config(2, 8, 2, 4, 300);
-    in.layout.tp = 1, in.layout.pp = 2, in.seq = 4;
+    in.layout.tp = 1;
+    in.layout.pp = 2;
+    in.seq = 4;
     plan = make_plan(&in);
     check_equal("stage 0: 384 padded words, positions, one layer", plan.parameters_per_rank,
                 384 * 8 + 4 * 8 +
@@ -4480,8 +4647,8 @@ static void test_plan_messages(void)
     /* The first stage sends most, and with t=2, d=2 a ring sends n of n. Of a layer's parameters
      * 12CC + 7C are halved (QKV's and the MLP's first biases are), 6C are not; all are multiples of
      * the arena's 64. */
-    size_t sharded = 12 * 128 * 128 + 7 * 128, layer = sharded / 2 + 6 * 128,
-           parameters = tied + 64 * 128 + layer;
+    size_t sharded = 12 * 128 * 128 + 7 * 128, layer = sharded / 2 + 6 * 128;
+    size_t parameters = tied + 64 * 128 + layer;
     check_equal("it sends on the first stage", plan.busiest_stage, 0);
     check_equal("elements it sends, and two doubles by ring over 16", plan.bytes_sent_per_rank,
                 (double)((14 + 2) * message + tied + parameters) * sizeof(act) +
@@ -4491,12 +4658,12 @@ static void test_plan_messages(void)
 static void test_plan_flops(void)
 {
     static const double implied[4][2] = {{39, 2.40}, {74.1, 4.14}, {127.9, 7.89}, {240.2, 14.78}};
-    static const double table_2_seconds[3] = {1.085, 2.863, 2.648},
-                        table_2_pflops[3] = {1.51, 3.92, 13.8};
+    static const double table_2_seconds[3] = {1.085, 2.863, 2.648};
+    static const double table_2_pflops[3] = {1.51, 3.92, 13.8};
     static const double efficiency[4] = {100, 82, 58.5, 37.25};
     static const double head_1 = 96, head_2[3] = {64, 96, 128}, head_7[3] = {192, 128, 96};
-    PlanInput one = plan_case("1.2B", 1, 1, 1, 8, 8, 1),
-              all = plan_case("8.3B", 8, 1, 64, 512, 8, 1);
+    PlanInput one = plan_case("1.2B", 1, 1, 1, 8, 8, 1);
+    PlanInput all = plan_case("8.3B", 8, 1, 64, 512, 8, 1);
     Plan plan = make_plan(&one), plan_all = make_plan(&all);
     check("P46 F(8,1024,40,1536) = 8.6329e13, off by", fabs(plan.flops_per_iteration - 8.6329e13),
           5e8);
@@ -4519,8 +4686,8 @@ static void test_plan_flops(void)
           fabs((plan.flops_per_iteration - plan.flops_formula) / (6.0 * 1024 * 768 * 943) - 1),
           1e-5);
 
-    Table t1 = table_1(), t2 = table_2(), t4 = figure_4(), t5 = figure_5(), t7 = table_7(),
-          t8 = table_8();
+    Table t1 = table_1(), t2 = table_2(), t4 = figure_4(), t5 = figure_5(), t7 = table_7();
+    Table t8 = table_8();
     Table total = paper_totals();
     check_equal("P47 tokens of an epoch", total.value[0][0], 35917398016);
     check_equal("P47 tokens of 300,000 iterations", total.value[0][1], 157286400000);
@@ -4655,7 +4822,8 @@ static void test_plan_groups(void)
     for (int r = 0; r < 8; r++) wrong += tp_color(eight, r) != tp[r] || dp_color(eight, r) != dp[r];
     check_equal("P22 world 8, t=2: {0,1}{2,3}{4,5}{6,7}, {0,2,4,6}{1,3,5,7}", wrong, 0);
     for (int r = 0; r < 512; r++) {
-        members[tp_color(paper, r)]++, replicas[dp_color(paper, r)]++;
+        members[tp_color(paper, r)]++;
+        replicas[dp_color(paper, r)]++;
         wrong += tp_color(paper, r) != r / 8; /* neighbours */
         /* from 1: 1, 9, .., 505 */
         wrong += (dp_color(paper, r) == dp_color(paper, 0)) != (r % 8 == 0);
@@ -4713,7 +4881,8 @@ static void test_initial_loss(void)
         double measured = sqrt(squares / (double)drawn);
         check("P40 deviation of output projections, N=24, 72: off by", fabs(measured / std[i] - 1),
               0.006);
-        free(list), free(w);
+        free(list);
+        free(w);
     }
 }
 
@@ -4728,8 +4897,8 @@ static int tick_pipeline(int gpipe, int p, int m, int tf, int tb, int *peak)
         int start[8] = {0};
         for (int i = 0; i < p; i++) {
             if (busy[i]) continue;
-            int may_f = forward[i] < m && (i == 0 || forward[i - 1] > forward[i]),
-                limit = gpipe ? m : p - i;
+            int may_f = forward[i] < m && (i == 0 || forward[i - 1] > forward[i]);
+            int limit = gpipe ? m : p - i;
             int started = forward[i] - backward[i];
             int may_b = backward[i] < forward[i] && (i == p - 1 || backward[i + 1] > backward[i]);
             if (gpipe) may_b = may_b && forward[i] == m;
@@ -4737,7 +4906,10 @@ static int tick_pipeline(int gpipe, int p, int m, int tf, int tb, int *peak)
             else if (may_f && started < limit) start[i] = 1;
         }
         for (int i = 0; i < p; i++) {
-            if (start[i]) busy[i] = start[i] == 1 ? tf : tb, kind[i] = start[i];
+            if (start[i]) {
+                busy[i] = start[i] == 1 ? tf : tb;
+                kind[i] = start[i];
+            }
             int held = forward[i] - backward[i] + 1;
             if (kind[i] == 1 && busy[i] && held > peak[i]) peak[i] = held;
         }
@@ -4754,8 +4926,8 @@ static void test_plan_pipeline(void)
                 simulate_pipeline(ONE_F_ONE_B, 4, 8, 2, 1, 2).bubble, 0.1875);
     check_equal("P56 1F1B, p=8, m=64", simulate_pipeline(ONE_F_ONE_B, 8, 64, 1, 1, 2).bubble,
                 0.109375);
-    Pipeline run = simulate_pipeline(ONE_F_ONE_B, 4, 8, 1, 1, 2),
-             gpipe = simulate_pipeline(GPIPE, 4, 8, 1, 1, 2);
+    Pipeline run = simulate_pipeline(ONE_F_ONE_B, 4, 8, 1, 1, 2);
+    Pipeline gpipe = simulate_pipeline(GPIPE, 4, 8, 1, 1, 2);
     for (size_t i = 0; i < 4; i++) {
         check_equal("P57 1F1B in flight: 4, 3, 2, 1", (double)run.in_flight[i], 4 - (double)i);
         check_equal("P57 GPipe in flight: m", (double)gpipe.in_flight[i], 8);
@@ -4770,7 +4942,8 @@ static void test_plan_pipeline(void)
                     int peak[8];
                     Pipeline x =
                         simulate_pipeline(g ? GPIPE : ONE_F_ONE_B, (size_t)p, (size_t)m, 1, 1, tb);
-                    gap = worse(gap, fabs(x.bubble - (p - 1.0) / m)), runs++;
+                    gap = worse(gap, fabs(x.bubble - (p - 1.0) / m));
+                    runs++;
                     tick_gap =
                         worse(tick_gap,
                               fabs(x.bubble - (tick_pipeline(g, p, m, 1, tb, peak) / ideal - 1)));
@@ -4782,7 +4955,8 @@ static void test_plan_pipeline(void)
                 for (int v = 2; v <= 4 && m % p == 0; v++) {
                     Pipeline x =
                         simulate_pipeline(ONE_F_ONE_B, (size_t)p, (size_t)m, (size_t)v, 1, tb);
-                    gap = worse(gap, fabs(x.bubble - (p - 1.0) / (v * m))), runs++;
+                    gap = worse(gap, fabs(x.bubble - (p - 1.0) / (v * m)));
+                    runs++;
                     for (int i = 0; i < p; i++) {
                         int warm = 2 * (p - i - 1) + (v - 1) * p + 1;
                         wrong += x.in_flight[i] != (size_t)(warm < m * v ? warm : m * v);
@@ -4809,27 +4983,39 @@ static void test_plan_refuses(void)
 {
     PlanInput good = plan_case("8.3B", 8, 1, 64, 512, 8, 1), in;
     check_plan(&good); /* 512 ranks, as in the paper */
-    in = good, in.batch = 500;
+    in = good;
+    in.batch = 500;
     check_dies("batch that does not divide", bad_plan, &in, "--batch 500");
-    in = good, in.micro_batch = 0;
+    in = good;
+    in.micro_batch = 0;
     check_dies("no micro-batch", bad_plan, &in, "--micro-batch 0");
-    in = good, in.micro_batch = (size_t)1 << 58;
+    in = good;
+    in.micro_batch = (size_t)1 << 58;
     check_dies("micro-batch that overflows", bad_plan, &in, "--micro-batch");
-    in = good, in.layout.tp = 5;
+    in = good;
+    in.layout.tp = 5;
     check_dies("tp that does not divide the heads", bad_plan, &in, "--tp 5");
-    in = good, in.layout.pp = 5;
+    in = good;
+    in.layout.pp = 5;
     check_dies("pp that does not divide the layers", bad_plan, &in, "--pp 5");
-    in = good, in.layout.dp = 0;
+    in = good;
+    in.layout.dp = 0;
     check_dies("no data ranks", bad_plan, &in, "--dp 0");
-    in = good, in.seq = 1025;
+    in = good;
+    in.seq = 1025;
     check_dies("more tokens than positions", bad_plan, &in, "--seq 1025");
-    in = good, in.batch = (size_t)512 * 65537;
+    in = good;
+    in.batch = (size_t)512 * 65537;
     check_dies("too many micro-batches", bad_plan, &in, "65537 micro-batches");
-    in = good, in.config.C = (size_t)24 << 40, in.config.F = 4 * in.config.C;
+    in = good;
+    in.config.C = (size_t)24 << 40;
+    in.config.F = 4 * in.config.C;
     check_dies("a model whose bytes overflow", bad_plan, &in, "too large to plan");
-    in = good, in.config.L = (size_t)72 << 40;
+    in = good;
+    in.config.L = (size_t)72 << 40;
     check_dies("layers without end", bad_plan, &in, "too large to plan");
-    in = plan_case("tiny", 1, 1, 1, 1, 1, 0), in.config = make_config(1000000000, 1, 1, 1, 1),
+    in = plan_case("tiny", 1, 1, 1, 1, 1, 0);
+    in.config = make_config(1000000000, 1, 1, 1, 1);
     in.seq = 1;
     check_dies("layers without end, of nothing", bad_plan, &in, "too large to plan");
 }
@@ -4881,7 +5067,9 @@ static Training make_training(Layout layout)
     memset(&t, 0, sizeof t);
     t.config = awkward_config();
     t.layout = layout;
-    t.batch = 8, t.micro_batch = 1, t.steps = 3;
+    t.batch = 8;
+    t.micro_batch = 1;
+    t.steps = 3;
     t.optimizer = test_optimizer();
     return t;
 }
@@ -4974,8 +5162,11 @@ static void training_rank(Comm *world, void *arg)
                 &t->trace[world->rank];
         StepResult r = train_step(k, &t->optimizer, &p, o.micro_batches, feed_test, t);
         k->world.trace = k->tp.trace = k->pp.trace = k->dp.trace = k->embedding.trace = NULL;
-        if (world->rank == 0)
-            t->loss[step] = r.loss, t->norm[step] = r.grad_norm, t->skipped[step] = r.skipped;
+        if (world->rank == 0) {
+            t->loss[step] = r.loss;
+            t->norm[step] = r.grad_norm;
+            t->skipped[step] = r.skipped;
+        }
         if (step == 0) gather(t->grad, k->gradients, k, 0);
     }
     t->peak[world->rank] = k->peak_in_flight;
@@ -5006,7 +5197,7 @@ static void run_training(Training *t)
 
 static void free_training(Training *t)
 {
-    free(t->grad), free(t->initial), free(t->weights);
+    FREE(t->grad, t->initial, t->weights);
     for (int r = 0; r < MAX_RANKS; r++) free(t->trace[r].event);
 }
 
@@ -5045,8 +5236,8 @@ static void collectives_rank(Comm *world, void *arg)
     Collected *result = (Collected *)arg;
     size_t n = result->n;
     int P = world->size, me = world->rank, wrong = 0;
-    real *x = (real *)xcalloc(n + 1, sizeof *x),
-         *all = (real *)xcalloc(n * (size_t)P + 1, sizeof *all);
+    real *x = (real *)xcalloc(n + 1, sizeof *x);
+    real *all = (real *)xcalloc(n * (size_t)P + 1, sizeof *all);
     for (size_t i = 0; i < n; i++) x[i] = contribution(me, i);
     x[n] = 42; /* nothing may write behind the end */
     all_gather(world, all, x, n, REAL_ARRAY);
@@ -5086,7 +5277,8 @@ static void collectives_rank(Comm *world, void *arg)
     comm_free(&odd);
     wrong |= x[n] != 42;
     if (wrong) __atomic_store_n(&result->wrong, 1, __ATOMIC_RELAXED);
-    free(x), free(all);
+    free(x);
+    free(all);
 }
 
 static void test_collectives(void)
@@ -5144,7 +5336,8 @@ static void f_and_g_rank(Comm *world, void *arg)
     int wrong = 0;
     for (int pass = 0; pass < 4; pass++) {
         for (size_t i = 0; i < 5; i++) {
-            x[i] = contribution(world->rank, i), sum[i] = contribution(0, i);
+            x[i] = contribution(world->rank, i);
+            sum[i] = contribution(0, i);
             for (int r = 1; r < world->size; r++) sum[i] += contribution(r, i);
         }
         if (pass == 0) f_forward(&k, x, 5);
@@ -5183,7 +5376,9 @@ static void test_message_counts(void)
     for (int recompute = 0; recompute < 2; recompute++) {
         Layout two = {2, 1, 1};
         Training t = make_training(two);
-        t.steps = 1, t.batch = t.micro_batch = 2, t.recompute = recompute;
+        t.steps = 1;
+        t.batch = t.micro_batch = 2;
+        t.recompute = recompute;
         run_training(&t);
         const Trace *trace = &t.trace[0];
         double L = (double)t.config.L, scalars = 0, logits = 0;
@@ -5227,7 +5422,8 @@ static void test_trace_is_plan(void)
             Training t = make_training(layouts[i]);
             char what[96];
             int agrees = 1;
-            t.steps = 1, t.recompute = recompute;
+            t.steps = 1;
+            t.recompute = recompute;
             run_training(&t);
             PlanInput in = {t.config,   t.layout,  t.batch, t.micro_batch,
                             t.config.P, recompute, 0,       0};
@@ -5250,7 +5446,8 @@ static void compare_layout(const Training *one, Layout s, size_t micro_batch, in
 {
     Training t = make_training(s);
     char what[192], label[96], name[NAME_SIZE] = "-";
-    t.micro_batch = micro_batch, t.recompute = recompute;
+    t.micro_batch = micro_batch;
+    t.recompute = recompute;
     run_training(&t);
     snprintf(label, sizeof label, "tp %d pp %d dp %d, %zu a pass%s", s.tp, s.pp, s.dp, micro_batch,
              recompute ? ", recomputed" : "");
@@ -5341,7 +5538,8 @@ static void test_parallel_embedding(void)
     token_embedding_backward(dwhole, dx, tokens, N, C, 0, V);
     for (size_t t = 2; t <= 8; t *= 2) {
         char what[64];
-        memset(sum, 0, sizeof sum), memset(joined, 0, sizeof joined);
+        memset(sum, 0, sizeof sum);
+        memset(joined, 0, sizeof joined);
         for (size_t r = 0; r < t; r++) {
             token_embedding_forward(part, tokens, w + r * V / t * C, N, C, r * V / t, V / t);
             for (size_t i = 0; i < N * C; i++) sum[i] += part[i];
@@ -5350,7 +5548,8 @@ static void test_parallel_embedding(void)
         snprintf(what, sizeof what, "%zu slices of the vocabulary: forward, backward [P15]", t);
         check_true(what, !memcmp(sum, whole, sizeof sum) && !memcmp(joined, dwhole, sizeof joined));
     }
-    free(w), free(dx);
+    free(w);
+    free(dx);
 }
 
 /* ---- Bit for bit: recomputation, repeated runs, thread counts: P13, P26 ---------------------- */
@@ -5367,15 +5566,24 @@ static void test_bit_equal(void)
     static const Layout layouts[] = {{1, 1, 1}, {2, 2, 1}, {2, 1, 2}};
     for (size_t i = 0; i < 3; i++) {
         Training a = make_training(layouts[i]), b = a, c = a, d = a;
-        a.threads = 1, b.threads = 2, c.threads = 3, d.recompute = 1;
+        a.threads = 1;
+        b.threads = 2;
+        c.threads = 3;
+        d.recompute = 1;
         a.micro_batch = b.micro_batch = c.micro_batch = d.micro_batch = 2;
-        run_training(&a), run_training(&b), run_training(&c), run_training(&d);
+        run_training(&a);
+        run_training(&b);
+        run_training(&c);
+        run_training(&d);
         char what[96];
         snprintf(what, sizeof what, "tp %d pp %d dp %d: 1, 2 and 3 OpenMP threads", layouts[i].tp,
                  layouts[i].pp, layouts[i].dp);
         check_true(what, same_bits(&a, &b) && same_bits(&a, &c));
         check_true("  with and without recomputation, dropout on [P26]", same_bits(&a, &d));
-        free_training(&a), free_training(&b), free_training(&c), free_training(&d);
+        free_training(&a);
+        free_training(&b);
+        free_training(&c);
+        free_training(&d);
     }
     Training one = make_training(ONE_RANK);
     one.steps = 0;
@@ -5427,7 +5635,9 @@ static void test_model_finite_differences(void)
 {
     const double h = sizeof(real) == 8 ? 1e-3 : 2e-2, bound = sizeof(real) == 8 ? 5e-10 : 5e-4;
     Training base = make_training(ONE_RANK);
-    base.steps = 1, base.batch = base.micro_batch = 4, base.config.L = 2;
+    base.steps = 1;
+    base.batch = base.micro_batch = 4;
+    base.config.L = 2;
     Training kinds[2] = {base, base};
     kinds[1].config.gelu = GELU_ERF;
     for (int kind = 0; kind < 2; kind++) {
@@ -5489,8 +5699,8 @@ static void initial_rank(Comm *world, void *arg)
     k->training = 0;
     stage_forward(k, mb);
     /* ln V + half the variance of the logits, which is 0.02^2 C = 0.0004 C [P21] */
-    double N = (double)(k->B * k->T),
-           expected = log((double)k->config.V) + 0.0002 * (double)k->config.C;
+    double N = (double)(k->B * k->T);
+    double expected = log((double)k->config.V) + 0.0002 * (double)k->config.C;
     check("initial loss is near ln V + 0.0002 h [P21]", fabs(sum_losses(k, mb) / N - expected),
           0.02);
     rank_free(k);
@@ -5513,10 +5723,14 @@ static void test_masks(void)
     Rank k[2];
     MicroBatch mb;
     int equal = 1, differ = 0;
-    memset(k, 0, sizeof k), memset(&mb, 0, sizeof mb);
+    memset(k, 0, sizeof k);
+    memset(&mb, 0, sizeof mb);
     for (int r = 0; r < 2; r++) {
         shape_rank(&k[r], &c, s, r, 2, c.P, 0);
-        k[r].tp.rank = r, k[r].training = 1, k[r].seed = 5, k[r].step = 3;
+        k[r].tp.rank = r;
+        k[r].training = 1;
+        k[r].seed = 5;
+        k[r].step = 3;
     }
     for (size_t i = 0; i < 2 * c.P * c.C; i++)
         for (int site = SITE_EMBEDDING; site <= SITE_MLP_OUTPUT; site++)
@@ -5548,8 +5762,8 @@ static void test_masks(void)
 
 static void test_learning_rate(void)
 {
-    Optimizer paper = {1.5e-4, 1e-5, 3000, 300000, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, 1, 1},
-              megatron = paper;
+    Optimizer paper = {1.5e-4, 1e-5, 3000, 300000, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, 1, 1};
+    Optimizer megatron = paper;
     megatron.decay = DECAY_MEGATRON;
     const Optimizer *both[2] = {&paper, &megatron};
     for (int i = 0; i < 2; i++) {
@@ -5604,7 +5818,9 @@ static void test_loss_scaler(void)
     check_true("no overflow: doubles at 999, 1999, 2999 [P38]",
                n == 3 && doubled[0] == 999 && doubled[1] == 1999 && doubled[2] == 2999);
     s = make_loss_scaler(8);
-    loss_scaler_update(&s, 1), loss_scaler_update(&s, 1), loss_scaler_update(&s, 1);
+    loss_scaler_update(&s, 1);
+    loss_scaler_update(&s, 1);
+    loss_scaler_update(&s, 1);
     check_equal("a fixed scale stays", s.scale, 8);
 }
 
@@ -5680,8 +5896,8 @@ static void memory_rank(Comm *world, void *arg)
     Training *t = (Training *)arg;
     RankOptions o = training_options(t);
     Rank *k = rank_create(world, &o);
-    double placed = 0,
-           planned = (double)activation_bytes(&t->config, t->layout, world->rank, t->micro_batch,
+    double placed = 0;
+    double planned = (double)activation_bytes(&t->config, t->layout, world->rank, t->micro_batch,
                                               t->config.P, t->recompute, o.micro_batches);
     Arena again = {(char *)k->activations, 0};
     carve_activations(k, k->flight, &again, 1);
@@ -5740,7 +5956,8 @@ static void feed_golden(void *source, Rank *k, MicroBatch *mb, size_t i)
     for (size_t n = 0; n < k->B * (k->T + 1); n++) tokens[n] = (int)x[first * (k->T + 1) + n];
     mb->sequence = first;
     set_tokens(k, mb, tokens, NULL);
-    free(x), free(tokens);
+    free(x);
+    free(tokens);
 }
 
 /* Three steps of AdamW with a constant learning rate, as golden.py takes them. */
@@ -5753,7 +5970,10 @@ static void golden_rank(Comm *world, void *arg)
     real *clip = golden_values(g, "clip", NULL);
     c.embd_pdrop = c.attn_pdrop = c.resid_pdrop = 0;
     RankOptions o = {c, g->layout, 1, 2 / (size_t)g->layout.dp, T, 1, 0, 1};
-    if (g->layout.pp == 1 && g->layout.dp == 1) o.micro_batch = 2, o.micro_batches = 1;
+    if (g->layout.pp == 1 && g->layout.dp == 1) {
+        o.micro_batch = 2;
+        o.micro_batches = 1;
+    }
     Optimizer a = {1e-3, 1e-3, 0, 1, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, clip[0], 1};
     Progress p = {0, 0, 0, make_loss_scaler(1)};
     Rank *k = rank_create(world, &o);
@@ -5804,7 +6024,8 @@ static void golden_logits_rank(Comm *world, void *arg)
     for (size_t i = 0; i < n; i++) same &= text.id[i] == (int)expected[i];
     if (world->rank == 0) g->loss[3] = same;
     generator_free(generator);
-    free(text.id), free(expected);
+    free(text.id);
+    free(expected);
     safetensors_close(&model);
     rank_free(k);
 }
@@ -5816,23 +6037,24 @@ static void test_golden(void)
 {
     static const char *const folders[] = {"dev/reference/golden/tanh", "dev/reference/golden/erf"};
     static const Layout layouts[] = {{1, 1, 1}, {2, 1, 1}, {1, 1, 2}, {2, 1, 2}};
-    const double grad_bound = sizeof(real) == 4 ? 1e-5 : 6e-8,
-                 logit_bound = sizeof(real) == 4 ? 2e-6 : 6e-8;
+    const double grad_bound = sizeof(real) == 4 ? 1e-5 : 6e-8;
+    const double logit_bound = sizeof(real) == 4 ? 2e-6 : 6e-8;
     for (int f = 0; f < 2; f++)
         for (int l = 0; l < 4; l++) {
             Golden g;
             char path[PATH_MAX], what[128];
             Config c;
             memset(&g, 0, sizeof g);
-            g.folder = folders[f], g.layout = layouts[l];
+            g.folder = folders[f];
+            g.layout = layouts[l];
             g.golden = safetensors_open(join_path(path, folders[f], "golden.safetensors"));
             Safetensors model = open_model(&c, folders[f]);
             safetensors_close(&model);
             size_t n = list_tensors(NULL, NULL, &c, ONE_RANK, 0), rows, elements = whole_size(&c);
-            real *loss = golden_values(&g, "loss3", NULL),
-                 *norm = golden_values(&g, "grad_norm", NULL),
-                 *logits = golden_values(&g, "logits", &rows);
-            g.grad = (real *)xcalloc(elements, sizeof(real)),
+            real *loss = golden_values(&g, "loss3", NULL);
+            real *norm = golden_values(&g, "grad_norm", NULL);
+            real *logits = golden_values(&g, "logits", &rows);
+            g.grad = (real *)xcalloc(elements, sizeof(real));
             g.after = (real *)xcalloc(elements, sizeof(real));
             g.logits = (real *)xcalloc(rows, sizeof(real));
             run_ranks(world_size(g.layout), golden_rank, &g);
@@ -5882,8 +6104,7 @@ static void test_golden(void)
                 check_true("  greedy continuation, with a cache of keys and values",
                            g.loss[3] == 1);
             }
-            free(whole), free(loss), free(norm), free(logits), free(g.grad), free(g.after),
-                free(g.logits);
+            FREE(whole, loss, norm, logits, g.grad, g.after, g.logits);
             safetensors_close(&g.golden);
         }
 }
@@ -5946,8 +6167,10 @@ static void test_fixture_logits(void)
             snprintf(what, sizeof what, "%s at tp %d: logits", strrchr(folders[f], '/') + 1, tp);
             check(what, relative_error(seen, expected, n), bounds[f]);
         }
-    free(expected), free(seen);
-    unmap_file(tokens), unmap_file(logits);
+    free(expected);
+    free(seen);
+    unmap_file(tokens);
+    unmap_file(logits);
 }
 
 /* ---- Chapters 9 and 10 --------------------------------------------------------------------------
@@ -5991,7 +6214,8 @@ static double brute_force_loss(Rank *k, const Tokens *text, size_t overlap)
         stage_forward(k, &k->flight[0]);
         sum += sum_losses(k, &k->flight[0]);
     }
-    free(tokens), free(weight);
+    free(tokens);
+    free(weight);
     all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM);
     return sum / (double)targets;
 }
@@ -6000,8 +6224,8 @@ static void scored_rank(Comm *world, void *arg)
 {
     Scored *s = (Scored *)arg;
     Rank *k = scored_model(world, s->tp, s->B);
-    double brute = brute_force_loss(k, &s->text, 5),
-           sliding = text_loss(k, &s->text, 5, SIZE_MAX, 299, NULL).loss;
+    double brute = brute_force_loss(k, &s->text, 5);
+    double sliding = text_loss(k, &s->text, 5, SIZE_MAX, 299, NULL).loss;
     double disjoint = text_loss(k, &s->text, 24, SIZE_MAX, 299, NULL).loss;
     rank_free(k);
     k = scored_model(world, s->tp, 1);
@@ -6024,10 +6248,13 @@ static void scored_rank(Comm *world, void *arg)
     push_token(&text, 3);
     /* longer than T: the text is read again in between */
     generate(g, &text, 60, &sampler, -1, NULL, NULL);
-    if (world->rank == 0)
-        s->brute = brute, s->sliding = sliding, s->disjoint = disjoint, s->cached = worst,
+    if (world->rank == 0) {
+        s->brute = brute;
+        s->sliding = sliding;
+        s->disjoint = disjoint;
+        s->cached = worst;
         s->generated = text;
-    else free(text.id);
+    } else free(text.id);
     generator_free(g);
     free(once);
     rank_free(k);
@@ -6037,15 +6264,16 @@ static void test_scores(void)
 {
     /* The mean of 116 losses, summed in double, averages rounding out; single logits do not have
      * that. */
-    const double bound = sizeof(real) == 4 ? 4e-8 : 2e-15,
-                 logit_bound = sizeof(real) == 4 ? 4e-6 : 1e-14;
+    const double bound = sizeof(real) == 4 ? 4e-8 : 2e-15;
+    const double logit_bound = sizeof(real) == 4 ? 4e-6 : 1e-14;
     Scored first;
     memset(&first, 0, sizeof first);
     for (int tp = 1; tp <= 4; tp *= 2) {
         Scored s;
         char what[96];
         memset(&s, 0, sizeof s);
-        s.tp = tp, s.B = tp == 2 ? 3 : 1;
+        s.tp = tp;
+        s.B = tp == 2 ? 3 : 1;
         for (size_t i = 0; i < 117; i++)
             push_token(&s.text, (int)(random_word(3, SITE_SAMPLE, 0, i) % 299));
         run_ranks(tp, scored_rank, &s);
@@ -6064,9 +6292,11 @@ static void test_scores(void)
         check_true("  draws the same words as tp 1",
                    s.generated.n == 61 &&
                        !memcmp(s.generated.id, first.generated.id, 61 * sizeof(int)));
-        free(s.text.id), free(s.generated.id);
+        free(s.text.id);
+        free(s.generated.id);
     }
-    free(first.text.id), free(first.generated.id);
+    free(first.text.id);
+    free(first.generated.id);
 }
 
 static int by_value(const void *a, const void *b)
@@ -6082,8 +6312,10 @@ static void check_sampler(const char *what, Sampler s)
     double p[V], sorted[V], total = 0, mass = 0, cut = 0, chi = 0;
     size_t count[V] = {0}, kept = 0;
     Candidate heap[V];
-    for (size_t i = 0; i < V; i++)
-        z[i] = (real)(2 * sin(3.0 * (double)i)), total += p[i] = exp((double)z[i] / s.temperature);
+    for (size_t i = 0; i < V; i++) {
+        z[i] = (real)(2 * sin(3.0 * (double)i));
+        total += p[i] = exp((double)z[i] / s.temperature);
+    }
     for (size_t i = 0; i < V; i++) sorted[i] = p[i] /= total;
     qsort(sorted, V, sizeof *sorted, by_value);
     while (kept < V && (s.top_k == 0 || kept < s.top_k) && (kept == 0 || mass < s.top_p))
@@ -6100,8 +6332,8 @@ static void check_sampler(const char *what, Sampler s)
 
 static void test_sampler(void)
 {
-    Sampler all = {1, 0, 1, 1}, cold = {0.5, 0, 1, 2}, k5 = {1, 5, 1, 3}, p7 = {1, 0, 0.7, 4},
-            both = {1.3, 6, 0.8, 5}, one = {1, 0, 0, 6};
+    Sampler all = {1, 0, 1, 1}, cold = {0.5, 0, 1, 2}, k5 = {1, 5, 1, 3}, p7 = {1, 0, 0.7, 4};
+    Sampler both = {1.3, 6, 0.8, 5}, one = {1, 0, 0, 6};
     real z[3] = {1, 3, 3};
     Candidate heap[3];
     Sampler greedy = {0, 0, 1, 0};
@@ -6121,7 +6353,8 @@ static int file_equal(const char *a, const char *b)
 {
     Map x = map_file(a), y = map_file(b);
     int equal = x.size == y.size && !memcmp(x.data, y.data, x.size);
-    unmap_file(x), unmap_file(y);
+    unmap_file(x);
+    unmap_file(y);
     return equal;
 }
 
@@ -6157,7 +6390,8 @@ static const char SMALL_RUN[] =
 static void test_resume(void)
 {
     char a[PATH_MAX], b[PATH_MAX];
-    snprintf(a, sizeof a, "%s/whole", SCRATCH), snprintf(b, sizeof b, "%s/killed", SCRATCH);
+    snprintf(a, sizeof a, "%s/whole", SCRATCH);
+    snprintf(b, sizeof b, "%s/killed", SCRATCH);
     check_equal(
         "an undisturbed run",
         run_command(
@@ -6184,7 +6418,8 @@ static void test_resume(void)
         pid_t child = fork();
         if (child == 0) {
             int null = open("/dev/null", O_WRONLY);
-            dup2(null, 1), dup2(null, 2);
+            dup2(null, 1);
+            dup2(null, 2);
             char data[PATH_MAX];
             snprintf(data, sizeof data, "%s/text.txt", SCRATCH);
             if (begun)
@@ -6224,12 +6459,14 @@ static void test_resume(void)
 static void test_interrupt(void)
 {
     char data[PATH_MAX], dir[PATH_MAX], number[32], a[PATH_MAX], b[PATH_MAX];
-    join_path(data, SCRATCH, "text.txt"), join_path(dir, SCRATCH, "long");
+    join_path(data, SCRATCH, "text.txt");
+    join_path(dir, SCRATCH, "long");
     fflush(stdout);
     pid_t child = fork();
     if (child == 0) {
         int null = open("/dev/null", O_WRONLY);
-        dup2(null, 1), dup2(null, 2);
+        dup2(null, 1);
+        dup2(null, 2);
         execl("./megatron_gpt2", "megatron_gpt2", "train", "--data", data, "--layers", "1",
               "--hidden", "16", "--heads", "2", "--seq", "8", "--batch", "2", "--steps",
               "100000000", "--save", dir, "--save-every", "1", (char *)NULL);
@@ -6247,14 +6484,15 @@ static void test_interrupt(void)
     Config c;
     Safetensors model = open_model(&c, dir), trainer = open_trainer(dir, &c);
     size_t steps = metadata_count(&trainer, "step");
-    safetensors_close(&model), safetensors_close(&trainer);
+    safetensors_close(&model);
+    safetensors_close(&trainer);
     snprintf(number, sizeof number, "%zu", steps);
     run_command("./megatron_gpt2 train --data %s --layers 1 --hidden 16 --heads 2 --seq 8 --batch "
                 "2 --steps %s "
                 "--decay-steps 100000000 --save %s2 > /dev/null 2>&1",
                 data, number, dir);
-    snprintf(a, sizeof a, "%s/long/model.safetensors", SCRATCH),
-        snprintf(b, sizeof b, "%s/long2/model.safetensors", SCRATCH);
+    snprintf(a, sizeof a, "%s/long/model.safetensors", SCRATCH);
+    snprintf(b, sizeof b, "%s/long2/model.safetensors", SCRATCH);
     check_true("and saves the step under way, as a run of as many steps does",
                steps > 0 && file_equal(a, b));
 }
@@ -6276,9 +6514,12 @@ static void test_learns(void)
     f = fopen(join_path(path, SCRATCH, "line"), "r");
     if (f && fgets(line, sizeof line, f)) {
         Json json = json_parse(line, strlen(line), "the last line");
-        const JsonValue *v = json_get(&json, json.value, "loss"),
-                        *w = json_get(&json, json.value, "val_loss");
-        if (v && w) loss = v->number, valid = w->number;
+        const JsonValue *v = json_get(&json, json.value, "loss");
+        const JsonValue *w = json_get(&json, json.value, "val_loss");
+        if (v && w) {
+            loss = v->number;
+            valid = w->number;
+        }
         json_free(&json);
     }
     if (f) fclose(f);
@@ -6434,8 +6675,10 @@ static void test_help_is_documented(void)
 {
     int missing = 0;
     for (int i = 0; i < N_OPTIONS; i++)
-        if (run_command("grep -qFe '%s' README.md doc/*.md", options[i].name))
-            printf("      %s is in no page\n", options[i].name), missing++;
+        if (run_command("grep -qFe '%s' README.md doc/*.md", options[i].name)) {
+            printf("      %s is in no page\n", options[i].name);
+            missing++;
+        }
     check_equal("options that README and doc/ do not name", missing, 0);
 }
 
@@ -6502,8 +6745,16 @@ static void short_message(Comm *world, void *arg)
     else recv(world, x, 8, REAL_ARRAY, 0);
 }
 
-static void start_type(void *arg) { (void)arg, run_ranks(2, disagreeing_type, NULL); }
-static void start_short_message(void *arg) { (void)arg, run_ranks(2, short_message, NULL); }
+static void start_type(void *arg)
+{
+    (void)arg;
+    run_ranks(2, disagreeing_type, NULL);
+}
+static void start_short_message(void *arg)
+{
+    (void)arg;
+    run_ranks(2, short_message, NULL);
+}
 
 static void test_messages(void)
 {
@@ -6571,10 +6822,15 @@ static void test_initial_tensors(void)
             double xy = 0, xx = 0, yy = 0;
             for (size_t e = 0; e < common; e++) {
                 double a = x[e], b = w[list[j].offset + e];
-                xy += a * b, xx += a * a, yy += b * b;
+                xy += a * b;
+                xx += a * a;
+                yy += b * b;
             }
             double r = fabs(xy) / sqrt(xx * yy) * sqrt((double)common);
-            if (is_worse(worst_correlation, r)) worst_pair[0] = j, worst_pair[1] = i;
+            if (is_worse(worst_correlation, r)) {
+                worst_pair[0] = j;
+                worst_pair[1] = i;
+            }
             worst_correlation = worse(worst_correlation, r);
         }
     }
@@ -6587,10 +6843,12 @@ static void test_initial_tensors(void)
     act *other = (act *)xcalloc(elements, sizeof *other);
     init_params(other, list, n, &c, 1235, 0);
     double xy = 0, xx = 0;
-    for (size_t e = 0; e < c.V * c.C; e++) xy += (double)w[e] * other[e], xx += (double)w[e] * w[e];
+    for (size_t e = 0; e < c.V * c.C; e++) {
+        xy += (double)w[e] * other[e];
+        xx += (double)w[e] * w[e];
+    }
     check("  with another seed, in sigmas", fabs(xy) / xx * sqrt((double)(c.V * c.C)), 5);
-    free(other);
-    free(list), free(w);
+    FREE(other, list, w);
 }
 
 /* OpenAI's sizes: the numbers of parameters are public, heads are of 64. */
@@ -6632,8 +6890,11 @@ static void test_dropout_sites(void)
     MicroBatch mb;
     int shared = 0;
     uint32_t site[3 * LAYERS + 1];
-    c.embd_pdrop = (real)0.25, c.attn_pdrop = (real)0.5, c.resid_pdrop = (real)0.125;
-    memset(&k, 0, sizeof k), memset(&mb, 0, sizeof mb);
+    c.embd_pdrop = (real)0.25;
+    c.attn_pdrop = (real)0.5;
+    c.resid_pdrop = (real)0.125;
+    memset(&k, 0, sizeof k);
+    memset(&mb, 0, sizeof mb);
     shape_rank(&k, &c, ONE_RANK, 0, 2, c.P, 0);
     k.training = 1;
     check_equal("embd_pdrop: embedding", replicated_dropout(&k, SITE_EMBEDDING, 0, &mb).p, 0.25);
@@ -6651,7 +6912,8 @@ static void test_dropout_sites(void)
     for (int i = 0; i < 3 * LAYERS + 1; i++)
         for (int j = 0; j < i; j++) shared += site[i] == site[j];
     check_equal("pairs of sites, in 100 layers, that share their masks", shared, 0);
-    k.seed = 17, k.step = 4;
+    k.seed = 17;
+    k.step = 4;
     check_true("the rank's seed and step draw",
                replicated_dropout(&k, SITE_EMBEDDING, 0, &mb).seed == 17 &&
                    attention_dropout(&k, 1, &mb).step == 4);
@@ -6698,7 +6960,8 @@ static void eps_rank(Comm *world, void *arg)
 static void test_eps(void)
 {
     Training t = make_training(ONE_RANK);
-    t.batch = t.micro_batch = 2, t.config.eps = (real)0.5;
+    t.batch = t.micro_batch = 2;
+    t.config.eps = (real)0.5;
     run_ranks(1, eps_rank, &t);
 }
 
@@ -6714,7 +6977,10 @@ static void low_logits_rank(Comm *world, void *arg)
     init_params(k->weights, k->tensor, k->tensors, &k->config, 1234, k->tp.rank);
     feed_test(t, k, mb, 0);
     for (size_t i = 0; i < k->valid * k->config.C; i++) k->w.wte[i] = -1;
-    for (size_t i = 0; i < k->config.C; i++) k->w.lnf_g[i] = 0, k->w.lnf_b[i] = 30;
+    for (size_t i = 0; i < k->config.C; i++) {
+        k->w.lnf_g[i] = 0;
+        k->w.lnf_b[i] = 30;
+    }
     stage_forward(k, mb);
     for (size_t n = 0; n < k->B * k->T; n++) {
         double e = fabs((double)mb->loss[n] / log((double)k->config.V) - 1);
@@ -6746,8 +7012,14 @@ static void uncounted_rank(Comm *world, void *arg)
     RankOptions o = training_options(t);
     Rank *k = rank_create(world, &o);
     MicroBatch *mb = &k->flight[0];
-    for (size_t n = 0; n < k->B * k->T; n++) mb->weight[n] = 0, mb->loss[n] = (real)INFINITY;
-    mb->weight[3] = 1, mb->loss[3] = 2, mb->weight[5] = (real)0.5, mb->loss[5] = 3;
+    for (size_t n = 0; n < k->B * k->T; n++) {
+        mb->weight[n] = 0;
+        mb->loss[n] = (real)INFINITY;
+    }
+    mb->weight[3] = 1;
+    mb->loss[3] = 2;
+    mb->weight[5] = (real)0.5;
+    mb->loss[5] = 3;
     check_equal("targets that count: 2 and 0.5 times 3", sum_losses(k, mb), 3.5);
     rank_free(k);
 }
@@ -6769,7 +7041,8 @@ static void test_learning_rate_ends(void)
           1e-12);
     check("Megatron without a floor: lr(300000) is the same",
           fabs(learning_rate(&o, 300000) / last - 1), 1e-12);
-    o.decay = DECAY_COSINE, o.decay_steps = 3000;
+    o.decay = DECAY_COSINE;
+    o.decay_steps = 3000;
     check_equal("a decay that ends with the warm-up: the peak stays", learning_rate(&o, 4000),
                 1.5e-4);
 }
@@ -6793,15 +7066,18 @@ static void test_one_update(void)
             Training t = make_training(layouts[l]);
             Optimizer o = {100, 100, 0, 1, DECAY_PAPER, 0.9, 0.999, 1, 0, clips[i], 1024};
             char what[96];
-            t.steps = 1, t.optimizer = o;
+            t.steps = 1;
+            t.optimizer = o;
             run_training(&t);
             size_t n = whole_size(&t.config);
-            double c = clips[i] > 0 ? fmin(clips[i] / (t.norm[0] + 1e-6), 1) : 1, difference = 0,
-                   norm = 0, squares = 0;
+            double c = clips[i] > 0 ? fmin(clips[i] / (t.norm[0] + 1e-6), 1) : 1, difference = 0;
+            double norm = 0, squares = 0;
             for (size_t e = 0; e < n; e++) {
                 double g = (double)t.grad[e] / 1024, step = -100 * g * c / (fabs(g) * c + 1);
                 double d = (double)t.weights[e] - (double)t.initial[e] - step;
-                difference += d * d, norm += step * step, squares += g * g;
+                difference += d * d;
+                norm += step * step;
+                squares += g * g;
             }
             snprintf(what, sizeof what, "tp %d pp %d dp %d, clip %g: one update", layouts[l].tp,
                      layouts[l].pp, layouts[l].dp, clips[i]);
@@ -6840,15 +7116,16 @@ static void dynamic_rank(Comm *world, void *arg)
     for (int step = 0; step < 30; step++) {
         memcpy(before, k->weights, bytes);
         StepResult r = train_step(k, &t->optimizer, &p, o.micro_batches, feed_test, t);
-        int moved = memcmp(before, k->weights, bytes) != 0,
-            lr = learning_rate(&t->optimizer, (size_t)updates) > 0;
+        int moved = memcmp(before, k->weights, bytes) != 0;
+        int lr = learning_rate(&t->optimizer, (size_t)updates) > 0;
         if (world->rank == 0) {
             d->wrong_scale += r.loss_scale != scale;
             d->wrong_lr += r.lr != learning_rate(&t->optimizer, (size_t)updates);
             d->skipped += r.skipped;
             /* skipped or not, the next step draws others */
             d->wrong_masks += k->step != (uint32_t)step;
-            d->moved_early += moved && (r.skipped || !lr), d->moved += moved;
+            d->moved_early += moved && (r.skipped || !lr);
+            d->moved += moved;
         }
         if (r.skipped) { /* the second overflow, and each one after it, halves */
             if (hysteresis == 1) scale /= 2;
@@ -6870,7 +7147,8 @@ static void test_dynamic_scale(void)
     Dynamic d;
     memset(&d, 0, sizeof d);
     d.t = make_training(s);
-    d.t.optimizer.loss_scale = 0, d.t.optimizer.warmup = 5;
+    d.t.optimizer.loss_scale = 0;
+    d.t.optimizer.warmup = 5;
     run_ranks(4, dynamic_rank, &d);
     check_true("some steps are skipped, and then some are not", d.skipped >= 3 && d.updates >= 3);
     check_equal("steps with another scale than expected [P36]", d.wrong_scale, 0);
@@ -6950,8 +7228,11 @@ static void lambada_rank(Comm *world, void *arg)
     for (size_t v = 0; v < k->valid; v++)
         mb->logits[k->Vp + v] = k->v0 + v >= 7 && (k->v0 + v) % 10 == 7 ? 1 : 0;
     most_probable(k, mb, rows, 2, id);
-    if (world->rank == 0)
-        run->accuracy = a, run->seq_after = k->T, run->ties = id[0] == 0 && id[1] == 7;
+    if (world->rank == 0) {
+        run->accuracy = a;
+        run->seq_after = k->T;
+        run->ties = id[0] == 0 && id[1] == 7;
+    }
     free(l.tokens.id);
     rank_free(k);
 }
@@ -7008,15 +7289,21 @@ static void test_limited_windows(void)
     memset(&s, 0, sizeof s);
     for (size_t i = 0; i < 117; i++)
         push_token(&s.text, (int)(random_word(3, SITE_SAMPLE, 0, i) % 299));
-    s.B = 1, run_ranks(1, limited_rank, &s);
-    s.B = 3, run_ranks(1, limited_rank, &s);
+    s.B = 1;
+    run_ranks(1, limited_rank, &s);
+    s.B = 3;
+    run_ranks(1, limited_rank, &s);
     check("1 to 5 windows, 3 a pass against 1 a pass", fabs(s.sliding / s.brute - 1),
           sizeof(real) == 4 ? 4e-8 : 2e-15);
     check_true("inference: layers share their memory, but for their inputs", s.disjoint == 1);
     free(s.text.id);
 }
 
-static void count_word(void *arg, int id) { (void)id, ++*(int *)arg; }
+static void count_word(void *arg, int id)
+{
+    (void)id;
+    ++*(int *)arg;
+}
 
 static void generation_rank(Comm *world, void *arg)
 {
@@ -7052,8 +7339,12 @@ static void generation_rank(Comm *world, void *arg)
     text.n = 1;
     generate(g, &text, 1, &greedy, -1, NULL, NULL); /* the cache of the text before does not stay */
     second = text.id[1] == first;
-    if (world->rank == 0)
-        r->wrong = wrong, r->emitted = before, r->stopped = stopped, r->second = second;
+    if (world->rank == 0) {
+        r->wrong = wrong;
+        r->emitted = before;
+        r->stopped = stopped;
+        r->second = second;
+    }
     free(text.id);
     generator_free(g);
     rank_free(k);
@@ -7104,7 +7395,8 @@ static void test_trace_disagrees(void)
     agrees[0] = trace_agrees(trace, &in, 0);
     trace->event[2].elements++;
     agrees[1] = trace_agrees(trace, &in, 0);
-    trace->event[2].elements--, trace->n--;
+    trace->event[2].elements--;
+    trace->n--;
     agrees[2] = trace_agrees(trace, &in, 0);
     trace->n++;
     const char *group = trace->event[2].group;
@@ -7115,7 +7407,8 @@ static void test_trace_disagrees(void)
     record(&extra, "send", 5, ACT); /* of a kind that the plan does not have at all */
     agrees[4] = trace_agrees(trace, &in, 0);
     dup2(saved, STDERR_FILENO);
-    close(saved), close(null);
+    close(saved);
+    close(null);
     check_true("a trace as it is agrees with the plan", agrees[0]);
     check_true("one element more is seen", !agrees[1]);
     check_true("one message less is seen", !agrees[2]);
@@ -7148,18 +7441,19 @@ static void test_trace_output(void)
                     0);
         Map map = map_file(join_path(path, SCRATCH, "new_trace"));
         Json json = json_parse(map.data, map.size, "the trace");
-        const JsonValue *events = json_get(&json, json.value, "events"),
-                        *totals = json_get(&json, json.value, "totals");
+        const JsonValue *events = json_get(&json, json.value, "events");
+        const JsonValue *totals = json_get(&json, json.value, "totals");
         int wrong = !events || !totals, wrong_totals = 0, n[64] = {0}, attention = 0, mlp = 0;
         for (const JsonValue *e = events + 1; !wrong && e < json.value + events->end;
              e = json.value + e->end) {
-            int stage = (int)number_of(&json, e, "stage"),
-                layer = (int)number_of(&json, e, "layer");
-            const char *group = json_get(&json, e, "group")->string,
-                       *where = json_get(&json, e, "where")->string;
+            int stage = (int)number_of(&json, e, "stage");
+            int layer = (int)number_of(&json, e, "layer");
+            const char *group = json_get(&json, e, "group")->string;
+            const char *where = json_get(&json, e, "where")->string;
             double size = !strcmp(group, "world") ? 8 : 4;
             n[stage]++;
-            attention += !strcmp(where, "attention"), mlp += !strcmp(where, "mlp");
+            attention += !strcmp(where, "attention");
+            mlp += !strcmp(where, "mlp");
             wrong += number_of(&json, e, "bytes") != size * number_of(&json, e, "elements");
             wrong += layer != -1 && layer / depth != stage;
             wrong += (layer >= 0) != (!strcmp(where, "attention") || !strcmp(where, "mlp"));
@@ -7171,12 +7465,13 @@ static void test_trace_output(void)
         int stage = 0;
         for (const JsonValue *e = totals + 1; !wrong && e < json.value + totals->end;
              e = json.value + e->end, stage++) {
-            const JsonValue *layers = json_get(&json, e, "layers"),
-                            *agrees = json_get(&json, e, "agrees_with_plan");
+            const JsonValue *layers = json_get(&json, e, "layers");
+            const JsonValue *agrees = json_get(&json, e, "agrees_with_plan");
             PlanInput in = plan_case("tiny", s.tp, s.pp, s.dp, 8, 2, 0);
             Message list[MAX_MESSAGES];
             size_t calls = 0;
-            in.config = make_config(4, 32, 4, 8, 257), in.seq = 8;
+            in.config = make_config(4, 32, 4, 8, 257);
+            in.seq = 8;
             for (size_t j = 0, count = list_messages(list, &in, stage); j < count; j++)
                 calls += list[j].count;
             wrong_totals += !agrees || agrees->type != JSON_TRUE ||
@@ -7219,11 +7514,11 @@ static Options options_of(char *line)
 /* What the paper trains with [§4.2], and how sizes follow from each other. */
 static void test_defaults(void)
 {
-    char train[] = "train --data x", one[] = "train --data x --batch 12 --dp 3",
-         stages[] = "train --data x --batch 12 --dp 3 --pp 2",
-         given_[] = "train --data x --batch 12 --dp 3 --pp 2 --micro-batch 2",
-         erf[] = "train --data x --activation gelu --dropout 0.25",
-         plain[] = "train --data x --seed 5";
+    char train[] = "train --data x", one[] = "train --data x --batch 12 --dp 3";
+    char stages[] = "train --data x --batch 12 --dp 3 --pp 2";
+    char given_[] = "train --data x --batch 12 --dp 3 --pp 2 --micro-batch 2";
+    char erf[] = "train --data x --activation gelu --dropout 0.25";
+    char plain[] = "train --data x --seed 5";
     Options o = options_of(train);
     check_true("AdamW: 1.5e-4, betas 0.9 0.999, eps 1e-8, decay 0.01 [P31, P32]",
                o.lr == 1.5e-4 && o.beta1 == 0.9 && o.beta2 == 0.999 && o.adam_eps == 1e-8 &&
@@ -7272,7 +7567,9 @@ static void save_run_rank(Comm *world, void *arg)
     Rank *k = rank_create(world, &o);
     TrainCommand t;
     memset(&t, 0, sizeof t);
-    t.o = &s->o, t.text_tokens = 777, t.tokenizer = tokenizer_bytes();
+    t.o = &s->o;
+    t.text_tokens = 777;
+    t.tokenizer = tokenizer_bytes();
     save_run(&t.run, k, s->progress);
     tokenizer_close(t.tokenizer);
     rank_free(k);
@@ -7367,17 +7664,19 @@ static void test_curve(void)
     double top = NAN, bottom = NAN, label;
     int wrong = 0, stars = 0, rows = 0;
     memset(&curve, 0, sizeof curve);
-    for (int i = 0; i < N; i++)
-        curve.sum[i / 2] += 15 - 13.0 * (i / 2) / (W - 1) + (i % 2 ? 0.01 : -0.01),
-            curve.n[i / 2]++;
+    for (int i = 0; i < N; i++) {
+        curve.sum[i / 2] += 15 - 13.0 * (i / 2) / (W - 1) + (i % 2 ? 0.01 : -0.01);
+        curve.n[i / 2]++;
+    }
     fflush(stdout);
-    int saved = dup(STDOUT_FILENO),
-        file = open(join_path(path, SCRATCH, "new_curve"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    int saved = dup(STDOUT_FILENO);
+    int file = open(join_path(path, SCRATCH, "new_curve"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
     dup2(file, STDOUT_FILENO);
     draw_curve(&curve, 0, N);
     fflush(stdout);
     dup2(saved, STDOUT_FILENO);
-    close(saved), close(file);
+    close(saved);
+    close(file);
     FILE *f = fopen(path, "r");
     while (f && fgets(line, sizeof line, f)) {
         char *bar = strchr(line, '|');
@@ -7535,8 +7834,8 @@ static void test_seeds(void)
 static void test_resume_options(void)
 {
     char a[PATH_MAX], b[PATH_MAX], options_[512];
-    snprintf(a, sizeof a, "%s/options_whole", SCRATCH),
-        snprintf(b, sizeof b, "%s/options_half", SCRATCH);
+    snprintf(a, sizeof a, "%s/options_whole", SCRATCH);
+    snprintf(b, sizeof b, "%s/options_half", SCRATCH);
     snprintf(options_, sizeof options_,
              "--layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 --lr 1e-2 --min-lr 2e-3 --warmup "
              "6 --decay-steps 40 "
@@ -7572,10 +7871,8 @@ static void test_resume_options(void)
  * targets, LAMBADA's counts. */
 static void test_eval_output(void)
 {
-    static const char *const key[3] = {"loss", "ppl", "adjusted_ppl"}, *const counts[3] = {
-                                                                           "targets",
-                                                                           "original_tokens",
-                                                                           "windows"};
+    static const char *const key[3] = {"loss", "ppl", "adjusted_ppl"};
+    static const char *const counts[3] = {"targets", "original_tokens", "windows"};
     double value[1][3] = {{NAN, NAN, NAN}}, count[1][3] = {{NAN, NAN, NAN}};
     char command[512], path[PATH_MAX];
     run_command("./megatron_gpt2 train --data %s/text.txt --layers 1 --hidden 32 --heads 2 --seq "
@@ -7648,7 +7945,8 @@ __attribute__((format(printf, 1, 2))) static int run_convert(const char *format,
         (i ? error : output)[n] = 0;
         unmap_file(map);
     }
-    convert_output = output, convert_error = error;
+    convert_output = output;
+    convert_error = error;
     return status;
 }
 
@@ -7711,14 +8009,16 @@ static size_t put_rounded(unsigned char *to, float x, const char *dtype)
         double fraction =
             exponent < -14 ? magnitude * 0x1p24 : ldexp(magnitude, 10 - exponent) - 1024;
         bits = (uint32_t)(exponent + 15) << 10 | (uint32_t)fraction | (signbit(x) ? 0x8000u : 0);
-        to[0] = (unsigned char)bits, to[1] = (unsigned char)(bits >> 8);
+        to[0] = (unsigned char)bits;
+        to[1] = (unsigned char)(bits >> 8);
         return 2;
     }
     float y = !strcmp(dtype, "BF16") ? (float)round_to_bits((double)x, 7, -126) : x;
     if (y == 0) y = copysignf(0, x);
     memcpy(&bits, &y, 4);
     if (!strcmp(dtype, "BF16")) {
-        to[0] = (unsigned char)(bits >> 16), to[1] = (unsigned char)(bits >> 24);
+        to[0] = (unsigned char)(bits >> 16);
+        to[1] = (unsigned char)(bits >> 24);
         return 2;
     }
     memcpy(to, &bits, 4);
@@ -7772,13 +8072,14 @@ static int cut_tensor(uint32_t *crc, size_t shape[2], size_t *dims, const Cut *c
     const Config *m = &c->m->config;
     const Plain *p = NULL;
     char hf[64], kind[16], split = 'W';
-    size_t layer, depth = m->L / c->pp,
-                  padded = (m->V + 128 * c->tp - 1) / (128 * c->tp) * (128 * c->tp);
+    size_t layer, depth = m->L / c->pp;
+    size_t padded = (m->V + 128 * c->tp - 1) / (128 * c->tp) * (128 * c->tp);
     int used = 0;
     if (!strcmp(name, stage ? "word_embeddings_for_head.weight"
-                            : "language_model.embedding.word_embeddings.weight"))
-        p = stage && stage + 1 < c->pp ? NULL : find_plain(c->m, "wte.weight"), split = 'V';
-    else if (!strcmp(name, "language_model.embedding.position_embeddings.weight") && stage == 0)
+                            : "language_model.embedding.word_embeddings.weight")) {
+        p = stage && stage + 1 < c->pp ? NULL : find_plain(c->m, "wte.weight");
+        split = 'V';
+    } else if (!strcmp(name, "language_model.embedding.position_embeddings.weight") && stage == 0)
         p = find_plain(c->m, "wpe.weight");
     else if (sscanf(name, "language_model.encoder.final_layernorm.%15s", kind) == 1 &&
              stage + 1 == c->pp) {
@@ -7797,8 +8098,8 @@ static int cut_tensor(uint32_t *crc, size_t shape[2], size_t *dims, const Cut *c
         }
     if (!p) return 0;
     int turned = p->dims == 2 && p->name[0] == 'h';
-    size_t rows = turned ? p->shape[1] : p->shape[0],
-           cols = p->dims == 2 ? turned ? p->shape[0] : p->shape[1] : 1;
+    size_t rows = turned ? p->shape[1] : p->shape[0];
+    size_t cols = p->dims == 2 ? turned ? p->shape[0] : p->shape[1] : 1;
     /* the bias is added once, after the sum over ranks */
     if (p->dims == 1 && split == 'C') split = 'W';
     size_t mine = split == 'V'                   ? padded / c->tp
@@ -7816,7 +8117,9 @@ static int cut_tensor(uint32_t *crc, size_t shape[2], size_t *dims, const Cut *c
             n += put_rounded(bytes + n, p->x[turned ? x * rows + y : y * cols + x], c->dtype);
         }
     *crc = plain_crc(bytes, n);
-    *dims = p->dims, shape[0] = mine, shape[1] = width;
+    *dims = p->dims;
+    shape[0] = mine;
+    shape[1] = width;
     free(bytes);
     return 1;
 }
@@ -7827,8 +8130,8 @@ static int is_cut_like(const Cut *c, const char *folder)
 {
     if (run_convert("inspect %s --json", folder)) return 0;
     Json json = json_parse(convert_output, strlen(convert_output), "inspect");
-    const JsonValue *files = json_get(&json, json.value, "files"),
-                    *version = json_get(&json, json.value, "checkpoint_version");
+    const JsonValue *files = json_get(&json, json.value, "files");
+    const JsonValue *version = json_get(&json, json.value, "checkpoint_version");
     size_t rank = 0, seen = 0, wanted = 12 * c->m->config.L + 4 + (c->pp > 1);
     int good = c->version ? version->number == c->version : version->type == JSON_NULL;
     for (const JsonValue *f = files + 1; f < json.value + files->end;
@@ -7887,22 +8190,21 @@ static uint32_t next_random(uint64_t *state, uint32_t below)
  * says, and what comes back, over another cut, is the model, bit for bit. */
 static void test_convert_round_trip(void)
 {
-    static const char *const dtypes[] = {"keep", "fp32", "fp16", "bf16"}, *const types[] = {
-                                                                              "F32", "F32", "F16",
-                                                                              "BF16"};
+    static const char *const dtypes[] = {"keep", "fp32", "fp16", "bf16"};
+    static const char *const types[] = {"F32", "F32", "F16", "BF16"};
     uint64_t draw = 0;
     char hf[PATH_MAX], name[128];
     if (!have_convert()) return;
     for (int round = 0; round < 24; round++) {
-        size_t tp = 1u << next_random(&draw, 3), pp = 1u << next_random(&draw, 3),
-               D = 1 + next_random(&draw, 7);
+        size_t tp = 1u << next_random(&draw, 3), pp = 1u << next_random(&draw, 3);
+        size_t D = 1 + next_random(&draw, 7);
         size_t H = tp * (1 + next_random(&draw, 3)), L = pp * (1 + next_random(&draw, 2));
         Config c = make_config(L, H * D, H, 2 + next_random(&draw, 9), 3 + next_random(&draw, 300));
         c.F = tp * (1 + next_random(&draw, 90));
         c.gelu = next_random(&draw, 2) ? GELU_ERF : GELU_TANH;
         c.eps = next_random(&draw, 2) ? (real)1e-5 : (real)1e-6;
-        int type = (int)next_random(&draw, 4), version = (int)next_random(&draw, 4),
-            other = (int)next_random(&draw, 4);
+        int type = (int)next_random(&draw, 4), version = (int)next_random(&draw, 4);
+        int other = (int)next_random(&draw, 4);
         PlainModel m = plain_model(c);
         /* also numbers that are subnormal in fp16, and those that vanish */
         for (size_t i = 0; i < m.n; i++)
@@ -7977,8 +8279,11 @@ static void test_convert_own(void)
     }
     check_true("more than 30 cases", cases > 30);
     if (list) fclose(list);
-    free(expected), free(seen), free_plain(&m);
-    safetensors_close(&model), safetensors_close(&answers);
+    free(expected);
+    free(seen);
+    free_plain(&m);
+    safetensors_close(&model);
+    safetensors_close(&answers);
 }
 
 /* ---- ../shared/fixtures ---------------------------------------------------------------------- */
@@ -8035,10 +8340,10 @@ static void test_convert_fixtures(void)
     for (int g = 0; g < 3; g++) {
         const JsonValue *list = json_get(&json, json.value, groups[g]);
         for (const JsonValue *f = list + 1; f < json.value + list->end; f = json.value + f->end) {
-            const JsonValue *kind = json_get(&json, f, "kind"),
-                            *name = json_get(&json, f, g == 1 ? "id" : "name");
-            const JsonValue *place = json_get(&json, f, "path"),
-                            *config = json_get(&json, f, "needs_config");
+            const JsonValue *kind = json_get(&json, f, "kind");
+            const JsonValue *name = json_get(&json, f, g == 1 ? "id" : "name");
+            const JsonValue *place = json_get(&json, f, "path");
+            const JsonValue *config = json_get(&json, f, "needs_config");
             const JsonValue *vocab = json_get(&json, f, "vocab_size");
             char words[512] = "", in[PATH_MAX * 2];
             snprintf(out, sizeof out, "%.4000s/%.60s", path, name->string);
@@ -8243,8 +8548,8 @@ static void test_convert_damage(void)
         memcpy(bytes, map.data, n);
         /* near the pickle, or the directory, where it hurts; or anywhere */
         for (size_t i = 0; i < hits; i++) {
-            size_t range = next_random(&draw, 3),
-                   at = next_random(&draw, range == 2 ? (uint32_t)n : 2500);
+            size_t range = next_random(&draw, 3);
+            size_t at = next_random(&draw, range == 2 ? (uint32_t)n : 2500);
             bytes[range == 1 ? n - 1 - at : at] = (char)next_random(&draw, 256);
         }
         if (next_random(&draw, 5) == 0) n = next_random(&draw, (uint32_t)n);
@@ -8260,7 +8565,8 @@ static void test_convert_damage(void)
     check_equal("120 damaged files: otherwise than refused in one line, or read", (double)wrong, 0);
     check_true("most were refused", refused > 80);
     unmap_file(map);
-    free(bytes), free_plain(&m);
+    free(bytes);
+    free_plain(&m);
     remove_checkpoint_folder(folder);
 }
 
@@ -8268,7 +8574,9 @@ static void test_convert_damage(void)
 static void put_text(FILE *f, const char *start, size_t n)
 {
     size_t length = strlen(start);
-    fputc('X', f), fwrite(&n, 4, 1, f), fputs(start, f);
+    fputc('X', f);
+    fwrite(&n, 4, 1, f);
+    fputs(start, f);
     for (size_t i = length; i < n; i++) fputc('a', f);
 }
 
@@ -8294,26 +8602,41 @@ static void test_convert_bombs(void)
         uint64_t n = LONG / 2;
         fwrite(head, 1, sizeof head - 1, f);
         if (kind == 0) {
-            fputs("}(", f), put_text(f, "", LONG), fwrite("q\0N", 1, 3, f);
+            fputs("}(", f);
+            put_text(f, "", LONG);
+            fwrite("q\0N", 1, 3, f);
             for (int i = 1; i < 20000; i++) fwrite("h\0N", 1, 3, f);
             fputs("u.", f);
         } else { /* memo 0: a persistent id; 1: the arguments of a tensor */
             fputs(kind == 1 ? "](" : "}(", f);
-            if (kind == 2) put_text(f, "x", 1), fputs("ctorch._utils\n_rebuild_tensor_v2\n(", f);
-            fputc('(', f), put_text(f, "storage", 7), fputs("ctorch\nHalfStorage\n", f);
-            put_text(f, "0", kind == 1 ? LONG : 1), put_text(f, "cpu", 3);
-            fputc('J', f), fwrite(&n, 4, 1, f), fwrite("tq\0Q", 1, 4, f);
+            if (kind == 2) {
+                put_text(f, "x", 1);
+                fputs("ctorch._utils\n_rebuild_tensor_v2\n(", f);
+            }
+            fputc('(', f);
+            put_text(f, "storage", 7);
+            fputs("ctorch\nHalfStorage\n", f);
+            put_text(f, "0", kind == 1 ? LONG : 1);
+            put_text(f, "cpu", 3);
+            fputc('J', f);
+            fwrite(&n, 4, 1, f);
+            fwrite("tq\0Q", 1, 4, f);
             for (int i = 1; kind == 1 && i < 20000; i++) fwrite("h\0Q", 1, 3, f);
             if (kind == 2) {
-                fwrite("K\0J", 1, 3, f), fwrite(&n, 4, 1, f), fputs("\x85K\1\x85tq\1R", f);
+                fwrite("K\0J", 1, 3, f);
+                fwrite(&n, 4, 1, f);
+                fputs("\x85K\1\x85tq\1R", f);
                 for (int i = 0; i < 60000; i++) {
                     snprintf(name, sizeof name, "%05d", i);
-                    put_text(f, name, 5), fputs("ctorch._utils\n_rebuild_tensor_v2\nh\1R", f);
+                    put_text(f, name, 5);
+                    fputs("ctorch._utils\n_rebuild_tensor_v2\nh\1R", f);
                 }
             }
             fputs(kind == 1 ? "e." : "u.", f);
         }
-        fputs("\x80\2](", f), put_text(f, "0", 1), fputs("e.", f);
+        fputs("\x80\2](", f);
+        put_text(f, "0", 1);
+        fputs("e.", f);
         fwrite(&n, 8, 1, f);
         for (size_t i = 0; i < LONG; i++) fputc(0, f);
         fclose(f);
@@ -8328,9 +8651,14 @@ static void test_convert_bombs(void)
         FILE *f = fopen(join_path(copy, path, "model_optim_rng.pt"), "wb");
         if (!f) die("cannot create %s", copy);
         fwrite(head, 1, sizeof head - 1, f);
-        fputs("}(", f), put_text(f, "model", 5), fputc('}', f), put_text(f, "x", 1), fputc('(', f);
+        fputs("}(", f);
+        put_text(f, "model", 5);
+        fputc('}', f);
+        put_text(f, "x", 1);
+        fputc('(', f);
         for (int i = 0; i < 1000000; i++) fputc('N', f);
-        fputs("tu.\x80\2].", f), fputc(rank, f);
+        fputs("tu.\x80\2].", f);
+        fputc(rank, f);
         fclose(f);
     }
     int status = run_convert("inspect %s/bomb", folder);
@@ -8381,8 +8709,10 @@ static void test_convert_options(void)
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         const char *rest = wrong[i].words; /* every %s is the folder */
         *words = 0;
-        for (const char *at; (at = strstr(rest, "%s")); rest = at + 2)
-            strncat(words, rest, (size_t)(at - rest)), strcat(words, folder);
+        for (const char *at; (at = strstr(rest, "%s")); rest = at + 2) {
+            strncat(words, rest, (size_t)(at - rest));
+            strcat(words, folder);
+        }
         strcat(words, rest);
         int status = run_convert("%s", words);
         snprintf(what, sizeof what, "convert %s", wrong[i].words);
@@ -8467,7 +8797,10 @@ static int stop_convert(const char *in, const char *out, unsigned after)
         execl("./convert", "convert", in, out, "--to", "hf", (char *)NULL);
         _exit(3);
     }
-    if (after) usleep(1000 * after), kill(pid, SIGTERM);
+    if (after) {
+        usleep(1000 * after);
+        kill(pid, SIGTERM);
+    }
     waitpid(pid, &status, 0);
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
 }
@@ -8563,7 +8896,8 @@ static void test_convert_zip(void)
     Map map = map_file(path);
     const unsigned char *local = (const unsigned char *)map.data;
     uint32_t crc = 0, size = 0;
-    memcpy(&crc, local + 14, 4), memcpy(&size, local + 18, 4);
+    memcpy(&crc, local + 14, 4);
+    memcpy(&size, local + 18, 4);
     size_t start = 30u + local[26] + local[28] + 256u * local[29];
     check_true("data begin at a multiple of 64, with their checksum",
                start % 64 == 0 && start + size < map.size && crc == plain_crc(local + start, size));
@@ -8605,7 +8939,9 @@ static void put_legacy(const char *folder, const char *name, const char *object,
     FILE *f = fopen(join_path(path, folder, name), "wb");
     if (!f) die("cannot write %s", path);
     fwrite("\x80\2\x8A\x0A\x6C\xFC\x9C\x46\xF9\x20\x6A\xA8\x50\x19.", 1, 15, f);
-    put_pickle(f, "#1001;"), put_pickle(f, "}'little_endian'\x88s"), put_pickle(f, object);
+    put_pickle(f, "#1001;");
+    put_pickle(f, "}'little_endian'\x88s");
+    put_pickle(f, object);
     put_pickle(f, n ? "]'0'a" : "]");
     uint64_t count = n;
     if (n) fwrite(&count, 8, 1, f);
@@ -8629,8 +8965,10 @@ static void patch_pickle(const char *path, const char *seen, size_t n, size_t at
         if (!memcmp(entry + 46, "archive/data.pkl", 16)) break;
         else entry += 4;
     if (!f || !found || !entry) die("%s is not what this test expects", path);
-    fseek(f, found - map.data + (long)at, SEEK_SET), fputc(byte, f);
-    fseek(f, entry - map.data + 16, SEEK_SET), fwrite("\0\0\0", 1, 4, f);
+    fseek(f, found - map.data + (long)at, SEEK_SET);
+    fputc(byte, f);
+    fseek(f, entry - map.data + 16, SEEK_SET);
+    fwrite("\0\0\0", 1, 4, f);
     unmap_file(map);
     fclose(f);
 }
@@ -8679,7 +9017,8 @@ static void test_convert_lies(void)
     char *junk = (char *)xcalloc(nodes + 64, 1);
     snprintf(junk, 64, "}'model'}s'junk'(");
     size_t n = strlen(junk);
-    memset(junk + n, '}', nodes), memcpy(junk + n + nodes, "ts", 3);
+    memset(junk + n, '}', nodes);
+    memcpy(junk + n + nodes, "ts", 3);
     put_legacy(folder, "junk.pt", junk, 0);
     free(junk);
     run_command("cd %s && for i in 00 01 02 03 04 05 06 07 08 09 10 11; do mkdir -p "
@@ -8828,8 +9167,10 @@ static void test_convert_logits(void)
                        (const int *)(const void *)tokens.data, seen};
     run_ranks(2, fixture_rank, &fixture);
     check("logits at tp 2", relative_error(seen, expected, n), 1e-5);
-    free(expected), free(seen);
-    unmap_file(tokens), unmap_file(logits);
+    free(expected);
+    free(seen);
+    unmap_file(tokens);
+    unmap_file(logits);
 }
 
 /* ---- The table of tests ---------------------------------------------------------------------- */
@@ -9018,7 +9359,10 @@ int main(int argc, char **argv)
         failed += failures > 0;
         skipped += skips > 0 && !checks;
         passed += failures == 0 && checks > 0;
-        if (!checks && !skips) failed++, printf("  FAILED: %s checked nothing\n", tests[i].name);
+        if (!checks && !skips) {
+            failed++;
+            printf("  FAILED: %s checked nothing\n", tests[i].name);
+        }
     }
     run_command("rm -rf %s", SCRATCH);
     printf("%s: %d passed, %d failed, %d skipped\n",
