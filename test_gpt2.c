@@ -239,11 +239,12 @@ static void record_attention(FILE *out, size_t B, size_t T, size_t H, size_t D, 
     put_act(out, named(s, "attention p=%g %zux%zux%zux%zu dqkv", p, B, T, H, D), dqkv, 3 * n, 3);
 
     /* The same rows again, as generation sees them: a prompt of T - 1 tokens, then one token. */
-    act *k = zeros(T * H * D), *v = zeros(T * H * D);
-    if (T > 1) attention_cached_forward(o, k, v, qkv, T - 1, 0, H, D);
-    attention_cached_forward(o + (T - 1) * H * D, k, v, qkv + (T - 1) * 3 * H * D, 1, T - 1, H, D);
+    act *keys = zeros(T * H * D), *values = zeros(T * H * D);
+    if (T > 1) attention_cached_forward(o, keys, values, qkv, T - 1, 0, H, D);
+    attention_cached_forward(o + (T - 1) * H * D, keys, values, qkv + (T - 1) * 3 * H * D, 1, T - 1,
+                             H, D);
     put_act(out, named(s, "attention with a cache %zux%zux%zu out", T, H, D), o, T * H * D, 2);
-    DEVICE_FREE(qkv, dout, o, dqkv, lse, delta, k, v);
+    DEVICE_FREE(qkv, dout, o, dqkv, lse, delta, keys, values);
 }
 
 static void record_cross_entropy(FILE *out, size_t N, size_t Vp, size_t valid)
@@ -290,18 +291,18 @@ static void record_optimizer(FILE *out, size_t n)
 
 static void record_reduce(FILE *out, size_t n, Op op)
 {
-    enum { P = 3 };
+    enum { RANKS = 3 };
     char s[128];
-    act *x[P];
-    real *y[P];
-    for (uint32_t r = 0; r < P; r++) {
+    act *x[RANKS];
+    real *y[RANKS];
+    for (uint32_t r = 0; r < RANKS; r++) {
         x[r] = input(n, 61 + r, 0);
         y[r] = input_reals(n, 61 + r, 0);
     }
     device_synchronize(); /* as the barrier of all_reduce does */
-    reduce_slice((void *const *)x, P, n / 5, n - n / 4, ACT, op);
-    reduce_slice((void *const *)y, P, n / 5, n - n / 4, REAL_ARRAY, op);
-    for (int r = 0; r < P; r++) {
+    reduce_slice((void *const *)x, RANKS, n / 5, n - n / 4, ACT, op);
+    reduce_slice((void *const *)y, RANKS, n / 5, n - n / 4, REAL_ARRAY, op);
+    for (int r = 0; r < RANKS; r++) {
         put_act(out, named(s, "reduce_slice %s act rank %d", op == SUM ? "sum" : "max", r), x[r], n,
                 1);
         put_real(out, named(s, "reduce_slice %s real rank %d", op == SUM ? "sum" : "max", r), y[r],
@@ -361,8 +362,8 @@ static void record_operators(FILE *out)
 
 /* ---- Whole models */
 
-/* Nothing divides nicely that need not: heads of 9, 13 tokens; 300 words, of which the 4 ranks at
- * tp 4 own 128, 128, 44 and none. */
+/* Nothing divides nicely that need not: heads of 9, 13 tokens; a vocabulary of 300, of which the 4
+ * ranks at tp 4 own 128, 128, 44 and none. */
 static Config awkward_config(void)
 {
     Config c = make_config(4, 36, 4, 13, 300);
@@ -400,7 +401,7 @@ static void draw_weights(Rank *k)
     }
 }
 
-/* Words that depend on the sequence's place in the run only. */
+/* Tokens that depend on the sequence's place in the run only. */
 static void feed_twin(void *source, Rank *k, MicroBatch *mb, size_t i)
 {
     const TwinModel *m = (const TwinModel *)source;
@@ -1071,8 +1072,8 @@ static void check_functions(int all)
                 size_t bits = ((run - n_special) * FUNCTION_RUN + i) * STRIDE;
                 if (run < n_special) bits = bits_of_float(special[run]) + i - FUNCTION_RUN / 2;
                 if (run >= n_special + n_sparse) {
-                    const size_t k = (run - n_special - n_sparse) * FUNCTION_RUN + i;
-                    bits = first + k / 2 + (k % 2 << 31); /* both signs */
+                    const size_t nth = (run - n_special - n_sparse) * FUNCTION_RUN + i;
+                    bits = first + nth / 2 + (nth % 2 << 31); /* both signs */
                 }
                 const float candidate = float_of_bits((uint32_t)bits);
                 if (candidate >= b->low && candidate <= b->high) x[n++] = (real)candidate;
@@ -1756,22 +1757,23 @@ static void attention_case(size_t B, size_t T, size_t H, size_t D, double p, dou
               finite_difference_error(c.qkv, dqkv, 3 * n, attention_loss, &c), 1e-7);
 
     if (p == 0) { /* generation: 1 row, then all but one of the rest, then the last; sequence 0 */
-        real *k = (real *)xcalloc(T * C, sizeof(real)), *v = (real *)xcalloc(T * C, sizeof(real));
+        real *keys = (real *)xcalloc(T * C, sizeof(real));
+        real *values = (real *)xcalloc(T * C, sizeof(real));
         real *o = random_reals(T * C, 7, 1);
         const size_t cut[4] = {0, T > 2 ? 1 : 0, T > 1 ? T - 1 : 0, T};
         for (int i = 0; i < 3; i++)
             if (cut[i + 1] > cut[i])
-                attention_cached_forward(o + cut[i] * C, k, v, c.qkv + cut[i] * 3 * C,
+                attention_cached_forward(o + cut[i] * C, keys, values, c.qkv + cut[i] * 3 * C,
                                          cut[i + 1] - cut[i], cut[i], H, D);
         check("attention over a cache", error_of(o, out, T * C), 8 * U * grow);
-        attention_cached_forward(o, k, v, c.qkv, T, 0, H, D);
+        attention_cached_forward(o, keys, values, c.qkv, T, 0, H, D);
         check("the same, all at once", error_of(o, out, T * C), 8 * U * grow);
         int same = 1;
         for (size_t i = 0; i < T * C; i++)
-            same &= k[i] == c.qkv[i / C * 3 * C + C + i % C] &&
-                    v[i] == c.qkv[i / C * 3 * C + 2 * C + i % C];
+            same &= keys[i] == c.qkv[i / C * 3 * C + C + i % C] &&
+                    values[i] == c.qkv[i / C * 3 * C + 2 * C + i % C];
         check_true("the caches hold K and V", same);
-        FREE(k, v, o);
+        FREE(keys, values, o);
     }
     FREE(c.out, c.lse, c.qkv, c.weight, dqkv, delta, out, lse, edqkv);
 }
@@ -2059,11 +2061,11 @@ static void test_reductions(void)
         free(x);
     }
     check_equal("sum_squares of nothing", sum_squares(NULL, 0), 0);
-    enum { P = 3, N = 2600, BEGIN = 5, MIDDLE = 2500 };
+    enum { RANKS = 3, N = 2600, BEGIN = 5, MIDDLE = 2500 };
     for (int op = SUM; op <= MAX; op++)
         for (int type = ACT; type <= DOUBLE_ARRAY; type++) {
-            double *array[P], old[P][N];
-            for (int r = 0; r < P; r++) {
+            double *array[RANKS], old[RANKS][N];
+            for (int r = 0; r < RANKS; r++) {
                 array[r] = (double *)xcalloc(N, sizeof(double));
                 real *fill = random_reals(N, (uint32_t)(20 + r), 1);
                 for (size_t i = 0; i < N; i++) {
@@ -2073,12 +2075,12 @@ static void test_reductions(void)
                 }
                 free(fill);
             }
-            void *const x[P] = {array[0], array[1], array[2]};
-            if (type == DOUBLE_ARRAY) reduce_scalars(x, P, BEGIN, MIDDLE, (Op)op);
-            else reduce_slice(x, P, BEGIN, MIDDLE, (Type)type, (Op)op);
+            void *const x[RANKS] = {array[0], array[1], array[2]};
+            if (type == DOUBLE_ARRAY) reduce_scalars(x, RANKS, BEGIN, MIDDLE, (Op)op);
+            else reduce_slice(x, RANKS, BEGIN, MIDDLE, (Type)type, (Op)op);
             int same = 1;
             for (size_t i = 0; i < N; i++)
-                for (int r = 0; r < P; r++) {
+                for (int r = 0; r < RANKS; r++) {
                     const double got =
                         type == DOUBLE_ARRAY ? array[r][i] : (double)((real *)array[r])[i];
                     double want = op == MAX ? fmax(fmax(old[0][i], old[1][i]), old[2][i])
@@ -2090,7 +2092,7 @@ static void test_reductions(void)
                     same &= got == want;
                 }
             check_true("reduce_slice, in rank order, and nothing outside the slice", same);
-            for (int r = 0; r < P; r++) free(array[r]);
+            for (int r = 0; r < RANKS; r++) free(array[r]);
         }
     real a[2] = {1, (real)NAN}, b[2] = {(real)NAN, 1};
     void *const pair[2] = {a, b};
@@ -3912,7 +3914,7 @@ static void load_alone(void *folder)
 }
 
 /* V is a prime: with four tensor ranks, one holds only padding. Heads are 17 wide, so blocks of 64
- * end anywhere. The word embedding is large enough to be copied by several threads. */
+ * end anywhere. The token embedding is large enough to be copied by several threads. */
 static Config odd_config(void)
 {
     Config c = make_config(4, 68, 4, 7, 1031);
@@ -3950,14 +3952,14 @@ static void test_checkpoint_layouts(void)
         char path[PATH_MAX]; /* what was saved, with the plain names in the plain order */
         Safetensors saved[2] = {safetensors_open(to),
                                 safetensors_open(join_path(path, to, "trainer.safetensors"))};
-        for (size_t k = 0; k < 3 * model.n; k++) {
+        for (size_t j = 0; j < 3 * model.n; j++) {
             static const char *const prefix[3] = {"transformer.", "m.", "v."};
             char name[NAME_SIZE];
-            const Plain *p = &model.tensor[k % model.n];
-            snprintf(name, sizeof name, "%s%.40s", prefix[k / model.n], p->name);
-            const StoredTensor *t = find_stored(&saved[k >= model.n], name);
+            const Plain *p = &model.tensor[j % model.n];
+            snprintf(name, sizeof name, "%s%.40s", prefix[j / model.n], p->name);
+            const StoredTensor *t = find_stored(&saved[j >= model.n], name);
             if (!t || t->dtype != F32 || t->n != p->n ||
-                !is_times(t->data, p, factor(prefix[k / model.n])))
+                !is_times(t->data, p, factor(prefix[j / model.n])))
                 differ++;
         }
         differ += saved[0].tensors != model.n || saved[1].tensors != 2 * model.n;
@@ -4680,7 +4682,7 @@ static void test_plan_flops(void)
           1e-14);
     check("formula, without recomputation, off by", fabs(make_plan(&one).flops_formula / count - 1),
           1e-14);
-    PlanInput padded = plan_case("124M", 8, 1, 1, 1, 1, 0); /* 50,257 words become 51,200 */
+    PlanInput padded = plan_case("124M", 8, 1, 1, 1, 1, 0); /* 50,257 tokens become 51,200 */
     plan = make_plan(&padded);
     check("padding costs 6BsC for each of 943 words, off by",
           fabs((plan.flops_per_iteration - plan.flops_formula) / (6.0 * 1024 * 768 * 943) - 1),
@@ -4842,9 +4844,9 @@ static void test_plan_groups(void)
     check_equal("stages, pipelines, embedding pairs of 2 x 3 x 4", wrong, 0);
 }
 
-/* Loss of a model that has learnt nothing: x is a LayerNorm's output, |x|^2 = h, and words are N(0,
- * 0.02), so logits are N(0, 0.0004 h) and log sum exp is ln V + 0.0002 h. Of 32 rows its mean
- * deviates by 3.1e-3/sqrt(32) = 5.5e-4. */
+/* Loss of a model that has learnt nothing: x is a LayerNorm's output, |x|^2 = h, and token
+ * embeddings are N(0, 0.02), so logits are N(0, 0.0004 h) and log sum exp is ln V + 0.0002 h. Of 32
+ * rows its mean deviates by 3.1e-3/sqrt(32) = 5.5e-4. */
 static void test_initial_loss(void)
 {
     enum { V = 51200, SAMPLES = 32 };
@@ -4872,11 +4874,11 @@ static void test_initial_loss(void)
         double squares = 0;
         list_tensors(list, NULL, &c, one, 0);
         init_params(w, list, n, &c, 1, 0);
-        for (size_t k = 0; k < n; k++) {
-            if (!strstr(list[k].spec->name, "c_proj.weight")) continue;
-            for (size_t e = 0; e < list[k].n; e++)
-                squares += (double)w[list[k].offset + e] * w[list[k].offset + e];
-            drawn += list[k].n;
+        for (size_t j = 0; j < n; j++) {
+            if (!strstr(list[j].spec->name, "c_proj.weight")) continue;
+            for (size_t e = 0; e < list[j].n; e++)
+                squares += (double)w[list[j].offset + e] * w[list[j].offset + e];
+            drawn += list[j].n;
         }
         double measured = sqrt(squares / (double)drawn);
         check("P40 deviation of output projections, N=24, 72: off by", fabs(measured / std[i] - 1),
@@ -5122,7 +5124,7 @@ static void perturb(Rank *k)
     }
 }
 
-/* Words that depend on the sequence's place in the run only. */
+/* Tokens that depend on the sequence's place in the run only. */
 static void feed_test(void *source, Rank *k, MicroBatch *mb, size_t i)
 {
     const Training *t = (const Training *)source;
@@ -5235,45 +5237,47 @@ static void collectives_rank(Comm *world, void *arg)
 {
     Collected *result = (Collected *)arg;
     size_t n = result->n;
-    int P = world->size, me = world->rank, wrong = 0;
+    int size = world->size, me = world->rank, wrong = 0;
     real *x = (real *)xcalloc(n + 1, sizeof *x);
-    real *all = (real *)xcalloc(n * (size_t)P + 1, sizeof *all);
+    real *all = (real *)xcalloc(n * (size_t)size + 1, sizeof *all);
     for (size_t i = 0; i < n; i++) x[i] = contribution(me, i);
     x[n] = 42; /* nothing may write behind the end */
     all_gather(world, all, x, n, REAL_ARRAY);
-    for (size_t i = 0; i < n * (size_t)P; i++) wrong |= all[i] != contribution((int)(i / n), i % n);
+    for (size_t i = 0; i < n * (size_t)size; i++)
+        wrong |= all[i] != contribution((int)(i / n), i % n);
     all_reduce(world, x, n, REAL_ARRAY, SUM);
     for (size_t i = 0; i < n; i++) {
         /* in rank order: the same bits on all ranks and in every run */
         real sum = contribution(0, i);
-        for (int r = 1; r < P; r++) sum += contribution(r, i);
+        for (int r = 1; r < size; r++) sum += contribution(r, i);
         wrong |= x[i] != sum;
         x[i] = contribution(me, i);
     }
     all_reduce(world, x, n, REAL_ARRAY, MAX);
     for (size_t i = 0; i < n; i++) {
         real max = contribution(0, i);
-        for (int r = 1; r < P; r++) max = contribution(r, i) > max ? contribution(r, i) : max;
+        for (int r = 1; r < size; r++) max = contribution(r, i) > max ? contribution(r, i) : max;
         wrong |= x[i] != max;
         x[i] = contribution(me, i);
     }
-    broadcast(world, x, n, REAL_ARRAY, P - 1);
-    for (size_t i = 0; i < n; i++) wrong |= x[i] != contribution(P - 1, i);
+    broadcast(world, x, n, REAL_ARRAY, size - 1);
+    for (size_t i = 0; i < n; i++) wrong |= x[i] != contribution(size - 1, i);
     /* a ring: everyone sends before anyone receives */
-    for (int round = 0; round < 3 && P > 1; round++) {
+    for (int round = 0; round < 3 && size > 1; round++) {
         for (size_t i = 0; i < n; i++) x[i] = contribution(me + round, i);
-        send(world, x, n, REAL_ARRAY, (me + 1) % P);
-        recv(world, x, n, REAL_ARRAY, (me + P - 1) % P);
-        for (size_t i = 0; i < n; i++) wrong |= x[i] != contribution((me + P - 1) % P + round, i);
+        send(world, x, n, REAL_ARRAY, (me + 1) % size);
+        recv(world, x, n, REAL_ARRAY, (me + size - 1) % size);
+        for (size_t i = 0; i < n; i++)
+            wrong |= x[i] != contribution((me + size - 1) % size + round, i);
     }
     double d = me + 1;
     all_reduce(world, &d, 1, DOUBLE_ARRAY, SUM);
-    wrong |= d != P * (P + 1) / 2.0;
+    wrong |= d != size * (size + 1) / 2.0;
     Comm odd = comm_split(world, me % 2, "odd"); /* every other rank */
-    wrong |= odd.rank != me / 2 || odd.size != (P + 1 - me % 2) / 2;
+    wrong |= odd.rank != me / 2 || odd.size != (size + 1 - me % 2) / 2;
     d = me;
     all_reduce(&odd, &d, 1, DOUBLE_ARRAY, MAX);
-    wrong |= d != (P - 1 - me % 2) / 2 * 2 + me % 2;
+    wrong |= d != (size - 1 - me % 2) / 2 * 2 + me % 2;
     comm_free(&odd);
     wrong |= x[n] != 42;
     if (wrong) __atomic_store_n(&result->wrong, 1, __ATOMIC_RELAXED);
@@ -5523,8 +5527,8 @@ static void test_qkv_rows(void)
     }
 }
 
-/* Each rank looks up the words it owns; the sum of all is the serial lookup, bit for bit, and so
- * are the gradients of the slices, joined [P15]. Megatron's own sizes: 17 sequences, 48 words,
+/* Each rank looks up the tokens it owns; the sum of all is the serial lookup, bit for bit, and so
+ * are the gradients of the slices, joined [P15]. Megatron's own sizes: 17 sequences, 48 tokens,
  * hidden 16. */
 static void test_parallel_embedding(void)
 {
@@ -6175,7 +6179,7 @@ static void test_fixture_logits(void)
 
 /* ---- Chapters 9 and 10 --------------------------------------------------------------------------
  *
- * Windows against single targets, the cache against whole passes, drawing words. */
+ * Windows against single targets, the cache against whole passes, drawing tokens. */
 
 typedef struct {
     int tp;
@@ -6304,7 +6308,8 @@ static int by_value(const void *a, const void *b)
     return *(const double *)a < *(const double *)b ? 1 : -1;
 }
 
-/* Frequencies of drawn words against probabilities computed the plain way: sort, cut, normalise. */
+/* Frequencies of drawn tokens against probabilities computed the plain way: sort, cut,
+ * normalise. */
 static void check_sampler(const char *what, Sampler s)
 {
     enum { V = 12, DRAWS = 20000 };
@@ -6965,7 +6970,7 @@ static void test_eps(void)
     run_ranks(1, eps_rank, &t);
 }
 
-/* All words' logits are -1080, equal and far below the padding's 0: the loss is ln V for every
+/* All tokens' logits are -1080, equal and far below the padding's 0: the loss is ln V for every
  * layout [P16]. */
 static void low_logits_rank(Comm *world, void *arg)
 {
@@ -7162,7 +7167,7 @@ static void test_dynamic_scale(void)
 
 /* ---- More of chapters 9 and 10 --------------------------------------------------------------- */
 
-/* Logits of the word after `text`, by a whole pass with an empty cache. */
+/* Logits of the token after `text`, by a whole pass with an empty cache. */
 static const real *logits_after(Generator *g, const int *text, size_t n)
 {
     g->cache.past = 0;
@@ -7178,7 +7183,7 @@ static int greatest(const real *z, size_t n)
 }
 
 /* LAMBADA examples whose last words are right or wrong by construction: example e's label tokens
- * are the most probable words, but for those whose bit in pattern[e] is 0. One example is longer
+ * are the most probable tokens, but for those whose bit in pattern[e] is 0. One example is longer
  * than T + 1; the last pass is shorter. */
 enum { LAMBADA_N = 7, LAMBADA_T = 24, LAMBADA_V = 300 };
 static const struct {
@@ -7220,7 +7225,7 @@ static void lambada_rank(Comm *world, void *arg)
     k = scored_model(world, run->tp, run->B);
     Accuracy a = lambada_accuracy(k, &l, SIZE_MAX, 299, NULL);
 
-    /* Equal logits, on one rank and on several: the first word counts. */
+    /* Equal logits, on one rank and on several: the first token counts. */
     MicroBatch *mb = &k->flight[0];
     size_t rows[2] = {0, 1};
     int id[2];
@@ -7299,7 +7304,7 @@ static void test_limited_windows(void)
     free(s.text.id);
 }
 
-static void count_word(void *arg, int id)
+static void count_token(void *arg, int id)
 {
     (void)id;
     ++*(int *)arg;
@@ -7320,7 +7325,7 @@ static void generation_rank(Comm *world, void *arg)
         size_t n = prompts[p], begin = n > T ? n - T : 0;
         for (size_t i = 0; i < n; i++)
             push_token(&text, (int)(random_word(6, SITE_SAMPLE, (uint32_t)p, i) % LAMBADA_V));
-        generate(g, &text, 40, &s, -1, count_word, &emitted);
+        generate(g, &text, 40, &s, -1, count_token, &emitted);
         wrong += text.n != n + 40;
         /* text[begin .. i-1] are at positions 0 .. i-1-begin */
         for (size_t i = n; i < n + 40; i++) {
@@ -7334,7 +7339,7 @@ static void generation_rank(Comm *world, void *arg)
     Sampler greedy = {0, 0, 1, 0};
     push_token(&text, 3);
     int first = greatest(logits_after(g, text.id, 1), LAMBADA_V), before = emitted;
-    generate(g, &text, 40, &greedy, first, count_word, &emitted);
+    generate(g, &text, 40, &greedy, first, count_token, &emitted);
     stopped = text.n == 2 && text.id[1] == first && emitted == before;
     text.n = 1;
     generate(g, &text, 1, &greedy, -1, NULL, NULL); /* the cache of the text before does not stay */
@@ -7931,13 +7936,13 @@ static const char *convert_output, *convert_error;
 __attribute__((format(printf, 1, 2))) static int run_convert(const char *format, ...)
 {
     static char output[1 << 20], error[1 << 14];
-    char words[2048], path[PATH_MAX];
+    char arguments[2048], path[PATH_MAX];
     va_list args;
     va_start(args, format);
-    vsnprintf(words, sizeof words, format, args);
+    vsnprintf(arguments, sizeof arguments, format, args);
     va_end(args);
     int status =
-        run_command("./convert %s >%s/convert.out 2>%s/convert.err", words, SCRATCH, SCRATCH);
+        run_command("./convert %s >%s/convert.out 2>%s/convert.err", arguments, SCRATCH, SCRATCH);
     for (int i = 0; i < 2; i++) {
         Map map = map_file(join_path(path, SCRATCH, i ? "convert.err" : "convert.out"));
         size_t n = min_size(map.size, i ? sizeof error - 1 : sizeof output - 1);
@@ -8290,8 +8295,8 @@ static void test_convert_own(void)
 
 static const char fixtures[] = "../shared/fixtures";
 
-/* Every tensor that the list names, with the values of its file, and no others. lm_head is the word
- * embedding. */
+/* Every tensor that the list names, with the values of its file, and no others. lm_head is the
+ * token embedding. */
 static int is_expected(const char *folder, const char *tsv)
 {
     char path[PATH_MAX], line[512], name[128], shape[64], digest[80], seen[64];
@@ -8345,17 +8350,18 @@ static void test_convert_fixtures(void)
             const JsonValue *place = json_get(&json, f, "path");
             const JsonValue *config = json_get(&json, f, "needs_config");
             const JsonValue *vocab = json_get(&json, f, "vocab_size");
-            char words[512] = "", in[PATH_MAX * 2];
+            char options_[512] = "", in[PATH_MAX * 2];
             snprintf(out, sizeof out, "%.4000s/%.60s", path, name->string);
-            if (kind && !strcmp(kind->string, "hf")) snprintf(words, sizeof words, "--to hf");
+            if (kind && !strcmp(kind->string, "hf")) snprintf(options_, sizeof options_, "--to hf");
             else if (config && config->type == JSON_STRING)
-                snprintf(words, sizeof words, "--config %s/%s", fixtures, config->string);
+                snprintf(options_, sizeof options_, "--config %s/%s", fixtures, config->string);
             else if (g < 2)
-                snprintf(words, sizeof words, "--vocab-size %d", vocab ? (int)vocab->number : 12);
+                snprintf(options_, sizeof options_, "--vocab-size %d",
+                         vocab ? (int)vocab->number : 12);
             snprintf(in, sizeof in, "%s/%s%s", fixtures, g == 2 ? "hf_to_megatron_real/" : "",
                      g == 2 ? name->string : place->string);
             if (g == 2 && access(in, F_OK)) continue; /* too large to be kept */
-            int status = run_convert("%s %s %s", in, out, words);
+            int status = run_convert("%s %s %s", in, out, options_);
             if (g < 2)
                 check_true(name->string,
                            status == 0 && is_expected(out, json_get(&json, f, "expected")->string));
@@ -8669,7 +8675,7 @@ static void test_convert_bombs(void)
 static void test_convert_options(void)
 {
     static const struct {
-        const char *words, *reason;
+        const char *arguments, *reason;
         int status;
     } wrong[] = {
         {"%s", "IN and OUT", 2},
@@ -8703,19 +8709,19 @@ static void test_convert_options(void)
         {"%s %s/megatron/release --force", "no model to replace", 1},
         {"%s %s/config.json --force", "no model to replace", 1},
     };
-    char folder[PATH_MAX], words[4 * PATH_MAX], what[128], path[PATH_MAX];
+    char folder[PATH_MAX], arguments[4 * PATH_MAX], what[128], path[PATH_MAX];
     if (!have_convert()) return;
     PlainModel m = small_checkpoint(folder);
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        const char *rest = wrong[i].words; /* every %s is the folder */
-        *words = 0;
+        const char *rest = wrong[i].arguments; /* every %s is the folder */
+        *arguments = 0;
         for (const char *at; (at = strstr(rest, "%s")); rest = at + 2) {
-            strncat(words, rest, (size_t)(at - rest));
-            strcat(words, folder);
+            strncat(arguments, rest, (size_t)(at - rest));
+            strcat(arguments, folder);
         }
-        strcat(words, rest);
-        int status = run_convert("%s", words);
-        snprintf(what, sizeof what, "convert %s", wrong[i].words);
+        strcat(arguments, rest);
+        int status = run_convert("%s", arguments);
+        snprintf(what, sizeof what, "convert %s", wrong[i].arguments);
         check_true(what, status == wrong[i].status && says(wrong[i].reason) &&
                              !count_names(folder, "o") && count_names(folder, "megatron") == 1);
     }
