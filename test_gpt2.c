@@ -20,7 +20,6 @@
 #include <float.h>
 #include <signal.h>
 #include <sys/resource.h>
-#include <sys/resource.h>
 #include <sys/wait.h>
 
 /* ---- The twin: CUDA against the CPU -------------------------------------------------------------
@@ -499,8 +498,10 @@ static void record_model(FILE *out, const char *what, Config config, int tp, int
     m.layout.dp = dp;
     m.micro_batch = 2;
     m.batch = 4;
-    for (int r = 0; r < world_size(m.layout); r++)
-        if (!(m.out[r] = open_memstream(&text[r], &size[r]))) die("out of memory");
+    for (int r = 0; r < world_size(m.layout); r++) {
+        m.out[r] = open_memstream(&text[r], &size[r]);
+        if (!m.out[r]) die("out of memory");
+    }
     run_ranks(world_size(m.layout), record_rank, &m);
     for (int r = 0; r < world_size(m.layout); r++) {
         fclose(m.out[r]);
@@ -625,15 +626,15 @@ static real *random_reals(size_t n, uint32_t stream, double std)
 static void check_dies(const char *what, void (*body)(void *), void *arg, const char *message)
 {
     char line[4096] = "";
-    int pipe_[2], status = 0;
+    int ends[2], status = 0;
     size_t n = 0;
     fflush(stdout);
-    if (pipe(pipe_)) die("cannot make a pipe: %s", strerror(errno));
+    if (pipe(ends)) die("cannot make a pipe: %s", strerror(errno));
     pid_t child = fork();
     if (child == 0) {
-        dup2(pipe_[1], STDERR_FILENO);
-        close(pipe_[0]);
-        close(pipe_[1]);
+        dup2(ends[1], STDERR_FILENO);
+        close(ends[0]);
+        close(ends[1]);
         alarm(60);
 #ifdef _OPENMP
         omp_set_num_threads(1); /* the parent's threads are not there */
@@ -641,9 +642,9 @@ static void check_dies(const char *what, void (*body)(void *), void *arg, const 
         body(arg);
         _exit(0);
     }
-    close(pipe_[1]);
-    for (ssize_t got; (got = read(pipe_[0], line + n, sizeof line - 1 - n)) > 0;) n += (size_t)got;
-    close(pipe_[0]);
+    close(ends[1]);
+    for (ssize_t got; (got = read(ends[0], line + n, sizeof line - 1 - n)) > 0;) n += (size_t)got;
+    close(ends[0]);
     waitpid(child, &status, 0);
     line[n] = 0;
     int refused = WIFEXITED(status) && WEXITSTATUS(status) == 1 && n &&
@@ -749,7 +750,7 @@ static double entry_error(const RecordEntry *a, const RecordEntry *b)
 static void compare_twin(const char *program, const char *what, void (*make)(FILE *), double bound)
 {
     char command[PATH_MAX], *own = NULL, first[128] = "";
-    size_t size, compared = 0;
+    size_t size;
     double u = NAN;
     if (access(program, X_OK)) {
         skip("the twin was not built: make test builds it where g++ or nvcc is, unless CUDA=off");
@@ -761,12 +762,13 @@ static void compare_twin(const char *program, const char *what, void (*make)(FIL
     if (!twin || !memory) die("cannot run %s: %s", command, strerror(errno));
     make(memory);
     fclose(memory);
-    if (!(memory = fmemopen(own, size, "r")) || !fgets(first, sizeof first, twin) ||
-        sscanf(first, "%lf", &u) != 1)
+    memory = fmemopen(own, size, "r");
+    if (!memory || !fgets(first, sizeof first, twin) || sscanf(first, "%lf", &u) != 1)
         check_true("the twin's record begins with its roundoff", 0);
     RecordEntry a = {"", 0, 0, NULL}, b = {"", 0, 0, NULL};
-    for (char row[192]; memory && next_entry(memory, &b); compared++) {
+    while (memory && next_entry(memory, &b)) {
         if (!next_entry(twin, &a) || strcmp(a.name, b.name) || a.n != b.n) {
+            char row[192];
             snprintf(row, sizeof row, "%s is missing from the record of %s", b.name, program);
             check_true(row, 0);
             break;
@@ -1011,8 +1013,9 @@ static uint32_t bits_of_float(float x)
 static double ulp(double y)
 {
     int e;
+    if (y == 0) return 0x1p-149;
     frexp(y, &e);
-    return y == 0 ? 0x1p-149 : ldexp(1, (e < -125 ? -125 : e) - 24);
+    return ldexp(1, (e < -125 ? -125 : e) - 24);
 }
 
 /* The error of y, which should be exact = f(x), in b's unit. What rounds to infinity should be
@@ -1022,8 +1025,8 @@ static double function_error(const FunctionBound *b, double x, double y, double 
     const double units[] = {1, 1 + fabs(tanh_argument(x)), 1 + x * x}, limit = 0x1.ffffffp127;
     if (isinf(y)) return exact >= limit && y > 0 ? 0 : INFINITY;
     const double error = fabs(y - (exact < limit ? exact : 0x1p128));
-    return b->unit == ABSOLUTE ? error
-                               : error / ulp(exact < limit ? exact : FLT_MAX) / units[b->unit];
+    if (b->unit == ABSOLUTE) return error;
+    return error / ulp(exact < limit ? exact : FLT_MAX) / units[b->unit];
 }
 
 /* The floats that runs are centred on: 0, powers of two, where the exponential's n steps (for x
@@ -1038,8 +1041,11 @@ static size_t special_floats(float *special, size_t room)
     for (int i = 0; i <= 258; i++) {
         const double step = i * M_LN2 / 2;
         double low = 0, high = 100;
-        for (int j = 0; j < 60; j++)
-            *(tanh_argument((low + high) / 2) < step ? &low : &high) = (low + high) / 2;
+        for (int j = 0; j < 60; j++) {
+            const double middle = (low + high) / 2;
+            if (tanh_argument(middle) < step) low = middle;
+            else high = middle;
+        }
         special[n++] = (float)step;
         special[n++] = (float)low;
         special[n++] = (float)sqrt(2 * step);
@@ -1342,19 +1348,19 @@ static void linear_case(size_t N, size_t I, size_t O, Gelu kind)
     c.pre = random_reals(N * O, 7, 1);
     c.z = random_reals(N * (I + O), 8, 1);
     double *pre = (double *)xcalloc(N * O, sizeof *pre);
-    double *act_ = (double *)xcalloc(N * O, sizeof *act_);
+    double *activated = (double *)xcalloc(N * O, sizeof *activated);
     naive_product(pre, c.x, I, 1, c.w, 1, I, N, O, I, 0);
     linear_forward(c.y, c.x, c.w, NULL, N, I, O);
     check("linear, no bias", error_of(c.y, pre, N * O), 16 * U);
     for (size_t i = 0; i < N * O; i++) {
         pre[i] += c.b[i % O];
-        act_[i] = exact_gelu(pre[i], kind);
+        activated[i] = exact_gelu(pre[i], kind);
     }
     linear_forward(c.y, c.x, c.w, c.b, N, I, O);
     check("linear", error_of(c.y, pre, N * O), 16 * U);
     linear_gelu_forward(c.y, c.pre, c.x, c.w, c.b, N, I, O, kind);
     check("bias + GeLU epilogue: pre", error_of(c.pre, pre, N * O), 16 * U);
-    check("bias + GeLU epilogue: y", error_of(c.y, act_, N * O), 16 * U);
+    check("bias + GeLU epilogue: y", error_of(c.y, activated, N * O), 16 * U);
     linear_gelu_forward(c.z, NULL, c.x, c.w, c.b, N, I, O, kind);
     check_true("the same without pre", memcmp(c.z, c.y, N * O * sizeof(real)) == 0);
 
@@ -1399,8 +1405,8 @@ static void linear_case(size_t N, size_t I, size_t O, Gelu kind)
         check("dw2, differences", finite_difference_error(c.w2, dw2, I * O, gelu_linear_loss, &c),
               1e-8);
     }
-    FREE(c.x, c.w, c.b, c.w2, c.y, c.pre, c.z, c.weight, pre, act_, dx, dw0, db0, dw, db, edx, edw,
-         edb, dpre, dw2, edpre, edw2);
+    FREE(c.x, c.w, c.b, c.w2, c.y, c.pre, c.z, c.weight, pre, activated, dx, dw0, db0, dw, db, edx,
+         edw, edb, dpre, dw2, edpre, edw2);
 }
 
 static void test_linear(void)
@@ -1493,8 +1499,9 @@ static void test_embedding(void)
                same && inside > 0 && inside < N * C);
     token_embedding_backward(dwte, dx, tokens, N, C, V0, VP);
     check("token embedding backward +=", error_of(dwte, edwte, VP * C), 4 * U);
+    static const double p[3] = {0, 0.1, 0.5};
     for (int i = 0; i < 3; i++) {
-        const Dropout d = test_dropout(i == 0 ? 0 : i == 1 ? 0.1 : 0.5, 12345, 1);
+        const Dropout d = test_dropout(p[i], 12345, 1);
         real *y = copy_reals(x, N * C), *dy = copy_reals(dx, N * C), *dw = copy_reals(dwpe, T * C);
         double *ey = random_doubles(x, N * C), *edy = random_doubles(dx, N * C);
         double *edw = random_doubles(dwpe, T * C);
@@ -2083,12 +2090,11 @@ static void test_reductions(void)
                 for (int r = 0; r < RANKS; r++) {
                     const double got =
                         type == DOUBLE_ARRAY ? array[r][i] : (double)((real *)array[r])[i];
-                    double want = op == MAX ? fmax(fmax(old[0][i], old[1][i]), old[2][i])
-                                  : type == DOUBLE_ARRAY
-                                      ? old[0][i] + old[1][i] + old[2][i]
-                                      : (double)(real)((real)((real)old[0][i] + (real)old[1][i]) +
-                                                       (real)old[2][i]);
+                    double want;
                     if (i < BEGIN || i >= BEGIN + MIDDLE) want = old[r][i];
+                    else if (op == MAX) want = fmax(fmax(old[0][i], old[1][i]), old[2][i]);
+                    else if (type == DOUBLE_ARRAY) want = old[0][i] + old[1][i] + old[2][i];
+                    else want = (real)((real)((real)old[0][i] + (real)old[1][i]) + (real)old[2][i]);
                     same &= got == want;
                 }
             check_true("reduce_slice, in rank order, and nothing outside the slice", same);
@@ -2217,7 +2223,8 @@ static const char *text_path(TextFolder *f, const char *name)
 {
     f->name = (char **)grow(f->name, f->n, &f->capacity, sizeof(char *));
     f->name[f->n] = (char *)xcalloc(PATH_MAX, 1);
-    return join_path(f->name[f->n++], f->path, name);
+    f->n++;
+    return join_path(f->name[f->n - 1], f->path, name);
 }
 
 static void write_bytes(TextFolder *f, const char *name, const void *data, size_t n)
@@ -2299,7 +2306,7 @@ static void write_vocabulary(TextFolder *f, const char *const *more, size_t n)
         else p += sprintf(p, "\"%c%c\":%d", 0xC0 | c >> 6, 0x80 | (c & 0x3F), id);
         id++;
     }
-    for (size_t i = 0; i < n; i++) p += sprintf(p, ",\"%s\":%d", more[i], id++);
+    for (size_t i = 0; i < n; i++) p += sprintf(p, ",\"%s\":%d", more[i], id + (int)i);
     strcpy(p, "}");
     write_string(f, "vocab.json", json);
 }
@@ -2353,7 +2360,8 @@ static void encode_naively(Tokens *out, const Tokenizer *t, const char *text, si
                 }
         if (best == UINT32_MAX) break;
         id[at] = merged;
-        memmove(id + at + 1, id + at + 2, (--n - at - 1) * sizeof(uint32_t));
+        n--;
+        memmove(id + at + 1, id + at + 2, (n - at - 1) * sizeof(uint32_t));
     }
     for (size_t i = 0; i < n; i++) push_token(out, (int)id[i]);
 }
@@ -2633,13 +2641,16 @@ static void write_index(TextFolder *f, size_t width, int broken)
     memcpy(idx.bytes, broken == BAD_MAGIC ? "TNTIDX\0\0\0" : "MMIDIDX\0\0", 9);
     idx.n = 9;
     append(&idx, broken == BAD_VERSION ? 2 : 1, 8);
-    append(&idx, broken == BAD_TYPE ? 5 : width == 2 ? 8 : 4, 1);
-    append(&idx,
-           broken == BAD_SEQUENCES        ? 4
-           : broken == BAD_SEQUENCES_HUGE ? 0x4000000000000003
-                                          : 3,
-           8);
-    append(&idx, broken == BAD_MARKS ? 0x2000000000000003 : broken == BAD_MARK_BACK ? 4 : 3, 8);
+    int type = width == 2 ? 8 : 4;
+    if (broken == BAD_TYPE) type = 5;
+    append(&idx, type, 1);
+    long long sequences = 3, marks = 3;
+    if (broken == BAD_SEQUENCES) sequences = 4;
+    if (broken == BAD_SEQUENCES_HUGE) sequences = 0x4000000000000003;
+    if (broken == BAD_MARKS) marks = 0x2000000000000003;
+    if (broken == BAD_MARK_BACK) marks = 4;
+    append(&idx, sequences, 8);
+    append(&idx, marks, 8);
     append(&idx, broken == BAD_SIZE_NEGATIVE ? -3 : 3, 4);
     append(&idx, 2, 4);
     append(&idx, broken == BAD_SIZE_LONG ? 9 : 1, 4);
@@ -2652,12 +2663,12 @@ static void write_index(TextFolder *f, size_t width, int broken)
     if (broken == BAD_MARK_BACK) append(&idx, 1, 8);
     append(&idx, broken == BAD_LAST_MARK ? 2 : 3, 8);
     if (broken == BAD_LONGER) append(&idx, 0, 1);
-    for (int i = 1; i <= 6; i++)
-        append(&bin,
-               i == 4 && broken == BAD_TOKEN            ? 257
-               : i == 4 && broken == BAD_NEGATIVE_TOKEN ? -1
-                                                        : i,
-               width);
+    for (int i = 1; i <= 6; i++) {
+        int token = i;
+        if (i == 4 && broken == BAD_TOKEN) token = 257;
+        if (i == 4 && broken == BAD_NEGATIVE_TOKEN) token = -1;
+        append(&bin, token, width);
+    }
     if (broken == BAD_BIN_LONGER) append(&bin, 0, width);
     write_bytes(f, "data.idx", idx.bytes, broken == BAD_CUT ? 20 : idx.n);
     write_bytes(f, "data.bin", bin.bytes, broken == BAD_BIN_CUT ? bin.n - 1 : bin.n);
@@ -2806,7 +2817,10 @@ static Corpus *counting_corpus(TextFolder *f, const size_t *lengths, size_t n)
     fwrite(&four, 1, 1, idx);
     fwrite(&head[1], 8, 2, idx);
     for (size_t i = 0; i < n; i++) fwrite(&lengths[i], 4, 1, idx);
-    for (size_t i = 0; i < n; at += 4 * lengths[i++]) fwrite(&at, 8, 1, idx);
+    for (size_t i = 0; i < n; i++) {
+        fwrite(&at, 8, 1, idx);
+        at += 4 * lengths[i];
+    }
     for (uint64_t i = 0; i <= n; i++) fwrite(&i, 8, 1, idx);
     for (uint32_t i = 0; i < total; i++) fwrite(&i, 4, 1, bin);
     fclose(bin);
@@ -2830,8 +2844,8 @@ static void test_samples(void)
         lengths[i] = 1 + random_word(3, 0, 0, i) % 30;
         for (size_t j = 0; j < lengths[i]; j++) document_of[total++] = i;
     }
-    while (total % T) /* so that the last piece lacks its label */
-    {
+    /* so that the last piece lacks its label */
+    while (total % T) {
         lengths[DOCUMENTS - 1]++;
         document_of[total++] = DOCUMENTS - 1;
     }
@@ -2850,7 +2864,8 @@ static void test_samples(void)
             const int *s = first + n * (T + 1);
             heads[s[0]] = 1;
             for (size_t t = 0; t < T; t++) {
-                twice += seen[s[t]]++;
+                twice += seen[s[t]] > 0;
+                seen[s[t]] = 1;
                 /* the next token of the document, or from a document's end to a document's
                  * beginning */
                 size_t a = (size_t)s[t], b = (size_t)s[t + 1];
@@ -3720,8 +3735,8 @@ static void add_plain(PlainModel *m, const char *name, size_t rows, size_t cols)
     p->x = (float *)xcalloc(p->n, sizeof(float));
     real *x = random_reals(p->n, 1100 + (uint32_t)m->n, 1);
     for (size_t i = 0; i < p->n; i++) p->x[i] = (float)x[i];
-    p->x[0] = 1e-45f;
-    p->x[p->n - 1] = -0.0f; /* the smallest subnormal number; minus zero */
+    p->x[0] = 1e-45f; /* the smallest subnormal number */
+    p->x[p->n - 1] = -0.0f;
     free(x);
 }
 
@@ -3769,7 +3784,9 @@ static const Plain *find_plain(const PlainModel *m, const char *name)
  * times the weights. */
 static float factor(const char *prefix)
 {
-    return *prefix == 'm' ? -1.0f : *prefix == 'v' ? 2.0f : 1.0f;
+    if (*prefix == 'm') return -1;
+    if (*prefix == 'v') return 2;
+    return 1;
 }
 
 static int is_times(const char *data, const Plain *p, float factor)
@@ -4218,11 +4235,11 @@ static void save_nan(void *arg)
 static void test_save_folders(void)
 {
     if (!have_forked_threads()) return;
-    char root[PATH_MAX], dir[PATH_MAX], other[PATH_MAX], link_[PATH_MAX], path[PATH_MAX];
+    char root[PATH_MAX], dir[PATH_MAX], other[PATH_MAX], linked[PATH_MAX], path[PATH_MAX];
     make_checkpoint_folder(root);
     join_path(dir, root, "run");
     join_path(other, root, "other");
-    join_path(link_, root, "link");
+    join_path(linked, root, "link");
     Save job = {make_config(1, 32, 2, 4, 12), dir, 1, 1, -1};
 
     check_save_folder(dir, NULL);
@@ -4243,11 +4260,11 @@ static void test_save_folders(void)
     check_dies("a folder with other files", check_folder_quietly, dir,
                "holds notes.txt already: save to a new folder");
     check_save_folder(dir, dir);
-    if (symlink("run", link_)) die("cannot create %s: %s", link_, strerror(errno));
+    if (symlink("run", linked)) die("cannot create %s: %s", linked, strerror(errno));
     for (int exchange = 0; exchange < 2; exchange++) {
         job.value = (real)(2 + exchange);
         job.exchange = exchange;
-        job.dir = exchange ? link_ : dir;
+        job.dir = exchange ? linked : dir;
         run_ranks(1, save_value, &job);
         check_equal(exchange ? "saved through a link, by exchange" : "saved by stepping aside",
                     saved_value(dir), 2 + exchange);
@@ -4255,7 +4272,7 @@ static void test_save_folders(void)
         check_true("nothing else is left",
                    !file_exists(root, "run.tmp") && !file_exists(root, "run.old"));
     }
-    check_true("the link is still one", readlink(link_, path, sizeof path) == 3);
+    check_true("the link is still one", readlink(linked, path, sizeof path) == 3);
 
     check_dies("a disk that is too small", save_too_large, &job,
                "File too large; an earlier checkpoint is as it was");
@@ -4288,7 +4305,7 @@ static void test_save_folders(void)
     remove_checkpoint_folder(path);
 
     join_path(path, root, "kept");
-    rename(path, join_path(link_, root, "run.old"));
+    rename(path, join_path(linked, root, "run.old"));
     recover_checkpoint(other);
     check_true("a .old without a .tmp is not our business", !file_exists(root, "run"));
     mkdir(join_path(path, root, "run.tmp"), 0777);
@@ -4915,8 +4932,13 @@ static int tick_pipeline(int gpipe, int p, int m, int tf, int tb, int *peak)
             int held = forward[i] - backward[i] + 1;
             if (kind[i] == 1 && busy[i] && held > peak[i]) peak[i] = held;
         }
-        for (int i = 0; i < p; i++)
-            if (busy[i] && --busy[i] == 0) (kind[i] == 1 ? forward : backward)[i]++;
+        for (int i = 0; i < p; i++) {
+            if (!busy[i]) continue;
+            busy[i]--;
+            if (busy[i]) continue;
+            if (kind[i] == 1) forward[i]++;
+            else backward[i]++;
+        }
     }
     return t;
 }
@@ -5652,7 +5674,7 @@ static void test_model_finite_differences(void)
         run_training(t);
         for (size_t i = 0; i < n; i += 1 + (sizeof(real) == 4) * 4) {
             Shifted s = {*t, i, 0, 0, random_reals(list[i].n, (uint32_t)i, 1)};
-            static const double weight[4] = {1, -8, 8, -1}, at_[4] = {-2, -1, 1, 2};
+            static const double weight[4] = {1, -8, 8, -1}, places[4] = {-2, -1, 1, 2};
             double slope = 0, expected = 0, norm = 0;
             char what[96], name[NAME_SIZE];
             for (size_t e = 0; e < list[i].rows * list[i].cols; e++)
@@ -5662,7 +5684,7 @@ static void test_model_finite_differences(void)
                 expected += (double)t->grad[list[i].offset + e] * s.direction[e];
             }
             for (int p = 0; p < 4; p++) {
-                s.shift = at_[p] * h;
+                s.shift = places[p] * h;
                 run_ranks(1, shifted_rank, &s);
                 slope += weight[p] * s.loss / (12 * h);
             }
@@ -6071,16 +6093,16 @@ static void test_golden(void)
                   sizeof(real) == 4 ? 1e-6 : 6e-8);
             Tensor *whole = (Tensor *)xcalloc(n, sizeof *whole);
             list_tensors(whole, NULL, &c, ONE_RANK, 0);
-            double worst_grad = 0, worst_after = 0;
+            double worst_of[2] = {0, 0}; /* gradients, weights after 3 steps */
             for (size_t i = 0; i < n; i++) {
                 char name[NAME_SIZE], key[NAME_SIZE + 16];
                 const Tensor *t = &whole[i];
                 size_t size = t->rows * t->cols;
                 real *seen = (real *)xcalloc(size, sizeof *seen);
                 tensor_name(name, t);
-                for (int what_ = 0; what_ < 2; what_++) {
-                    const real *mine = (what_ ? g.after : g.grad) + t->offset;
-                    snprintf(key, sizeof key, "%s.%s", what_ ? "after3" : "grad", name);
+                for (int after = 0; after < 2; after++) {
+                    const real *mine = (after ? g.after : g.grad) + t->offset;
+                    snprintf(key, sizeof key, "%s.%s", after ? "after3" : "grad", name);
                     real *expected = golden_values(&g, key, NULL);
                     for (size_t r = 0; r < t->rows; r++) /* Hugging Face's order */
                         for (size_t col = 0; col < t->cols; col++)
@@ -6090,17 +6112,16 @@ static void test_golden(void)
                     /* The gradient of the key bias is zero but for rounding: softmax does not see
                      * what all keys have in common. Adam makes steps of size lr out of it, in
                      * PyTorch's float as well. */
-                    if (what_ && t->spec->field == offsetof(Layer, qkv_b) && t->spec->in_layer)
+                    if (after && t->spec->field == offsetof(Layer, qkv_b) && t->spec->in_layer)
                         for (size_t e = c.C; e < 2 * c.C; e++) seen[e] = expected[e];
                     double e = relative_error(seen, expected, size);
-                    *(what_ ? &worst_after : &worst_grad) =
-                        worse(what_ ? worst_after : worst_grad, e);
+                    worst_of[after] = worse(worst_of[after], e);
                     free(expected);
                 }
                 free(seen);
             }
-            check("  gradients, worst tensor", worst_grad, grad_bound);
-            check("  weights after 3 steps, worst tensor", worst_after,
+            check("  gradients, worst tensor", worst_of[0], grad_bound);
+            check("  weights after 3 steps, worst tensor", worst_of[1],
                   sizeof(real) == 4 ? 1e-6 : 6e-8);
             if (g.layout.dp == 1) {
                 run_ranks(world_size(g.layout), golden_logits_rank, &g);
@@ -6319,12 +6340,19 @@ static void check_sampler(const char *what, Sampler s)
     Candidate heap[V];
     for (size_t i = 0; i < V; i++) {
         z[i] = (real)(2 * sin(3.0 * (double)i));
-        total += p[i] = exp((double)z[i] / s.temperature);
+        p[i] = exp((double)z[i] / s.temperature);
+        total += p[i];
     }
-    for (size_t i = 0; i < V; i++) sorted[i] = p[i] /= total;
+    for (size_t i = 0; i < V; i++) {
+        p[i] /= total;
+        sorted[i] = p[i];
+    }
     qsort(sorted, V, sizeof *sorted, by_value);
-    while (kept < V && (s.top_k == 0 || kept < s.top_k) && (kept == 0 || mass < s.top_p))
-        mass += cut = sorted[kept++];
+    while (kept < V && (s.top_k == 0 || kept < s.top_k) && (kept == 0 || mass < s.top_p)) {
+        cut = sorted[kept];
+        mass += cut;
+        kept++;
+    }
     for (size_t i = 0; i < DRAWS; i++) count[sample_token(z, V, &s, i, heap)]++;
     for (size_t i = 0; i < V; i++) {
         double expected = p[i] >= cut ? p[i] / mass * DRAWS : 0;
@@ -6404,9 +6432,8 @@ static void test_resume(void)
             SCRATCH, SMALL_RUN, a),
         0);
     /* 13 steps, then the rest */
-    run_command("./megatron_gpt2 train --data %s/text.txt %s --steps 13 --decay-steps 30 --save "
-                "%s/half --tp 2 "
-                ">/dev/null 2>&1",
+    run_command("./megatron_gpt2 train --data %s/text.txt %s --steps 13 --decay-steps 30 "
+                "--save %s/half --tp 2 >/dev/null 2>&1",
                 SCRATCH, "--layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 --lr 1e-2", SCRATCH);
     run_command("./megatron_gpt2 train --data %s/text.txt --resume %s/half --steps 30 --tp 2 "
                 ">/dev/null 2>&1",
@@ -6492,9 +6519,8 @@ static void test_interrupt(void)
     safetensors_close(&model);
     safetensors_close(&trainer);
     snprintf(number, sizeof number, "%zu", steps);
-    run_command("./megatron_gpt2 train --data %s --layers 1 --hidden 16 --heads 2 --seq 8 --batch "
-                "2 --steps %s "
-                "--decay-steps 100000000 --save %s2 > /dev/null 2>&1",
+    run_command("./megatron_gpt2 train --data %s --layers 1 --hidden 16 --heads 2 --seq 8 "
+                "--batch 2 --steps %s --decay-steps 100000000 --save %s2 > /dev/null 2>&1",
                 data, number, dir);
     snprintf(a, sizeof a, "%s/long/model.safetensors", SCRATCH);
     snprintf(b, sizeof b, "%s/long2/model.safetensors", SCRATCH);
@@ -6508,10 +6534,9 @@ static void test_learns(void)
     char line[4096];
     double loss = NAN, valid = NAN, ppl = NAN, narrow = NAN;
     int status = run_command("./megatron_gpt2 train --data %s/text.txt --layers 2 --hidden 32 "
-                             "--heads 4 --seq 32 --batch 8 --lr 1e-2 "
-                             "--dropout 0 --steps 500 --eval-every 500 --valid-percent 10 --tp 2 "
-                             "--json --save %s/learnt 2>/dev/null | "
-                             "tail -1 > %s/line",
+                             "--heads 4 --seq 32 --batch 8 --lr 1e-2 --dropout 0 --steps 500 "
+                             "--eval-every 500 --valid-percent 10 --tp 2 --json --save %s/learnt "
+                             "2>/dev/null | tail -1 > %s/line",
                              SCRATCH, SCRATCH, SCRATCH);
     check_equal("train", status, 0);
     FILE *f = NULL;
@@ -6533,14 +6558,14 @@ static void test_learns(void)
     check("held-out loss", valid, 0.85);
     for (int i = 0; i < 2; i++) {
         run_command("./megatron_gpt2 eval --model %s/learnt --data %s/text.txt --overlap %d "
-                    "--limit 60 --json "
-                    "2>/dev/null > %s/line",
+                    "--limit 60 --json 2>/dev/null > %s/line",
                     SCRATCH, SCRATCH, i ? 32 : 4, SCRATCH);
         f = fopen(join_path(path, SCRATCH, "line"), "r");
         if (f && fgets(line, sizeof line, f)) {
             Json json = json_parse(line, strlen(line), "the line");
             const JsonValue *v = json_get(&json, json.value, "ppl");
-            if (v) *(i ? &ppl : &narrow) = v->number;
+            if (v && i) ppl = v->number;
+            if (v && !i) narrow = v->number;
             json_free(&json);
         }
         if (f) fclose(f);
@@ -6550,12 +6575,10 @@ static void test_learns(void)
      * way round. 5% is a choice: it sees a model that long contexts harm, and no more. */
     check("perplexity with contexts of 28 and more against windows without overlap [P54]", narrow,
           1.05 * ppl);
-    status = run_command("./megatron_gpt2 generate --model %s/learnt --prompt 'the cat ' --tokens "
-                         "40 --temperature 0 "
-                         "2>/dev/null > %s/text1; "
-                         "./megatron_gpt2 generate --model %s/learnt --prompt 'the cat ' --tokens "
-                         "40 --temperature 0 "
-                         "--tp 4 2>/dev/null > %s/text2; "
+    status = run_command("./megatron_gpt2 generate --model %s/learnt --prompt 'the cat ' "
+                         "--tokens 40 --temperature 0 2>/dev/null > %s/text1; "
+                         "./megatron_gpt2 generate --model %s/learnt --prompt 'the cat ' "
+                         "--tokens 40 --temperature 0 --tp 4 2>/dev/null > %s/text2; "
                          "cmp %s/text1 %s/text2",
                          SCRATCH, SCRATCH, SCRATCH, SCRATCH, SCRATCH, SCRATCH);
     check_equal("generates the same text at tp 1 and 4", status, 0);
@@ -6642,34 +6665,31 @@ static void test_command_line(void)
             "mkfifo %s/pipe; timeout 20 ./megatron_gpt2 train --data %s/pipe > /dev/null 2>&1",
             SCRATCH, SCRATCH),
         1);
-    check_equal("a last word that does not fit is not scored by its end",
-                run_command("echo '{\"text\": \"one aaaaaaaa\"}' > %s/l.jsonl; ./megatron_gpt2 "
-                            "train --data %s/text.txt %s "
-                            "--save %s/tiny > /dev/null 2>&1; "
-                            "./megatron_gpt2 eval --model %s/tiny --lambada %s/l.jsonl --seq 2 "
-                            "2>&1 | grep -q 'do not fit'",
-                            SCRATCH, SCRATCH, SMALL_RUN, SCRATCH, SCRATCH, SCRATCH),
-                0);
+    check_equal(
+        "a last word that does not fit is not scored by its end",
+        run_command("echo '{\"text\": \"one aaaaaaaa\"}' > %s/l.jsonl; "
+                    "./megatron_gpt2 train --data %s/text.txt %s --save %s/tiny > /dev/null 2>&1; "
+                    "./megatron_gpt2 eval --model %s/tiny --lambada %s/l.jsonl --seq 2 2>&1 | "
+                    "grep -q 'do not fit'",
+                    SCRATCH, SCRATCH, SMALL_RUN, SCRATCH, SCRATCH, SCRATCH),
+        0);
     check_equal(
         "a run that diverges says so",
         run_command("./megatron_gpt2 train --data %s/text.txt --lr 1000 --min-lr 1000 --warmup 0 "
-                    "--weight-decay 1000 --steps 200 --seq 16 "
-                    "--layers 1 2>&1 > /dev/null | grep -q diverged",
+                    "--weight-decay 1000 --steps 200 --seq 16 --layers 1 2>&1 > /dev/null | "
+                    "grep -q diverged",
                     SCRATCH),
         0);
     check_equal(
         "a tokenizer under OpenAI's names goes on with the model",
-        run_command(
-            "cd %s && mkdir old && cp ../dev/reference/bpe/vocab.json old/encoder.json && cp "
-            "../dev/reference/bpe/merges.txt old/vocab.bpe && "
-            "../megatron_gpt2 train --data text.txt --tokenizer old --layers 1 --hidden 8 --heads "
-            "2 "
-            "--seq 8 --steps 1 --save one && "
-            "mv one/vocab.json one/encoder.json && mv one/merges.txt one/vocab.bpe && "
-            "../megatron_gpt2 train --data text.txt --init one --steps 1 --save two && cmp "
-            "two/vocab.json old/encoder.json && "
-            "cmp two/merges.txt old/vocab.bpe",
-            SCRATCH),
+        run_command("cd %s && mkdir old && cp ../dev/reference/bpe/vocab.json old/encoder.json && "
+                    "cp ../dev/reference/bpe/merges.txt old/vocab.bpe && "
+                    "../megatron_gpt2 train --data text.txt --tokenizer old --layers 1 --hidden 8 "
+                    "--heads 2 --seq 8 --steps 1 --save one && "
+                    "mv one/vocab.json one/encoder.json && mv one/merges.txt one/vocab.bpe && "
+                    "../megatron_gpt2 train --data text.txt --init one --steps 1 --save two && "
+                    "cmp two/vocab.json old/encoder.json && cmp two/merges.txt old/vocab.bpe",
+                    SCRATCH),
         0);
     check_equal("a full disk is an error",
                 run_command("./megatron_gpt2 plan > /dev/full 2>/dev/null"), 1);
@@ -6694,8 +6714,8 @@ static void test_paper_data(void)
         skip("no ../shared/data");
         return;
     }
-    run_command("./megatron_gpt2 train --data ../shared/data/tinyshakespeare.txt --tokenizer "
-                "../shared/data/gpt2_tokenizer --layers 1 --hidden 32 --heads 2 "
+    run_command("./megatron_gpt2 train --data ../shared/data/tinyshakespeare.txt "
+                "--tokenizer ../shared/data/gpt2_tokenizer --layers 1 --hidden 32 --heads 2 "
                 "--seq 1024 --batch 1 --steps 1 --save %s/positions > /dev/null 2>&1",
                 SCRATCH);
     int status = run_command("./megatron_gpt2 eval --model %s/positions --wikitext "
@@ -7439,9 +7459,8 @@ static void test_trace_output(void)
         int m = 8 / s.dp / 2, depth = 4 / s.pp;
         check_equal("trace",
                     run_command("./megatron_gpt2 trace --hidden 32 --heads 4 --seq 8 --batch 8 "
-                                "--micro-batch 2 --tp %d "
-                                "--pp %d --dp %d --json "
-                                "2>/dev/null > %s/new_trace",
+                                "--micro-batch 2 --tp %d --pp %d --dp %d --json 2>/dev/null "
+                                "> %s/new_trace",
                                 s.tp, s.pp, s.dp, SCRATCH),
                     0);
         Map map = map_file(join_path(path, SCRATCH, "new_trace"));
@@ -7521,7 +7540,7 @@ static void test_defaults(void)
 {
     char train[] = "train --data x", one[] = "train --data x --batch 12 --dp 3";
     char stages[] = "train --data x --batch 12 --dp 3 --pp 2";
-    char given_[] = "train --data x --batch 12 --dp 3 --pp 2 --micro-batch 2";
+    char as_given[] = "train --data x --batch 12 --dp 3 --pp 2 --micro-batch 2";
     char erf[] = "train --data x --activation gelu --dropout 0.25";
     char plain[] = "train --data x --seed 5";
     Options o = options_of(train);
@@ -7537,7 +7556,7 @@ static void test_defaults(void)
     check_equal("micro-batch of 12 sequences on 3 data ranks", (double)micro_batch_size(&o), 4);
     o = options_of(stages);
     check_equal("  with stages", (double)micro_batch_size(&o), 1);
-    o = options_of(given_);
+    o = options_of(as_given);
     check_equal("  as given", (double)micro_batch_size(&o), 2);
     TrainCommand t;
     Safetensors none;
@@ -7585,10 +7604,8 @@ static void test_run_state(void)
     char saved[512], resumed[256];
     snprintf(saved, sizeof saved,
              "train --data x --seq 3 --batch 5 --steps 60 --lr 0.5 --min-lr 0.25 --warmup 7 "
-             "--decay-steps 71 "
-             "--lr-decay cosine --beta1 0.5 "
-             "--beta2 0.75 --adam-eps 0.125 --weight-decay 3 --clip 2 --loss-scale 0 --seed 9 "
-             "--valid-percent 11 "
+             "--decay-steps 71 --lr-decay cosine --beta1 0.5 --beta2 0.75 --adam-eps 0.125 "
+             "--weight-decay 3 --clip 2 --loss-scale 0 --seed 9 --valid-percent 11 "
              "--save %s/new_state",
              SCRATCH);
     snprintf(resumed, sizeof resumed, "train --data x --resume %s/new_state --clip 4", SCRATCH);
@@ -7688,7 +7705,8 @@ static void test_curve(void)
         if (!bar || sscanf(line, "%lf", &label) != 1) continue;
         if (rows == 0) top = label;
         bottom = label;
-        int y = H - 1 - rows++; /* rows are one apart: 2 .. 15 */
+        int y = H - 1 - rows; /* rows are one apart: 2 .. 15 */
+        rows++;
         for (int x = 0; x < W && bar[1 + x] >= ' '; x++) {
             double value = 15 - 13.0 * x / (W - 1), height = value - 2;
             int star = bar[1 + x] == '*';
@@ -7745,9 +7763,7 @@ static void test_program_layouts(void)
         double worst = 0;
         snprintf(command, sizeof command,
                  "train --data %s/text.txt --layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 "
-                 "--lr 1e-4 --steps 5 "
-                 "--valid-percent 1 "
-                 "--eval-every 3 %s",
+                 "--lr 1e-4 --steps 5 --valid-percent 1 --eval-every 3 %s",
                  SCRATCH, layouts[i]);
         size_t n = run_lines(command, key, i ? value : first, 6);
         if (i == 0)
@@ -7756,8 +7772,8 @@ static void test_program_layouts(void)
                            first[4][2] > 0);
         for (size_t s = 0; s < n && i; s++)
             for (int j = 0; j < 3; j++) {
-                double e = fabs(value[s][j] / first[s][j] - 1);
-                if (isnan(first[s][j]) ? !isnan(value[s][j]) : !(e <= worst)) worst = e;
+                if (isnan(first[s][j]) && isnan(value[s][j])) continue;
+                worst = worse(worst, fabs(value[s][j] / first[s][j] - 1));
             }
         if (i) check(layouts[i], n == 5 ? worst : NAN, 1e-5);
     }
@@ -7795,9 +7811,8 @@ static void test_program_layouts(void)
     fclose(f);
     double last[20][3];
     snprintf(command, sizeof command,
-             "train --data %s/new_ab --layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 --lr 1e-2 "
-             "--steps 20 "
-             "--valid-percent 10 --eval-every 20",
+             "train --data %s/new_ab --layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 "
+             "--lr 1e-2 --steps 20 --valid-percent 10 --eval-every 20",
              SCRATCH);
     n = run_lines(command, key, last, 20);
     check("what was trained is known", n == 20 ? last[19][0] : NAN, 1);
@@ -7838,29 +7853,27 @@ static void test_seeds(void)
  * as 30, and their log has the same lines. */
 static void test_resume_options(void)
 {
-    char a[PATH_MAX], b[PATH_MAX], options_[512];
+    char a[PATH_MAX], b[PATH_MAX], settings[512];
     snprintf(a, sizeof a, "%s/options_whole", SCRATCH);
     snprintf(b, sizeof b, "%s/options_half", SCRATCH);
-    snprintf(options_, sizeof options_,
-             "--layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 --lr 1e-2 --min-lr 2e-3 --warmup "
-             "6 --decay-steps 40 "
-             "--lr-decay cosine "
-             "--beta1 0.8 --beta2 0.95 --adam-eps 1e-6 --weight-decay 0.1 --clip 0.5 --loss-scale "
-             "0 --seed 77 "
+    snprintf(settings, sizeof settings,
+             "--layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 --lr 1e-2 --min-lr 2e-3 "
+             "--warmup 6 --decay-steps 40 --lr-decay cosine --beta1 0.8 --beta2 0.95 "
+             "--adam-eps 1e-6 --weight-decay 0.1 --clip 0.5 --loss-scale 0 --seed 77 "
              "--valid-percent 20 --dropout 0.2");
     check_equal("30 steps",
                 run_command("./megatron_gpt2 train --data %s/text.txt %s --steps 30 --save %s "
                             "--log %s/log_a >/dev/null 2>&1",
-                            SCRATCH, options_, a, SCRATCH),
+                            SCRATCH, settings, a, SCRATCH),
                 0);
     check_equal("13 steps",
                 run_command("./megatron_gpt2 train --data %s/text.txt %s --steps 13 --save %s "
                             "--log %s/log_b >/dev/null 2>&1",
-                            SCRATCH, options_, b, SCRATCH),
+                            SCRATCH, settings, b, SCRATCH),
                 0);
     check_equal("17 more",
-                run_command("./megatron_gpt2 train --data %s/text.txt --resume %s --steps 30 --log "
-                            "%s/log_b >/dev/null 2>&1",
+                run_command("./megatron_gpt2 train --data %s/text.txt --resume %s --steps 30 "
+                            "--log %s/log_b >/dev/null 2>&1",
                             SCRATCH, b, SCRATCH),
                 0);
     check_true("every option off its default, resumed: the same bytes", same_checkpoint(a, b));
@@ -7880,9 +7893,8 @@ static void test_eval_output(void)
     static const char *const counts[3] = {"targets", "original_tokens", "windows"};
     double value[1][3] = {{NAN, NAN, NAN}}, count[1][3] = {{NAN, NAN, NAN}};
     char command[512], path[PATH_MAX];
-    run_command("./megatron_gpt2 train --data %s/text.txt --layers 1 --hidden 32 --heads 2 --seq "
-                "48 --batch 1 --steps "
-                "1 --save %s/evaluated >/dev/null 2>&1",
+    run_command("./megatron_gpt2 train --data %s/text.txt --layers 1 --hidden 32 --heads 2 "
+                "--seq 48 --batch 1 --steps 1 --save %s/evaluated >/dev/null 2>&1",
                 SCRATCH, SCRATCH);
     FILE *f = fopen(join_path(path, SCRATCH, "new_wiki"), "w");
     if (!f) die("cannot write %s", path);
@@ -7915,12 +7927,11 @@ static void test_eval_output(void)
     check_equal(
         "generate: --top-p 0 and --top-k 1 are --temperature 0",
         run_command(
-            "g='./megatron_gpt2 generate --model %s/evaluated --prompt the --tokens 30 --json'; $g "
-            "--temperature 0 > %s/g0 2>/dev/null; "
-            "$g --top-p 0 > %s/g1 2>/dev/null; $g --top-k 1 > %s/g2 2>/dev/null; cmp -s %s/g0 "
-            "%s/g1 && "
-            "cmp -s %s/g0 %s/g2 && "
-            "! $g 2>/dev/null | cmp -s %s/g0 -",
+            "g='./megatron_gpt2 generate --model %s/evaluated --prompt the --tokens 30 --json'; "
+            "$g --temperature 0 > %s/g0 2>/dev/null; "
+            "$g --top-p 0 > %s/g1 2>/dev/null; "
+            "$g --top-k 1 > %s/g2 2>/dev/null; "
+            "cmp -s %s/g0 %s/g1 && cmp -s %s/g0 %s/g2 && ! $g 2>/dev/null | cmp -s %s/g0 -",
             SCRATCH, SCRATCH, SCRATCH, SCRATCH, SCRATCH, SCRATCH, SCRATCH, SCRATCH, SCRATCH),
         0);
 }
@@ -7945,9 +7956,10 @@ __attribute__((format(printf, 1, 2))) static int run_convert(const char *format,
         run_command("./convert %s >%s/convert.out 2>%s/convert.err", arguments, SCRATCH, SCRATCH);
     for (int i = 0; i < 2; i++) {
         Map map = map_file(join_path(path, SCRATCH, i ? "convert.err" : "convert.out"));
-        size_t n = min_size(map.size, i ? sizeof error - 1 : sizeof output - 1);
-        memcpy(i ? error : output, map.data, n);
-        (i ? error : output)[n] = 0;
+        char *to = i ? error : output;
+        size_t n = min_size(map.size, (i ? sizeof error : sizeof output) - 1);
+        memcpy(to, map.data, n);
+        to[n] = 0;
         unmap_file(map);
     }
     convert_output = output;
@@ -8104,20 +8116,21 @@ static int cut_tensor(uint32_t *crc, size_t shape[2], size_t *dims, const Cut *c
     if (!p) return 0;
     int turned = p->dims == 2 && p->name[0] == 'h';
     size_t rows = turned ? p->shape[1] : p->shape[0];
-    size_t cols = p->dims == 2 ? turned ? p->shape[0] : p->shape[1] : 1;
+    size_t cols = turned ? p->shape[0] : p->shape[1];
+    if (p->dims == 1) cols = 1;
     /* the bias is added once, after the sum over ranks */
     if (p->dims == 1 && split == 'C') split = 'W';
-    size_t mine = split == 'V'                   ? padded / c->tp
-                  : split == 'R' || split == 'Q' ? rows / c->tp
-                                                 : rows;
+    size_t mine = rows;
+    if (split == 'V') mine = padded / c->tp;
+    if (split == 'R' || split == 'Q') mine = rows / c->tp;
     size_t width = split == 'C' ? cols / c->tp : cols, n = 0;
     unsigned char *bytes = (unsigned char *)xcalloc(mine * width, 4);
     for (size_t i = 0; i < mine; i++)
         for (size_t j = 0; j < width; j++) {
-            size_t y = split == 'V'   ? min_size(r * mine + i, m->V - 1)
-                       : split == 'R' ? r * mine + i
-                       : split == 'Q' ? cut_qkv_row(c, r, i)
-                                      : i;
+            size_t y = i;
+            if (split == 'V') y = min_size(r * mine + i, m->V - 1);
+            if (split == 'R') y = r * mine + i;
+            if (split == 'Q') y = cut_qkv_row(c, r, i);
             size_t x = split == 'C' ? r * width + j : j;
             n += put_rounded(bytes + n, p->x[turned ? x * rows + y : y * cols + x], c->dtype);
         }
@@ -8350,18 +8363,18 @@ static void test_convert_fixtures(void)
             const JsonValue *place = json_get(&json, f, "path");
             const JsonValue *config = json_get(&json, f, "needs_config");
             const JsonValue *vocab = json_get(&json, f, "vocab_size");
-            char options_[512] = "", in[PATH_MAX * 2];
+            char settings[512] = "", in[PATH_MAX * 2];
             snprintf(out, sizeof out, "%.4000s/%.60s", path, name->string);
-            if (kind && !strcmp(kind->string, "hf")) snprintf(options_, sizeof options_, "--to hf");
+            if (kind && !strcmp(kind->string, "hf")) snprintf(settings, sizeof settings, "--to hf");
             else if (config && config->type == JSON_STRING)
-                snprintf(options_, sizeof options_, "--config %s/%s", fixtures, config->string);
+                snprintf(settings, sizeof settings, "--config %s/%s", fixtures, config->string);
             else if (g < 2)
-                snprintf(options_, sizeof options_, "--vocab-size %d",
+                snprintf(settings, sizeof settings, "--vocab-size %d",
                          vocab ? (int)vocab->number : 12);
             snprintf(in, sizeof in, "%s/%s%s", fixtures, g == 2 ? "hf_to_megatron_real/" : "",
                      g == 2 ? name->string : place->string);
             if (g == 2 && access(in, F_OK)) continue; /* too large to be kept */
-            int status = run_convert("%s %s %s", in, out, options_);
+            int status = run_convert("%s %s %s", in, out, settings);
             if (g < 2)
                 check_true(name->string,
                            status == 0 && is_expected(out, json_get(&json, f, "expected")->string));
@@ -8564,9 +8577,8 @@ static void test_convert_damage(void)
         run_command("rm -rf %s/out", folder);
         int status = run_convert("%s/megatron %s/out", folder, folder);
         refused += status == 1;
-        if (status == 0 ? *convert_error != 0
-                        : status != 1 || !says("convert: ") || count_names(folder, "out."))
-            wrong++;
+        if (status == 0) wrong += *convert_error != 0;
+        else wrong += status != 1 || !says("convert: ") || count_names(folder, "out.");
     }
     check_equal("120 damaged files: otherwise than refused in one line, or read", (double)wrong, 0);
     check_true("most were refused", refused > 80);
@@ -8715,9 +8727,10 @@ static void test_convert_options(void)
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         const char *rest = wrong[i].arguments; /* every %s is the folder */
         *arguments = 0;
-        for (const char *at; (at = strstr(rest, "%s")); rest = at + 2) {
+        for (const char *at = strstr(rest, "%s"); at; at = strstr(rest, "%s")) {
             strncat(arguments, rest, (size_t)(at - rest));
             strcat(arguments, folder);
+            rest = at + 2;
         }
         strcat(arguments, rest);
         int status = run_convert("%s", arguments);
@@ -8837,8 +8850,7 @@ static void test_convert_ends(void)
     check_true("SIGTERM at any time", right);
     check_equal("of four that write to one OUT, one succeeds",
                 run_command("test $(for i in 1 2 3 4; do { ./convert %s %s/y --to hf 2>/dev/null | "
-                            "grep -c written: & } "
-                            "done | grep -c 1) = 1",
+                            "grep -c written: & } done | grep -c 1) = 1",
                             folder, folder),
                 0);
     check_true("  and it is whole", count_names(folder, "y") == 1 &&
@@ -8858,10 +8870,18 @@ static unsigned char *put_zip_header(unsigned char *to, const char *name, size_t
                                      const size_t *at)
 {
     to = put_bytes(to, at ? 0x02014B50 : 0x04034B50, 4);
-    if (at) to = put_bytes(to, 20, 2);
-    to = put_bytes(put_bytes(put_bytes(to, 20, 2), 0, 8), crc, 4); /* flags, stored, time */
-    to = put_bytes(put_bytes(put_bytes(put_bytes(to, size, 4), size, 4), strlen(name), 2), 0, 2);
-    if (at) to = put_bytes(put_bytes(to, 0, 10), *at, 4);
+    if (at) to = put_bytes(to, 20, 2); /* version that made it */
+    to = put_bytes(to, 20, 2);         /* version needed */
+    to = put_bytes(to, 0, 8);          /* flags, stored, time */
+    to = put_bytes(to, crc, 4);
+    to = put_bytes(to, size, 4); /* stored */
+    to = put_bytes(to, size, 4); /* inflated */
+    to = put_bytes(to, strlen(name), 2);
+    to = put_bytes(to, 0, 2);
+    if (at) {
+        to = put_bytes(to, 0, 10);
+        to = put_bytes(to, *at, 4);
+    }
     memcpy(to, name, strlen(name));
     return to + strlen(name);
 }
@@ -8870,9 +8890,13 @@ static unsigned char *put_zip_header(unsigned char *to, const char *name, size_t
 static unsigned char *put_zip_end(unsigned char *to, size_t entries, size_t length,
                                   size_t directory)
 {
-    to = put_bytes(put_bytes(put_bytes(to, 0x06054B50, 4), 0, 4), entries, 2);
-    return put_bytes(put_bytes(put_bytes(put_bytes(to, entries, 2), length, 4), directory, 4), 0,
-                     2);
+    to = put_bytes(to, 0x06054B50, 4);
+    to = put_bytes(to, 0, 4);
+    to = put_bytes(to, entries, 2); /* on this disk, and on all */
+    to = put_bytes(to, entries, 2);
+    to = put_bytes(to, length, 4);
+    to = put_bytes(to, directory, 4);
+    return put_bytes(to, 0, 2);
 }
 
 /* Archives that no writer makes: one member inside another; a directory that is longer than its
@@ -8951,7 +8975,10 @@ static void put_legacy(const char *folder, const char *name, const char *object,
     put_pickle(f, n ? "]'0'a" : "]");
     uint64_t count = n;
     if (n) fwrite(&count, 8, 1, f);
-    for (float x = 1; n--; x++) fwrite(&x, 4, 1, f);
+    for (uint32_t i = 0; i < n; i++) {
+        float x = (float)(i + 1);
+        fwrite(&x, 4, 1, f);
+    }
     if (fclose(f)) die("cannot write %s", path);
 }
 
@@ -8965,11 +8992,13 @@ static void patch_pickle(const char *path, const char *seen, size_t n, size_t at
 {
     FILE *f = fopen(path, "r+b");
     Map map = map_file(path);
-    const char *found = (const char *)memmem(map.data, map.size, seen, n), *entry = map.data;
-    while (
-        (entry = (const char *)memmem(entry, (size_t)(map.data + map.size - entry), "PK\1\2", 4)))
-        if (!memcmp(entry + 46, "archive/data.pkl", 16)) break;
-        else entry += 4;
+    const char *found = (const char *)memmem(map.data, map.size, seen, n);
+    const char *end = map.data + map.size;
+    const char *entry = (const char *)memmem(map.data, map.size, "PK\1\2", 4);
+    while (entry && memcmp(entry + 46, "archive/data.pkl", 16)) {
+        entry += 4;
+        entry = (const char *)memmem(entry, (size_t)(end - entry), "PK\1\2", 4);
+    }
     if (!f || !found || !entry) die("%s is not what this test expects", path);
     fseek(f, found - map.data + (long)at, SEEK_SET);
     fputc(byte, f);
@@ -9158,8 +9187,8 @@ static void test_convert_logits(void)
         return;
     }
     check_equal("convert",
-                run_convert("../shared/fixtures/megatron/m02_legacy_fp32_v0 %s/m02 --config "
-                            "../shared/fixtures/configs/tiny4_config.json",
+                run_convert("../shared/fixtures/megatron/m02_legacy_fp32_v0 %s/m02 "
+                            "--config ../shared/fixtures/configs/tiny4_config.json",
                             SCRATCH),
                 0);
     Map tokens = map_file("../shared/fixtures/expected/tiny4_tokens.i32");
@@ -9346,7 +9375,8 @@ int main(int argc, char **argv)
         for (int i = 0; i < N_TESTS; i++) printf("%-20s %s\n", tests[i].name, tests[i].about);
         return 0;
     }
-    for (int a = 1, known = 0; a < argc; a++, known = 0) {
+    for (int a = 1; a < argc; a++) {
+        int known = 0;
         for (int i = 0; i < N_TESTS; i++) known |= names_test(argv[a], &tests[i]);
         if (!known) die("there is no test %s; --list names them", argv[a]);
     }
