@@ -1,13 +1,15 @@
-/* test_gpt2.c - every test of megatron_gpt2.c, which is included whole.
+/* test_gpt2.c - all tests: of megatron_gpt2.c, which is included whole, of convert and of the twin.
  *
  *     ./test_gpt2    all tests    ./test_gpt2 NAME..    some     ./test_gpt2 --list    their names
  *
- * The same source is built twice: test_gpt2 in float, as the program is, and test_gpt2_double with
- * -DREAL=double, where the operators and the whole model stand against finite differences, and
- * layouts must agree to 1e-13. Each row shows what was measured and its bound. A bound comes from
- * the arithmetic (epsilon, number of terms) and is at most some ten times what is measured; it
- * never is what the code happened to give. NaN fails. Tests run in the project's folder; where
- * ../shared/data and ../shared/fixtures exist they check more. */
+ * The same source is built twice. test_gpt2 computes in float, as the program does.
+ * test_gpt2_double is built with -DREAL=double. There the operators and the whole model are
+ * compared with finite differences, and the gradients of all layouts must agree to 4e-14.
+ *
+ * Each row shows a measured value and its bound. A bound follows from the arithmetic (epsilon, the
+ * number of terms), never from what the code happened to give; it is at most about ten times the
+ * measured value. A NaN fails. Tests run in the project's folder. They check more where
+ * ../shared/data and ../shared/fixtures exist. */
 
 #define main gpt2_main
 #ifdef TWIN_SOURCE
@@ -25,17 +27,17 @@
 /* ---- The twin: CUDA against the CPU -------------------------------------------------------------
  *
  * This section is compiled twice: here, over the CPU's operators, and with TWIN_SOURCE set to
- * megatron_gpt2.cu, over CUDA's (test_twin_fp32, _bf16, _fp16; on a GPU, or emulated). Either
- * program makes the same record: the results of every operator and of whole models, on equal
- * inputs, under names. test_twin writes its record to stdout; the tests twin_operators and
- * twin_models make their own and compare, tensor by tensor.
+ * megatron_gpt2.cu, over CUDA's operators (test_twin_fp32, _bf16, _fp16; on a GPU, or emulated).
+ * Both programs make the same record: the named results of every operator and of whole models on
+ * equal inputs. test_twin writes its record to stdout. The tests twin_operators and twin_models
+ * make their own record and compare the two, tensor by tensor.
  *
- * Inputs have 8 significant bits, which float, bf16 and fp16 all hold exactly: what differs is
- * the arithmetic. */
+ * Inputs have 8 significant bits. float, bf16 and fp16 all hold such numbers exactly, so that only
+ * the arithmetic differs. */
 
-/* One tensor of a record. roundings: how many times a number was rounded to act on its way here,
- * where the twin's act is narrower than float; their errors are independent, so that the bound
- * grows with them at most. */
+/* Writes one tensor of a record. roundings counts how often a number was rounded to act on its way
+ * here, where the twin's act is narrower than float. These errors are independent, so the bound may
+ * grow with their number. */
 static void put_tensor(FILE *out, const char *name, const real *x, size_t n, double roundings)
 {
     fprintf(out, "%s\n%zu %g\n", name, n, roundings);
@@ -64,7 +66,7 @@ static void put_real(FILE *out, const char *name, const real *x, size_t n, doubl
     free(host);
 }
 
-/* A normal variate as float and double builds both draw it, with 8 significant bits. */
+/* Rounds to 8 significant bits. Builds in float and in double get the same number. */
 static real coarse(real x)
 {
     int exponent;
@@ -72,7 +74,7 @@ static real coarse(real x)
     return (real)ldexp(nearbyint(mantissa * 256), exponent - 8);
 }
 
-/* n normal variates * 2^scale on the host, coarse. The stream is the test's own. */
+/* n normal variates * 2^scale on the host, rounded by coarse(). The stream is the test's own. */
 static real *coarse_reals(size_t n, uint32_t stream, int scale)
 {
     real *x = (real *)xcalloc(n, sizeof *x);
@@ -102,7 +104,7 @@ static real *input_reals(size_t n, uint32_t stream, int scale)
     return to;
 }
 
-/* n numbers below V. */
+/* n tokens below V, on the device. */
 static int *input_tokens(size_t n, uint32_t stream, size_t V)
 {
     int *id = (int *)xcalloc(n, sizeof *id), *to = (int *)device_calloc(n * sizeof *to);
@@ -118,7 +120,7 @@ static Dropout twin_dropout(double p, size_t first, size_t heads)
     return d;
 }
 
-/* Frees what a case has made. */
+/* Frees the arrays of a case. */
 static void device_free_all(void *const *p, size_t n)
 {
     device_synchronize();
@@ -130,7 +132,7 @@ static void device_free_all(void *const *p, size_t n)
         device_free_all(all_, sizeof all_ / sizeof *all_);                                         \
     } while (0)
 
-/* Names of a case's tensors begin with what it is. */
+/* The name of a case's tensor: it begins with the case. */
 static const char *named(char name[128], const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 static const char *named(char name[128], const char *format, ...)
@@ -162,7 +164,7 @@ static void record_linear(FILE *out, size_t N, size_t I, size_t O, Gelu kind)
     const char *form = kind == GELU_TANH ? "tanh" : "erf";
     act *w2 = input(I * O, 7, -(int)(log2((double)O) / 2)), *dz = input(N * I, 8, 0);
     act *dw2 = zeros(I * O);
-    /* y (N,O) = gelu(x w' + b); z (N,I) = y w2' follows */
+    /* y (N,O) = gelu(x w' + b) is the first layer; z (N,I) = y w2' is the second */
     linear_gelu_forward(y, pre, x, w, b, N, I, O, kind);
     put_act(out, named(s, "gelu %s %zux%zux%zu pre", form, N, I, O), pre, N * O, 1);
     put_act(out, named(s, "gelu %s %zux%zux%zu y", form, N, I, O), y, N * O, 2);
@@ -251,7 +253,7 @@ static void record_cross_entropy(FILE *out, size_t N, size_t Vp, size_t valid)
     char s[128];
     size_t v0 = 100;
     act *z = input(N * Vp, 41, 1);
-    int *targets = input_tokens(N, 42, v0 + valid); /* some are another rank's */
+    int *targets = input_tokens(N, 42, v0 + valid); /* some belong to another rank */
     real *max = zero_reals(N), *sum = zero_reals(N), *target_logit = zero_reals(N);
     real *loss = zero_reals(N);
     real *weight = input_reals(N, 43, 0);
@@ -310,7 +312,8 @@ static void record_reduce(FILE *out, size_t n, Op op)
     }
 }
 
-/* Ranks are added in their order: 0 and 1 cancel, and what 2 has is lost in any other. */
+/* Ranks are added in their order: 0 and 1 cancel exactly. In any other order the small
+ * numbers of rank 2 are lost. */
 static void record_rank_order(FILE *out, size_t n)
 {
     real *host = coarse_reals(n, 64, 30);
@@ -324,7 +327,8 @@ static void record_rank_order(FILE *out, size_t n)
     DEVICE_FREE(x[0], x[1], x[2]);
 }
 
-/* Every operator, on sizes that divide nicely, on sizes that do not, and on the smallest. */
+/* Every operator, on sizes that are multiples of its blocks, on sizes that are
+ * not, and on the smallest. */
 static void record_operators(FILE *out)
 {
     record_linear(out, 66, 96, 100, GELU_TANH);
@@ -334,13 +338,13 @@ static void record_operators(FILE *out)
     record_embedding(out, 2, 33, 96, 1003, 0.1);
     record_embedding(out, 3, 1, 20, 7, 0.5);
     record_embedding(out, 2, 64, 128, 50, 0);
-    record_embedding(out, 3, 90, 20, 50, 0.1); /* more tokens than fit one tile of the sort */
+    record_embedding(out, 3, 90, 20, 50, 0.1); /* more tokens than one tile of the sort holds */
     record_layernorm(out, 66, 96, 0.1);
     record_layernorm(out, 1, 37, 0.3);
     record_layernorm(out, 128, 128, 0);
-    record_layernorm(out, 150, 1030, 0.1); /* more than one row a warp in sums of columns .. */
-    record_layernorm(out, 600, 20, 0.1);   /* .. and a block in LayerNorm's */
-    /* all that a block of threads has without asking for more */
+    record_layernorm(out, 150, 1030, 0.1); /* sums of columns: more than one row for each warp */
+    record_layernorm(out, 600, 20, 0.1);   /* LayerNorm's sums: more than one row for each block */
+    /* all the shared memory that a block has without asking for more */
     record_layernorm(out, 2, 6144, 0.1);
     record_attention(out, 2, 33, 3, 9, 0.1);
     record_attention(out, 1, 1, 1, 64, 0);
@@ -356,13 +360,13 @@ static void record_operators(FILE *out)
     record_optimizer(out, 70000);
     record_reduce(out, 1003, SUM);
     record_reduce(out, 1003, MAX);
-    record_rank_order(out, 1024); /* several at a time, too */
+    record_rank_order(out, 1024); /* long enough for several at a time */
 }
 
 /* ---- Whole models */
 
-/* Nothing divides nicely that need not: heads of 9, 13 tokens; a vocabulary of 300, of which the 4
- * ranks at tp 4 own 128, 128, 44 and none. */
+/* Sizes that divide only where they must: heads of 9, 13 tokens, a vocabulary of 300. At tp 4 the
+ * ranks own 128, 128, 44 and 0 of its tokens. */
 static Config awkward_config(void)
 {
     Config c = make_config(4, 36, 4, 13, 300);
@@ -374,11 +378,11 @@ typedef struct {
     Config config;
     Layout layout;
     size_t micro_batch, batch, steps;
-    FILE *out[MAX_RANKS]; /* a record of each rank: they run at once */
+    FILE *out[MAX_RANKS]; /* one record for each rank, since ranks run at once */
 } TwinModel;
 
-/* Every weight is N(0, 1/8), LayerNorm's gains around 1, so that no bias is 0. Drawn by whole
- * index, so that every layout has the same model; coarse. */
+/* Weights are N(0, 1/8), LayerNorm's gains are around 1, and no bias is 0. Each number is drawn by
+ * its index in the whole tensor, so that every layout has the same model. All are coarse. */
 static void draw_weights(Rank *k)
 {
     for (size_t i = 0; i < k->tensors; i++) {
@@ -400,7 +404,7 @@ static void draw_weights(Rank *k)
     }
 }
 
-/* Tokens that depend on the sequence's place in the run only. */
+/* Tokens depend only on the place of their sequence in the run. */
 static void feed_twin(void *source, Rank *k, MicroBatch *mb, size_t i)
 {
     const TwinModel *m = (const TwinModel *)source;
@@ -415,13 +419,13 @@ static void feed_twin(void *source, Rank *k, MicroBatch *mb, size_t i)
     free(tokens);
 }
 
-/* The first micro-batch, forward and backward, layer by layer in the order of the work. */
+/* Records the first micro-batch, forward and backward, in the order of computation. */
 static void record_layers(FILE *out, TwinModel *m, Rank *k)
 {
     MicroBatch *mb = &k->flight[0];
     size_t N = k->B * k->T, C = k->config.C, H = k->B * k->Hp * k->T;
     char s[128], from[64];
-    const double scale = 128; /* fp16's gradients stay clear of its smallest numbers */
+    const double scale = 128; /* keeps fp16's gradients above its smallest numbers */
     snprintf(from, sizeof from, "%s rank %d", m->what, k->world.rank);
     feed_twin(m, k, mb, 0);
     device_zero(k->gradients, k->elements * sizeof(act));
@@ -445,7 +449,7 @@ static void record_layers(FILE *out, TwinModel *m, Rank *k)
     put_act(out, named(s, "%s logits", from), mb->logits, N * k->Vp, r + 2);
     put_real(out, named(s, "%s losses", from), mb->loss, N, r + 2);
     stage_backward(k, mb, (real)(scale / (double)N));
-    for (size_t i = k->tensors; i-- > 0;) { /* the last layer's gradients are made first */
+    for (size_t i = k->tensors; i-- > 0;) { /* gradients of the last layer come first */
         const Tensor *t = &k->tensor[i];
         char name[NAME_SIZE];
         put_act(out, named(s, "%s gradient of %s", from, tensor_name(name, t)),
@@ -510,10 +514,11 @@ static void record_model(FILE *out, const char *what, Config config, int tp, int
     }
 }
 
-/* Layer by layer where there is one stage; the losses of some steps in every layout. */
+/* With one pipeline stage, layer by layer; in every layout, the losses of some steps. */
 static void record_models(FILE *out)
 {
-    Config flash = make_config(2, 128, 2, 80, 500); /* heads of 64: the tensor cores' attention */
+    /* heads of 64 use the attention of the tensor cores */
+    Config flash = make_config(2, 128, 2, 80, 500);
     record_model(out, "awkward", awkward_config(), 1, 1, 1, 10);
     record_model(out, "t=2", awkward_config(), 2, 1, 1, 10);
     record_model(out, "t=4", awkward_config(), 4, 1, 1, 2);
@@ -540,8 +545,8 @@ static double act_roundoff(void)
     return u;
 }
 
-/* test_twin operators | models: the record, which test_gpt2 reads. test_twin device: what it runs
- * on. */
+/* test_twin operators | models writes the record, which test_gpt2 reads. test_twin
+ * device says what it runs on. */
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
@@ -570,8 +575,7 @@ int main(int argc, char **argv)
 
 static int checks, failures; /* in the running test */
 
-/* One row: name, measured value, bound, ok. A NaN fails: the comparison is written so that it must
- * succeed to pass. */
+/* One row: name, measured value, bound, ok. A NaN fails, because its comparison is false. */
 static void check(const char *what, double measured, double bound)
 {
     int ok = measured <= bound;
@@ -580,7 +584,7 @@ static void check(const char *what, double measured, double bound)
     printf("    %-60s %12.4g <= %-10.4g %s\n", what, measured, bound, ok ? "ok" : "FAILED");
 }
 
-/* Exact values. */
+/* For exact values. */
 static void check_equal(const char *what, double measured, double expected)
 {
     int ok = measured == expected;
@@ -596,8 +600,8 @@ static void check_true(const char *what, int ok)
     printf("    %-60s %s\n", what, ok ? "ok" : "FAILED");
 }
 
-/* The larger of two, worst being the largest so far: unlike fmax and `if (!(e <= worst)) worst =
- * e`, it keeps a NaN. */
+/* The larger of two errors; `worst` is the largest so far. A NaN stays, unlike in fmax() or in
+ * `if (!(e <= worst)) worst = e`. */
 static int is_worse(double worst, double e) { return !isnan(worst) && !(e <= worst); }
 static double worse(double worst, double e) { return is_worse(worst, e) ? e : worst; }
 
@@ -612,7 +616,7 @@ static double relative_error(const real *a, const real *b, size_t n)
     return difference == 0 ? 0 : sqrt(difference / norm);
 }
 
-/* n normal variates * std from a stream of the test's own. */
+/* n normal variates * std. The stream is the test's own. */
 static real *random_reals(size_t n, uint32_t stream, double std)
 {
     real *x = (real *)xcalloc(n, sizeof *x);
@@ -621,8 +625,8 @@ static real *random_reals(size_t n, uint32_t stream, double std)
     return x;
 }
 
-/* Runs body(arg) in a child: passes if it exits 1 after exactly one line on stderr that contains
- * `message`. */
+/* Runs body(arg) in a child process. Passes if it exits 1 after exactly one line on stderr, which
+ * contains `message`. */
 static void check_dies(const char *what, void (*body)(void *), void *arg, const char *message)
 {
     char line[4096] = "";
@@ -637,7 +641,7 @@ static void check_dies(const char *what, void (*body)(void *), void *arg, const 
         close(ends[1]);
         alarm(60);
 #ifdef _OPENMP
-        omp_set_num_threads(1); /* the parent's threads are not there */
+        omp_set_num_threads(1); /* a child does not have its parent's threads */
 #endif
         body(arg);
         _exit(0);
@@ -657,7 +661,7 @@ static void check_dies(const char *what, void (*body)(void *), void *arg, const 
                message, n ? line : "nothing\n");
 }
 
-/* A folder for the tests' files, emptied at the start and at the end. */
+/* The folder for the tests' files: emptied at the start, removed at the end. */
 static const char *const SCRATCH = sizeof(real) == 4 ? "test_scratch" : "test_scratch_double";
 
 static int run_command(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -684,7 +688,7 @@ static void free_all(void *const *p, size_t n)
         free_all(all_, sizeof all_ / sizeof *all_);                                                \
     } while (0)
 
-/* Says what was not tested, and why. */
+/* Says that something was not tested, and why. */
 static int skips;
 static void skip(const char *why)
 {
@@ -694,8 +698,7 @@ static void skip(const char *why)
 
 static void *no_work(void *arg) { return arg; }
 
-/* May a child that was forked have threads? Under qemu-user it may not, once its parent has had
- * some. */
+/* Can a forked child start threads? Under qemu-user it cannot, once its parent has had some. */
 static int have_forked_threads(void)
 {
     int status = 1;
@@ -719,7 +722,7 @@ typedef struct {
     double roundings, *x;
 } RecordEntry;
 
-/* The next tensor of a record; 0 at its end. The caller frees x. */
+/* Reads the next tensor of a record; 0 at its end. The caller frees x. */
 static int next_entry(FILE *record, RecordEntry *e)
 {
     if (!fgets(e->name, sizeof e->name, record)) return 0;
@@ -731,7 +734,8 @@ static int next_entry(FILE *record, RecordEntry *e)
     return fread(e->x, sizeof *e->x, e->n, record) == e->n;
 }
 
-/* |a - b| / |b| in the 2-norm; NaN if any element is, unless both have the same infinity there. */
+/* |a - b| / |b| in the 2-norm. Equal infinities do not differ; any other, or a NaN,
+ * makes it infinite or NaN. */
 static double entry_error(const RecordEntry *a, const RecordEntry *b)
 {
     double difference = 0, norm = 0;
@@ -743,10 +747,10 @@ static double entry_error(const RecordEntry *a, const RecordEntry *b)
     return difference == 0 ? 0 : sqrt(difference / norm);
 }
 
-/* Compares what `program` records with what make() does here, by `bound`: sums of up to a thousand
- * terms, in another order and fused or not, differ by some 30 roundings of float at most (the root
- * of the number of terms), 2e-6 of the norm; whole models by a few times that. Where the twin's act
- * is narrower, its roundings come on top. */
+/* Compares the record of `program` with that of make(). The bound: sums of up to a thousand terms,
+ * in another order, fused or not, differ by at most some 30 roundings of float (the root of the
+ * number of terms), 2e-6 of the norm; whole models by a few times that. Where the twin's act is
+ * narrower, its roundings are added. */
 static void compare_twin(const char *program, const char *what, void (*make)(FILE *), double bound)
 {
     char command[PATH_MAX], *own = NULL, first[128] = "";
@@ -788,7 +792,7 @@ static void compare_twin(const char *program, const char *what, void (*make)(FIL
 static void test_twin_operators(void)
 {
     for (int fallback = 0; fallback < 2; fallback++) {
-        /* emulated cuBLASLt refuses: by cuBLAS, with kernels behind it */
+        /* The emulated cuBLASLt refuses: products go through cuBLAS, and kernels do the rest. */
         if (fallback) setenv("CUDAEMU_LT", "off", 1);
         if (sizeof(real) == sizeof(float))
             compare_twin("test_twin_fp32", "operators", record_operators, 2e-6);
@@ -819,9 +823,9 @@ static inline real dropout_factor(Dropout d, size_t index)
     return word >= dropout_threshold(d.p) ? 1 / (1 - d.p) : 0;
 }
 
-/* Forward and backward are compared with the naive double versions below; in the -DREAL=double
- * build every backward also with central differences of its own forward. U is the unit roundoff:
- * bounds are small multiples of it. */
+/* Forward and backward are compared with naive versions in double. In the build with -DREAL=double
+ * every backward is also compared with central differences of its own forward. U is the unit
+ * roundoff; bounds are small multiples of it. */
 static const double U = sizeof(real) == sizeof(float) ? 0x1p-24 : 0x1p-53;
 
 static double *random_doubles(const real *from, size_t n)
@@ -836,7 +840,7 @@ static real *copy_reals(const real *from, size_t n)
     return (real *)memcpy(xcalloc(n, sizeof(real)), from, n * sizeof(real));
 }
 
-/* |a - b| / |b| in the 2-norm against a double oracle. NaN if any element is. */
+/* |a - b| / |b| in the 2-norm, where b is a double oracle. NaN if any element is. */
 static double error_of(const real *a, const double *b, size_t n)
 {
     double difference = 0, norm = 0;
@@ -869,8 +873,8 @@ static Dropout test_dropout(double p, size_t first, size_t heads)
 }
 
 /* Largest |numeric - grad| / |grad|_inf over a sample of x's elements; loss(arg) must read x.
- * Central differences, h = 1e-5: truncation h^2 = 1e-10, rounding 1e-16 / h = 1e-11 of a loss near
- * 1. Only meaningful in double. */
+ * Central differences with h = 1e-5 have a truncation error of h^2 = 1e-10, and a rounding error of
+ * 1e-16 / h = 1e-11 for a loss near 1. This makes sense in double only. */
 static double finite_difference_error(real *x, const real *grad, size_t n, double (*loss)(void *),
                                       void *arg)
 {
@@ -913,7 +917,7 @@ static void test_exponential(void)
     check_true("e^inf is inf", isinf(exponential((real)INFINITY)));
     check_true("e^NaN is NaN", isnan(exponential((real)NAN)));
     check_equal("e^0", exponential(0), 1);
-    real x[67], y[67]; /* the same in a vectorised loop as alone */
+    real x[67], y[67]; /* a vectorised loop must give the same as a single call */
     for (int i = 0; i < 67; i++) x[i] = (real)((i - 33) * 3.1);
     for (int i = 0; i < 67; i++) y[i] = exponential(x[i]);
     double worst = 0;
@@ -926,11 +930,10 @@ static void test_exponential(void)
     check("e^x in a loop, relative", worst, 2.1 * U);
 }
 
-/* Functions of one number: stated bounds. A row is a function on a range of floats, and its error
- * in a unit that is stated beside the function: an ulp of the result; an ulp for each unit of a
- * condition number, where the rounding of the argument is what counts; or a power of two. Every
- * float is tried as rows of chapter 2 do it, side by side, and alone, for compilers make different
- * code of the two. */
+/* Functions of one number and the bounds that chapter 2 states. A row is a function on a range of
+ * floats. Its error is given in a unit: an ulp of the result; an ulp times a condition number,
+ * where the rounding of the argument counts; or absolute. Each float is tried twice: in a row of
+ * many, as chapter 2 computes it, and alone, because compilers make different code of the two. */
 typedef enum { EXPONENTIAL, GELU_OF_TANH, GELU_OF_ERF, SLOPE_OF_TANH, SLOPE_OF_ERF } Function;
 typedef enum { ULP, ULP_1_V, ULP_1_XX, ABSOLUTE } ErrorUnit;
 typedef struct {
@@ -958,10 +961,10 @@ static const FunctionBound function_bounds[] = {
 };
 enum { N_FUNCTION_BOUNDS = sizeof function_bounds / sizeof *function_bounds, FUNCTION_RUN = 512 };
 
-/* 2u of the tanh form. */
+/* 2u, where gelu(x) = x / 2 (1 + tanh u). */
 static double tanh_argument(double x) { return 2 * sqrt(2 / M_PI) * (x + 0.044715 * x * x * x); }
 
-/* In double; by the logistic function, where 1 + tanh would cancel. */
+/* In double. The logistic function is used where 1 + tanh would cancel. */
 static double exact_function(Function f, double x)
 {
     if (f == EXPONENTIAL) return exp(x);
@@ -973,7 +976,7 @@ static double exact_function(Function f, double x)
     return (1 + x / (1 + exp(v)) * 2 * sqrt(2 / M_PI) * (1 + 3 * 0.044715 * x * x)) / (1 + exp(-v));
 }
 
-/* GeLU and its slope as a product's epilogue makes them. */
+/* A row of results. GeLU and its slope are computed by a product's epilogue. */
 static void function_row(Function f, real *y, const real *x, size_t n)
 {
     const Gelu kind = f == GELU_OF_ERF || f == SLOPE_OF_ERF ? GELU_ERF : GELU_TANH;
@@ -1009,7 +1012,7 @@ static uint32_t bits_of_float(float x)
     return bits;
 }
 
-/* The distance of neighbouring floats at y, subnormal ones included. */
+/* The distance between neighbouring floats at y, also for subnormal y. */
 static double ulp(double y)
 {
     int e;
@@ -1018,8 +1021,8 @@ static double ulp(double y)
     return ldexp(1, (e < -125 ? -125 : e) - 24);
 }
 
-/* The error of y, which should be exact = f(x), in b's unit. What rounds to infinity should be
- * infinite. */
+/* The error of y against exact = f(x), in b's unit. Where exact rounds to
+ * infinity, y should be infinite. */
 static double function_error(const FunctionBound *b, double x, double y, double exact)
 {
     const double units[] = {1, 1 + fabs(tanh_argument(x)), 1 + x * x}, limit = 0x1.ffffffp127;
@@ -1029,8 +1032,8 @@ static double function_error(const FunctionBound *b, double x, double y, double 
     return error / ulp(exact < limit ? exact : FLT_MAX) / units[b->unit];
 }
 
-/* The floats that runs are centred on: 0, powers of two, where the exponential's n steps (for x
- * itself, 2u and x^2/2), where ranges end. */
+/* Floats at which runs are centred: 0; powers of two; the points where the exponential's n steps,
+ * for x itself, 2u and x^2/2; the ends of ranges. */
 static size_t special_floats(float *special, size_t room)
 {
     static const float ends[] = {0,  86.5f, 88.72283f, 89, 88.02969f,  10.05f,  10,
@@ -1054,9 +1057,9 @@ static size_t special_floats(float *special, size_t room)
     return n <= room ? n : 0;
 }
 
-/* Runs of neighbours around special floats, and every 1021st float; if all, also each float whose
- * size is from 2^-26 to 128: below, e^x is 1, gelu x / 2 and its slope 1/2, and above they are 0,
- * infinite, x or 1. */
+/* Tries runs of neighbours around special floats, and every 1021st float. With `all`, also each
+ * float of absolute value from 2^-26 to 128. Below that range e^x is 1, gelu is x / 2 and its slope
+ * is 1/2; above it they are 0, infinite, x or 1. */
 static void check_functions(int all)
 {
     enum { ROOM = 4096, STRIDE = 1021 };
@@ -1107,8 +1110,8 @@ static void check_functions(int all)
     }
 }
 
-/* The polynomial's own error: roundings average out over many x of one r, x less a multiple of ln
- * 2. */
+/* The polynomial's own error. Write x = n ln 2 + r: over many x of nearly equal
+ * r, roundings average out. */
 static void check_polynomial(void)
 {
     enum { BINS = 64, STRIDE = 37 };
@@ -1176,7 +1179,7 @@ static void test_gelu(void)
             slope_error[kind] = worse(slope_error[kind], s);
             difference = worse(difference, d);
         }
-    /* e^-2u turns U of 2u into |2u| U */
+    /* e^-2u turns an error of U in 2u into |2u| U */
     check("gelu tanh, relative above 0.01", error[GELU_TANH], 32 * U);
     check("gelu erf, relative above 0.01", error[GELU_ERF], 40 * U); /* erfc amplifies U by x^2 */
     check("gelu' tanh, absolute", slope_error[GELU_TANH], 8 * U);
@@ -1217,7 +1220,7 @@ static void test_philox_and_dropout(void)
                known[i].counter[3]);
         check_true("philox known answer", memcmp(out, known[i].out, sizeof out) == 0);
     }
-    /* the block number crosses 2^32 on the way */
+    /* the number of the block crosses 2^32 within the range */
     const Dropout d = test_dropout(0.3, (size_t)4 * 0xfffffff0u + 2, 1);
     int same = 1, guarded = 1;
     for (size_t offset = 0; offset < 9; offset++)
@@ -1237,7 +1240,7 @@ static void test_philox_and_dropout(void)
     }
     check_true("dropout_factor keeps iff word >= p * 2^32", agrees);
     Dropout exact = test_dropout(0.5, 0, 1);
-    size_t round = 0; /* an element whose word is a float: p * 2^32 can equal it */
+    size_t round = 0; /* find an element whose random word is a float: p * 2^32 can equal it */
     while (random_word(exact.seed, exact.site, exact.step, round) % 256) round++;
     exact.p = (real)(random_word(exact.seed, exact.site, exact.step, round) * 0x1p-32);
     real edge;
@@ -1271,7 +1274,8 @@ static void naive_product(double *c, const real *a, size_t a_row, size_t a_col, 
         }
 }
 
-/* One shape, all four combinations of strides, with and without add; the worst relative error. */
+/* One shape, with all four combinations of strides, with and without add. Returns
+ * the worst relative error. */
 static double product_error(size_t M, size_t N, size_t K)
 {
     double worst = 0;
@@ -1297,7 +1301,7 @@ static double product_error(size_t M, size_t N, size_t K)
 static void test_matmul(void)
 {
     double worst = 0;
-    for (size_t s = 1; s <= 70; s++) { /* every M, N and K in 1..70, in different company */
+    for (size_t s = 1; s <= 70; s++) { /* every M, N and K in 1..70, in changing combinations */
         const double e = product_error(s, (s * 29) % 71, (s * 43) % 71);
         worst = worse(worst, e);
     }
@@ -1376,7 +1380,7 @@ static void linear_case(size_t N, size_t I, size_t O, Gelu kind)
     check("linear backward dx", error_of(dx, edx, N * I), 8 * U);
     check("linear backward dw +=", error_of(dw, edw, O * I), 8 * U);
     check("linear backward db +=", error_of(db, edb, O), 8 * U);
-    /* nothing wanted, nothing touched */
+    /* with NULL for all results it must do nothing */
     linear_backward(NULL, NULL, NULL, c.weight, c.x, c.w, N, I, O);
     if (sizeof(real) == sizeof(double)) {
         for (size_t i = 0; i < O * I; i++) dw[i] -= dw0[i];
@@ -1389,7 +1393,8 @@ static void linear_case(size_t N, size_t I, size_t O, Gelu kind)
     }
 
     linear_gelu_forward(c.y, c.pre, c.x, c.w, c.b, N, I, O, kind);
-    /* dGeLU: here dz is x (N,I) and the second layer's weight is w2 (I,O); pre (N,O). */
+    /* Backward of GeLU: here dz is x (N,I), the second layer's weight is w2
+     * (I,O), and pre is (N,O). */
     real *dpre = random_reals(N * O, 12, 1), *dw2 = copy_reals(dw0, O * I);
     double *edpre = (double *)xcalloc(N * O, sizeof *edpre), *edw2 = random_doubles(dw0, O * I);
     gelu_linear_backward(dpre, dw2, c.x, c.y, c.pre, c.w2, N, O, I, kind);
@@ -1414,11 +1419,11 @@ static void test_linear(void)
     linear_case(66, 96, 130, GELU_TANH);
     linear_case(66, 7, 33, GELU_ERF);
     linear_case(5, 400, 7, GELU_TANH);
-    linear_case(1, 96, 70, GELU_TANH); /* generation: the matrix-vector way */
+    linear_case(1, 96, 70, GELU_TANH); /* one row, as in generation: a matrix times a vector */
     linear_case(3, 770, 9, GELU_ERF);
 }
 
-/* [§3 eq.1-3] on one thread: what the paper's two ways of cutting a GEMM may and may not do. */
+/* [§3 eq.1-3] on one thread: the paper's two ways to split a GEMM, and their limits. */
 static void test_split_gemm(void)
 {
     enum { N = 66, C = 96, F = 384, T = 4 };
@@ -1432,7 +1437,8 @@ static void test_split_gemm(void)
     real *cut = random_reals(F * C, 9, 1);
     linear_gelu_forward(y, NULL, x, a, no_bias, N, C, F, GELU_TANH);
 
-    double worst = 0; /* columns: each rank holds rows r*F/T.. of a (F,C), the output features */
+    /* columns: rank r holds the output features from r*F/T on, which are rows of a (F,C) */
+    double worst = 0;
     for (size_t r = 0; r < T; r++) {
         linear_gelu_forward(part, NULL, x, a + r * F / T * C, no_bias, N, C, F / T, GELU_TANH);
         for (size_t n = 0; n < N; n++) {
@@ -1479,7 +1485,7 @@ static void test_embedding(void)
 {
     enum { B = 3, T = 22, N = B * T, C = 70, V = 40, V0 = 10, VP = 20, PAST = 4 };
     int tokens[N];
-    /* some repeat, half of them belong to another slice */
+    /* some repeat; half of them belong to another slice */
     for (int n = 0; n < N; n++) tokens[n] = n * 7 % V;
     real *wte = random_reals(VP * C, 1, 1), *wpe = random_reals((PAST + T) * C, 2, 1);
     real *x = random_reals(N * C, 3, 1);
@@ -1527,8 +1533,7 @@ typedef struct {
     real *ln, *res, *mean, *rstd, *y, *bias, *residual, *g, *b, *weight, *weight_res;
 } NormCase;
 
-/* The fused operator as a function of y, bias, residual, g and b, seen through both of its
- * outputs. */
+/* The fused operator as a function of y, bias, residual, g and b. The loss reads both outputs. */
 static double norm_loss(void *arg)
 {
     NormCase *c = (NormCase *)arg;
@@ -1566,7 +1571,7 @@ static void norm_case(size_t N, size_t C, double p, double mean)
     for (size_t e = 0; e < n; e++)
         res[e] = c.residual[e] +
                  ((double)c.y[e] + c.bias[e % C]) * (p > 0 ? (double)dropout_factor(c.d, e) : 1);
-    double worst = 0; /* in the bound that LayerNorm states, from the same float input */
+    double worst = 0; /* in units of the bound that LayerNorm states, from the same input */
     for (size_t i = 0; i < N; i++) {
         double m = 0, size = 0, square = 0, terms = (double)C;
         for (size_t j = 0; j < C; j++) {
@@ -1583,7 +1588,7 @@ static void norm_case(size_t N, size_t C, double p, double mean)
             worst = worse(worst, fabs(c.ln[i * C + j] - y) / U / (allowed + fabs(y)));
         }
     }
-    if (sizeof(real) == sizeof(float)) /* in double the oracle is no better */
+    if (sizeof(real) == sizeof(float)) /* in double the oracle is not more exact */
         check("each element of layernorm, in what is allowed", worst, 1);
     for (size_t i = 0; i < N; i++) {
         double square = 0;
@@ -1596,7 +1601,7 @@ static void norm_case(size_t N, size_t C, double p, double mean)
             ln[i * C + j] = h[i * C + j] * c.g[j] + c.b[j];
         }
     }
-    /* res carries mean with a rounding of U * mean, which LayerNorm uncovers */
+    /* res holds mean with a rounding error of U * mean, and LayerNorm subtracts the mean */
     const double grow = 1 + fabs(mean);
     check("bias + dropout + residual", error_of(c.res, res, n), 4 * U);
     check("layernorm mean", error_of(c.mean, em, N), 32 * U); /* a mean near 0 of numbers near 1 */
@@ -1667,7 +1672,7 @@ static void test_layernorm(void)
 {
     norm_case(66, 96, 0, 0);
     norm_case(66, 7, 0.5, 0);
-    norm_case(5, 530, 0.1, 0);    /* a row over two blocks of dropout factors, misaligned */
+    norm_case(5, 530, 0.1, 0);    /* a row spans two blocks of dropout factors, misaligned */
     norm_case(9, 130, 0.1, 1000); /* E[x^2] - E[x]^2 would lose everything here */
 }
 
@@ -1686,7 +1691,7 @@ static double attention_loss(void *arg)
     return weighted_sum(c->out, c->weight, c->B * c->T * c->H * c->D);
 }
 
-/* The textbook, one query at a time, with P as a row: out, lse and, from dout, dqkv. */
+/* The textbook's attention, one query at a time, with P as a row: out, lse, and dqkv from dout. */
 static void naive_attention(double *out, double *lse, double *dqkv, const real *dout,
                             const real *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
 {
@@ -1754,7 +1759,7 @@ static void attention_case(size_t B, size_t T, size_t H, size_t D, double p, dou
     attention_loss(&c);
     attention_backward(dqkv, delta, c.weight, c.out, c.lse, c.qkv, B, T, H, D, c.d);
     naive_attention(out, lse, edqkv, c.weight, c.qkv, B, T, H, D, c.d);
-    /* scores grow as std^2, and their absolute error is P's relative error */
+    /* scores grow as std^2; their absolute error is the relative error of P */
     const double grow = 1 + std * std;
     check("attention", error_of(c.out, out, n), 8 * U * grow);
     check("attention lse", error_of(c.lse, lse, B * H * T), 16 * U);
@@ -1763,7 +1768,7 @@ static void attention_case(size_t B, size_t T, size_t H, size_t D, double p, dou
         check("attention, differences",
               finite_difference_error(c.qkv, dqkv, 3 * n, attention_loss, &c), 1e-7);
 
-    if (p == 0) { /* generation: 1 row, then all but one of the rest, then the last; sequence 0 */
+    if (p == 0) { /* generation on sequence 0: 1 row, then all but the last, then the last */
         real *keys = (real *)xcalloc(T * C, sizeof(real));
         real *values = (real *)xcalloc(T * C, sizeof(real));
         real *o = random_reals(T * C, 7, 1);
@@ -1795,9 +1800,10 @@ static void test_attention(void)
     attention_case(2, 130, 2, 80, 0.1, 1);
     attention_case(1, 130, 2, 64, 0.5, 1);
     attention_case(1, 300, 2, 64, 0, 1);
-    /* two blocks of keys, of which the second is cut short */
+    /* two blocks of keys; the second is not full */
     attention_case(1, KEYS + 70, 1, 24, 0.1, 1);
-    attention_case(1, 5, 1, K_BLOCK + 10, 0, 1); /* a head longer than a block of the products' K */
+    /* a head longer than one block of the products' K */
+    attention_case(1, 5, 1, K_BLOCK + 10, 0, 1);
     /* scores near +-400: the softmax must subtract its maximum */
     attention_case(1, 97, 1, 64, 0, 7);
 }
@@ -1814,7 +1820,7 @@ typedef struct {
     real scale;
 } CrossEntropyCase;
 
-/* What chapter 5 does with three all-reduces, on one thread. */
+/* The work of chapter 5 on one thread: loops over ranks stand for its three all-reduces. */
 static double cross_entropy_case_loss(void *arg)
 {
     CrossEntropyCase *c = (CrossEntropyCase *)arg;
@@ -1856,8 +1862,9 @@ static CrossEntropyCase *cross_entropy_case(double std)
     return c;
 }
 
-/* What chapter 2 states of each element of a softmax, in float, against double: wide logits, where
- * the rounding of z - max counts, and a sum of many. Errors are in what the statements allow. */
+/* The bounds that chapter 2 states for each element of a softmax, in float, against double: for
+ * wide logits, where the rounding of z - max counts, and for sums of many terms. Errors are
+ * relative to these bounds. */
 static void softmax_bounds(size_t V, double std)
 {
     enum { N = 12 };
@@ -1996,7 +2003,7 @@ static void test_cross_entropy(void)
     for (size_t v = 1; v < V; v++) logits[v] = (real)-0.3;
     logits[0] = max = 0;
     logits_sum_exp(&sum, &target, logits, &max, &last, 1, V, V, 0);
-    /* equal terms round alike: a sum in float would drift */
+    /* equal terms have equal roundings: a sum in float would drift */
     exact_sum = 1 + (V - 1) * exp((double)(real)-0.3);
     check("[P16] the same of equal terms", fabs(sum / exact_sum - 1), fmax(4 * U, 2e-12));
     free(logits);
@@ -2112,8 +2119,8 @@ static void test_reductions(void)
                isnan(wide_a[0]) && isnan(wide_a[1]) && isnan(wide_b[0]) && isnan(wide_b[1]));
 }
 
-/* Runs every operator that may use threads and writes all their results one after the other: how
- * many reals. */
+/* Runs every operator that may use threads and writes all results one after the other.
+ * Returns the number of reals. */
 static size_t all_results(real *r)
 {
     enum { B = 2, T = 130, H = 3, D = 24, C = H * D, N = B * T, V = 1003 };
@@ -2261,8 +2268,8 @@ static int round_trips(const Tokenizer *t, const char *text, size_t n)
 
 #define REFERENCE "dev/reference/bpe"
 
-/* Texts of every kind, encoded by a plain Python encoder and by Hugging Face's:
- * dev/reference/bpe_cases.py. */
+/* Texts of every kind. dev/reference/bpe_cases.py encoded them with a plain Python encoder
+ * and with Hugging Face's. */
 static void test_encode_reference(void)
 {
     Tokenizer *t = tokenizer_open(REFERENCE);
@@ -2293,7 +2300,7 @@ static void test_encode_reference(void)
     tokenizer_close(t);
 }
 
-/* vocab.json of the 256 bytes, written as the format does, and then of `more` names. */
+/* Writes a vocab.json of the 256 bytes, in the format's alphabet, and of the names in `more`. */
 static void write_vocabulary(TextFolder *f, const char *const *more, size_t n)
 {
     char json[1 << 16], *p = json;
@@ -2311,8 +2318,8 @@ static void write_vocabulary(TextFolder *f, const char *const *more, size_t n)
     write_string(f, "vocab.json", json);
 }
 
-/* A tokenizer of `count` random merges over the letters a, b, c, in a random order: also such as no
- * training gives, in which a merge comes before the merges that make its halves. */
+/* A tokenizer of `count` random merges over the letters a, b, c, in random order. Some orders do
+ * not come from any training: a merge may stand before the merges that make its halves. */
 static Tokenizer *random_tokenizer(TextFolder *f, size_t count, uint64_t seed)
 {
     char name[64][64] = {"a", "b", "c"}, merges[64 * 130], *p = merges;
@@ -2342,7 +2349,7 @@ static Tokenizer *random_tokenizer(TextFolder *f, size_t count, uint64_t seed)
     return tokenizer_open(f->path);
 }
 
-/* The definition: merge the leftmost of the pairs of lowest rank, until there is none. */
+/* By definition: while any pair has a merge, merge the leftmost pair of the lowest rank. */
 static void encode_naively(Tokens *out, const Tokenizer *t, const char *text, size_t n)
 {
     uint32_t id[512];
@@ -2402,7 +2409,7 @@ static void test_encode_any_bytes(void)
 
     for (uint32_t i = 0; i < 300; i++) {
         size_t n = random_word(1, 0, 1, i) % 200;
-        /* even: any bytes; odd: mostly the beginnings and middles of characters */
+        /* even i: any bytes; odd i: mostly first and middle bytes of characters */
         for (size_t j = 0; j < n; j++) {
             uint32_t word = random_word(i, 4, 0, j);
             text[j] = i % 2 ? "\xE2\x80\xA8\xF0\x9F\xC2\xED\xA0 '\xFF\n"[word % 12] : (char)word;
@@ -2411,7 +2418,7 @@ static void test_encode_any_bytes(void)
     }
     check_equal("random byte strings that do not decode to themselves", (double)broken, 0);
 
-    /* 0xC3 opens a letter that does not come: a sign, at which words end */
+    /* 0xC3 begins a letter, but the rest is missing: it counts as a sign, which ends a word */
     Tokens invalid = {NULL, 0, 0};
     encode(&invalid, t, "the\xC3river", 9);
     encode(&whole, t, "the", 3);
@@ -2423,7 +2430,7 @@ static void test_encode_any_bytes(void)
 
     static const char *const pairs[] = {"\xC4\xA0\xC4\xA0", "\xC4\xA0\xC4\x8A", "\xC4\x8A\xC4\xA0",
                                         "\xC4\x8A\xC4\x8A"};
-    /* blanks and newlines merge in pairs: a wrong cut shows */
+    /* blanks and newlines merge in pairs, so that a wrong cut shows */
     TextFolder *f = open_folder("encode_any_bytes");
     write_vocabulary(f, pairs, 4);
     write_string(f, "merges.txt",
@@ -2462,8 +2469,8 @@ static void test_encode_any_bytes(void)
     close_folder(f);
 }
 
-/* O(n log n): a rescan of the word for each merge would take days. 2^20 letters merge into
- * eights. */
+/* Encoding takes O(n log n). With a rescan of the word for each merge this would take days. The
+ * 2^20 letters merge into tokens of eight. */
 static void test_encode_long_word(void)
 {
     enum { SIZE = 1 << 20 };
@@ -2535,7 +2542,7 @@ static void test_tokenizer_refuses(void)
         check_dies(bad_merges[i][0], open_tokenizer, f, bad_merges[i][2]);
     }
 
-    /* the older names, and lines that end as on Windows */
+    /* the older names of the files, and lines that end as on Windows */
     write_string(f, "vocab.bpe", "#version: 0.2\r\na b\r\n\r\n");
     if (rename(text_path(f, "vocab.json"), text_path(f, "encoder.json")))
         die("rename: %s", strerror(errno));
@@ -2552,8 +2559,8 @@ static void test_tokenizer_refuses(void)
 
 /* ---- Documents */
 
-/* Whether a corpus reads as this text, in which '|' stands for <|endoftext|> (the tokenizer is that
- * of bytes). */
+/* Does a corpus have these tokens? In `expected`, '|' stands for <|endoftext|>. The
+ * tokenizer is that of bytes. */
 static int reads_as(const Corpus *c, const char *expected)
 {
     Tokens tokens = {NULL, 0, 0};
@@ -2597,7 +2604,7 @@ static void test_corpus_of_files(void)
     close_folder(f);
 }
 
-/* Writes PREFIX.bin and .idx piece by piece, as the format's description says. */
+/* Builds PREFIX.bin and .idx number by number, after the description of the format. */
 typedef struct {
     char bytes[4096];
     size_t n;
@@ -2608,8 +2615,8 @@ static void append(Buffer *b, long long x, size_t bytes)
     for (size_t i = 0; i < bytes; i++) b->bytes[b->n++] = (char)((unsigned long long)x >> 8 * i);
 }
 
-/* Two documents of three sequences, {1 2 3 | 4 5} and {6}, in 16 or 32 bits. Field `broken` is
- * wrong; 0: none. */
+/* Two documents of three sequences, {1 2 3 | 4 5} and {6}, in 16 or 32 bits. The field that
+ * `broken` names is wrong; 0 for none. */
 enum {
     BAD_MAGIC = 1,
     BAD_VERSION,
@@ -2725,10 +2732,10 @@ static void test_indexed_dataset(void)
         check_dies(refused[broken][0], open_data, f, refused[broken][1]);
     }
 
-    /* what is written: as the description says, and read back the same */
+    /* a written dataset is as the description says, and reads back the same */
     write_string(f, "text", "abc<|endoftext|>de");
     const char *text = text_path(f, "text");
-    /* Megatron takes 16 bits below 65500 */
+    /* Megatron uses 16 bits for vocabularies below 65500 */
     for (size_t vocabulary = 65499; vocabulary <= 65500; vocabulary++) {
         size_t width = vocabulary < 65500 ? 2 : 4;
         Buffer expected = {"MMIDIDX\0", 9};
@@ -2804,7 +2811,7 @@ static void test_corpus_refuses(void)
 
 /* ---- Samples */
 
-/* A corpus whose token number i is i: documents of `lengths`, no <|endoftext|>. */
+/* A corpus whose token number i is i. Its documents have these lengths, without <|endoftext|>. */
 static Corpus *counting_corpus(TextFolder *f, const size_t *lengths, size_t n)
 {
     size_t total = 0;
@@ -2844,7 +2851,7 @@ static void test_samples(void)
         lengths[i] = 1 + random_word(3, 0, 0, i) % 30;
         for (size_t j = 0; j < lengths[i]; j++) document_of[total++] = i;
     }
-    /* so that the last piece lacks its label */
+    /* after this the last piece of T tokens lacks its label */
     while (total % T) {
         lengths[DOCUMENTS - 1]++;
         document_of[total++] = DOCUMENTS - 1;
@@ -2866,8 +2873,8 @@ static void test_samples(void)
             for (size_t t = 0; t < T; t++) {
                 twice += seen[s[t]] > 0;
                 seen[s[t]] = 1;
-                /* the next token of the document, or from a document's end to a document's
-                 * beginning */
+                /* A token is followed by the next one of its document. At a document's end
+                 * another document begins. */
                 size_t a = (size_t)s[t], b = (size_t)s[t + 1];
                 int ends = a + 1 == total || document_of[a + 1] != document_of[a];
                 int begins = b == 0 || document_of[b - 1] != document_of[b];
@@ -2888,7 +2895,7 @@ static void test_samples(void)
     check_true("epochs differ",
                memcmp(all, all + samples * (T + 1), samples * (T + 1) * sizeof(int)) != 0);
 
-    /* any sample at once, as after a resume; another seed gives another order */
+    /* samples can be read in any order, as after a resume; another seed gives another order */
     Dataset *again = dataset_open(c, 0, 0, T, 42), *other = dataset_open(c, 0, 0, T, 43);
     size_t wrong = 0, equal = 0;
     for (uint32_t i = 0; i < 100; i++) {
@@ -2920,7 +2927,8 @@ static void *read_samples(void *arg)
     Reader *r = (Reader *)arg;
     int s[9];
     for (size_t i = 0; i < r->n; i++) {
-        size_t n = (r->first + i * 7) % r->n; /* several epochs, in another order for each thread */
+        /* several epochs, in a different order for each thread */
+        size_t n = (r->first + i * 7) % r->n;
         dataset_sample(r->dataset, n, s);
         r->wrong += memcmp(s, r->expected + n * 9, sizeof(s)) != 0;
     }
@@ -2963,7 +2971,7 @@ static void test_held_out(void)
     TextFolder *f = open_folder("held_out");
     size_t lengths[3] = {50, 31, 20};
     Corpus *c = counting_corpus(f, lengths, 3);
-    /* 30 % of 101 tokens: 30, so the cut is inside a document */
+    /* 30 % of 101 tokens are 30, so the cut is inside a document */
     for (int held_out = 0; held_out < 2; held_out++) {
         Dataset *d = dataset_open(c, 30, held_out, 1, 9);
         int s[2], seen[101] = {0}, wrong = 0;
@@ -2984,8 +2992,8 @@ static void test_held_out(void)
     dataset_close(d);
     corpus_close(c);
 
-    /* the cut just before and just behind an <|endoftext|>, and inside a document that has none of
-     * its own */
+    /* The cut lies just before or just behind an <|endoftext|>, or inside the last document, which
+     * has none of its own in the file. */
     Tokenizer *t = tokenizer_bytes();
     write_string(f, "text", "abc<|endoftext|>def");
     const char *text = text_path(f, "text");
@@ -3009,8 +3017,8 @@ static void test_held_out(void)
     close_folder(f);
 }
 
-/* 12000 shuffles of 5 elements over their 120 orders: chi squared has mean 119 and deviation 15.4;
- * 200 is 5 such. */
+/* 12000 shuffles of 5 elements have 120 possible orders. Chi squared has mean 119 and deviation
+ * 15.4; 200 is 5 deviations above the mean. */
 static void test_shuffle(void)
 {
     size_t x[1000], seen[1000] = {0}, count[3125] = {0}, orders = 0, missing = 0;
@@ -3058,7 +3066,7 @@ static void test_detokenise(void)
     check_equal("texts detokenised otherwise than by Python", (double)wrong, 0);
     check_equal("texts whose words are counted otherwise", (double)miscounted, 0);
     unmap_file(map);
-    /* no sign that closes: must not be looked for again and again */
+    /* There is no closing bracket: the text must not be searched for it again and again. */
     char *many = (char *)xcalloc(1 << 20, 1);
     memset(many, '(', 1 << 20);
     check_equal("a million opening brackets", (double)wikitext_detokenise(many, 1 << 20), 1 << 20);
@@ -3075,7 +3083,7 @@ static void test_windows(void)
                 real weight[9];
                 for (size_t i = 0; i < n; i++) text[i] = (int)i;
                 size_t count = window_count(n - 1, o);
-                /* Megatron's words for the count */
+                /* the count as Megatron computes it */
                 double rest = n - 1 > o ? (double)(n - 1 - o) : 0;
                 bad_count += (double)count != ceil(rest / (double)o) + 1;
                 for (size_t i = 0; i < count; i++) {
@@ -3084,7 +3092,7 @@ static void test_windows(void)
                         if (weight[t] == 0) continue;
                         if (weight[t] != 1 || tokens[t + 1] != (int)(i * o + t + 1)) wrong++;
                         else times[tokens[t + 1]]++;
-                        sparse += t < T - o && i > 0; /* too little text before it */
+                        sparse += t < T - o && i > 0; /* with too little text before it */
                     }
                     for (size_t t = 0; t <= T; t++)
                         blind += tokens[t] != (i * o + t < n ? (int)(i * o + t) : -1);
@@ -3140,7 +3148,7 @@ static void test_lambada(void)
                  "\n"
                  "{\"n\": 1, \"text\": \"\\u3000a b\\u00a0c\"}");
     Lambada l = lambada_open(text_path(f, "l"), t);
-    /* context and label, a token a byte */
+    /* context and label; each byte is a token */
     const char *first = "So she saw.\n The sea", *second = "a b c";
     check_equal("examples", (double)l.n, 2);
     check_equal("context of the first: the text before its last word, stripped",
@@ -3161,7 +3169,7 @@ static void test_lambada(void)
     /* the labels are tokens 16..19 */
     for (int i = 0; i < 32; i++) wrong += weight[i] != (i >= 15 && i < 19);
     check_equal("wrong tokens or weights of an example", (double)wrong, 0);
-    lambada_fill(tokens, weight, &l, 0, 9, -7); /* too long: its last 10 tokens */
+    lambada_fill(tokens, weight, &l, 0, 9, -7); /* too long for 9: its last 10 tokens */
     for (int i = 0; i < 10; i++) wrong += tokens[i] != first[10 + i];
     for (int i = 0; i < 9; i++) wrong += weight[i] != (i >= 5);
     check_equal("and of one that is longer than a window", (double)wrong, 0);
@@ -3176,7 +3184,7 @@ static void test_lambada(void)
 
 #define SHARED "../shared/data"
 
-/* The paper's own figures, where the data is at hand [P51, P52, P53, P55]. */
+/* The paper's own numbers, where its data is at hand [P51, P52, P53, P55]. */
 static void test_benchmark_texts(void)
 {
     if (access(SHARED "/gpt2_tokenizer/vocab.json", F_OK)) {
@@ -3230,8 +3238,8 @@ static double seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Runs body(arg) in a child; tells whether it exits 1 after exactly one line on stderr. For long
- * lists of bad input, of which check_dies() would print a row each. */
+/* Runs body(arg) in a child process. Returns 1 if it exits 1 after exactly one line on stderr. It
+ * is for long lists of bad input, of which check_dies() would print a row each. */
 static int is_refused(void (*body)(void *), void *arg)
 {
     int ends[2], status = 0, lines = 0;
@@ -3244,7 +3252,7 @@ static int is_refused(void (*body)(void *), void *arg)
         close(ends[0]);
         alarm(60);
 #ifdef _OPENMP
-        omp_set_num_threads(1); /* the parent's threads are not there */
+        omp_set_num_threads(1); /* a child does not have its parent's threads */
 #endif
         body(arg);
         _exit(0);
@@ -3265,7 +3273,8 @@ typedef struct {
 static void parse_text(void *arg)
 {
     const Text *t = (const Text *)arg;
-    char *copy = (char *)xcalloc(t->size, 1); /* exactly as large: a sanitizer sees a read beyond */
+    /* no byte more: a sanitizer sees a read beyond the end */
+    char *copy = (char *)xcalloc(t->size, 1);
     memcpy(copy, t->text, t->size);
     json_parse(copy, t->size, "t");
 }
@@ -3345,8 +3354,8 @@ static void test_json(void)
     json_free(&j);
     free(deep);
 
-    /* 100,000 members with one key twice. Compared each with each, this would take 5e9 comparisons,
-     * minutes. */
+    /* 100,001 members, two with one key. Comparing each with each would take 5e9
+     * comparisons, which are minutes. */
     size_t size = 0;
     char *text = NULL;
     FILE *out = open_memstream(&text, &size);
@@ -3357,12 +3366,12 @@ static void test_json(void)
     Text many = {text, size};
     double begin = seconds();
     check_dies("one key twice among 100,001", parse_text, &many, "beginning 777\" occurs twice");
-    /* 0.06 s were measured, 0.4 s under sanitizers */
+    /* measured: 0.06 s, and 0.4 s under sanitizers */
     check("seconds it took", seconds() - begin, 5);
     free(text);
 }
 
-/* What json_write_string() writes, json_parse() reads back. */
+/* json_parse() reads back what json_write_string() writes. */
 static void test_json_strings(void)
 {
     char s[300], *text = NULL;
@@ -3408,7 +3417,7 @@ static void put_file(const char *folder, const char *name, const void *data, siz
         die("cannot write %s: %s", path, strerror(errno));
 }
 
-/* A safetensors file of this header, and n bytes of data. */
+/* Writes a safetensors file of this header and n bytes of data. */
 static void put_safetensors(const char *folder, const char *name, const char *header,
                             const void *data, size_t n)
 {
@@ -3740,7 +3749,7 @@ static void add_plain(PlainModel *m, const char *name, size_t rows, size_t cols)
     free(x);
 }
 
-/* Hugging Face's GPT-2, from its documentation and not from the table. */
+/* The tensors of Hugging Face's GPT-2, from its documentation, not from the table `specs`. */
 static PlainModel plain_model(Config c)
 {
     /* clang-format off */
@@ -3780,7 +3789,7 @@ static const Plain *find_plain(const PlainModel *m, const char *name)
     return NULL;
 }
 
-/* Weights, first and second moments must not be taken for each other: the moments are -1 and 2
+/* Weights, first and second moments must not be taken for each other, so the moments are -1 and 2
  * times the weights. */
 static float factor(const char *prefix)
 {
@@ -3798,9 +3807,9 @@ static int is_times(const char *data, const Plain *p, float factor)
     return 1;
 }
 
-/* Writes all tensors, and with `second` all once more under that prefix. skip: a tensor to leave
- * out; extra: the beginning of one more entry of the header, of extra_bytes, whose data are
- * zero. */
+/* Writes all tensors with this prefix, and with `second` all again with that one. skip names a
+ * tensor to leave out. extra is the beginning of one more entry of the header, whose
+ * extra_bytes of data are zero. */
 static void put_model(const char *folder, const char *file, const PlainModel *m, const char *prefix,
                       const char *second, const char *skip, const char *extra, size_t extra_bytes)
 {
@@ -3846,7 +3855,8 @@ typedef struct {
     const PlainModel *model; /* what must be loaded */
     const char *from, *to;
     const Metadata *fact;
-    size_t facts, wrong, padding; /* elements that differ; padding that is not zero */
+    /* wrong: elements that differ; padding: elements of padding that are not zero */
+    size_t facts, wrong, padding;
     int master, moments;
 } LoadSave;
 
@@ -3900,7 +3910,7 @@ static void load_save_rank(Comm *world, void *arg)
         count_wrong(job, list, n, NULL, m, factor("m."), r);
         count_wrong(job, list, n, NULL, v, factor("v."), r);
     }
-    /* then the masters are what must be saved */
+    /* a save must write the masters, so the weights are zeroed */
     if (master) device_zero(weights, elements * sizeof *weights);
     if (job->to) save_checkpoint(&s, world, job->to, NULL, -1, job->fact, job->facts);
     safetensors_close(&model);
@@ -3930,8 +3940,9 @@ static void load_alone(void *folder)
     load_weights(&s, &model);
 }
 
-/* V is a prime: with four tensor ranks, one holds only padding. Heads are 17 wide, so blocks of 64
- * end anywhere. The token embedding is large enough to be copied by several threads. */
+/* V is a prime. With four tensor ranks, one holds only padding. Heads are 17 wide, so
+ * that blocks of 64 do not end with a head. The token embedding is large enough to be
+ * copied by several threads. */
 static Config odd_config(void)
 {
     Config c = make_config(4, 68, 4, 7, 1031);
@@ -3966,7 +3977,7 @@ static void test_checkpoint_layouts(void)
         wrong += job.wrong;
         padding += job.padding;
 
-        char path[PATH_MAX]; /* what was saved, with the plain names in the plain order */
+        char path[PATH_MAX]; /* compare the saved tensors with the plain model */
         Safetensors saved[2] = {safetensors_open(to),
                                 safetensors_open(join_path(path, to, "trainer.safetensors"))};
         for (size_t j = 0; j < 3 * model.n; j++) {
@@ -3987,7 +3998,7 @@ static void test_checkpoint_layouts(void)
         safetensors_close(&saved[0]);
         safetensors_close(&saved[1]);
 
-        /* and from there into another layout */
+        /* and load it in another layout */
         Layout other = {sizes[(i + 1) % 3], sizes[(i / 3 + 1) % 3], 1};
         LoadSave back = {other, &model, to, NULL, NULL, 0, 0, 0, 0, 1};
         load_save(&back);
@@ -4047,7 +4058,7 @@ static void read_missing_fact(void *folder)
     find_metadata(&s, "seed");
 }
 
-/* What a model's folder may and may not hold. */
+/* What the folder of a model may hold, and what it may not. */
 static void test_model_folders(void)
 {
     char folder[PATH_MAX];
@@ -4095,7 +4106,8 @@ static void test_model_folders(void)
         }
     }
 
-    float *wte = m.tensor[0].x; /* zero, like put_model()'s extra tensor: then the head is tied */
+    /* zero, like the extra tensor of put_model(): so the head equals wte */
+    float *wte = m.tensor[0].x;
     memset(wte, 0, 4 * m.tensor[0].n);
     put_model(folder, "model.safetensors", &m, "", NULL, NULL,
               "\"lm_head.weight\":{\"dtype\":\"F32\",\"shape\":[12,8]", 384);
@@ -4151,12 +4163,12 @@ typedef struct {
     Config config;
     const char *dir;
     real value;   /* of every weight and moment */
-    int exchange; /* 0: as where the system cannot exchange folders */
+    int exchange; /* 0: as on a system that cannot exchange folders */
     int ready;    /* a pipe to tell that a save is done */
 } Save;
 
-/* Saves with one rank. Without exchange, as save_checkpoint() does where exchange_folders()
- * fails. */
+/* Saves with one rank. Without exchange it does what save_checkpoint() does where
+ * exchange_folders() fails. */
 static void save_value(Comm *world, void *arg)
 {
     Save *job = (Save *)arg;
@@ -4188,7 +4200,7 @@ static void save_value(Comm *world, void *arg)
     free(list);
 }
 
-/* The value of the checkpoint in dir; NaN if not all of it is this value. */
+/* The value that all elements of the checkpoint in dir have; NaN if they differ. */
 static double saved_value(const char *dir)
 {
     Config c;
@@ -4218,7 +4230,8 @@ static int holds(const char *folder, const char *name, const char *content)
 static void save_too_large(void *arg)
 {
     Save *job = (Save *)arg;
-    struct rlimit limit = {20000, 20000}; /* bytes of a file: as good as a full disk */
+    /* largest size of a file, in bytes: acts like a full disk */
+    struct rlimit limit = {20000, 20000};
     signal(SIGXFSZ, SIG_IGN);
     setrlimit(RLIMIT_FSIZE, &limit);
     job->value = 9;
@@ -4314,7 +4327,7 @@ static void test_save_folders(void)
     remove_checkpoint_folder(root);
 }
 
-/* Saves 1, 2, 3, .. for ever, and tells when each is done. */
+/* Saves the values 1, 2, 3, .. for ever. Writes a byte to the pipe after each. */
 static void save_for_ever(Save *job)
 {
     for (job->value = 1;; job->value++) {
@@ -4323,7 +4336,7 @@ static void save_for_ever(Save *job)
     }
 }
 
-/* Does the file system exchange folders? Linux's own do. */
+/* Can the file system exchange folders? Linux's own file systems can. */
 static int can_exchange(const char *root)
 {
     char a[PATH_MAX], b[PATH_MAX];
@@ -4335,15 +4348,15 @@ static int can_exchange(const char *root)
     return can;
 }
 
-/* A program that saves again and again is killed at arbitrary moments: what it had saved before
- * must be there, or the one that it was about to save. Where folders can be exchanged, there is one
- * at any moment. */
+/* A program that saves again and again is killed at arbitrary moments. Then its last complete
+ * checkpoint must be there, or the one that it was about to save. Where folders can be exchanged, a
+ * checkpoint is there at every moment. */
 static void test_save_killed(void)
 {
     if (!have_forked_threads()) return;
     char root[PATH_MAX], dir[PATH_MAX];
     int lost = 0, kills = 0, absent = 0;
-    /* a disk would only take longer */
+    /* in memory, since a disk would only be slower */
     const char *memory = access("/dev/shm", W_OK) ? SCRATCH : "/dev/shm";
     for (int trial = 0; trial < 30; trial++) {
         int ends[2], done = 0;
@@ -4495,7 +4508,7 @@ static PlanInput plan_case(const char *preset, int tp, int pp, int dp, size_t ba
     return in;
 }
 
-/* Number j of Table 1's models on 2^j tensor ranks with dp replicas, as the paper ran it. */
+/* Model j of Table 1 on 2^j tensor ranks and dp replicas, as the paper ran it. */
 static PlanInput scaling_case(int j, int dp)
 {
     static const char *const name[4] = {"1.2B", "2.5B", "4.2B", "8.3B-scaling"};
@@ -4532,8 +4545,8 @@ static void test_plan_parameters(void)
     }
     check_equal("P14 dummy words at t=8", (double)padded_vocab(50257, 8) - 50257, 943);
     check_equal("P14 words of a rank at t=8", (double)padded_vocab(50257, 8) / 8, 6400);
-    /* Two stages: both hold the 128 x 51200 embedding. Shapes enumerated by hand: C 8, F 32, T 4, L
-     * 2. */
+    /* Two stages: both hold the token embedding, padded to 384 x 8. The shapes are counted by hand:
+     * C 8, F 32, T 4, L 2. */
     in.config = make_config(2, 8, 2, 4, 300);
     in.layout.tp = 1;
     in.layout.pp = 2;
@@ -4548,8 +4561,8 @@ static void test_plan_parameters(void)
                     2 * 8);
 }
 
-/* A ring reduce-scatter and all-gather of `n` numbers, step by step as a ring does it: numbers that
- * rank 0 sends in each half. Fails unless all ranks end with the sum. */
+/* Runs a reduce-scatter and an all-gather of `n` numbers step by step, as a ring does. `sent`
+ * counts the numbers that rank 0 sends in each half. `right` is 1 if all ranks end with the sum. */
 static void ring(int t, int n, int sent[2], int *right)
 {
     static int x[8][1680];
@@ -4623,7 +4636,7 @@ static void test_plan_messages(void)
         check_equal("P9 a rank of eight sends of it, bytes", 2 * elements_sent(&list[i]), 88080384);
         check_equal("P10 a layer's four, elements", 4 * elements_sent(&list[i]), 176160768);
     }
-    /* P5: one layer more is four all-reduces more. */
+    /* P5: one more layer needs four more all-reduces. */
     PlanInput deeper = plain;
     deeper.config.L++;
     check_equal("P5 all-reduces of one layer", make_plan(&deeper).all_reduces_per_iteration - 290,
@@ -4631,8 +4644,8 @@ static void test_plan_messages(void)
     PlanInput alone = plan_case("1.2B", 1, 1, 1, 8, 8, 0);
     check_equal("one rank says nothing", (double)list_messages(list, &alone, 0), 0);
 
-    /* 8.3B, d=64, fp16: 4.109 GB of gradients [paper.md §3]; the arena's alignment may add
-     * little. */
+    /* 8.3B, d=64, fp16: 4.109 GB of gradients [paper.md §3]. The arena's
+     * alignment may add a little. */
     in = scaling_case(3, 64);
     n = list_messages(list, &in, 0);
     for (size_t i = 0; i < n; i++)
@@ -4643,11 +4656,11 @@ static void test_plan_messages(void)
     list_tensors(NULL, &arena, &in.config, in.layout, 0);
     check_equal("one all-reduce of gradients", count_calls(list, n, "dp", "all_reduce", arena), 1);
 
-    /* Four stages of the tiny shape (L 4, C 128, V 257 -> 512 padded), t=2, d=2, 2 micro-batches of
-     * 3 x 64 tokens. */
+    /* Four stages of the tiny shape (L 4, C 128, V 257 -> 512 padded), t=2, d=2, 2
+     * micro-batches of 3 x 64 tokens. */
     in = plan_case("tiny", 2, 4, 2, 12, 3, 1);
     size_t message = 3 * 64 * 128, tied = 512 / 2 * 128;
-    /* of 2 micro-batches: 6 a layer, embedding's g, logits' f */
+    /* each of 2 micro-batches has 6 for a layer, 1 for the embedding's g, 1 for the logits' f */
     const double in_stage[4] = {14, 12, 12, 14};
     const double sends[4] = {2, 4, 4, 2}, pair[4] = {1, 0, 0, 1}, loss[4] = {0, 0, 0, 2};
     for (int s = 0; s < 4; s++) {
@@ -4663,9 +4676,9 @@ static void test_plan_messages(void)
     }
     Plan plan = make_plan(&in);
     check_equal("a micro-batch meets 6l+2 on all stages", plan.all_reduces_per_iteration, 26);
-    /* The first stage sends most, and with t=2, d=2 a ring sends n of n. Of a layer's parameters
-     * 12CC + 7C are halved (QKV's and the MLP's first biases are), 6C are not; all are multiples of
-     * the arena's 64. */
+    /* The first stage sends most. With t=2 and d=2 a ring sends n numbers for n. Of a layer's
+     * parameters, 12CC + 7C are halved (among them the biases of QKV and of the MLP's first layer),
+     * and 6C are not. All are multiples of the arena's 64. */
     size_t sharded = 12 * 128 * 128 + 7 * 128, layer = sharded / 2 + 6 * 128;
     size_t parameters = tied + 64 * 128 + layer;
     check_equal("it sends on the first stage", plan.busiest_stage, 0);
@@ -4692,7 +4705,8 @@ static void test_plan_flops(void)
           fabs(plan_all.flops_formula / plan_all.flops_per_iteration - 1), 1e-14);
     check("P46 2.214 s at 39 TFLOP/s, off by", fabs(plan.v100_seconds - 2.214), 6e-4);
     one.recompute = 0;
-    /* Forward of a layer 24Bsh^2 + 4Bs^2h, logits 2BshV; three times that in all. */
+    /* A layer's forward pass takes 24Bsh^2 + 4Bs^2h, the logits take 2BshV; all
+     * passes take three times that. */
     double h = 1536, rows = 8 * 1024, layer = 24 * rows * h * h + 4 * rows * 1024 * h;
     double count = 3 * (40 * layer + 2 * rows * h * 51200);
     check("without recomputation, off by", fabs(make_plan(&one).flops_per_iteration / count - 1),
@@ -4732,8 +4746,8 @@ static void test_plan_flops(void)
     }
 }
 
-/* Projection against arithmetic done apart: seconds = products / rate + (4l+2 or 6l+2) ring
- * all-reduces of b*s*h, and what NVIDIA's v1.0 constants give in it, 94.6 / 87.3 / 79.4%
+/* The projection against separate arithmetic: seconds = products / rate + (4l+2 or 6l+2) ring
+ * all-reduces of b*s*h. With the constants of NVIDIA's v1.0 this gives 94.6 / 87.3 / 79.4%
  * (published: 90.7 / 86.5 / 79.6). */
 static void test_plan_projection(void)
 {
@@ -4744,21 +4758,21 @@ static void test_plan_projection(void)
         PlanInput in = scaling_case(r, 1), plain = in;
         Machine v1 = {62.4e12, 130e9, 1, 15e-6, 16, 2}, h200 = {560e12, 365e9, 1, 15e-6, 8, 2};
         double h = hidden[r], l = layers[r], t = 1 << r, rows = 8 * 1024;
-        /* scores in full */
+        /* attention scores are counted in full */
         double work = rows * (6 * (12 * l * h * h + 51200 * h) + 6 * l * h * 1024 * 2);
         double compute = work / (t * 560e12), talk = 0;
         if (r > 0) talk = (4 * l + 2) * (2 * (t - 1) / t * 2 * rows * h / 365e9 + 15e-6);
         plain.recompute = 0;
         double flops = flops_exact(&plain.config, 1 << r, 8, 1024, 0);
-        /* the cross entropy's three messages, 45 us of latency and little else, are not in the
-         * formula */
+        /* The formula leaves out the three messages of the cross entropy: 45 us of
+         * latency, and little else. */
         check("H200 seconds, relative to arithmetic",
               fabs(project(&plain, &h200, flops, 0) / (compute + talk) - 1), 1e-3);
         flops = flops_exact(&in.config, 1 << r, 8, 1024, 1);
         double efficiency = flops / (t * 62.4e12) / project(&in, &v1, flops, 0);
         check("V100 efficiency, off by", fabs(efficiency - v1_gpu[r]), 4e-3);
     }
-    /* Bubble: four stages, eight micro-batches, messages free: 1.375 of the time. */
+    /* Bubble: four stages, eight micro-batches and free messages take 1.375 times as long. */
     PlanInput deep = plan_case("8.3B", 1, 4, 1, 8, 1, 1);
     Machine free_talk = {1e12, 1e30, 1e30, 0, 64, 2};
     double bubble = make_plan(&deep).bubble;
@@ -4818,15 +4832,16 @@ static void test_plan_memory(void)
           fabs(training_days(450e9, 1e12, 3072, 163e12) - 83.2), 0.06);
 }
 
-/* P62: cp ranks share 2cp chunks of a sequence, rank r takes chunks r and 2cp-1-r: equal work under
- * a causal mask. */
+/* P62: cp ranks share the 2cp chunks of a sequence. Rank r takes chunks r and 2cp-1-r. Under a
+ * causal mask all have equal work. */
 static void test_plan_zigzag(void)
 {
     for (int cp = 2; cp <= 8; cp *= 2) {
         int entries[8] = {0}, chunk = 4, unequal = 0;
         for (int q = 0; q < 2 * cp * chunk; q++) {
             int c = q / chunk;
-            entries[c < cp ? c : 2 * cp - 1 - c] += q + 1; /* a query sees itself and all before */
+            /* a query sees itself and all tokens before it */
+            entries[c < cp ? c : 2 * cp - 1 - c] += q + 1;
         }
         for (int r = 1; r < cp; r++) unequal += entries[r] != entries[0];
         check_equal("P62 zigzag: ranks whose causal work differs", unequal, 0);
@@ -4843,14 +4858,14 @@ static void test_plan_groups(void)
     for (int r = 0; r < 512; r++) {
         members[tp_color(paper, r)]++;
         replicas[dp_color(paper, r)]++;
-        wrong += tp_color(paper, r) != r / 8; /* neighbours */
-        /* from 1: 1, 9, .., 505 */
+        wrong += tp_color(paper, r) != r / 8; /* tensor groups are neighbours */
+        /* counted from 1: ranks 1, 9, .., 505 */
         wrong += (dp_color(paper, r) == dp_color(paper, 0)) != (r % 8 == 0);
     }
     for (int g = 0; g < 64; g++) wrong += members[g] != 8;
     for (int g = 0; g < 8; g++) wrong += replicas[g] != 64;
     check_equal("P22, P23 512 ranks: 64 groups of 8, 8 of 64, the first 1, 9, .., 505", wrong, 0);
-    /* With stages: a stage is a block of t*d ranks, a pipeline takes one rank of each. */
+    /* With stages: a stage is a block of t*d ranks; a pipeline takes one rank of each stage. */
     Layout cube = {2, 3, 4};
     for (int r = 0; r < 24; r++) wrong += pp_rank(cube, r) != r / 8 || pp_color(cube, r) != r % 8;
     for (int r = 0; r < 24; r++)
@@ -4861,9 +4876,9 @@ static void test_plan_groups(void)
     check_equal("stages, pipelines, embedding pairs of 2 x 3 x 4", wrong, 0);
 }
 
-/* Loss of a model that has learnt nothing: x is a LayerNorm's output, |x|^2 = h, and token
- * embeddings are N(0, 0.02), so logits are N(0, 0.0004 h) and log sum exp is ln V + 0.0002 h. Of 32
- * rows its mean deviates by 3.1e-3/sqrt(32) = 5.5e-4. */
+/* The loss of a model that has learnt nothing. x is a LayerNorm's output with |x|^2 = h, and token
+ * embeddings are N(0, 0.02). So logits are N(0, 0.0004 h), and log sum exp is ln V + 0.0002 h. The
+ * mean over 32 rows deviates by 3.1e-3/sqrt(32) = 5.5e-4. */
 static void test_initial_loss(void)
 {
     enum { V = 51200, SAMPLES = 32 };
@@ -4879,7 +4894,7 @@ static void test_initial_loss(void)
     check("P21 initial loss, h=1024: 11.0483, off by", fabs(mean - (log(51200) + 0.0002 * 1024)),
           2.5e-3);
     free(z);
-    /* P40, on weights that init_params drew: 276,480 or more of them: one sigma is 0.13%. */
+    /* P40, on weights of init_params(). They are 276,480 or more, so one sigma is 0.13%. */
     static const size_t depth[2] = {24, 72};
     static const double std[2] = {0.0028868, 0.0016667};
     for (int i = 0; i < 2; i++) {
@@ -4905,9 +4920,9 @@ static void test_initial_loss(void)
     }
 }
 
-/* A second simulator, made differently: time runs in unit ticks, each pass is tf or tb ticks long
- * (v=1 only), a stage that is idle starts whatever its rule allows: backward first if it may hold
- * no more. Returns the length. */
+/* A second simulator of another kind. Time runs in ticks; each pass takes tf or tb ticks (v=1
+ * only). An idle stage starts what its rule allows, and a backward pass first if it may not hold
+ * more. Returns the length in ticks. */
 static int tick_pipeline(int gpipe, int p, int m, int tf, int tb, int *peak)
 {
     int forward[8] = {0}, backward[8] = {0}, busy[8] = {0}, kind[8] = {0}, t = 0;
@@ -5064,7 +5079,7 @@ typedef struct {
     Config config;
     Layout layout;
     size_t batch, micro_batch, steps;
-    int recompute, threads; /* threads: of OpenMP, 0: as usual */
+    int recompute, threads; /* threads: of OpenMP, 0 for the default */
     Optimizer optimizer;
     /* results */
     double loss[8], norm[8];
@@ -5072,9 +5087,9 @@ typedef struct {
     /* Whole tensors, laid out as one rank has them: gradients of step 1, weights before, after. */
     real *grad, *initial, *weights;
     Trace trace[MAX_RANKS];
-    /* found a replicated element that is not equal, bit for bit, on another rank */
+    /* a replicated element is not equal, bit for bit, on another rank */
     int replicas_differ;
-    Rank *first; /* during the run */
+    Rank *first; /* valid during the run */
 } Training;
 
 static const Layout ONE_RANK = {1, 1, 1};
@@ -5098,7 +5113,7 @@ static Training make_training(Layout layout)
     return t;
 }
 
-/* Where a tensor lies in the whole arrays. */
+/* Finds this tensor in the list of whole tensors. */
 static const Tensor *find_whole(const Tensor *whole, size_t n, const Tensor *t)
 {
     for (size_t i = 0; i < n; i++)
@@ -5106,7 +5121,8 @@ static const Tensor *find_whole(const Tensor *whole, size_t n, const Tensor *t)
     return NULL;
 }
 
-/* Copies this rank's slices into (or, with compare, compares them with) whole arrays. */
+/* Copies this rank's slices into whole arrays. With `compare` it compares instead;
+ * returns 1 if any differ. */
 static int gather(real *out, const act *arena, const Rank *k, int compare)
 {
     int differ = 0;
@@ -5128,8 +5144,8 @@ static int gather(real *out, const act *arena, const Rank *k, int compare)
     return differ;
 }
 
-/* Non-trivial biases and LayerNorms: everything moves by 0.1 N(0,1), drawn by whole index like the
- * weights. */
+/* Makes biases and LayerNorms non-trivial: every weight moves by 0.1 N(0,1). Each number is drawn
+ * by its index in the whole tensor, as the weights are. */
 static void perturb(Rank *k)
 {
     for (size_t i = 0; i < k->tensors; i++) {
@@ -5146,7 +5162,7 @@ static void perturb(Rank *k)
     }
 }
 
-/* Tokens that depend on the sequence's place in the run only. */
+/* Tokens depend only on the place of their sequence in the run. */
 static void feed_test(void *source, Rank *k, MicroBatch *mb, size_t i)
 {
     const Training *t = (const Training *)source;
@@ -5202,7 +5218,7 @@ static void training_rank(Comm *world, void *arg)
     rank_free(k);
 }
 
-/* Elements of the whole arrays. */
+/* The number of elements of the whole arrays. */
 static size_t whole_size(const Config *c)
 {
     size_t elements;
@@ -5225,7 +5241,7 @@ static void free_training(Training *t)
     for (int r = 0; r < MAX_RANKS; r++) free(t->trace[r].event);
 }
 
-/* The largest relative error over the tensors; names it. */
+/* The largest relative error of any tensor, and that tensor's name. */
 static double worst_tensor(char name[NAME_SIZE], const real *a, const real *b, const Config *c)
 {
     size_t n = list_tensors(NULL, NULL, c, ONE_RANK, 0);
@@ -5249,7 +5265,7 @@ typedef struct {
     size_t n;
 } Collected;
 
-/* noinline: it must be rounded before it is added. */
+/* noinline: the value must be rounded before it is added. */
 __attribute__((noinline)) static real contribution(int rank, size_t i)
 {
     return (real)sin(1 + rank * 1.7 + (double)i * 0.37) * (real)pow(10, rank % 3);
@@ -5383,7 +5399,7 @@ static void test_f_and_g(void)
     check_true("f: identity forward, sum backward; g: the reverse [P1]", !c.wrong);
 }
 
-/* Calls of an operation in a group, at a place (NULL: anywhere), in a layer (-2: anywhere). */
+/* Counts calls of `op` in a group, at an operation (NULL: any), in a layer (-2: any). */
 static double count_events(const Trace *trace, const char *group, const char *op,
                            const char *operation, int layer)
 {
@@ -5428,8 +5444,7 @@ static void test_message_counts(void)
         check_equal("cross entropy moves 3 b s scalars [P17, P18]", scalars,
                     3 * 2 * (double)t.config.P);
         check("  share of the logits' number", scalars / logits, 3 / (double)t.config.V);
-        /* A layer's messages are all of b s h, and stand at its edges: between f and g there is
-         * none [P7]. */
+        /* All messages of a layer have b s h elements; none stands between f and g [P7]. */
         for (size_t i = 0; i < trace->n; i++)
             if (trace->event[i].place.layer >= 0 &&
                 trace->event[i].elements != 2 * t.config.P * t.config.C)
@@ -5464,8 +5479,8 @@ static void test_trace_is_plan(void)
 
 /* ---- Every layout against one rank: P12, P15, P27, P29, P30 ---------------------------------- */
 
-/* float: sums of up to a few hundred terms in another order, through 4 layers and back: some 10
- * epsilon of the norm. */
+/* In float, sums of up to a few hundred terms are added in another order, through 4 layers and
+ * back: this makes some 10 epsilon of the norm. */
 static const double LAYOUT_BOUND = sizeof(real) == 4 ? 3e-6 : 4e-14;
 
 static void compare_layout(const Training *one, Layout s, size_t micro_batch, int recompute)
@@ -5484,13 +5499,13 @@ static void compare_layout(const Training *one, Layout s, size_t micro_batch, in
         worst_loss = worse(worst_loss, n);
     }
     snprintf(what, sizeof what, "%s: losses, norms", label);
-    check(what, worst_loss, LAYOUT_BOUND / 10); /* rounding of many rows averages out */
+    check(what, worst_loss, LAYOUT_BOUND / 10); /* the rounding errors of many rows average out */
     double grad = worst_tensor(name, t.grad, one->grad, &t.config);
     snprintf(what, sizeof what, "  gradients; worst %s", name);
     check(what, grad, LAYOUT_BOUND);
-    /* Adam divides by sqrt(v): where a gradient is nearly 0, as the key biases' is, it makes steps
-     * of size lr out of rounding noise. Weights are therefore compared in absolute terms: steps are
-     * of size lr. */
+    /* Adam divides by sqrt(v). Where a gradient is nearly 0, as that of the key biases,
+     * rounding noise alone makes steps of size lr. So single weights are compared by
+     * their absolute difference. */
     double moved = 0;
     for (size_t i = 0; i < whole_size(&t.config); i++)
         moved = worse(moved, fabs((double)t.weights[i] - (double)one->weights[i]));
@@ -5514,7 +5529,7 @@ static void test_layouts(void)
                 if (tp * pp * dp > 8) continue;
                 compare_layout(&one, s, dp == 4 ? 1 : 2, (tp + pp + dp) % 2);
             }
-    /* The norm of the gathered gradient: every element once [P27]. */
+    /* The norm of the gathered gradient counts every element once [P27]. */
     double sum = 0, clipped;
     for (size_t i = 0; i < whole_size(&one.config); i++) sum += (double)one.grad[i] * one.grad[i];
     check("norm of the whole gradient [P27]", fabs(one.norm[0] / sqrt(sum) - 1), LAYOUT_BOUND);
@@ -5525,8 +5540,8 @@ static void test_layouts(void)
     free_training(&one);
 }
 
-/* Which rows of the whole [Q; K; V] each rank holds, counted out by hand for 6 heads of 2 on 3
- * ranks [P11]. */
+/* The rows of the whole [Q; K; V] that each rank holds, counted by hand for 6
+ * heads of 2 on 3 ranks [P11]. */
 static void test_qkv_rows(void)
 {
     Config c = make_config(1, 12, 6, 4, 9);
@@ -5549,9 +5564,9 @@ static void test_qkv_rows(void)
     }
 }
 
-/* Each rank looks up the tokens it owns; the sum of all is the serial lookup, bit for bit, and so
- * are the gradients of the slices, joined [P15]. Megatron's own sizes: 17 sequences, 48 tokens,
- * hidden 16. */
+/* Each rank looks up the tokens that it owns. The sum over ranks equals the serial lookup, bit for
+ * bit, and the joined gradients of the slices equal the serial gradient [P15]. Megatron's own test
+ * sizes: 17 sequences, 48 tokens, hidden 16. */
 static void test_parallel_embedding(void)
 {
     enum { N = 17 * 5, V = 48, C = 16 };
@@ -5629,8 +5644,8 @@ static void test_bit_equal(void)
 
 /* ---- Whole model: finite differences, initial values ----------------------------------------- */
 
-/* Loss of the awkward model, dropout on, at weights moved by `shift` along a direction in one
- * tensor. */
+/* The loss of the awkward model with dropout, after the weights of one tensor moved by `shift`
+ * along `direction`. */
 typedef struct {
     Training t;
     size_t tensor;
@@ -5655,8 +5670,8 @@ static void shifted_rank(Comm *world, void *arg)
     rank_free(k);
 }
 
-/* In double: the directional derivative by a 5-point rule of step 1e-3 has an error of about 1e-12
- * + eps/1e-3; in float the losses' rounding over the step: 1e-6/1e-2. */
+/* In double, a 5-point rule of step 1e-3 gives the directional derivative with an error of about
+ * 1e-12 + eps/1e-3. In float the error is the rounding of the losses over the step: 1e-6/1e-2. */
 static void test_model_finite_differences(void)
 {
     const double h = sizeof(real) == 8 ? 1e-3 : 2e-2, bound = sizeof(real) == 8 ? 5e-10 : 5e-4;
@@ -5724,7 +5739,7 @@ static void initial_rank(Comm *world, void *arg)
     feed_test(t, k, mb, 0);
     k->training = 0;
     stage_forward(k, mb);
-    /* ln V + half the variance of the logits, which is 0.02^2 C = 0.0004 C [P21] */
+    /* ln V + half the variance of the logits, where the variance is 0.02^2 C = 0.0004 C [P21] */
     double N = (double)(k->B * k->T);
     double expected = log((double)k->config.V) + 0.0002 * (double)k->config.C;
     check("initial loss is near ln V + 0.0002 h [P21]", fabs(sum_losses(k, mb) / N - expected),
@@ -5860,7 +5875,7 @@ static void poisoned_rank(Comm *world, void *arg)
     rank_free(k);
 }
 
-/* An overflow anywhere skips the step everywhere, and the learning rate stands still [P39]. */
+/* An overflow on any rank skips the step on all; the learning rate's clock stands still [P39]. */
 static void test_overflow(void)
 {
     Layout s = {2, 2, 1};
@@ -5872,7 +5887,7 @@ static void test_overflow(void)
                    t.peak[0] && t.peak[1] && t.peak[2] && t.peak[3]);
     }
     Training t = make_training(s);
-    /* float: overflows in every step; double: never, 2^32 */
+    /* in float every step overflows; in double none does: the dynamic scale begins at 2^32 */
     t.optimizer.loss_scale = sizeof(real) == 4 ? 0x1p134 : 0;
     t.optimizer.warmup = 0;
     run_training(&t);
@@ -5916,7 +5931,7 @@ static void test_in_flight(void)
     free_training(&t);
 }
 
-/* The plan's bytes are those that a rank allocates. */
+/* A rank allocates as many bytes as the plan says. */
 static void memory_rank(Comm *world, void *arg)
 {
     Training *t = (Training *)arg;
@@ -5955,7 +5970,7 @@ typedef struct {
     real *grad, *after, *logits; /* whole tensors; (B, T, V) */
 } Golden;
 
-/* Values of a golden tensor as reals. */
+/* The values of a golden tensor as reals. */
 static real *golden_values(const Golden *g, const char *name, size_t *n)
 {
     const StoredTensor *t = find_stored(&g->golden, name);
@@ -5986,7 +6001,7 @@ static void feed_golden(void *source, Rank *k, MicroBatch *mb, size_t i)
     free(tokens);
 }
 
-/* Three steps of AdamW with a constant learning rate, as golden.py takes them. */
+/* Three steps of AdamW with a constant learning rate, as in golden.py. */
 static void golden_rank(Comm *world, void *arg)
 {
     Golden *g = (Golden *)arg;
@@ -6017,7 +6032,7 @@ static void golden_rank(Comm *world, void *arg)
     rank_free(k);
 }
 
-/* Logits of the first step, on one rank, and the greedy continuation with the cache. */
+/* The logits of the first step, and the greedy continuation with the cache. */
 static void golden_logits_rank(Comm *world, void *arg)
 {
     Golden *g = (Golden *)arg;
@@ -6056,9 +6071,9 @@ static void golden_logits_rank(Comm *world, void *arg)
     rank_free(k);
 }
 
-/* PyTorch itself, in float, is 2e-6 of the norm off its double gradients, 1e-7 in the weights after
- * 3 steps. In double the golden files' rounding to float is what is left: half an epsilon of each
- * element. */
+/* PyTorch's own float results differ from its double ones by 2e-6 of the norm in gradients, and by
+ * 1e-7 in the weights after 3 steps. In double only the golden files' rounding to float remains:
+ * half an epsilon of each element. */
 static void test_golden(void)
 {
     static const char *const folders[] = {"dev/reference/golden/tanh", "dev/reference/golden/erf"};
@@ -6104,14 +6119,14 @@ static void test_golden(void)
                     const real *mine = (after ? g.after : g.grad) + t->offset;
                     snprintf(key, sizeof key, "%s.%s", after ? "after3" : "grad", name);
                     real *expected = golden_values(&g, key, NULL);
-                    for (size_t r = 0; r < t->rows; r++) /* Hugging Face's order */
+                    for (size_t r = 0; r < t->rows; r++) /* in Hugging Face's order */
                         for (size_t col = 0; col < t->cols; col++)
                             seen[t->spec->conv1d && t->cols > 1 ? col * t->rows + r
                                                                 : r * t->cols + col] =
                                 mine[r * t->cols + col];
-                    /* The gradient of the key bias is zero but for rounding: softmax does not see
-                     * what all keys have in common. Adam makes steps of size lr out of it, in
-                     * PyTorch's float as well. */
+                    /* The gradient of the key bias is zero but for rounding, because softmax
+                     * ignores what all keys have in common. Adam makes steps of size lr out of that
+                     * rounding, in PyTorch's float as well. */
                     if (after && t->spec->field == offsetof(Layer, qkv_b) && t->spec->in_layer)
                         for (size_t e = c.C; e < 2 * c.C; e++) seen[e] = expected[e];
                     double e = relative_error(seen, expected, size);
@@ -6170,8 +6185,7 @@ static void test_fixture_logits(void)
 {
     static const char *const folders[] = {"../shared/fixtures/hf/h01_safetensors",
                                           "../shared/fixtures/hf/h02_safetensors_noprefix"};
-    /* h02 holds h01's weights rounded to fp16: half an epsilon of 2^-10 each, through four
-     * layers */
+    /* h02 holds h01's weights rounded to fp16, an error of half of 2^-10, through four layers */
     static const double bounds[] = {1e-5, 2e-3};
     if (access(folders[0], F_OK)) {
         skip("no ../shared/fixtures");
@@ -6206,7 +6220,7 @@ typedef struct {
     int tp;
     size_t B;
     Tokens text;
-    double brute, sliding, disjoint, cached; /* losses; largest difference of logits */
+    double brute, sliding, disjoint, cached; /* three losses; the largest difference of logits */
     Tokens generated;
 } Scored;
 
@@ -6222,15 +6236,15 @@ static Rank *scored_model(Comm *world, int tp, size_t B)
     return k;
 }
 
-/* Losses of all targets, one pass for each: the target's window by the paper's words, the last
- * weight alone. */
+/* The mean loss over all targets, with one pass for each. The window of a target is chosen as the
+ * paper describes it, and only the target's own weight is 1. */
 static double brute_force_loss(Rank *k, const Tokens *text, size_t overlap)
 {
     size_t T = k->T, targets = text->n - 1;
     int *tokens = (int *)xcalloc(k->B * (T + 1), sizeof *tokens);
     real *weight = (real *)xcalloc(k->B * T, sizeof *weight);
     double sum = 0;
-    for (size_t target = 0; target < targets; target++) { /* it is text[target + 1] */
+    for (size_t target = 0; target < targets; target++) { /* the target is text[target + 1] */
         size_t start = target < T ? 0 : ((target - T) / overlap + 1) * overlap;
         memset(weight, 0, k->B * T * sizeof *weight);
         for (size_t t = 0; t <= T; t++) tokens[t] = start + t < text->n ? text->id[start + t] : 299;
@@ -6257,7 +6271,7 @@ static void scored_rank(Comm *world, void *arg)
     Generator *g = generator_create(k);
     double worst = 0;
     real *once = (real *)xcalloc(k->config.V, sizeof *once);
-    /* the whole prefix at once, against prefix n-1 and one token more */
+    /* the whole prefix at once, against half of it and then one token at a time */
     for (size_t n = 1; n <= 24; n++) {
         g->cache.past = 0;
         generator_read(g, s->text.id, n);
@@ -6271,7 +6285,7 @@ static void scored_rank(Comm *world, void *arg)
     Sampler sampler = {0.9, 20, 0.95, 5};
     Tokens text = {NULL, 0, 0};
     push_token(&text, 3);
-    /* longer than T: the text is read again in between */
+    /* longer than T: the text is read again when the cache is full */
     generate(g, &text, 60, &sampler, -1, NULL, NULL);
     if (world->rank == 0) {
         s->brute = brute;
@@ -6287,8 +6301,8 @@ static void scored_rank(Comm *world, void *arg)
 
 static void test_scores(void)
 {
-    /* The mean of 116 losses, summed in double, averages rounding out; single logits do not have
-     * that. */
+    /* The mean of 116 losses is summed in double, so that rounding errors average out. Single
+     * logits do not have this advantage. */
     const double bound = sizeof(real) == 4 ? 4e-8 : 2e-15;
     const double logit_bound = sizeof(real) == 4 ? 4e-6 : 1e-14;
     Scored first;
@@ -6329,8 +6343,8 @@ static int by_value(const void *a, const void *b)
     return *(const double *)a < *(const double *)b ? 1 : -1;
 }
 
-/* Frequencies of drawn tokens against probabilities computed the plain way: sort, cut,
- * normalise. */
+/* Frequencies of drawn tokens against probabilities that are computed in the plain
+ * way: sort, cut, normalise. */
 static void check_sampler(const char *what, Sampler s)
 {
     enum { V = 12, DRAWS = 20000 };
@@ -6359,7 +6373,7 @@ static void check_sampler(const char *what, Sampler s)
         if (expected == 0) chi += count[i] ? INFINITY : 0;
         else chi += ((double)count[i] - expected) * ((double)count[i] - expected) / expected;
     }
-    /* chi^2 with kept - 1 degrees of freedom: 5 sigma */
+    /* chi^2 has kept - 1 degrees of freedom: 5 sigma */
     check(what, chi, (double)kept + 5 * sqrt(2 * (double)kept));
 }
 
@@ -6402,7 +6416,7 @@ static int same_checkpoint(const char *a, const char *b)
     return same;
 }
 
-/* A text to train on, which has something to learn. */
+/* Writes a text to train on that has something to learn. */
 static void write_sentences(const char *path)
 {
     static const char *const words[] = {"the ", "cat ",  "dog ",  "sat ",  "on ",
@@ -6416,10 +6430,9 @@ static void write_sentences(const char *path)
 static const char SMALL_RUN[] =
     "--layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 --lr 1e-2 --steps 30";
 
-/* A run that is killed at random moments while it saves every second step, resumed each time, ends
- * with the same bytes as one that was left in peace; also when it goes on in other layouts, whose
- * sums round differently but which must be resumed without loss: those are compared with
- * themselves. */
+/* A run saves every step and is killed at random moments. Resumed each time, it ends with
+ * the same bytes as an undisturbed run. A run can also be resumed in another layout,
+ * whose sums round differently. */
 static void test_resume(void)
 {
     char a[PATH_MAX], b[PATH_MAX];
@@ -6431,7 +6444,7 @@ static void test_resume(void)
             "./megatron_gpt2 train --data %s/text.txt %s --save %s --tp 2 2>/dev/null >/dev/null",
             SCRATCH, SMALL_RUN, a),
         0);
-    /* 13 steps, then the rest */
+    /* 13 steps, then the other 17 */
     run_command("./megatron_gpt2 train --data %s/text.txt %s --steps 13 --decay-steps 30 "
                 "--save %s/half --tp 2 >/dev/null 2>&1",
                 SCRATCH, "--layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 --lr 1e-2", SCRATCH);
@@ -6439,7 +6452,7 @@ static void test_resume(void)
                 ">/dev/null 2>&1",
                 SCRATCH, SCRATCH);
     snprintf(b, sizeof b, "%s/half", SCRATCH);
-    /* "steps" of the two differ in the command line only: the checkpoint remembers 30 in both */
+    /* both checkpoints remember 30 steps, although one command line said 13 */
     check_true("13 steps, saved, and 17 more: the same bytes", same_checkpoint(a, b));
 
     snprintf(b, sizeof b, "%s/killed", SCRATCH);
@@ -6471,7 +6484,7 @@ static void test_resume(void)
             kills++;
         }
         finished = WIFEXITED(status) && WEXITSTATUS(status) == 0;
-        /* it was killed before the first save, or all is lost */
+        /* the run failed: the kill before it has destroyed the checkpoint */
         if (WIFEXITED(status) && WEXITSTATUS(status) != 0) {
             check_true("a killed run can be resumed", 0);
             return;
@@ -6487,7 +6500,7 @@ static void test_resume(void)
     check_equal("saved at tp 2, resumed at pp 2 x dp 2", status, 0);
 }
 
-/* Ctrl-C saves the step under way, and no other run may save to the same folder meanwhile. */
+/* Ctrl-C saves after the current step. Meanwhile no other run may save to the same folder. */
 static void test_interrupt(void)
 {
     char data[PATH_MAX], dir[PATH_MAX], number[32], a[PATH_MAX], b[PATH_MAX];
@@ -6528,7 +6541,7 @@ static void test_interrupt(void)
                steps > 0 && file_equal(a, b));
 }
 
-/* It learns, in any layout, and evaluates and generates what it learnt. */
+/* The program learns, evaluates the model and generates from it. */
 static void test_learns(void)
 {
     char line[4096];
@@ -6553,7 +6566,8 @@ static void test_learns(void)
         json_free(&json);
     }
     if (f) fclose(f);
-    /* Ten words of equal probability: ln 10 / 4 = 0.58 nats a byte; ln 257 = 5.5 at the start. */
+    /* Ten words are equally probable: ln 10 / 4 = 0.58 nats a byte. The
+     * loss begins at ln 257 = 5.5. */
     check("training loss, from 5.5", loss, 0.85);
     check("held-out loss", valid, 0.85);
     for (int i = 0; i < 2; i++) {
@@ -6570,9 +6584,10 @@ static void test_learns(void)
         }
         if (f) fclose(f);
     }
-    /* P54 is expected, not guaranteed, and no bound for it can be derived: in this text only the
-     * beginning of a word helps, and between builds the two lay from 2.5% apart to 0.1% the other
-     * way round. 5% is a choice: it sees a model that long contexts harm, and no more. */
+    /* P54 is expected, but not guaranteed, and no bound can be derived: in this text only the
+     * beginning of the current word helps. In several builds the two values were from 2.5%
+     * apart to 0.1% the other way round. The choice of 5% finds a model that long contexts
+     * harm, and nothing finer. */
     check("perplexity with contexts of 28 and more against windows without overlap [P54]", narrow,
           1.05 * ppl);
     status = run_command("./megatron_gpt2 generate --model %s/learnt --prompt 'the cat ' "
@@ -6695,7 +6710,7 @@ static void test_command_line(void)
                 run_command("./megatron_gpt2 plan > /dev/full 2>/dev/null"), 1);
 }
 
-/* Every option stands in the README or in doc/. */
+/* README or doc/ names every option. */
 static void test_help_is_documented(void)
 {
     int missing = 0;
@@ -6707,7 +6722,7 @@ static void test_help_is_documented(void)
     check_equal("options that README and doc/ do not name", missing, 0);
 }
 
-/* The paper's data, where it is: the figures that Appendix E gives. */
+/* The numbers of Appendix E, where the paper's data is at hand. */
 static void test_paper_data(void)
 {
     if (access("../shared/data/wikitext103_test.txt", F_OK)) {
@@ -6736,7 +6751,7 @@ static void test_paper_data(void)
 
 /* ---- More of chapter 3 ----------------------------------------------------------------------- */
 
-/* A longer message after a short one needs a larger mailbox; many in a row arrive in order. */
+/* A longer message after a short one needs a larger mailbox. Several in a row arrive in order. */
 static void growing_messages_rank(Comm *world, void *arg)
 {
     static const size_t sizes[] = {1, 1000, 3, 100000, 100001};
@@ -6813,8 +6828,8 @@ static void test_record(void)
 
 /* ---- More of chapter 4 ----------------------------------------------------------------------- */
 
-/* What is drawn where, by the tensors' names alone; and no two tensors draw the same numbers
- * [P40]. */
+/* The distribution of each tensor follows from its name, and no two tensors
+ * draw the same numbers [P40]. */
 static void test_initial_tensors(void)
 {
     Config c = make_config(6, 32, 4, 40, 100);
@@ -6863,7 +6878,7 @@ static void test_initial_tensors(void)
     check_equal("biases that are not 0, LayerNorms that are not 1", wrong, 0);
     check("standard deviations 0.02, c_proj / sqrt(2L), in sigmas [P40]", worst_std, 5);
     printf("    (most alike: tensors %zu and %zu)\n", worst_pair[0], worst_pair[1]);
-    /* 325 pairs: 4 is not rare */
+    /* 325 pairs: the largest is near 3; 5 has a chance of 2e-4 */
     check("correlation of any two tensors, in sigmas", worst_correlation, 5);
     act *other = (act *)xcalloc(elements, sizeof *other);
     init_params(other, list, n, &c, 1235, 0);
@@ -6876,7 +6891,7 @@ static void test_initial_tensors(void)
     FREE(other, list, w);
 }
 
-/* OpenAI's sizes: the numbers of parameters are public, heads are of 64. */
+/* OpenAI's sizes: the numbers of parameters are public, and a head is 64 wide. */
 static void test_presets(void)
 {
     static const struct {
@@ -6906,7 +6921,7 @@ static void test_layout_refuses(void)
 
 /* ---- More of chapter 5 ----------------------------------------------------------------------- */
 
-/* Each site has its own probability, and in every layer a stream of its own. */
+/* Each site has its own probability, and its own stream in every layer. */
 static void test_dropout_sites(void)
 {
     enum { LAYERS = 100 };
@@ -6975,7 +6990,7 @@ static void eps_rank(Comm *world, void *arg)
     stage_forward(k, mb);
     size_t N = k->B * k->T, C = k->config.C, last = k->depth - 1;
     const Saved *a = &mb->layer[last];
-    /* the variance is a sum of C = 36 terms, then come a root and a division: at most some C U */
+    /* the variance is a sum of C = 36 terms; with a root and a division this makes at most C U */
     check("first LayerNorm: rstd with eps 0.5", rstd_error(a->rstd1, a->x, N, C, 0.5), 36 * U);
     check("second", rstd_error(a->rstd2, a->res, N, C, 0.5), 36 * U);
     check("last", rstd_error(mb->rstdf, mb->layer[k->depth].x, N, C, 0.5), 36 * U);
@@ -6990,8 +7005,8 @@ static void test_eps(void)
     run_ranks(1, eps_rank, &t);
 }
 
-/* All tokens' logits are -1080, equal and far below the padding's 0: the loss is ln V for every
- * layout [P16]. */
+/* The logits of all tokens are -1080, far below the padding's 0. In every
+ * layout the loss is ln V [P16]. */
 static void low_logits_rank(Comm *world, void *arg)
 {
     Training *t = (Training *)arg;
@@ -7060,7 +7075,7 @@ static void test_sum_losses(void)
 static void test_learning_rate_ends(void)
 {
     Optimizer o = {1.5e-4, 0, 3000, 300000, DECAY_MEGATRON, 0.9, 0.999, 1e-8, 0.01, 1, 1};
-    /* num_iters = min(k, end - warmup) - warmup: the cosine stops short of 0 by 2 warm-ups */
+    /* num_iters = min(k, end - warmup) - warmup: the cosine stops 2 warm-ups before it reaches 0 */
     double last = 1.5e-4 / 2 * (cos(M_PI * 294000 / 300000) + 1);
     check("Megatron without a floor: lr(297000)", fabs(learning_rate(&o, 297000) / last - 1),
           1e-12);
@@ -7080,8 +7095,8 @@ static void test_loss_scaler_floor(void)
     check_equal("the scale never falls below 1 [P36]", s.scale, 1);
 }
 
-/* One update with eps far above all gradients: w -= lr g c / (|g| c + eps), where g is unscaled and
- * c clips. */
+/* One update with eps far above all gradients is w -= lr g c / (|g| c + eps), where g is the
+ * unscaled gradient and c the factor of clipping. */
 static void test_one_update(void)
 {
     static const Layout layouts[] = {{1, 1, 1}, {2, 2, 2}};
@@ -7106,7 +7121,7 @@ static void test_one_update(void)
             }
             snprintf(what, sizeof what, "tp %d pp %d dp %d, clip %g: one update", layouts[l].tp,
                      layouts[l].pp, layouts[l].dp, clips[i]);
-            /* weights of norm ~30, rounded once, against a step of ~10 */
+            /* weights of norm ~30 are rounded once; the step has norm ~10 */
             check(what, sqrt(difference / norm), 64 * U);
             check("  the norm is that of unscaled gradients", fabs(t.norm[0] / sqrt(squares) - 1),
                   LAYOUT_BOUND);
@@ -7114,9 +7129,9 @@ static void test_one_update(void)
         }
 }
 
-/* A dynamic scale far too large: steps are skipped, and each further one halves it, until one fits.
- * Only then weights move, and Adam's and the learning rate's clocks begin; the user's and the
- * data's go on [P36, P39]. */
+/* The dynamic loss scale starts far too large. Steps are skipped, and the scale is halved from the
+ * second one on, until a step fits. Only then the weights move, and the clocks of Adam and of the
+ * learning rate begin. The counts of steps and of samples go on all the time [P36, P39]. */
 typedef struct {
     Training t;
     int skipped, updates, wrong_lr, wrong_scale, wrong_masks, wrong_count, moved_early, moved,
@@ -7132,7 +7147,7 @@ static void dynamic_rank(Comm *world, void *arg)
     Progress p = {0, 0, 0, make_loss_scaler(0)};
     size_t bytes = k->elements * sizeof(act);
     act *before = (act *)xcalloc(1, bytes);
-    /* gradients overflow; in double, their squares */
+    /* gradients overflow; in double, the squares of gradients do */
     double scale = sizeof(real) == 4 ? 0x1p134 : 0x1p520;
     int hysteresis = 2, updates = 0;
     p.scaler.scale = scale;
@@ -7147,12 +7162,12 @@ static void dynamic_rank(Comm *world, void *arg)
             d->wrong_scale += r.loss_scale != scale;
             d->wrong_lr += r.lr != learning_rate(&t->optimizer, (size_t)updates);
             d->skipped += r.skipped;
-            /* skipped or not, the next step draws others */
+            /* the masks change with each step, also with a skipped one */
             d->wrong_masks += k->step != (uint32_t)step;
             d->moved_early += moved && (r.skipped || !lr);
             d->moved += moved;
         }
-        if (r.skipped) { /* the second overflow, and each one after it, halves */
+        if (r.skipped) { /* the second overflow halves the scale, and so does each later one */
             if (hysteresis == 1) scale /= 2;
             else hysteresis--;
         } else updates++;
@@ -7187,7 +7202,7 @@ static void test_dynamic_scale(void)
 
 /* ---- More of chapters 9 and 10 --------------------------------------------------------------- */
 
-/* Logits of the token after `text`, by a whole pass with an empty cache. */
+/* The logits of the token after `text`, by a whole pass with an empty cache. */
 static const real *logits_after(Generator *g, const int *text, size_t n)
 {
     g->cache.past = 0;
@@ -7202,9 +7217,9 @@ static int greatest(const real *z, size_t n)
     return (int)best;
 }
 
-/* LAMBADA examples whose last words are right or wrong by construction: example e's label tokens
- * are the most probable tokens, but for those whose bit in pattern[e] is 0. One example is longer
- * than T + 1; the last pass is shorter. */
+/* LAMBADA examples whose last words are right or wrong by construction. The label tokens of example
+ * e are the most probable tokens, but for those whose bit in pattern[e] is 0. One example is longer
+ * than T + 1, and the last pass is not full. */
 enum { LAMBADA_N = 7, LAMBADA_T = 24, LAMBADA_V = 300 };
 static const struct {
     size_t context, label;
@@ -7284,13 +7299,13 @@ static void test_lambada_accuracy(void)
         }
 }
 
-/* Generation against whole passes: a prompt longer than T, the text read again when all T positions
- * are full, the end of a document, a second text with the same generator. */
+/* Generation against whole passes: a prompt longer than T; a text that is read again when all T
+ * positions are full; the end of a document; a second text with the same generator. */
 typedef struct {
     int tp, wrong, emitted, stopped, second;
 } Generation;
 
-/* The first windows alone: the last pass is filled up with copies, which must not count. */
+/* A limit on windows: the last pass is filled up with copies, which must not count. */
 static void limited_rank(Comm *world, void *arg)
 {
     Scored *s = (Scored *)arg;
@@ -7299,7 +7314,8 @@ static void limited_rank(Comm *world, void *arg)
     *loss = 0;
     for (size_t limit = 1; limit <= 5; limit++) {
         Score score = text_loss(k, &s->text, 5, limit, 299, NULL);
-        if (score.targets != 24 + 5 * (limit - 1)) *loss = NAN; /* T, then 5 in each */
+        /* T targets in the first window, 5 in each later one */
+        if (score.targets != 24 + 5 * (limit - 1)) *loss = NAN;
         *loss += score.loss;
     }
     /* Inference keeps one layer's activations, whatever the depth. */
@@ -7347,7 +7363,7 @@ static void generation_rank(Comm *world, void *arg)
             push_token(&text, (int)(random_word(6, SITE_SAMPLE, (uint32_t)p, i) % LAMBADA_V));
         generate(g, &text, 40, &s, -1, count_token, &emitted);
         wrong += text.n != n + 40;
-        /* text[begin .. i-1] are at positions 0 .. i-1-begin */
+        /* text[begin .. i-1] stands at positions 0 .. i-1-begin */
         for (size_t i = n; i < n + 40; i++) {
             if (i - begin > T) begin = i - (T + 1) / 2;
             wrong += text.id[i] != sample_token(logits_after(g, text.id + begin, i - begin),
@@ -7362,7 +7378,7 @@ static void generation_rank(Comm *world, void *arg)
     generate(g, &text, 40, &greedy, first, count_token, &emitted);
     stopped = text.n == 2 && text.id[1] == first && emitted == before;
     text.n = 1;
-    generate(g, &text, 1, &greedy, -1, NULL, NULL); /* the cache of the text before does not stay */
+    generate(g, &text, 1, &greedy, -1, NULL, NULL); /* the cache of the text before must be gone */
     second = text.id[1] == first;
     if (world->rank == 0) {
         r->wrong = wrong;
@@ -7404,8 +7420,8 @@ static void test_sampler_ties(void)
 
 /* ---- More of chapter 12 ---------------------------------------------------------------------- */
 
-/* trace_agrees() sees a message too many, one too long, one too few. What it says about them goes
- * nowhere. */
+/* trace_agrees() sees a message too many, one too long and one too few. Its
+ * reports go to /dev/null. */
 static void test_trace_disagrees(void)
 {
     Layout s = {2, 1, 2};
@@ -7429,7 +7445,7 @@ static void test_trace_disagrees(void)
     agrees[3] = trace_agrees(trace, &in, 0);
     trace->event[2].group = group;
     Comm extra = {0, 2, NULL, "pp", 0, NULL, trace};
-    record(&extra, "send", 5, ACT); /* of a kind that the plan does not have at all */
+    record(&extra, "send", 5, ACT); /* of a kind that the plan does not have */
     agrees[4] = trace_agrees(trace, &in, 0);
     dup2(saved, STDERR_FILENO);
     close(saved);
@@ -7448,8 +7464,8 @@ static double number_of(const Json *json, const JsonValue *object, const char *k
     return v && v->type == JSON_NUMBER ? v->number : NAN;
 }
 
-/* `trace --json`: each stage's events and totals, layers numbered through, bytes by type, a place
- * for every message. */
+/* `trace --json` has the events and totals of each stage, numbers layers over all stages, counts
+ * bytes by type, and gives a place for every message. */
 static void test_trace_output(void)
 {
     static const Layout layouts[] = {{2, 1, 1}, {2, 2, 2}, {1, 4, 1}};
@@ -7523,7 +7539,8 @@ static void test_trace_output(void)
 
 /* ---- More of chapter 13 ---------------------------------------------------------------------- */
 
-/* Options as from a command line: words separated by single blanks, which stay where they are. */
+/* Parses options as from a command line, its words separated by single blanks. They stay in
+ * `line`. */
 static Options options_of(char *line)
 {
     static char program[] = "megatron_gpt2";
@@ -7535,7 +7552,7 @@ static Options options_of(char *line)
     return o;
 }
 
-/* What the paper trains with [§4.2], and how sizes follow from each other. */
+/* The paper's settings for training [§4.2], and sizes that follow from each other. */
 static void test_defaults(void)
 {
     char train[] = "train --data x", one[] = "train --data x --batch 12 --dp 3";
@@ -7578,7 +7595,7 @@ static void test_defaults(void)
     tokenizer_close(t.tokenizer);
 }
 
-/* All that a run must remember comes back from the checkpoint as it went in. */
+/* All that a run must remember comes back from a checkpoint unchanged. */
 typedef struct {
     Options o;
     const Progress *progress;
@@ -7643,8 +7660,8 @@ static void test_run_state(void)
     safetensors_close(&trainer);
 }
 
-/* A log that goes on after step 3: later steps and half a line go out of it; a new run's log is
- * appended. */
+/* A log that is continued after step 3 loses its later steps and its half line. A
+ * new run appends to a log. */
 static void test_log(void)
 {
     static const char before[] =
@@ -7676,8 +7693,8 @@ static void test_log(void)
     check_true("a resumed run without a log begins one", access(path, F_OK) == 0);
 }
 
-/* A straight line from 15 down to 2, two steps a column: one star a column, on the line; labels of
- * 14 equal steps. */
+/* Draws a straight line from 15 down to 2, two steps for each column. Each column must have one
+ * star, on the line; labels are 14 equal steps. */
 static void test_curve(void)
 {
     enum { N = 144, W = 72, H = 14 };
@@ -7711,7 +7728,7 @@ static void test_curve(void)
             double value = 15 - 13.0 * x / (W - 1), height = value - 2;
             int star = bar[1 + x] == '*';
             stars += star;
-            /* floats: 15 has an error of 1e-6 */
+            /* numbers are floats: 15 has an error of 1e-6 */
             wrong += star && !(fabs(height - y) <= 0.5 + 1e-6);
         }
     }
@@ -7723,8 +7740,8 @@ static void test_curve(void)
     check_equal("  that are not on the line", wrong, 0);
 }
 
-/* Runs the program with --json and keeps numbers `key` of each line, NaN where a line has none;
- * returns how many lines. */
+/* Runs the program with --json and keeps the numbers `key` of each line; NaN where a line has none.
+ * Returns the number of lines. */
 static size_t run_lines(const char *command, const char *const key[3], double value[][3],
                         size_t most)
 {
@@ -7743,8 +7760,8 @@ static size_t run_lines(const char *command, const char *const key[3], double va
     return n;
 }
 
-/* The program in several layouts reads the same samples, in the same order, with the same held-out
- * loss. Losses differ by the rounding of their float sums, and by what AdamW makes of it: some
+/* In several layouts the program reads the same samples in the same order, and has the same
+ * held-out loss. Losses differ by the rounding of float sums, and by what AdamW makes of it: some
  * steps of lr 1e-4 in weights that hardly matter. */
 static void test_program_layouts(void)
 {
@@ -7777,8 +7794,8 @@ static void test_program_layouts(void)
             }
         if (i) check(layouts[i], n == 5 ? worst : NAN, 1e-5);
     }
-    /* At lr 0 the held-out loss must not move: no dropout there. And it must not disturb training,
-     * whose dropout is on. */
+    /* At lr 0 the held-out loss must not change, because it has no dropout. Measuring it must not
+     * disturb training, which has dropout. */
     static const char base[] =
         "--layers 2 --hidden 32 --heads 4 --seq 16 --batch 4 --steps 4 --valid-percent 5";
     snprintf(command, sizeof command,
@@ -7820,8 +7837,8 @@ static void test_program_layouts(void)
           n == 20 ? 3 / last[19][2] : NAN, 1);
 }
 
-/* --seed draws the weights, and the masks: with one sample of text and the weights of --init there
- * is nothing else to draw. */
+/* --seed draws the weights and the masks. With one sample of text, and the weights of --init,
+ * nothing else is drawn. */
 static void test_seeds(void)
 {
     static const char *const key[3] = {"loss", "lr", "step"};
@@ -7831,7 +7848,7 @@ static void test_seeds(void)
     if (!f) die("cannot write %s", path);
     fputs("just one sentence", f); /* 17 bytes and <|endoftext|>: one sample of 16 + 1 */
     fclose(f);
-    for (int i = 0; i < 4; i++) { /* i & 1: the seed; i < 2: new weights */
+    for (int i = 0; i < 4; i++) { /* i & 1 is the seed; i < 2 starts with new weights */
         char start[256];
         if (i < 2)
             snprintf(start, sizeof start,
@@ -7849,8 +7866,8 @@ static void test_seeds(void)
                value[2][0] > 0 && value[3][0] > 0 && value[2][0] != value[3][0]);
 }
 
-/* Every option off its default, and dynamic scaling: 13 steps and 17 more end with the same bytes
- * as 30, and their log has the same lines. */
+/* Every option differs from its default, and scaling is dynamic. 13 steps and 17 more end with the
+ * same bytes as 30, and their log has the same lines. */
 static void test_resume_options(void)
 {
     char a[PATH_MAX], b[PATH_MAX], settings[512];
@@ -7885,7 +7902,7 @@ static void test_resume_options(void)
                 0);
 }
 
-/* eval and generate from the command line: Appendix E's sum over T_o - 1, windows of 32 new
+/* eval and generate from the command line: Appendix E's division by T_o - 1, windows of 32 new
  * targets, LAMBADA's counts. */
 static void test_eval_output(void)
 {
@@ -7899,7 +7916,7 @@ static void test_eval_output(void)
     FILE *f = fopen(join_path(path, SCRATCH, "new_wiki"), "w");
     if (!f) die("cannot write %s", path);
     for (int i = 0; i < 97; i++) fprintf(f, "%c ", 'a' + i * 7 % 26);
-    fputs("x @-@ y\n", f); /* 100 words; 198 bytes, of which the last are x-y */
+    fputs("x @-@ y\n", f); /* 100 words; 198 bytes, the last of which are x-y */
     fclose(f);
     f = fopen(join_path(path, SCRATCH, "new_lambada"), "w");
     if (!f) die("cannot write %s", path);
@@ -7914,7 +7931,7 @@ static void test_eval_output(void)
     check_equal("original tokens", count[0][1], 100);
     check_equal("windows: 32 new targets in each [P52]", count[0][2], 7);
     check("perplexity = exp(loss)", fabs(value[0][1] / exp(value[0][0]) - 1),
-          1e-7); /* nine digits are printed, of a loss near 5.5 */
+          1e-7); /* a loss near 5.5 is printed with nine digits */
     check("adjusted: exp of the sum / (T_o - 1) [P51]",
           fabs(value[0][2] / exp(value[0][0] * 197 / 99) - 1), 1e-7);
     check_equal(
@@ -7940,8 +7957,8 @@ static void test_eval_output(void)
  *
  * The program is run, and its outputs are read with chapter 11 and with its own inspect. */
 
-/* ./convert with these arguments. Returns its exit status; *output is what it says on stdout,
- * *error on stderr: both in memory that the next call uses again. */
+/* Runs ./convert with these arguments. Returns its exit status. convert_output is what it wrote to
+ * stdout, convert_error what it wrote to stderr; the next call overwrites both. */
 static const char *convert_output, *convert_error;
 
 __attribute__((format(printf, 1, 2))) static int run_convert(const char *format, ...)
@@ -7974,14 +7991,14 @@ static int have_convert(void)
     return 0;
 }
 
-/* Exactly one line on stderr, with this in it. */
+/* Did convert write exactly one line to stderr, which contains these words? */
 static int says(const char *words)
 {
     const char *end = strchr(convert_error, '\n');
     return end && !end[1] && strstr(convert_error, words) != NULL;
 }
 
-/* Names in a folder that begin like this. */
+/* Counts the names in a folder that begin with `prefix`. */
 static size_t count_names(const char *folder, const char *prefix)
 {
     size_t n = 0;
@@ -8004,8 +8021,8 @@ static uint32_t plain_crc(const unsigned char *data, size_t n)
     return ~crc;
 }
 
-/* x rounded to a type with so many bits behind the point and this smallest exponent: to nearest,
- * ties to even. */
+/* Rounds x to a type with this number of bits behind the point and this smallest exponent: to
+ * nearest, ties to even. */
 static double round_to_bits(double x, int bits, int smallest)
 {
     int exponent;
@@ -8014,7 +8031,7 @@ static double round_to_bits(double x, int bits, int smallest)
     return rint(x / step) * step;
 }
 
-/* A float in the bytes of a type; from the definition of the formats. */
+/* Writes a float in the bytes of a type, by the definition of the formats. Returns their number. */
 static size_t put_rounded(unsigned char *to, float x, const char *dtype)
 {
     uint32_t bits;
@@ -8042,8 +8059,8 @@ static size_t put_rounded(unsigned char *to, float x, const char *dtype)
     return 4;
 }
 
-/* How Megatron holds a model: the oracle, an element at a time, from the description of the
- * formats. */
+/* How Megatron stores a model. This is the oracle: one element at a time, by the
+ * description of the formats. */
 typedef struct {
     const PlainModel *m;
     size_t tp, pp;
@@ -8051,7 +8068,7 @@ typedef struct {
     const char *dtype;
 } Cut;
 
-/* Row of [Q; K; V] of the whole model, and so on, for row i of what tensor rank r stores. */
+/* The row of the whole model's [Q; K; V] that is row i on tensor rank r. */
 static size_t cut_qkv_row(const Cut *c, size_t r, size_t i)
 {
     const Config *m = &c->m->config;
@@ -8081,8 +8098,8 @@ static const struct {
     {"mlp.dense_4h_to_h", "mlp.c_proj", 'C'},
 };
 
-/* CRC-32 and shape of one tensor of a rank, by Megatron's name; 0 if the rank should not have
- * it. */
+/* CRC-32 and shape of one tensor of a rank, by Megatron's name. Returns 0 if the
+ * rank should not have it. */
 static int cut_tensor(uint32_t *crc, size_t shape[2], size_t *dims, const Cut *c, size_t r,
                       size_t stage, const char *name)
 {
@@ -8178,7 +8195,7 @@ static int is_cut_like(const Cut *c, const char *folder)
     return good;
 }
 
-/* Is a folder of Hugging Face's this model, rounded to a type, bit for bit? */
+/* Does a folder of Hugging Face's hold this model, rounded to a type, bit for bit? */
 static int is_model_like(const PlainModel *m, const char *dtype, const char *folder)
 {
     Config c;
@@ -8204,8 +8221,9 @@ static uint32_t next_random(uint64_t *state, uint32_t below)
     return random_word(77, SITE_SAMPLE, 5, (*state)++) % below;
 }
 
-/* Random models, cut in random ways, in every order and type: what is written is what the oracle
- * says, and what comes back, over another cut, is the model, bit for bit. */
+/* Random models are cut in random ways, for every order of Q, K, V and every type. The
+ * written files must be as the oracle says. Converted to another cut and back, they must
+ * be the model, bit for bit. */
 static void test_convert_round_trip(void)
 {
     static const char *const dtypes[] = {"keep", "fp32", "fp16", "bf16"};
@@ -8224,7 +8242,7 @@ static void test_convert_round_trip(void)
         int type = (int)next_random(&draw, 4), version = (int)next_random(&draw, 4);
         int other = (int)next_random(&draw, 4);
         PlainModel m = plain_model(c);
-        /* also numbers that are subnormal in fp16, and those that vanish */
+        /* also numbers that are subnormal in fp16, and numbers that vanish there */
         for (size_t i = 0; i < m.n; i++)
             for (size_t e = 0; e < m.tensor[i].n; e++)
                 m.tensor[i].x[e] *= ldexpf(1, -(int)(e % 29));
@@ -8253,9 +8271,9 @@ static void test_convert_round_trip(void)
  *
  * As PyTorch has written them: dev/reference/make_checkpoints.py. */
 
-/* Every line of cases.tsv: the file becomes the model, bit for bit, with the logits that
- * transformers computes in float64; or it is refused for the reason that the line tells. PyTorch in
- * float is 2e-7 to 4e-7 off. */
+/* For every line of cases.tsv: the file becomes the model, bit for bit, with the logits that
+ * transformers computes in float64; or it is refused for the reason in the line. PyTorch's float
+ * logits are off by 2e-7 to 4e-7. */
 static void test_convert_own(void)
 {
     static const char folder[] = "dev/reference/checkpoints";
@@ -8308,8 +8326,8 @@ static void test_convert_own(void)
 
 static const char fixtures[] = "../shared/fixtures";
 
-/* Every tensor that the list names, with the values of its file, and no others. lm_head is the
- * token embedding. */
+/* Does the folder hold every tensor of the list, with the values of its file, and no others?
+ * lm_head is the token embedding. */
 static int is_expected(const char *folder, const char *tsv)
 {
     char path[PATH_MAX], line[512], name[128], shape[64], digest[80], seen[64];
@@ -8378,7 +8396,7 @@ static void test_convert_fixtures(void)
             if (g < 2)
                 check_true(name->string,
                            status == 0 && is_expected(out, json_get(&json, f, "expected")->string));
-            else { /* h04 as fp16, so the same bytes as if we had rounded it */
+            else { /* these hold h04 as fp16: the same bytes as if we had rounded it */
                 char other[PATH_MAX];
                 snprintf(other, sizeof other, "%.4000s/reference", path);
                 if (!file_exists(path, "reference"))
@@ -8401,7 +8419,7 @@ static void test_convert_fixtures(void)
     remove_checkpoint_folder(path);
 }
 
-/* What must be wrong with each of the malformed files: a word of the reason that is given. */
+/* What is wrong with each malformed file: words of the reason that convert must give. */
 static const char *const refusals[][2] = {
     {"b02", "more bytes are announced"},
     {"b03", "cut short"},
@@ -8538,7 +8556,7 @@ static void test_convert_malformed(void)
     if (stream) closedir(stream);
 }
 
-/* A small checkpoint of our own, for what follows. */
+/* A small checkpoint of our own, for the tests that follow. */
 static PlainModel small_checkpoint(char folder[PATH_MAX])
 {
     PlainModel m = plain_model(make_config(2, 16, 4, 8, 257));
@@ -8550,8 +8568,7 @@ static PlainModel small_checkpoint(char folder[PATH_MAX])
     return m;
 }
 
-/* Damaged in any way, a file is refused with one line, or it still is a model; nothing else can
- * happen. */
+/* A damaged file is refused with one line, or it still is a model. Nothing else may happen. */
 static void test_convert_damage(void)
 {
     char folder[PATH_MAX], path[PATH_MAX];
@@ -8565,7 +8582,7 @@ static void test_convert_damage(void)
     for (int round = 0; round < 120; round++) {
         size_t n = map.size, hits = 1 + next_random(&draw, 4);
         memcpy(bytes, map.data, n);
-        /* near the pickle, or the directory, where it hurts; or anywhere */
+        /* near the pickle or the directory, where damage matters most, or anywhere */
         for (size_t i = 0; i < hits; i++) {
             size_t range = next_random(&draw, 3);
             size_t at = next_random(&draw, range == 2 ? (uint32_t)n : 2500);
@@ -8588,7 +8605,7 @@ static void test_convert_damage(void)
     remove_checkpoint_folder(folder);
 }
 
-/* a string in a pickle: start, filled up to n bytes */
+/* Writes a pickle's string: `start`, filled up to n bytes. */
 static void put_text(FILE *f, const char *start, size_t n)
 {
     size_t length = strlen(start);
@@ -8598,8 +8615,8 @@ static void put_text(FILE *f, const char *start, size_t n)
     for (size_t i = length; i < n; i++) fputc('a', f);
 }
 
-/* Files of one or two megabytes that would keep us busy for a minute, and larger ones of their kind
- * for hours. */
+/* Files of one or two megabytes that could keep us busy for a minute. Larger ones of
+ * their kind could for hours. */
 static void test_convert_bombs(void)
 {
     static const char head[] =
@@ -8725,7 +8742,7 @@ static void test_convert_options(void)
     if (!have_convert()) return;
     PlainModel m = small_checkpoint(folder);
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        const char *rest = wrong[i].arguments; /* every %s is the folder */
+        const char *rest = wrong[i].arguments; /* every %s stands for the folder */
         *arguments = 0;
         for (const char *at = strstr(rest, "%s"); at; at = strstr(rest, "%s")) {
             strncat(arguments, rest, (size_t)(at - rest));
@@ -8801,8 +8818,8 @@ static void test_convert_options(void)
     remove_checkpoint_folder(folder);
 }
 
-/* Converts while SIGCHLD is ignored, as the program that calls convert may do; sends SIGTERM after
- * some milliseconds, if any. Returns the exit status, 128 if a signal has ended it. */
+/* Converts while SIGCHLD is ignored, as a program that calls convert may have set it. Sends SIGTERM
+ * after some milliseconds, if not 0. Returns the exit status, or 128 if a signal ended it. */
 static int stop_convert(const char *in, const char *out, unsigned after)
 {
     char path[PATH_MAX];
@@ -8824,7 +8841,7 @@ static int stop_convert(const char *in, const char *out, unsigned after)
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
 }
 
-/* However a conversion ends, OUT is whole or not there, and nothing stays beside it. */
+/* However a conversion ends, OUT is whole or not there, and nothing else is left behind. */
 static void test_convert_ends(void)
 {
     char folder[PATH_MAX], path[PATH_MAX], out[PATH_MAX];
@@ -8841,7 +8858,7 @@ static void test_convert_ends(void)
         stop_convert(join_path(path, folder, "config.json"), join_path(out, folder, "b"), 0) == 1 &&
             !count_names(folder, "b"));
     join_path(out, folder, "x");
-    for (unsigned delay = 1; delay <= 31; delay += 2) { /* before, in and after the work */
+    for (unsigned delay = 1; delay <= 31; delay += 2) { /* before, during and after the work */
         int status = stop_convert(folder, out, delay), whole = file_exists(folder, "x");
         right &= count_names(folder, "x") == (size_t)whole &&
                  (whole ? is_model_like(&m, "F32", out) : status != 0);
@@ -8865,7 +8882,7 @@ static unsigned char *put_bytes(unsigned char *to, uint64_t x, int n)
     return to;
 }
 
-/* A local header, or with `at` the directory's entry that points to one there. */
+/* Writes a local header; or, with `at`, the directory's entry for the header at that place. */
 static unsigned char *put_zip_header(unsigned char *to, const char *name, size_t size, uint32_t crc,
                                      const size_t *at)
 {
@@ -8886,7 +8903,7 @@ static unsigned char *put_zip_header(unsigned char *to, const char *name, size_t
     return to + strlen(name);
 }
 
-/* The record that says where the directory is. */
+/* Writes the record that says where the directory is. */
 static unsigned char *put_zip_end(unsigned char *to, size_t entries, size_t length,
                                   size_t directory)
 {
@@ -8899,8 +8916,8 @@ static unsigned char *put_zip_end(unsigned char *to, size_t entries, size_t leng
     return put_bytes(to, 0, 2);
 }
 
-/* Archives that no writer makes: one member inside another; a directory that is longer than its
- * count. What convert itself writes has the right checksums in both places. */
+/* Archives that no writer makes: one member lies inside another; a directory is longer than its
+ * count says. In what convert itself writes, the data are aligned and have the right checksum. */
 static void test_convert_zip(void)
 {
     unsigned char zip[512], *inner, *at, *directory;
@@ -8936,8 +8953,8 @@ static void test_convert_zip(void)
     remove_checkpoint_folder(folder);
 }
 
-/* Writes a pickle from its instructions, one character each, save 'text' for a string, #7; for a
- * number, and @module name; for a global. */
+/* Writes a pickle from a program. Each character is an instruction, except 'text' for a string, #7;
+ * for a number, and @module name; for a global. */
 static void put_pickle(FILE *f, const char *program)
 {
     fputs("\x80\2", f);
@@ -8962,7 +8979,7 @@ static void put_pickle(FILE *f, const char *program)
     fputc('.', f);
 }
 
-/* A legacy file of torch's: this object, and a storage '0' of n floats. */
+/* Writes a legacy file of torch's: this object, and a storage '0' of n floats. */
 static void put_legacy(const char *folder, const char *name, const char *object, uint32_t n)
 {
     char path[PATH_MAX];
@@ -8986,8 +9003,8 @@ static void put_legacy(const char *folder, const char *name, const char *object,
     "@torch._utils _rebuild_tensor_v2;(('storage'@torch FloatStorage;'0''cpu'#" #n ";tQ" place     \
     "\x89@collections OrderedDict;)RtR"
 
-/* Changes bytes of the pickle of a file that convert has written, whose checksum then says that it
- * is unknown. */
+/* Changes a byte in the pickle of a file that convert wrote, and sets the file's checksum to 0,
+ * which means unknown. */
 static void patch_pickle(const char *path, const char *seen, size_t n, size_t at, char byte)
 {
     FILE *f = fopen(path, "r+b");
@@ -9008,7 +9025,7 @@ static void patch_pickle(const char *path, const char *seen, size_t n, size_t at
     fclose(f);
 }
 
-/* What a file may not say. */
+/* Files whose content contradicts itself, or asks for too much. */
 static void test_convert_lies(void)
 {
     static const struct {
@@ -9030,7 +9047,7 @@ static void test_convert_lies(void)
         check_true(lies[i].reason,
                    run_convert("inspect %s/lie.pt", folder) == 1 && says(lies[i].reason));
     }
-    /* under nine names */
+    /* one tensor under nine names */
     snprintf(object, sizeof object, "}'a'%sq%cs", TENSOR(1000, "#0;(#1000;t(#1;t"), 1);
     for (char name = 'b'; name <= 'i'; name++)
         snprintf(object + strlen(object), 16, "'%c'h%cs", name, 1);
@@ -9048,7 +9065,7 @@ static void test_convert_lies(void)
     check_true("the second rank's args tell of another model",
                run_convert("%s/megatron %s/o", folder, folder) == 1 && says("post_layernorm"));
 
-    size_t nodes = 500000; /* in each of 12 files: more than a checkpoint can have */
+    size_t nodes = 500000; /* in each of 12 files; together more than a checkpoint can have */
     char *junk = (char *)xcalloc(nodes + 64, 1);
     snprintf(junk, 64, "}'model'}s'junk'(");
     size_t n = strlen(junk);
@@ -9063,7 +9080,7 @@ static void test_convert_lies(void)
     check_true("objects beyond measure",
                run_convert("%s/junk %s/o", folder, folder) == 1 && says("more objects"));
 
-    size_t bytes = 70000, zero = 0; /* that claim to inflate to 70 MB */
+    size_t bytes = 70000, zero = 0; /* these bytes claim to inflate to 70 MB */
     zip = (unsigned char *)xcalloc(bytes + 512, 1);
     static const char model[] = "release/mp_rank_00/model_optim_rng.pt";
     unsigned char *directory = put_zip_header(zip, model, bytes, 0, NULL) + bytes;
@@ -9114,7 +9131,7 @@ static double command_seconds(void)
     return (double)u.ru_utime.tv_sec + 1e-6 * (double)u.ru_utime.tv_usec;
 }
 
-/* Four times as many tensors take four times as long, not sixteen times. */
+/* Four times as many tensors take about four times as long, not sixteen times. */
 static void test_convert_many(void)
 {
     char folder[PATH_MAX], path[PATH_MAX];
@@ -9177,8 +9194,8 @@ static void test_convert_shards(void)
     remove_checkpoint_folder(folder);
 }
 
-/* A forward pass after conversion: Megatron's file of another era and order of Q, K, V gives
- * PyTorch's logits. */
+/* A forward pass after conversion: a Megatron file of another era, with another order of Q, K, V,
+ * gives PyTorch's logits. */
 static void test_convert_logits(void)
 {
     if (!have_convert()) return;
