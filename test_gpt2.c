@@ -4541,10 +4541,10 @@ static void test_plan_parameters(void)
         in = plan_case("355M", 1 << i, 1, 1, 1, 1, 0);
         check_equal("P44 355M, t=1,2,4,8: parameters of a rank", make_plan(&in).parameters_per_rank,
                     per_rank[i]);
-        check_equal("P14 50,257 words padded", (double)padded_vocab(50257, 1 << i), padded[i]);
+        check_equal("P14 50,257 tokens padded", (double)padded_vocab(50257, 1 << i), padded[i]);
     }
-    check_equal("P14 dummy words at t=8", (double)padded_vocab(50257, 8) - 50257, 943);
-    check_equal("P14 words of a rank at t=8", (double)padded_vocab(50257, 8) / 8, 6400);
+    check_equal("P14 dummy tokens at t=8", (double)padded_vocab(50257, 8) - 50257, 943);
+    check_equal("P14 tokens of a rank at t=8", (double)padded_vocab(50257, 8) / 8, 6400);
     /* Two stages: both hold the token embedding, padded to 384 x 8. The shapes are counted by hand:
      * C 8, F 32, T 4, L 2. */
     in.config = make_config(2, 8, 2, 4, 300);
@@ -4552,7 +4552,7 @@ static void test_plan_parameters(void)
     in.layout.pp = 2;
     in.seq = 4;
     plan = make_plan(&in);
-    check_equal("stage 0: 384 padded words, positions, one layer", plan.parameters_per_rank,
+    check_equal("stage 0: 384 padded tokens, positions, one layer", plan.parameters_per_rank,
                 384 * 8 + 4 * 8 +
                     (2 * 8 + 24 * 8 + 24 + 8 * 8 + 8 + 2 * 8 + 32 * 8 + 32 + 8 * 32 + 8));
     check_equal("parameters without padding", plan.parameters,
@@ -4715,7 +4715,7 @@ static void test_plan_flops(void)
           1e-14);
     PlanInput padded = plan_case("124M", 8, 1, 1, 1, 1, 0); /* 50,257 tokens become 51,200 */
     plan = make_plan(&padded);
-    check("padding costs 6BsC for each of 943 words, off by",
+    check("padding costs 6BsC for each of 943 tokens, off by",
           fabs((plan.flops_per_iteration - plan.flops_formula) / (6.0 * 1024 * 768 * 943) - 1),
           1e-5);
 
@@ -4814,7 +4814,7 @@ static void test_plan_memory(void)
     check_true("the first of four stages keeps most activations", first > last);
     check_equal("it is the one that is planned", plan.activation_bytes, (double)first);
     double weights = 7424.0 * 3072 + 18 * (12.0 * 3072 * 3072 / 8 + 7.0 * 3072 / 8 + 6 * 3072);
-    check_equal("its weights: 6400 words, 1024 positions, 18 layers",
+    check_equal("its weights: 6400 tokens, 1024 positions, 18 layers",
                 plan.weights_bytes / sizeof(act), weights);
     in = scaling_case(3, 64);
     plan = make_plan(&in);
@@ -6328,7 +6328,7 @@ static void test_scores(void)
             continue;
         }
         check("  loss against tp 1", fabs(s.sliding / first.sliding - 1), bound);
-        check_true("  draws the same words as tp 1",
+        check_true("  draws the same tokens as tp 1",
                    s.generated.n == 61 &&
                        !memcmp(s.generated.id, first.generated.id, 61 * sizeof(int)));
         free(s.text.id);
@@ -6384,12 +6384,12 @@ static void test_sampler(void)
     real z[3] = {1, 3, 3};
     Candidate heap[3];
     Sampler greedy = {0, 0, 1, 0};
-    check_sampler("all words: chi^2 of 20,000 draws", all);
+    check_sampler("all tokens: chi^2 of 20,000 draws", all);
     check_sampler("temperature 0.5", cold);
     check_sampler("top-k 5", k5);
     check_sampler("top-p 0.7", p7);
     check_sampler("temperature 1.3, top-k 6, top-p 0.8", both);
-    check_sampler("top-p 0: the most probable word", one);
+    check_sampler("top-p 0: the most probable token", one);
     check_equal("temperature 0: the first of the most probable",
                 sample_token(z, 3, &greedy, 0, heap), 1);
 }
@@ -7295,7 +7295,7 @@ static void test_lambada_accuracy(void)
             check_equal("  last tokens right", (double)run.accuracy.last_correct, (double)last);
             check_equal("  examples", (double)run.accuracy.examples, LAMBADA_N);
             check_equal("  the rank's T is as before", (double)run.seq_after, LAMBADA_T);
-            check_true("  of equal logits the first word counts", run.ties);
+            check_true("  of equal logits the first token counts", run.ties);
         }
 }
 
@@ -7397,9 +7397,9 @@ static void test_generation(void)
         Generation r = {tp, 0, 0, 0, 0};
         char what[96];
         run_ranks(tp, generation_rank, &r);
-        snprintf(what, sizeof what, "tp %d: words that a whole pass would not draw, of 200", tp);
+        snprintf(what, sizeof what, "tp %d: tokens that a whole pass would not draw, of 200", tp);
         check_equal(what, r.wrong, 0);
-        check_equal("  each word is emitted", r.emitted, 200);
+        check_equal("  each token is emitted", r.emitted, 200);
         check_true("  <|endoftext|> ends the text, and is not emitted", r.stopped);
         check_true("  a second text begins at position 0", r.second);
     }
@@ -7413,7 +7413,7 @@ static void test_sampler_ties(void)
     int seen[9] = {0}, wrong = 0;
     for (size_t i = 0; i < 200; i++) seen[sample_token(z, 9, &s, i, heap)]++;
     for (int i = 0; i < 9; i++) wrong += (seen[i] > 0) != (i == 1 || i == 2 || i == 4);
-    check_equal("top-k 3 of six equal words: the first three", wrong, 0);
+    check_equal("top-k 3 of six equal tokens: the first three", wrong, 0);
     check_equal("the exponent of a perplexity is capped at 20", perplexity(50), exp(20));
     check_equal("  and only there", perplexity(3), exp(3));
 }
@@ -7589,7 +7589,7 @@ static void test_defaults(void)
     memset(&t, 0, sizeof t);
     o = options_of(plain);
     prepare_model(&t, &o, &none, &none);
-    check_true("the model's own: tanh, dropout 0.1, 257 words, 64 positions",
+    check_true("the model's own: tanh, dropout 0.1, 257 tokens, 64 positions",
                c->gelu == GELU_TANH && c->embd_pdrop == (real)0.1 && c->attn_pdrop == (real)0.1 &&
                    c->resid_pdrop == (real)0.1 && c->V == 257 && o.seq == 64);
     tokenizer_close(t.tokenizer);
@@ -8780,7 +8780,7 @@ static void test_convert_options(void)
                 run_convert("%s/megatron %s/padded --keep-padding", folder, folder), 0);
     Safetensors s = open_model(&c, join_path(path, folder, "padded"));
     const StoredTensor *wte = find_stored(&s, "wte.weight");
-    check_true("  keeps 384 rows, the last of which are the last word's",
+    check_true("  keeps 384 rows, the last of which are the last token's",
                c.V == 384 && !memcmp(wte->data + 256 * 16 * 4, wte->data + 383 * 16 * 4, 64));
     safetensors_close(&s);
     check_equal("--vocab-size 200",
@@ -9306,7 +9306,7 @@ static const Test tests[] = {
     {"memory",             "the plan's bytes are those allocated", test_memory, 1, 0},
     {"golden",             "PyTorch's logits, losses, gradients, weights", test_golden, 1, 1},
     {"fixture_logits",     "PyTorch's logits of ../shared/fixtures", test_fixture_logits, 1, 1},
-    {"scores",             "P52: windows, cache, the same words for every tp", test_scores, 1, 1},
+    {"scores",             "P52: windows, cache, the same tokens for every tp", test_scores, 1, 1},
     {"sampler",            "temperature, top-k, top-p", test_sampler, 1, 0},
     {"command_line",       "wrong use and bad input", test_command_line, 1, 0},
     {"documented",         "every option is in README or doc", test_help_is_documented, 1, 0},
