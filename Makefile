@@ -129,7 +129,7 @@ debug-threads: # the emulator has threads of its own: make check sees races ther
 	$(MAKE) -B test TESTS=test_gpt2 CUDA=off OPT="$(SANITIZE)" OPENMP= EXTRA="-fsanitize=thread $(EXTRA)"
 
 # Time and memory, dev/bench/*.sh: make bench; make bench BENCH=convert BENCHFLAGS=--json
-BENCH   ?= $(filter-out $(if $(filter gpu,$(CUDA)),,gpu),$(patsubst dev/bench/%.sh,%,$(wildcard dev/bench/*.sh)))
+BENCH   ?= $(filter-out first $(if $(filter gpu,$(CUDA)),,gpu),$(patsubst dev/bench/%.sh,%,$(wildcard dev/bench/*.sh)))
 bench: all build/bench_cpu
 	@for part in $(BENCH); do sh dev/bench/$$part.sh $(BENCHFLAGS) || exit 1; done
 
