@@ -6,18 +6,18 @@
  *
  *     cc -O3 -march=native -fopenmp megatron_gpt2.c -lm -lpthread -o megatron_gpt2
  *
- * HOW TO READ IT. Part I is the paper. Read its @PART1@ lines from top to bottom, with the paper
- * beside you, and stop at Part II. The code of every formula is in Part I; behind it stands what
- * makes it fast, what connects ranks, and what reads files and prints.
+ * HOW TO READ IT. Part I is the paper. Read its 3,000 lines from top to bottom, with the paper
+ * beside you, and stop at Part II. Every formula of the paper has its code there. Part II makes the
+ * code fast and connects the ranks; Part III reads files, encodes text and prints.
  *
  *     Part I, the paper      1 operators, what they compute [§2.2]     2 ranks and groups [§2.3]
  *                            3 the model-parallel transformer [§3]     4 operators, how they do it
- *                            5 parameters [§4.2, §5.1]                 6 optimisation [§4.2]
+ *                            5 parameters, checkpoints [§4.2, §5.1]    6 optimisation [§4.2]
  *                            7 data and the training loop [§4.1]       8 recomputation, pipeline
  *                            9 evaluation [§5.2, App. E]              10 generation [App. C]
  *     Part II, the machine   11 products, vector loops, memory        12 ranks as threads
- *     Part III, the program  13 ground     14 files     15 text     16 planner, trace
- *     around it              17 command line
+ *     Part III, the program  13 errors, memory, small tools     14 files     15 text
+ *     around it              16 planner, trace                   17 command line
  *
  * TAGS. [§3 eq.3] is a place in the paper. [P12] is a statement about it that a test checks:
  * ./test_gpt2 P12. "Code A" and "code V" are Megatron's own code of August 2019 and of version 1.0;
@@ -25,23 +25,24 @@
  *
  * LEFT OUT: BERT [§5.3], the filtering of the training text [§4.1], other models, interleaved
  * pipelines, sequence parallelism, ZeRO. megatron_gpt2.cu has the operators for NVIDIA GPUs: it
- * includes this file, which then leaves out its own (OTHER_OPERATORS).
+ * defines OTHER_OPERATORS and includes this file, which then leaves out its own.
  *
  * LETTERS. B sequences in a micro-batch, T tokens in a sequence, N = B*T rows; C hidden size,
  * H heads, D = C/H their size, F = 4C width of the MLP, L layers, P positions, V tokens in the
- * vocabulary; t x p x d ranks. A small p behind a letter means this rank's part: Cp = C/t.
+ * vocabulary; t x p x d ranks. Cp, Hp, Fp, Vp: this rank's part of C, H, F, V, as in Cp = C/t.
  *
  * THE GRID of t x p x d ranks [App. B.1, Fig. 8], here t = 2, p = 2, d = 2:
  *
  *               stage 0       stage 1
- *     replica 0  | 0 1 |  ---> | 4 5 |   tensor groups:    0-1, 2-3, 4-5, 6-7   share every layer
- *     replica 1  | 2 3 |  ---> | 6 7 |   pipeline groups:  0-4, 1-5, 2-6, 3-7   share the layers
- *                                        data groups:      0-2, 1-3, 4-6, 5-7   share the batch
+ *     replica 0  | 0 1 |  ---> | 4 5 |   tensor groups:    0-1, 2-3, 4-5, 6-7   cut every matrix
+ *     replica 1  | 2 3 |  ---> | 6 7 |   pipeline groups:  0-4, 1-5, 2-6, 3-7   other layers
+ *                                        data groups:      0-2, 1-3, 4-6, 5-7   other sequences
  *
- * CONTRACTS. Outputs come first, then inputs, then dimensions. Backward functions write dx and add
- * to dw. Matrices are row-major, and their shapes stand beside them. Bad input ends in die(): one
- * line on stderr, exit status 1. All state is in a Rank; two globals change: `spoken` (chapter 13:
- * an error is told once) and `interrupted` (chapter 17: Ctrl-C). The text is C11 and C++17. */
+ * CONTRACTS. Outputs come first, then inputs, then dimensions; before them the rank or group that a
+ * function works for. Backward functions write dx and add to dw. Matrices are row-major, and their
+ * shapes stand beside them. Bad input ends in die(): one line on stderr, exit status 1. Two global
+ * variables change: `spoken` (chapter 13: an error is told once) and `interrupted` (chapter 17:
+ * Ctrl-C). The source compiles as C11 and as C++17. */
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -99,8 +100,9 @@ static size_t round_up(size_t n, size_t d) { return ceil_div(n, d) * d; }
 
 /* ---- What Part I takes from Parts II and III ------------------------------------------------- */
 
-/* Chapter 13: errors, memory. An arena is one block of memory for everything of one lifetime. The
- * same code carves it twice: with base NULL carve() only measures, then it places. */
+/* Chapter 13: errors and memory. An arena is one block of memory for everything of one lifetime.
+ * carve() returns its next part. The same calls run twice: with base NULL they measure the arena,
+ * then they place its parts. */
 typedef struct {
     char *base;
     size_t used; /* bytes */
@@ -134,6 +136,7 @@ typedef struct {
 typedef struct Tokenizer Tokenizer;
 static void push_token(Tokens *tokens, int id);
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n);
+/* Bytes of the white space that ends text (n), or 0; text without white space at its two ends. */
 static size_t space_before(const char *text, size_t n);
 static const char *strip(const char *text, size_t *n);
 
@@ -158,18 +161,20 @@ static double device_memory(void); /* bytes of all of them; 0: unknown */
  * =================================================================================================
  *
  * An operator is a function of pointers and dimensions. It knows no ranks and keeps no state. Here
- * stands what each computes; chapter 4 has the code. Threads share the work such that one thread
- * makes each sum, so results do not depend on the number of threads, bit for bit.
+ * stands what each computes; chapter 4 has the code. Each sum is made by a single thread, so
+ * results do not depend on the number of threads, bit for bit.
  *
  * Shapes stand behind the names, rows first. N = B*T rows, C channels; a linear layer has I inputs
- * and O outputs, attention H heads of size D. On a tensor rank these are the rank's own numbers:
- * the operators see one rank's part of a matrix as a matrix. */
+ * and O outputs, attention H heads of size D. On a tensor rank these are the rank's own numbers: an
+ * operator sees one rank's part of a matrix as a matrix. w' is w transposed; gelu'(x) a
+ * derivative. */
 
 /* ---- Linear layers --------------------------------------------------------------------------- */
 
-/* Weights are stored [out, in], so the paper's A is w', the transposed w. Where w is some rows of a
- * larger matrix, they are columns of the paper's A: y is then X A_i [§3 eq.3]. Where w is some of
- * its columns, and x has the same ones, y is X_i A_i, one term of the sum in [§3 eq.2]. */
+/* Weights are stored [out, in]: the paper's A is w'. Chapter 3 calls these functions on one rank's
+ * part of w. If that part is rows of w, and so columns of A, y is X A_i [§3 eq.3]. If it is columns
+ * of w, and so rows of A, y is X_i A_i, one term of a sum over the ranks [§3 eq.2]; then b is NULL,
+ * and the bias is added after the sum. */
 
 /* y (N,O) = x (N,I) w' + b; w (O,I); b (O), or NULL for none. */
 static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I,
@@ -187,16 +192,16 @@ typedef enum { GELU_TANH, GELU_ERF } Gelu;
 static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b,
                                 size_t N, size_t I, size_t O, Gelu kind);
 
-/* Backward of y = gelu(pre), z (N,O) = y (N,I) w': dpre (N,I) = (dz w) * gelu'(pre); dw (O,I) +=
- * dz' y. z has no bias here: w is row-parallel, and its bias is added after g [§3, Z = Y_1 B_1 +
- * Y_2 B_2]. */
+/* Backward through two steps of the MLP, y = gelu(pre) and z (N,O) = y (N,I) w': dpre (N,I) = (dz
+ * w) * gelu'(pre); dw (O,I) += dz' y. z has no bias here: it is a term of a sum over the ranks. */
 static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre,
                                  const act *w, size_t N, size_t I, size_t O, Gelu kind);
 
 /* ---- Dropout --------------------------------------------------------------------------------- */
 
-/* Which elements a dropout site zeroes. Element i of a tensor is kept if word first + i of the
- * random stream (seed, site, step) is at least p * 2^32; what is kept is divided by 1 - p. */
+/* A dropout site's mask. Element i of a tensor is kept if the random word number first + i of the
+ * stream (seed, site, step) is at least p * 2^32; what is kept is divided by 1 - p. Chapter 3 says
+ * which masks are equal on all ranks. */
 typedef struct {
     uint64_t seed;
     uint32_t site, step;
@@ -207,8 +212,8 @@ typedef struct {
 
 /* ---- Embeddings ------------------------------------------------------------------------------ */
 
-/* x (N,C) = row tokens[n] - v0 of wte (Vp,C), if this slice of the vocabulary has the token: it has
- * v0 .. v0+Vp-1. Else 0. */
+/* x[n] = wte[tokens[n] - v0] if this slice of the vocabulary has the token, v0 <= tokens[n] <
+ * v0+Vp; else 0. x (N,C), wte (Vp,C). */
 static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C,
                                     size_t v0, size_t Vp);
 
@@ -220,8 +225,8 @@ static void token_embedding_backward(act *dwte, const act *dx, const int *tokens
 static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C,
                                        size_t past, Dropout d);
 
-/* dx = mask * dx, in place: the gradient of the token embedding's output. dwpe[t] += the sum of
- * that over b. */
+/* dx (B,T,C) = mask * dx, in place: the gradient of the token embedding's output. dwpe[t] += sum
+ * over b of dx[b,t]. */
 static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, size_t C,
                                         Dropout d);
 
@@ -232,11 +237,13 @@ static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, 
 static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g,
                               const act *b, size_t N, size_t C, real eps);
 
-/* dx = dres + the gradient through LayerNorm; dg, db (C) += theirs. dres is the gradient that comes
- * past LayerNorm, by the residual connection: NULL for none; it may be dx itself. With the
- * normalised x^ = (x - mean) * rstd and dx^ = dy * g:
+/* With x^ = (x - mean) * rstd, the normalised x, and dx^ = dy * g [doc/layernorm.md]:
  *
- *     dx = dres + rstd * (dx^ - mean(dx^) - x^ * mean(dx^ * x^))         [doc/layernorm.md] */
+ *     dx = dres + rstd * (dx^ - avg(dx^) - x^ * avg(dx^ * x^))     avg: over the C numbers of a row
+ *     dg += sum of dy * x^       db += sum of dy                   sum: over the N rows
+ *
+ * dres is the gradient that passes LayerNorm by, on the residual connection. NULL: none; it may be
+ * dx itself. */
 static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g,
                                const real *mean, const real *rstd, const act *dres, size_t N,
                                size_t C);
@@ -247,27 +254,34 @@ static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const a
 static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual,
                                      size_t N, size_t C, Dropout d);
 
-/* The same, and the LayerNorm that follows: res = residual + dropout(y + bias), ln = LN(res). */
+/* The same, and the LayerNorm that follows: res = residual + dropout(y + bias), ln = LN(res). res
+ * may be y. */
 static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd,
                                                const act *y, const act *bias, const act *residual,
                                                const act *g, const act *b, size_t N, size_t C,
                                                real eps, Dropout d);
 
-/* dy (N,C) = mask * dout; dbias (C) += column sums of dy. The residual's gradient is dout. */
+/* dy (N,C) = mask * dout; dbias (C) += column sums of dy. The residual's gradient is dout. dy may
+ * be dout. */
 static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C,
                                       Dropout d);
 
 /* ---- Causal self-attention [§3 Fig. 3b] ------------------------------------------------------ */
 
-/* For each head, scores = Q K' / sqrt(D); row i of them becomes probabilities, the softmax over the
- * keys j <= i; out (B,T,H*D) = dropout(probabilities) V. qkv (B,T,3*H*D): a row is [Q;K;V], each of
- * H heads of D numbers [P11]. lse (B,H,T) = log of the sum of e^score over a row, kept for the
- * backward pass; NULL: not wanted. Probability (b,h,i,j) has the index d.first + ((b * d.heads + h)
- * * T + i) * T + j in the random stream. */
+/* For each head, with Q, K, V (T,D):
+ *
+ *     S = Q K' / sqrt(D)     P = softmax of row i of S over the keys j <= i     out = (mask * P) V
+ *
+ * qkv (B,T,3*H*D): a row is [Q, K, V], each of H heads of D numbers [P11]. out (B,T,H*D). lse
+ * (B,H,T) = log of the sum of e^S over a row, kept for the backward pass; NULL: not wanted. P of
+ * (b,h,i,j) is element ((b * d.heads + h) * T + i) * T + j of the mask. */
 static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H,
                               size_t D, Dropout d);
 
-/* dqkv (B,T,3*H*D) is written. delta (B,H,T) is working space. */
+/* dqkv (B,T,3*H*D) is written. For each head, with O = out and dO = dout:
+ *
+ *     dV = (mask * P)' dO      dS = P * (mask * (dO V') - delta) / sqrt(D)      dQ = dS K
+ *     delta = sum over a row of dO * O      (B,H,T), working space              dK = dS' Q */
 static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out,
                                const real *lse, const act *qkv, size_t B, size_t T, size_t H,
                                size_t D, Dropout d);
@@ -279,9 +293,9 @@ static void attention_cached_forward(act *out, act *key_cache, act *value_cache,
 
 /* ---- Softmax and cross entropy over a slice of the vocabulary [§3] --------------------------- */
 
-/* A rank's columns of the logits are the tokens v0 .. v0+Vp-1. The first `valid` are real; the rest
- * is padding, which takes part in nothing. Chapter 3 reduces max, sum and target_logit over the
- * ranks between these steps. */
+/* A rank's columns of the logits are the tokens v0 .. v0+Vp-1. The first `valid` of them exist; the
+ * rest pads the vocabulary and takes part in nothing. Between these steps chapter 3 reduces max,
+ * sum and target_logit over the ranks: three numbers a row, where the logits would be V. */
 
 /* max (N) of the valid logits (N,Vp); -infinity if there are none. */
 static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t valid);
@@ -291,8 +305,8 @@ static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t
 static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max,
                            const int *targets, size_t N, size_t Vp, size_t valid, size_t v0);
 
-/* loss (N) = log(sum) - target_logit = -log softmax(z)[target]. Both are sums over the ranks by
- * now. */
+/* loss (N) = log(sum) - target_logit = -log softmax(z)[target], of numbers that have been reduced
+ * over the ranks. */
 static void cross_entropy_loss(real *loss, const real *sum, const real *target_logit, size_t N);
 
 /* In place: logits (N,Vp) become their gradient (softmax(z) - onehot(target)) * weight[n] * scale;
@@ -312,10 +326,10 @@ typedef struct {
 /* AdamW on n parameters [P32], with gradients g:
  *
  *     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
- *     w -= lr * (m^ / (sqrt(v^) + eps) + decay * w)
+ *     w -= lr * (mh / (sqrt(vh) + eps) + decay * w)
  *
- * m^ = m / (1 - beta1^step), and v^ likewise, are free of the bias towards their start at 0.
- * master: float weights, of which the narrower w are a copy; NULL: w itself is updated. */
+ * mh = m / (1 - beta1^step) and vh = v / (1 - beta2^step) correct that m and v start at 0. master:
+ * float weights, of which the narrower w are a copy; NULL: w itself is updated. */
 static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h);
 
 /* Sum of squares of x (n), in double. The order of the sum depends on n alone. */
@@ -326,7 +340,7 @@ static double sum_squares(const act *x, size_t n);
  * =================================================================================================
  *
  * Rank code is written as if the rank were alone. Ranks meet only in the collectives below, which
- * bear their MPI and NCCL names. Chapter 12 connects ranks that are threads of this process.
+ * are named as in MPI and NCCL. Chapter 12 connects ranks that are threads of this process.
  *
  * A rank belongs to four groups [Fig. 8]: the ranks that share its layers' matrices (tp), the
  * stages of its pipeline (pp), the replicas that hold the same slices (dp), and all (world). */
@@ -349,8 +363,8 @@ static int tp_color(Layout s, int rank) { return rank / s.tp; }
 static int dp_color(Layout s, int rank) { return pp_rank(s, rank) * s.tp + tp_rank(s, rank); }
 static int pp_color(Layout s, int rank) { return rank % (s.tp * s.dp); }
 
-/* The first and the last stage of a pipeline both hold the word embedding, and form a pair
- * (Megatron's embedding group). A stage between them is alone in its group. */
+/* The first stage looks up the word embedding, the last one makes the logits with it [§3]: both
+ * hold it, and form a pair (Megatron's embedding group). Any other rank is alone in its group. */
 static int embedding_color(Layout s, int rank)
 {
     int stage = pp_rank(s, rank);
@@ -359,15 +373,15 @@ static int embedding_color(Layout s, int rank)
 
 /* ---- Collectives ----------------------------------------------------------------------------- */
 
-enum { MAX_RANKS = 64 };
+enum { MAX_RANKS = 64 }; /* threads that one machine may be asked for */
 
 typedef enum { SUM, MAX } Op;
 
-/* Of an array's elements. ACT and REAL_ARRAY are arrays of the device, DOUBLE_ARRAY is a few
+/* Type of a message's elements. ACT and REAL_ARRAY are arrays of the device; DOUBLE_ARRAY is a few
  * numbers of the host. */
 typedef enum { ACT, REAL_ARRAY, DOUBLE_ARRAY } Type;
 
-/* Where in the model a rank is at work, for error messages and for `trace`. */
+/* Where in the model a rank is at work. Only error messages and `trace` read it. */
 typedef struct {
     const char *operation; /* "attention", "loss", .. */
     const char *edge;      /* "g forward", "f backward" [§3 Fig.3], or "" */
@@ -388,8 +402,8 @@ typedef struct {
     Trace *trace;       /* NULL: calls are not recorded */
 } Comm;
 
-/* All ranks of a group call the same function with the same n, type and op; else the program ends
- * and names both. n counts elements. */
+/* All ranks of a group make the same call, with the same n, type and op; else the program ends and
+ * names the two calls that differ. n counts elements. */
 
 /* x[i] = x_0[i] op x_1[i] op .. over the ranks of the group, in place, on all ranks. Sums run in
  * rank order and are rounded to the elements' type once. So a run repeats bit for bit, and all
@@ -403,8 +417,8 @@ static void all_gather(Comm *c, void *out, void *x, size_t n, Type type);
 /* x (n) of every rank = x of the root. */
 static void broadcast(Comm *c, void *x, size_t n, Type type, int root);
 
-/* Point to point. send copies x (n) and returns before the other rank calls recv, unless an earlier
- * message to it still waits. */
+/* Point to point. There is a mailbox for each pair of ranks, with room for one message: send copies
+ * x (n) into it and returns, as soon as it is empty. */
 static void send(Comm *c, const void *x, size_t n, Type type, int to);
 static void recv(Comm *c, void *x, size_t n, Type type, int from);
 
@@ -419,8 +433,8 @@ static void comm_free(Comm *c);
 /* Runs body(world, arg) as n ranks, and returns when all have returned. */
 static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg);
 
-/* May this rank print, write files and lock? One of all ranks may. world is NULL before the ranks
- * have started. */
+/* Is this the one rank of all that prints, writes files, and locks folders? world is NULL before
+ * the ranks have started. */
 static int is_writer(const Comm *world);
 
 /* =================================================================================================
@@ -435,21 +449,25 @@ static int is_writer(const Comm *world);
  * the same way: Q, K and V by columns, in whole heads, since a head needs no other head; the matrix
  * of its output by rows [Fig. 3b].
  *
+ * ([Y_1, Y_2] stands side by side. Weights are stored transposed: columns of A are rows of w here.)
+ *
  * f and g [Code 1, Fig. 3] stand at the two ends of such a region:
  *
- *                 forward                            backward
- *     f           identity: X goes to all ranks      all-reduce: each rank has only its own
- *                                                    columns' contribution to dX
- *     g           all-reduce: Z is a sum over ranks  identity: dZ goes to all ranks
+ *            forward                                backward
+ *     f      identity: all ranks have X             all-reduce: dX is a sum over the ranks, since
+ *                                                   each has the contribution of its columns
+ *     g      all-reduce: Z is a sum over the ranks  identity: all ranks have dZ
  *
- * Between f and g no rank talks [P7]. A layer has two such regions: two all-reduces forward, two
- * backward [Fig. 4, P5]. Recomputation runs the forward pass again, with its two [§4.2, P6].
+ * Between f and g no rank talks [P7]. A layer has two such regions, so it needs two all-reduces
+ * forward and two backward [Fig. 4, P5]; recomputation runs the forward pass again, and needs two
+ * more [§4.2]. With the g of the embedding and the f of the logits, a pass through L layers needs
+ * 4L + 2, with recomputation 6L + 2 [P6]. The paper counts the 4L.
  *
  * Outside of these regions all ranks of a tensor group hold the same activations and do the same
- * work: LayerNorm, dropout, bias and residual are duplicated, and so are their parameters. These
- * stay equal without a message. Each rank has the same inputs, since g leaves the same bits on all,
- * and the same incoming gradients, since f does; so it computes the same gradients and makes the
- * same update [§3]. */
+ * work: LayerNorm, the residual, and bias and dropout after g are duplicated, and so are their
+ * parameters. These stay equal without a message. Each rank has the same inputs, since g leaves the
+ * same bits on all, and the same incoming gradients, since f does; so it computes the same
+ * gradients and makes the same update [§3]. */
 
 /* ---- What a rank owns ------------------------------------------------------------------------ */
 
@@ -528,8 +546,8 @@ typedef struct {
 
     Tensor *tensor;           /* [tensors] its slices */
     size_t tensors, elements; /* elements of each arena of parameters */
-    Params w, g;              /* weights and their gradients, in .. */
-    act *weights, *gradients; /* .. these arenas */
+    Params w, g;              /* pointers to each of the weights, and to their gradients */
+    act *weights, *gradients; /* the arenas of these */
     real *m, *v;              /* AdamW's moments */
     real *master;             /* float weights where act is narrower; else NULL */
 
@@ -539,9 +557,9 @@ typedef struct {
     act *dx, *dy;            /* (N,C) gradient of the residual stream; of a branch */
     act *dpre, *dqkv, *datt; /* (N,Fp) (N,3Cp) (N,Cp) */
     real *delta;             /* (B,Hp,T) attention's backward pass */
-    void *activations;       /* the arena of all these */
-    real *host;              /* (2,N) losses and weights on the host */
-    int *host_ids;           /* (2,N) tokens and targets on the host */
+    void *activations;       /* the arena of flight, dx .. delta */
+    real *host;              /* (2,N) weights, losses: on the host, on their way */
+    int *host_ids;           /* (2,N) tokens, targets: likewise */
     Cache *cache;            /* generation only */
 
     int recompute; /* recompute activations in the backward pass [§4.2] */
@@ -550,6 +568,7 @@ typedef struct {
     uint32_t step; /* dropout draws new masks in each step */
 } Rank;
 
+/* For error messages and `trace`; nothing else depends on it. */
 static void set_place(Rank *k, const char *operation, const char *paper, int layer)
 {
     Place place = {operation, "", paper, layer};
@@ -558,7 +577,7 @@ static void set_place(Rank *k, const char *operation, const char *paper, int lay
 
 /* ---- f and g [§3, Code 1, Fig. 3; P1] -------------------------------------------------------- */
 
-/* x and dx have n elements; both are changed in place. */
+/* x and dx have n elements. The all-reduces work in place. */
 
 static void f_forward(Rank *k, act *x, size_t n) { (void)k, (void)x, (void)n; /* identity */ }
 
@@ -582,33 +601,40 @@ static void g_backward(Rank *k, act *dx, size_t n) { (void)k, (void)dx, (void)n;
 enum { SITE_EMBEDDING = 0, SITE_ATTENTION = 1, SITE_ATTENTION_OUTPUT = 2, SITE_MLP_OUTPUT = 3 };
 
 /* Outside of the regions between f and g, all tensor ranks must draw equal masks, since they
- * duplicate work. Inside, ranks have different heads, and masks must differ [P25]. Here every
- * element draws by its index in the whole tensor, which gives both.
- * DEVIATION: the paper has a generator on each GPU. For attention it is seeded with seed + 2718 +
- * rank, so that masks depend on t [P24]. Here a run does not depend on its layout. */
+ * duplicate work. Inside, ranks have different heads, and their masks must differ [P25]. Here each
+ * element draws by its index in the whole tensor, which gives both. Recomputation draws by the same
+ * index again, so it has the same masks [P26]. DEVIATION: in the paper each GPU has a generator
+ * with a state. Megatron seeds that of the attention with seed + 2718 + tensor rank, so its masks
+ * depend on t [P24]. Here they do not. */
 
 static Dropout replicated_dropout(const Rank *k, int site, size_t layer, const MicroBatch *mb)
 {
     const real p = site == SITE_EMBEDDING ? k->config.embd_pdrop : k->config.resid_pdrop;
-    Dropout d = {k->seed, (uint32_t)(3 * layer) + (uint32_t)site, k->step, 0, 0, 0};
-    d.p = k->training ? p : 0;
-    d.first = mb->sequence * k->T * k->config.C;
+    const size_t first = mb->sequence * k->T * k->config.C;
+    const uint32_t stream = (uint32_t)(3 * layer) + (uint32_t)site;
+    const Dropout d = {k->seed, stream, k->step, k->training ? p : 0, first, 0};
     return d;
 }
 
 static Dropout attention_dropout(const Rank *k, size_t layer, const MicroBatch *mb)
 {
     const size_t H = k->config.H, first_head = (size_t)k->tp.rank * k->Hp;
-    Dropout d = {k->seed, (uint32_t)(3 * layer) + SITE_ATTENTION, k->step, 0, 0, H};
-    d.p = k->training ? k->config.attn_pdrop : 0;
-    d.first = (mb->sequence * H + first_head) * k->T * k->T;
+    const size_t first = (mb->sequence * H + first_head) * k->T * k->T;
+    const uint32_t stream = (uint32_t)(3 * layer) + SITE_ATTENTION;
+    const Dropout d = {k->seed, stream, k->step, k->training ? k->config.attn_pdrop : 0, first, H};
     return d;
 }
 
 /* ---- One layer [Fig. 2, Fig. 3, Fig. 4] ------------------------------------------------------ */
 
-/* Layer l of this stage, from mb->layer[l].x to mb->layer[l + 1].x. The bias of a row-parallel
- * matrix is added after g: inside the partial sums it would be added t times [P4]. */
+/* Layer l of this stage, from mb->layer[l].x to mb->layer[l + 1].x. What stands between f and g is
+ * this rank's part only:
+ *
+ *     x -> LN -> f -> QKV, attention, output -> g -> + bias, dropout, + x   -> res      Fig. 3b
+ *   res -> LN -> f -> A_i, GeLU, B_i         -> g -> + bias, dropout, + res -> next x   Fig. 3a
+ *
+ * The bias of a row-parallel matrix is added after g: in the partial sums it would be added t times
+ * [P4]. */
 static void block_forward(Rank *k, size_t l, MicroBatch *mb)
 {
     const Layer *w = &k->w.layer[l];
@@ -630,7 +656,7 @@ static void block_forward(Rank *k, size_t l, MicroBatch *mb)
     else
         attention_forward(a->att, a->lse, a->qkv, B, T, k->Hp, k->D,
                           attention_dropout(k, layer, mb));
-    linear_forward(a->res, a->att, w->proj_w, NULL, N, k->Cp, C); /* this rank's partial sums */
+    linear_forward(a->res, a->att, w->proj_w, NULL, N, k->Cp, C); /* partial sums, summed by g */
     g_forward(k, a->res, N * C);
     bias_dropout_add_layernorm_forward(a->ln2, a->res, a->mean2, a->rstd2, a->res, w->proj_b, a->x,
                                        w->ln2_g, w->ln2_b, N, C, eps, after_attention);
@@ -639,13 +665,14 @@ static void block_forward(Rank *k, size_t l, MicroBatch *mb)
     set_place(k, "mlp", "[§3 Fig.3a]", (int)layer);
     f_forward(k, a->ln2, N * C);
     linear_gelu_forward(a->gelu, a->pre, a->ln2, w->fc_w, w->fc_b, N, C, k->Fp, k->config.gelu);
-    linear_forward(out, a->gelu, w->out_w, NULL, N, k->Fp, C); /* this rank's partial sums */
+    linear_forward(out, a->gelu, w->out_w, NULL, N, k->Fp, C); /* partial sums, summed by g */
     g_forward(k, out, N * C);
     bias_dropout_add_forward(out, out, w->out_b, a->res, N, C, after_mlp);
 }
 
-/* block_forward read from its end. On entry k->dx is the gradient of the layer's output, on return
- * that of its input. Adds to the gradients of the layer's weights. */
+/* The steps of block_forward in reverse order. On entry k->dx is the gradient of the layer's
+ * output, on return that of its input; k->dy is the gradient within a branch. Adds to the gradients
+ * of the layer's weights. */
 static void block_backward(Rank *k, size_t l, const MicroBatch *mb)
 {
     const Layer *w = &k->w.layer[l], *g = &k->g.layer[l];
@@ -689,7 +716,8 @@ static void embedding_forward(Rank *k, act *x, const MicroBatch *mb)
                                replicated_dropout(k, SITE_EMBEDDING, 0, mb));
 }
 
-/* From k->dx, the gradient of embedding_forward's x. */
+/* From k->dx, the gradient of embedding_forward's x. All ranks have it, so each adds to the rows of
+ * its tokens, and no message is needed. */
 static void embedding_backward(Rank *k, const MicroBatch *mb)
 {
     const size_t N = k->B * k->T, C = k->config.C;
@@ -699,8 +727,9 @@ static void embedding_backward(Rank *k, const MicroBatch *mb)
     token_embedding_backward(k->g.wte, k->dx, mb->tokens, N, C, k->v0, k->Vp);
 }
 
-/* Logits of this rank's tokens, for some rows of x (rows,C). The output layer is the word embedding
- * again [§3]; each rank's rows of wte are columns of the paper's E', so it begins with an f. */
+/* Final LayerNorm, then the logits of this rank's tokens, for some rows of x (rows,C). The output
+ * layer is the word embedding again [§3]; this rank's rows of wte are columns of the paper's E, so
+ * it begins with an f. */
 static void logits_forward(Rank *k, MicroBatch *mb, const act *x, size_t rows)
 {
     const size_t C = k->config.C;
@@ -713,9 +742,10 @@ static void logits_forward(Rank *k, MicroBatch *mb, const act *x, size_t rows)
 
 /* loss (N) = log sum_j e^(z_j) - z_target, where a rank has the logits z of its own tokens only.
  * Gathering the logits would move N*V numbers. This moves 3N: the largest logit, the sum, and the
- * target's logit, in three all-reduces [§3, P17, P18; doc/cross_entropy.md]. DEVIATION: in Megatron
- * padding tokens take part in the softmax. Here they do not: the loss depends neither on t nor on
- * the padding, and equals Hugging Face's. */
+ * target's logit, in three all-reduces. The paper says N = b*s; its code moves 3N, too [§3, P17,
+ * P18; doc/cross_entropy.md].
+ * DEVIATION: in Megatron the tokens that pad the vocabulary take part in the softmax. Here they do
+ * not, so the loss does not depend on t, and is that of Hugging Face's GPT-2. */
 static void cross_entropy_forward(Rank *k, MicroBatch *mb)
 {
     const size_t N = k->B * k->T;
@@ -782,7 +812,12 @@ static inline HOST_DEVICE void philox(uint32_t out[4], uint64_t seed, uint64_t b
 }
 
 /* Sites keep the streams apart. Those of dropout count up from 0; the others have a high bit. */
-enum { SITE_INIT = 0x40000000, SITE_SHUFFLE = 0x20000000, SITE_SAMPLE = 0x10000000 };
+enum {
+    SITE_INIT = 0x40000000,
+    SITE_SHUFFLE_DOCUMENTS = 0x20000000,
+    SITE_SHUFFLE_SAMPLES = 0x20000001,
+    SITE_SAMPLE = 0x10000000
+};
 
 /* Word number index of a stream. */
 static inline uint32_t random_word(uint64_t seed, uint32_t site, uint32_t step, uint64_t index)
@@ -809,7 +844,7 @@ static inline real square_root(real x)
     return sizeof x == sizeof(float) ? sqrtf((float)x) : (real)sqrt(x);
 }
 
-/* Phi(x), through erfc: 1 + erf would cancel on the left. */
+/* Phi(x) = erfc(-x / sqrt(2)) / 2. Through 1 + erf it would lose digits for x < 0. */
 static inline HOST_DEVICE real normal_cdf(real x)
 {
     if (sizeof x == sizeof(float)) return erfcf((float)x * -(float)M_SQRT1_2) / 2;
@@ -842,6 +877,7 @@ static inline HOST_DEVICE real gelu_slope(real x, Gelu kind)
 #ifndef OTHER_OPERATORS /* what follows is the CPU's; megatron_gpt2.cu has the GPU's */
 
 enum { SMALL = 16384 }; /* a loop over fewer numbers is not worth waking other threads */
+static_assert(sizeof(act) == sizeof(real), "the CPU's operators use reals as act");
 
 /* ---- What this chapter takes from chapter 11 ------------------------------------------------- */
 
@@ -882,9 +918,11 @@ static void matmul(act *c, Matrix a, Matrix b, Store store, const Epilogue *e);
 /* The same on the calling thread, for attention's blocks. Rows of c are c_row apart. */
 static void matmul_block(act *c, size_t c_row, Matrix a, Matrix b, Store store);
 
-static real dot(const act *a, const act *b, size_t n);                     /* a' b */
-static real largest(const real *x, size_t n, real top);                    /* of top and x (n) */
-static void dropout_factors(real *out, Dropout d, size_t index, size_t n); /* 0 or 1/(1-p) */
+static real dot(const act *a, const act *b, size_t n);  /* a' b */
+static real largest(const real *x, size_t n, real top); /* of top and x (n) */
+
+/* out[i] = 1/(1-p) if random_word(seed, site, step, first + index + i) is kept, else 0; i < n. */
+static void dropout_factors(real *out, Dropout d, size_t index, size_t n);
 
 /* ---- Linear layers [§3 eq.1-3] --------------------------------------------------------------- */
 
@@ -943,7 +981,7 @@ static void token_embedding_forward(act *x, const int *tokens, const act *wte, s
 {
 #pragma omp parallel for schedule(static) if (N * C > SMALL)
     for (size_t n = 0; n < N; n++) {
-        const size_t row = (size_t)tokens[n] - v0; /* of a token below v0: a huge number */
+        const size_t row = (size_t)tokens[n] - v0; /* a token below v0 wraps to a huge number */
         if (row < Vp) memcpy(x + n * C, wte + row * C, C * sizeof *x);
         else memset(x + n * C, 0, C * sizeof *x);
     }
@@ -1016,8 +1054,8 @@ static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, 
 
 /* ---- LayerNorm ------------------------------------------------------------------------------- */
 
-/* One row y (C). Two passes over x, which is in the L1 cache: E[x^2] - E[x]^2 would cancel
- * [doc/accuracy.md]. */
+/* One row y (C). The variance takes a second pass over x, which is in the L1 cache then: E[x^2] -
+ * E[x]^2 would lose digits [doc/accuracy.md]. */
 static void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b,
                           size_t C, real eps)
 {
@@ -1042,7 +1080,6 @@ static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, cons
         layernorm_row(y + n * C, mean + n, rstd + n, x + n * C, g, b, C, eps);
 }
 
-/* dg and db come first, because dx may overwrite dy or x. */
 static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g,
                                const real *mean, const real *rstd, const act *dres, size_t N,
                                size_t C)
@@ -1070,18 +1107,18 @@ static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const a
         act *dx_n = dx + n * C;
         const act *dy_n = dy + n * C, *x_n = x + n * C, *dres_n = dres ? dres + n * C : NULL;
         const real m = mean[n], r = rstd[n];
-        real sum = 0, sum_h = 0; /* of dx^, and of dx^ * x^ */
-#pragma omp simd reduction(+ : sum, sum_h)
+        real sum = 0, sum_hat = 0; /* of dx^; of dx^ * x^ */
+#pragma omp simd reduction(+ : sum, sum_hat)
         for (size_t c = 0; c < C; c++) {
             sum += dy_n[c] * g[c];
-            sum_h += dy_n[c] * g[c] * ((x_n[c] - m) * r);
+            sum_hat += dy_n[c] * g[c] * ((x_n[c] - m) * r);
         }
         sum /= (real)C;
-        sum_h /= (real)C;
+        sum_hat /= (real)C;
 #pragma omp simd
         for (size_t c = 0; c < C; c++)
             dx_n[c] =
-                (dres_n ? dres_n[c] : 0) + r * (dy_n[c] * g[c] - sum - (x_n[c] - m) * r * sum_h);
+                (dres_n ? dres_n[c] : 0) + r * (dy_n[c] * g[c] - sum - (x_n[c] - m) * r * sum_hat);
     }
 }
 
@@ -1121,23 +1158,23 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
 
 /* ---- Causal self-attention, fused [§3 Fig. 3b] ----------------------------------------------- */
 
-/* The T x T matrices of a head, scores and probabilities, never exist as a whole. A block of
- * QUERIES rows meets the keys KEYS at a time. For each row these run along:
+/* The T x T matrices of a head, S and P, never exist as a whole. A block of QUERIES rows meets the
+ * keys KEYS at a time. Three values are kept for each row:
  *
  *     m    the largest score so far
  *     l    the sum of e^(score - m) so far
  *     out  the sum of e^(score - m) * mask * value so far
  *
- * When m grows, l and out shrink by e^(old m - new m). In the end a probability is e^(score - m) /
- * l, so out is divided by l. The backward pass makes the probabilities again, as e^(score - lse)
- * with lse = m + log l [Milakov & Gimelshein 2018, Dao et al. 2022; doc/attention.md]. Blocks of
- * keys that no query of the block may see are skipped. */
+ * When m grows, l and out shrink by e^(old m - new m). In the end P is e^(score - m) / l, so out is
+ * divided by l. The backward pass makes P again, as e^(score - lse) with lse = m + log l [Milakov &
+ * Gimelshein 2018, Dao et al. 2022; doc/attention.md]. Blocks of keys that no query of the block
+ * may see are skipped. */
 enum { QUERIES = 48, KEYS = 384 };
 static_assert(KEYS % QUERIES == 0,
               "a block of keys must not begin inside a block of queries: each sees its first key");
 
-/* One row of products q k' in s (n) becomes dropped-out probabilities, relative to e^m; m, l and
- * out (D) of the row follow. index: of s[0] in the mask. */
+/* One row of attention_forward: s (n), products q k', becomes the dropped-out e^(score - m); m, l
+ * and out (D) of the row are updated. index: of s[0] in the mask. */
 static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, act *out, size_t D,
                                Dropout d, size_t index)
 {
@@ -1198,8 +1235,8 @@ static void attention_forward(act *out, real *lse, const act *qkv, size_t B, siz
     }
 }
 
-/* One row: products s = q k' become probabilities p, dropped out; dp = dout v' becomes the gradient
- * of q k', p * (mask * dp - delta) * scale. index: of s[0] in the mask. */
+/* One row of attention_backward: s (n), products q k', becomes mask * P; dp (n), products dO v',
+ * becomes dS. index: of s[0] in the mask. */
 static void softmax_backward_row(real *s, real *dp, size_t n, real scale, real lse, real delta,
                                  Dropout d, size_t index)
 {
@@ -1213,8 +1250,7 @@ static void softmax_backward_row(real *s, real *dp, size_t n, real scale, real l
     }
 }
 
-/* delta of a row is the sum of dout * out, which is the sum over j of p * mask * dout v'. A head is
- * one task, so that dk and dv are summed in one order. */
+/* A head is one task, so that dk and dv are summed in one order. */
 static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out,
                                const real *lse, const act *qkv, size_t B, size_t T, size_t H,
                                size_t D, Dropout d)
@@ -1225,11 +1261,11 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
     for (size_t head = 0; head < B * H; head++) {
         const size_t b = head / H, h = head % H;
         const act *q = qkv + b * T * row + h * D, *k = q + C, *v = k + C;
-        const act *o = out + b * T * C + h * D, *go = dout + b * T * C + h * D;
+        const act *o = out + b * T * C + h * D, *d_o = dout + b * T * C + h * D;
         act *dq = dqkv + b * T * row + h * D, *dk = dq + C, *dv = dk + C;
         real p[QUERIES * KEYS], ds[QUERIES * KEYS];
         for (size_t i = 0; i < T; i++) {
-            delta[head * T + i] = dot(go + i * C, o + i * C, D);
+            delta[head * T + i] = dot(d_o + i * C, o + i * C, D);
             memset(dq + i * row, 0, D * sizeof *dq);
             memset(dk + i * row, 0, D * sizeof *dk);
             memset(dv + i * row, 0, D * sizeof *dv);
@@ -1241,7 +1277,7 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
                 const Matrix queries = matrix(q + i0 * row, rows, D, row);
                 const Matrix keys = matrix(k + j0 * row, count, D, row);
                 const Matrix values = matrix(v + j0 * row, count, D, row);
-                const Matrix douts = matrix(go + i0 * C, rows, D, C);
+                const Matrix douts = matrix(d_o + i0 * C, rows, D, C);
                 const Matrix probabilities = matrix(p, rows, count, KEYS);
                 const Matrix dscores = matrix(ds, rows, count, KEYS);
                 matmul_block(p, KEYS, queries, transposed(keys), WRITE);
@@ -1303,14 +1339,14 @@ static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t
     for (size_t n = 0; n < N; n++) max[n] = largest(logits + n * Vp, valid, -INFINITY);
 }
 
-/* Summed in double, since V is large: the exponential's errors are left [P16, doc/accuracy.md]. */
+/* Summed in double, since V is large: only the errors of exponential() remain [P16]. */
 static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max,
                            const int *targets, size_t N, size_t Vp, size_t valid, size_t v0)
 {
 #pragma omp parallel for schedule(static) if (N * Vp > SMALL)
     for (size_t n = 0; n < N; n++) {
         const act *z = logits + n * Vp;
-        const size_t target = (size_t)targets[n] - v0; /* of a token below v0: a huge number */
+        const size_t target = (size_t)targets[n] - v0; /* a token below v0: a huge number */
         const real top = max[n];
         double total = 0;
 #pragma omp simd reduction(+ : total)
@@ -1362,41 +1398,41 @@ static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n
     }
 }
 
-/* A fixed number of runs, whatever the number of threads: so the order of the sum is fixed, too. */
+/* In a fixed number of parts, however many threads there are: so the order of the sum is fixed. */
 static double sum_squares(const act *x, size_t n)
 {
-    enum { RUNS = 64 };
-    double part[RUNS], total = 0;
+    enum { PARTS = 64 };
+    double part[PARTS], total = 0;
 #pragma omp parallel for schedule(static) if (n > SMALL)
-    for (size_t r = 0; r < RUNS; r++) {
-        const size_t begin = n / RUNS * r + min_size(r, n % RUNS);
-        const size_t end = n / RUNS * (r + 1) + min_size(r + 1, n % RUNS);
+    for (size_t r = 0; r < PARTS; r++) {
+        const size_t begin = n / PARTS * r + min_size(r, n % PARTS);
+        const size_t end = n / PARTS * (r + 1) + min_size(r + 1, n % PARTS);
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t i = begin; i < end; i++) sum += (double)x[i] * (double)x[i];
         part[r] = sum;
     }
-    for (size_t r = 0; r < RUNS; r++) total += part[r];
+    for (size_t r = 0; r < PARTS; r++) total += part[r];
     return total;
 }
 
 #endif /* OTHER_OPERATORS */
 
 /* =================================================================================================
- * Chapter 5. Parameters [§4.2, §5.1, Tables 1 and 2]
+ * Chapter 5. Parameters, and what a checkpoint holds [§4.2, §5.1, Tables 1 and 2]
  * =================================================================================================
  *
  * One table, `specs`, says for each tensor of the model what its name and shape are, how tensor
  * ranks share it, and how it starts. Arenas, slices, initialisation, weight decay, the global norm,
  * checkpoints and convert.c follow this table.
  *
- * What a checkpoint holds. It is a folder of config.json (the shape), model.safetensors (the
- * weights), trainer.safetensors (AdamW's two moments of each weight, and where the run stands:
- * steps, updates, samples, loss scale, options), and the tokenizer's files. Tensors are whole, in
- * float, under Hugging Face's names; nothing in them depends on the ranks that wrote them. Each
- * rank finds its slices by whole_row() and whole_col() below. So a run can go on in any other
- * layout, bit for bit as one rank would. Dropout and the order of samples are functions of the seed
- * and the step, so no state of generators is stored. Chapter 14 has the code. */
+ * A checkpoint is a folder. config.json has the shape; model.safetensors the weights;
+ * trainer.safetensors AdamW's two moments of each weight, and where the run stands: steps, updates,
+ * samples, loss scale, options. The tokenizer's files lie beside them. Tensors are whole, in float,
+ * under Hugging Face's names, and nothing in them depends on the ranks that wrote them: each rank
+ * finds its slices by whole_row() and whole_col() below. So a run can go on in any other layout. No
+ * state of generators is stored, since masks are functions of seed and step, and the order of
+ * samples is one of seed and sample number. Chapter 14 has the code. */
 
 /* ---- Shapes ---------------------------------------------------------------------------------- */
 
@@ -1405,8 +1441,8 @@ typedef struct {
     size_t L, C, H, P, V;
 } Preset;
 
-/* The paper pads its vocabulary to 51,200 in all experiments [§5.1]. 124M, 774M and 1558M are
- * OpenAI's GPT-2. */
+/* The paper pads its vocabulary to 51,200 in all experiments [§5.1]; its presets have 51,200 tokens
+ * here, the 943 of the padding among them. 124M, 774M and 1558M are OpenAI's GPT-2. */
 /* clang-format off */
 static const Preset presets[] = {
     {"tiny", "the demo: text as bytes", 4, 128, 4, 64, 257},
@@ -1469,7 +1505,7 @@ static void check_layout(const Config *c, Layout s)
 typedef enum {
     WHOLE,           /* every rank has all of it */
     COLUMN_PARALLEL, /* rank r has the r-th part of the rows: outputs, or the vocabulary's tokens */
-    QKV,             /* so, too, but of each of Q, K, V: [Q_r; K_r; V_r], in whole heads [P11] */
+    QKV,             /* the same for Q, K and V separately: [Q_r; K_r; V_r], in whole heads [P11] */
     ROW_PARALLEL     /* rank r has the r-th part of the columns: inputs */
 } Split;
 
@@ -1492,7 +1528,7 @@ typedef struct {
 #define TOP(field) offsetof(Params, field), 0
 #define LAYER(field) offsetof(Layer, field), 1
 static const Spec specs[] = {
-    /* name                      field          rows    cols   split            init; decay,
+    /* name                      field          rows    cols   split            init      decay
      * conv1d */
     {"wte.weight",               TOP(wte),      DIM_V,  DIM_C, COLUMN_PARALLEL, INIT_NORMAL, 1, 0},
     {"wpe.weight",               TOP(wpe),      DIM_P,  DIM_C, WHOLE,           INIT_NORMAL, 1, 0},
@@ -1549,8 +1585,8 @@ struct Tensor {
     size_t rows, cols;             /* of the whole tensor, [out, in]; wte without padding */
     size_t local_rows, local_cols; /* of this rank's slice; wte with padding */
     size_t offset, n;              /* place of the slice in the arenas, and its size; elements */
-    int counted;                   /* 1 on one rank for each distinct element: sums over all ranks
-                                      must count replicas once [P27] */
+    int counted;                   /* 1 on one rank of each data replica: what several ranks hold
+                                      counts once in a sum over all ranks [P27] */
 };
 
 /* The name, with the layer filled in. */
@@ -1571,7 +1607,8 @@ static int on_stage(const Spec *spec, int stage, int stages)
     return spec->field == offsetof(Params, wpe) ? first : last;
 }
 
-/* The slice that this rank holds of one tensor. It begins at *offset, which moves behind it. */
+/* The slice that this rank holds of one tensor: its sizes, and its place in the arena, from *offset
+ * on. whole_row() and whole_col() say which part of the whole tensor it is. */
 static Tensor make_tensor(size_t *offset, const Config *c, const Spec *spec, size_t layer, Layout s,
                           int rank)
 {
@@ -1613,8 +1650,7 @@ static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layo
     return n;
 }
 
-/* Local row i of tensor rank r's slice is this row of the whole tensor; its first column is
- * whole_col(). */
+/* The row of the whole tensor that is local row i of tensor rank r's slice. */
 static size_t whole_row(const Tensor *t, int r, size_t i)
 {
     const size_t rows = t->local_rows, third = rows / 3; /* QKV: rows of Q_r, of K_r, of V_r */
@@ -1623,13 +1659,13 @@ static size_t whole_row(const Tensor *t, int r, size_t i)
     return i;
 }
 
+/* The column of the whole tensor that is the slice's first. */
 static size_t whole_col(const Tensor *t, int r)
 {
     return t->spec->split == ROW_PARALLEL ? (size_t)r * t->local_cols : 0;
 }
 
-/* Local rows that exist in the whole tensor. The others are the vocabulary's padding, which stays
- * zero for ever. */
+/* Local rows that are no padding of the vocabulary. The padding stays zero for ever. */
 static size_t real_rows(const Tensor *t, int r)
 {
     if (t->spec->rows != DIM_V) return t->local_rows;
@@ -1637,8 +1673,8 @@ static size_t real_rows(const Tensor *t, int r)
     return first >= t->rows ? 0 : min_size(t->local_rows, t->rows - first);
 }
 
-/* Points the fields of p into an arena at base. first_layer is the number of p->layer[0] in the
- * model. */
+/* Points the fields of p into an arena at base; Spec says by its offset which field is a tensor's.
+ * first_layer is the number of p->layer[0] in the model. */
 static void place_params(Params *p, act *base, const Tensor *list, size_t n, size_t first_layer)
 {
     for (size_t i = 0; i < n; i++) {
@@ -1654,18 +1690,19 @@ static void place_params(Params *p, act *base, const Tensor *list, size_t n, siz
  * four variates. */
 static void random_normals(real *out, uint64_t seed, uint32_t site, size_t first, size_t n)
 {
-    for (size_t i = first; i < first + n;) {
-        uint32_t word[4];
-        double z[4];
-        philox(word, seed, i / 4, site, 0);
-        for (int pair = 0; pair < 4; pair += 2) {
-            const double r = sqrt(-2 * log(uniform(word[pair])));
-            const double angle = 2 * M_PI * uniform(word[pair + 1]);
-            z[pair] = r * cos(angle);
-            z[pair + 1] = r * sin(angle);
+    double z[4];
+    for (size_t i = first; i < first + n; i++) {
+        if (i == first || i % 4 == 0) {
+            uint32_t word[4];
+            philox(word, seed, i / 4, site, 0);
+            for (int pair = 0; pair < 4; pair += 2) {
+                const double r = sqrt(-2 * log(uniform(word[pair])));
+                const double angle = 2 * M_PI * uniform(word[pair + 1]);
+                z[pair] = r * cos(angle);
+                z[pair + 1] = r * sin(angle);
+            }
         }
-        do out[i - first] = (real)z[i % 4];
-        while (++i % 4 && i < first + n);
+        out[i - first] = (real)z[i % 4];
     }
 }
 
@@ -1711,7 +1748,10 @@ static void init_params(act *base, const Tensor *list, size_t n, const Config *c
 
 /* =================================================================================================
  * Chapter 6. Optimisation [§4.2]
- * ============================================================================================== */
+ * =================================================================================================
+ *
+ * One step: gradients of all micro-batches, their sum over the data replicas, the global norm,
+ * clipping, AdamW. train_step(), at the end, has the order. */
 
 typedef enum { DECAY_PAPER, DECAY_MEGATRON, DECAY_COSINE } Decay;
 
@@ -1724,12 +1764,12 @@ typedef struct {
     double loss_scale; /* fixed; 0: dynamic */
 } Optimizer;
 
-/* Learning rate of update n, counted from 0: linear warm-up, then a cosine down to min_lr. The
+/* Learning rate of update n, counted from 0: lr * n / warmup, then a cosine down to min_lr. The
  * first update has rate 0, as in Megatron, and changes nothing [P33]. Three readings of "cosine":
  *
- *     paper      over the 297k iterations after the warm-up, down to 0, never below min_lr [P35]
- *     megatron   its code of 2020: the period is the whole 300k, so min_lr comes later [P34]
- *     cosine     from the peak down to min_lr itself: Megatron today, and most others */
+ *     paper      lr (cos(pi (n - warmup) / (end - warmup)) + 1) / 2, never below min_lr [P35]
+ *     megatron   its code of 2020: the period is `end`, so min_lr comes later [P34]
+ *     cosine     from lr down to min_lr itself: Megatron today, and most others */
 static double learning_rate(const Optimizer *o, size_t n)
 {
     const double w = (double)o->warmup, end = (double)o->decay_steps, i = (double)n;
@@ -1741,8 +1781,8 @@ static double learning_rate(const Optimizer *o, size_t n)
     return o->min_lr + (o->lr - o->min_lr) * fall;
 }
 
-/* Dynamic loss scaling keeps fp16 gradients from underflow: the loss is multiplied by a factor that
- * is as large as does not overflow. Two overflows (hysteresis) halve it, each further one halves it
+/* Dynamic loss scaling keeps fp16 gradients from underflow: the loss is multiplied by the largest
+ * factor that does not overflow. Two overflows (hysteresis) halve it, each further one halves it
  * again; 1000 steps without one double it [P36-P38]. */
 typedef struct {
     double scale;
@@ -1754,7 +1794,7 @@ enum { SCALE_WINDOW = 1000, HYSTERESIS = 2 };
 
 static LossScaler make_loss_scaler(double fixed) /* 0: dynamic */
 {
-    LossScaler s = {fixed > 0 ? fixed : 0x1p32, fixed <= 0, HYSTERESIS, 0, -1};
+    LossScaler s = {fixed > 0 ? fixed : 0x1p32, fixed <= 0, HYSTERESIS, 0, -1}; /* -1: Megatron's */
     return s;
 }
 
@@ -1773,16 +1813,16 @@ static void loss_scaler_update(LossScaler *s, int overflow)
 
 /* Where a run stands: what resuming needs beside weights and moments. */
 typedef struct {
-    size_t step;    /* steps done, skipped ones included: what the user counts; draws dropout */
+    size_t step;    /* steps done, skipped ones included; dropout's masks follow from it */
     size_t updates; /* steps that changed the weights: the clock of AdamW and learning rate [P39] */
     size_t samples; /* sequences consumed */
     LossScaler scaler;
 } Progress;
 
-/* Sums the gradients of parameters that several ranks hold and that saw other data: the word
- * embedding of the first and the last stage, then all of the data replicas, each of which had other
- * sequences [§2.3]. Replicas within a tensor group need no sum: their gradients are equal already
- * (see chapter 3). */
+/* Sums gradients over the ranks that hold the same parameters. The word embedding is used twice,
+ * for tokens on the first stage and for logits on the last one: both gradients are added. Then come
+ * the data replicas, which had other sequences [§2.3]. Within a tensor group nothing is summed:
+ * there the gradients of replicated parameters are equal already (see chapter 3). */
 static void reduce_gradients(Rank *k)
 {
     if (k->first_stage || k->last_stage) {
@@ -1794,16 +1834,16 @@ static void reduce_gradients(Rank *k)
 }
 
 /* 2-norm of the whole model's gradient, equal on all ranks. Every distinct element must count once
- * [P27]. Tensor.counted says where: slices on each tensor rank, replicas on the first one, the last
- * stage's copy of the word embedding not at all. Data replicas hold equal gradients by now, so only
- * the first one counts. The norm is infinite or NaN if any element is. */
+ * [P27]: slices on each tensor rank, replicated tensors on the first one, the last stage's copy of
+ * the word embedding not at all (Tensor.counted). Data replicas hold equal gradients by now, so
+ * only the first one counts. The norm is infinite or NaN if any element is. */
 static double gradient_norm(Rank *k)
 {
     double sum = 0;
     set_place(k, "gradient norm", "[§4.2]", -1);
     for (size_t i = 0, end; i < k->tensors && k->dp.rank == 0; i = end) {
         const Tensor *t = &k->tensor[i];
-        size_t n = 0; /* of t and its neighbours of the same kind: the gaps between are zero */
+        size_t n = 0; /* t and its neighbours, at once: there are only zeros between them */
         for (end = i; end < k->tensors && k->tensor[end].counted == t->counted; end++)
             n = k->tensor[end].offset + k->tensor[end].n - t->offset;
         if (t->counted) sum += sum_squares(k->gradients + t->offset, n);
@@ -1827,7 +1867,7 @@ static void update_weights(Rank *k, const Optimizer *o, size_t update, double gr
 }
 
 /* Where a step's micro-batches come from: fills tokens, targets, weight and sequence of mb, number
- * i of the step on this rank. */
+ * i of the step on this rank. Training has one feed (chapter 7), `trace` and tests have others. */
 typedef void (*Feed)(void *source, Rank *k, MicroBatch *mb, size_t i);
 
 /* Chapter 8: forward and backward pass of m micro-batches through all stages. Returns the sum of
@@ -1839,11 +1879,11 @@ typedef struct {
     int skipped; /* an overflow: the weights did not change */
 } StepResult;
 
-/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py). DEVIATION: the
- * loss is the mean over all targets of the global batch, and so is its gradient: each target has
- * the share 1/targets, on whichever replica it is [P29, P30]. Megatron takes the mean on each
- * replica and divides gradients by d before their sum. An overflow shows in the gradient's norm;
- * Megatron reduces a flag of its own. */
+/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py). The gradient is
+ * clipped by the factor min(1, clip / (norm + 1e-6)) [P28]. DEVIATION: the loss is the mean over
+ * all targets of the global batch, and so is its gradient: each target has the share 1/targets, on
+ * whichever replica it is [P29, P30]. Megatron takes the mean on each replica and divides gradients
+ * by d before their sum. Overflows are seen in the norm; Megatron reduces a separate flag. */
 static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t micro_batches,
                              Feed feed, void *source)
 {
@@ -1863,7 +1903,7 @@ static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t mi
     set_place(k, "logged loss", "[§4.2]", -1);
     all_reduce(&k->world, &r.loss, 1, DOUBLE_ARRAY, SUM);
 
-    const double clip = o->clip > 0 ? fmin(o->clip / (r.grad_norm + 1e-6), 1) : 1; /* [P28] */
+    const double clip = o->clip > 0 ? fmin(o->clip / (r.grad_norm + 1e-6), 1) : 1;
     if (!r.skipped) {
         update_weights(k, o, p->updates, clip / r.loss_scale);
         p->updates++;
@@ -1878,18 +1918,18 @@ static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t mi
  * Chapter 7. Data and the training loop [§4.1]
  * =================================================================================================
  *
- * Documents are joined into one row of tokens, with <|endoftext|> between them. The row is cut into
- * samples of T inputs; the labels are the same tokens shifted by one [code V data/gpt2_dataset.py].
- * Each data replica takes its part of every batch; all tensor ranks of a replica read the same. */
+ * Documents are joined into one stream of tokens, with <|endoftext|> between them. The stream is
+ * cut into samples of T inputs; the labels are the same tokens shifted by one [code V
+ * data/gpt2_dataset.py]. Each data replica takes its part of every batch; all tensor ranks of a
+ * replica read the same. */
 
 /* ---- Documents and samples ------------------------------------------------------------------- */
 
-/* Tokens of a document, in memory. document_token() returns <|endoftext|> after the last one, where
- * the document does not end with it. */
+/* The tokens of a document. Where it does not end with <|endoftext|>, document_token() adds one. */
 typedef struct {
     const char *data;      /* uint16_t or int32_t, little-endian */
-    size_t width;          /* bytes of a token there: 2 or 4 */
-    size_t stored, length; /* tokens there; tokens with the <|endoftext|> that is added */
+    size_t width;          /* bytes of a token in data: 2 or 4 */
+    size_t stored, length; /* tokens in data; tokens with the <|endoftext|> that is added */
 } Document;
 
 static int document_token(const Document *d, size_t i, int end_of_text)
@@ -1917,10 +1957,10 @@ typedef struct {
     size_t samples; /* in an epoch */
     uint64_t seed;
     int end_of_text;
-    pthread_mutex_t lock; /* of the rest: an epoch's order, which follows from (seed, epoch) */
+    pthread_mutex_t lock; /* protects what follows: an epoch's order, made from (seed, epoch) */
     size_t epoch;         /* SIZE_MAX: none yet */
     size_t *order;        /* [documents] shuffled */
-    size_t *start;        /* [documents + 1] where each of them begins in the row of all tokens */
+    size_t *start;        /* [documents + 1] where each of them begins in the stream */
     size_t *sample;       /* [samples] shuffled */
 } Dataset;
 
@@ -1945,14 +1985,17 @@ static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out
             held_out ? "larger" : "smaller");
     d->samples = (d->tokens - 1) / T;
     d->document = (Document *)xcalloc(c->documents, sizeof(Document));
-    for (size_t i = 0, at = 0; i < c->documents; at += c->document[i++].length) {
+    for (size_t i = 0, at = 0; i < c->documents; i++) {
         Document doc = c->document[i];
         const size_t begin = max_size(first, at), end = min_size(last, at + doc.length);
+        const size_t skip = begin - at; /* tokens of the document that come before this part */
+        at += doc.length;
         if (begin >= end) continue;
-        doc.data += (begin - at) * doc.width;
-        doc.stored -= begin - at; /* may be more than length now: later tokens are never read */
+        doc.data += skip * doc.width;
+        doc.stored -= skip; /* may be larger than length now: later tokens are never read */
         doc.length = end - begin;
-        d->document[d->documents++] = doc;
+        d->document[d->documents] = doc;
+        d->documents++;
     }
     d->epoch = SIZE_MAX;
     d->order = (size_t *)xcalloc(d->documents, sizeof(size_t));
@@ -1986,18 +2029,18 @@ static void shuffle(size_t *x, size_t n, uint64_t seed, uint32_t site, uint32_t 
     }
 }
 
-/* The documents in a shuffled order form the row of tokens; its pieces are shuffled, too. */
+/* The documents in a shuffled order form the stream; its pieces are shuffled, too. */
 static void start_epoch(Dataset *d, size_t epoch)
 {
-    shuffle(d->order, d->documents, d->seed, SITE_SHUFFLE, (uint32_t)epoch);
-    shuffle(d->sample, d->samples, d->seed, SITE_SHUFFLE + 1, (uint32_t)epoch);
+    shuffle(d->order, d->documents, d->seed, SITE_SHUFFLE_DOCUMENTS, (uint32_t)epoch);
+    shuffle(d->sample, d->samples, d->seed, SITE_SHUFFLE_SAMPLES, (uint32_t)epoch);
     for (size_t i = 0; i < d->documents; i++)
         d->start[i + 1] = d->start[i] + d->document[d->order[i]].length;
     d->epoch = epoch;
 }
 
 /* tokens (T + 1) of sample n of a whole run: T inputs and one label more, which is the first input
- * of the next piece. Epochs follow each other without end, so n is all that a resumed run needs.
+ * of the next piece. One epoch follows another without end, so n is all that a resumed run needs.
  * Ranks may call this at the same time. */
 static void dataset_sample(Dataset *d, size_t n, int *tokens)
 {
@@ -2081,8 +2124,9 @@ static void rank_free(Rank *k);
 static void stage_forward(Rank *k, MicroBatch *mb);
 static double sum_losses(const Rank *k, const MicroBatch *mb);
 
-/* Mean loss over the held-out samples, each of them once; or, unless batches is 0, over the first
- * `batches` micro-batches of each data replica [Fig. 6]. All ranks call it. */
+/* Mean loss over the held-out samples [Fig. 6]. batches 0: each sample once; else only the first
+ * `batches` micro-batches of each data replica. All ranks call it between steps, when no
+ * micro-batch is in flight; dropout is off. */
 static double held_out_loss(Rank *k, Dataset *held_out, size_t batches)
 {
     MicroBatch *mb = &k->flight[0];
@@ -2120,8 +2164,9 @@ typedef struct {
     Optimizer optimizer;
     Progress progress; /* where to begin; at the end, where it stands */
     size_t steps;
-    size_t save_every;                  /* 0: save at the end only */
-    size_t eval_every, eval_iters;      /* 0: never; 0: all of the held-out text */
+    size_t save_every;                  /* steps between saves; 0: at the end only */
+    size_t eval_every;                  /* steps between held-out losses; 0: never */
+    size_t eval_iters;                  /* batches of each of them; 0: all */
     Dataset *data, *held_out;           /* held_out NULL: there is none */
     const Safetensors *model, *trainer; /* to start from; NULL: new weights, zero moments */
     Report *report;
@@ -2137,7 +2182,7 @@ static void report_end(const Run *run);
 static void save_run(const Run *run, Rank *k, const Progress *p); /* all ranks call it */
 static int is_interrupted(Rank *k);                               /* on any rank; all call it */
 
-enum { HOPELESS = 10 }; /* skipped steps in a row, at the smallest loss scale */
+enum { DIVERGED = 10 }; /* skipped steps in a row, at the smallest loss scale */
 
 /* One rank's training run. */
 static void train_rank(Comm *world, void *arg)
@@ -2160,10 +2205,10 @@ static void train_rank(Comm *world, void *arg)
         const int last = p.step == run->steps;
         const int at_smallest_scale = !p.scaler.dynamic || p.scaler.scale <= 1;
         skipped_in_a_row = r.skipped && at_smallest_scale ? skipped_in_a_row + 1 : 0;
-        if (skipped_in_a_row == HOPELESS)
+        if (skipped_in_a_row == DIVERGED)
             die("step %zu: loss or gradient has not been finite for %d steps: the run has "
                 "diverged; try a smaller --lr",
-                p.step, HOPELESS);
+                p.step, DIVERGED);
         stop = is_interrupted(k);
         if (run->held_out && run->eval_every && (last || p.step % run->eval_every == 0))
             held_out = held_out_loss(k, run->held_out, run->eval_iters);
@@ -2181,12 +2226,15 @@ static void train_rank(Comm *world, void *arg)
 
 /* =================================================================================================
  * Chapter 8. Stages, recomputation [§4.2], 1F1B (beyond the paper: arXiv 2104.04473 §2.2)
- * ============================================================================================== */
+ * =================================================================================================
+ *
+ * How a micro-batch passes a stage forward and backward; in which order the micro-batches of a step
+ * do so (1F1B: one forward, one backward); and what a rank keeps in memory for that. */
 
 /* ---- One micro-batch through one stage ------------------------------------------------------- */
 
-/* From the tokens (first stage), or the output of the stage before, to the stage behind, or to the
- * losses (last stage). */
+/* Reads the tokens (first stage), or receives the output of the previous stage. Sends its own
+ * output to the next stage, or makes the losses (last stage). */
 static void stage_forward(Rank *k, MicroBatch *mb)
 {
     const size_t n = k->B * k->T * k->config.C;
@@ -2207,9 +2255,9 @@ static void stage_forward(Rank *k, MicroBatch *mb)
 
 /* The way back. scale is loss_scale / targets: the gradient of the step's scaled loss with respect
  * to one target's loss. Recomputation [§4.2] keeps only the input x of each layer, and runs the
- * layer's forward pass again just before its backward pass: the same code, with the same masks, so
- * gradients are equal bit for bit [P26]. It costs one more forward pass, with two more all-reduces
- * a layer [P6]. */
+ * layer's whole forward pass again just before its backward pass, as Megatron does: the same code,
+ * with the same masks, so gradients are equal bit for bit [P26]. It costs one more forward pass,
+ * and its messages [P6]. */
 static void stage_backward(Rank *k, MicroBatch *mb, real scale)
 {
     const size_t n = k->B * k->T * k->config.C;
@@ -2230,7 +2278,8 @@ static void stage_backward(Rank *k, MicroBatch *mb, real scale)
 }
 
 /* Sum over this rank's targets of weight * loss, in double. Tensor ranks hold equal copies of the
- * losses, so only the first one counts them; stages before the last have none. */
+ * losses, so only the first one counts them; stages before the last have none. A loss of weight 0
+ * may be NaN, and is not looked at. */
 static double sum_losses(const Rank *k, const MicroBatch *mb)
 {
     const size_t N = k->B * k->T;
@@ -2253,13 +2302,14 @@ static int most_in_flight(const Rank *k, size_t micro_batches)
     return (int)min_size((size_t)(k->layout.pp - stage), micro_batches);
 }
 
-/* A step's m micro-batches: p - i - 1 forward passes to warm up, then one forward, one backward, in
- * turns, then the backward passes that are left. The bubble, (p-1)/m of the ideal time, is that of
- * all forward passes before all backward passes; but memory for p - i micro-batches is enough [P56,
- * P57; doc/pipeline.md draws it]. A stage only receives, works and sends: recv blocks until the
- * other stage has sent, and that makes the schedule. Slots of k->flight are reused in turn: the
- * micro-batch p - i earlier has finished its backward pass.
- * Returns the sum of this rank's weighted losses. */
+/* A step's m micro-batches on stage i: p - i - 1 forward passes to warm up, then one forward, one
+ * backward, in turns, then the backward passes that are left. Stages idle for (p-1)/m of the ideal
+ * time, as in GPipe, where all forward passes come first; but there m micro-batches are in flight,
+ * and here p - i [P56, P57; doc/pipeline.md draws it]. After the warm-up each forward pass is
+ * followed by the backward pass of the micro-batch p - i - 1 earlier. So slots of k->flight can be
+ * reused in turn: the micro-batch p - i earlier has finished its backward pass. A stage receives,
+ * works and sends; as recv blocks until the other stage has sent, nothing else needs to keep the
+ * order. Returns the sum of this rank's weighted losses. */
 static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real scale)
 {
     const size_t warmup = min_size((size_t)(k->pp.size - k->pp.rank - 1), m);
@@ -2432,7 +2482,8 @@ static void create_params(Rank *k, int training)
 }
 
 /* A rank with all its memory; its weights are zero (see init_rank, load_rank). All ranks of the
- * world call it. Inference recomputes nothing, but its layers share activations in the same way. */
+ * world call it. In inference layers share their activations as in recomputation, though nothing is
+ * computed again. */
 static Rank *rank_create(Comm *world, const RankOptions *o)
 {
     Rank *k = (Rank *)xcalloc(1, sizeof *k);
@@ -2460,7 +2511,8 @@ static Rank *rank_create(Comm *world, const RankOptions *o)
 static void init_rank(Rank *k)
 {
     init_params(k->weights, k->tensor, k->tensors, &k->config, k->seed, k->tp.rank);
-    for (size_t i = 0; k->master && i < k->tensors; i++) {
+    if (!k->master) return;
+    for (size_t i = 0; i < k->tensors; i++) {
         const Tensor *t = &k->tensor[i];
         real *slice = (real *)xcalloc(t->n, sizeof *slice);
         act_download(slice, k->weights + t->offset, t->n);
@@ -2487,7 +2539,14 @@ static void rank_free(Rank *k)
 
 /* =================================================================================================
  * Chapter 9. Evaluation [§5.2, App. E]
- * ============================================================================================== */
+ * =================================================================================================
+ *
+ * The paper's two tests, without training on them: perplexity on WikiText-103,
+ *
+ *     PPL = exp(-1/T_o * sum over t of log P(t | 0:t-1))                                  [eq.4]
+ *
+ * over all tokens t of the model, but with T_o, the number of original tokens; and LAMBADA's
+ * accuracy, the share of texts whose last word the model predicts. */
 
 /* ---- WikiText-103 [App. E; code V tasks/zeroshot_gpt2] --------------------------------------- */
 
@@ -2567,10 +2626,11 @@ static size_t wikitext_detokenise(char *text, size_t n)
     return n;
 }
 
-/* Window i of T tokens begins at token overlap * i. Window 0 scores all its targets; a later one
- * its last `overlap` only, each of which has at least T - overlap tokens before it. So each target
- * is scored once. The count is Megatron's: it assumes that window 0 scores only `overlap` targets,
- * so the last windows score nothing [P52]. 0 < overlap <= T. */
+/* A text that is longer than the model's context is scored in windows of T tokens. Window i begins
+ * at token overlap * i (the paper's o = 32). Window 0 scores all its targets; a later one its last
+ * `overlap` only, each of which has at least T - overlap tokens before it. So each target is scored
+ * once. The count is Megatron's: it assumes that window 0 scores only `overlap` targets, so the
+ * last windows score nothing [P52]. 0 < overlap <= T. */
 static size_t window_count(size_t targets, size_t overlap)
 {
     return targets ? (targets - 1) / overlap + 1 : 1;
@@ -2591,8 +2651,8 @@ typedef struct {
     size_t targets;
 } Score;
 
-/* Loss of a text in overlapping windows [App. E], the first `limit` of them. The ranks are tensor
- * ranks; all call it. */
+/* Mean loss of a text in its first `limit` windows [App. E]. Needs pp = dp = 1; all ranks call
+ * it. */
 static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit, int pad,
                        Meter *meter)
 {
@@ -2624,7 +2684,7 @@ static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit
     }
     free(tokens);
     free(weight);
-    all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM); /* the first tensor rank has it so far */
+    all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM); /* sum_losses() is 0 but on the first rank */
     score.loss = sum / (double)max_size(score.targets, 1);
     return score;
 }
@@ -2632,8 +2692,8 @@ static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit
 /* exp(loss) [App. E eq.4], with Megatron's cap on the exponent. */
 static double perplexity(double loss) { return exp(fmin(loss, 20)); }
 
-/* The loss whose perplexity the paper reports: eq.4 divides the sum of all losses by the number of
- * original tokens T_o; Megatron's code by T_o - 1 [App. E, P53]. */
+/* The exponent of [App. E eq.4]: the sum of all losses, divided by the number of original tokens;
+ * by T_o - 1, as in Megatron's code [P53]. */
 static double adjusted_loss(double loss, size_t targets, size_t original_tokens)
 {
     return loss * (double)targets / (double)max_size(original_tokens - 1, 1);
@@ -2681,7 +2741,7 @@ static void lambada_add(Lambada *l, const Tokenizer *t, const char *text, size_t
 }
 
 /* tokens (T + 1), weight (T) of example i, as in window_fill(). If it is longer than T + 1 tokens,
- * its end counts. */
+ * its last T + 1 tokens are used. */
 static void lambada_fill(int *tokens, real *weight, const Lambada *l, size_t i, size_t T, int pad)
 {
     const LambadaExample e = l->example[i];
@@ -2692,7 +2752,7 @@ static void lambada_fill(int *tokens, real *weight, const Lambada *l, size_t i, 
 
 /* id[i] = the most probable token after row row[i] of the micro-batch, i < n. Each tensor rank
  * finds the best of its own tokens, and all compare. Of equal ones the first counts, as in argmax.
- * The ranks are tensor ranks; all call it. */
+ * Needs pp = dp = 1; all ranks call it. */
 static void most_probable(Rank *k, const MicroBatch *mb, const size_t *row, size_t n, int *id)
 {
     const size_t Vp = k->Vp, t = (size_t)k->tp.size;
@@ -2727,7 +2787,7 @@ typedef struct {
     size_t last_correct; /* its last token right [P55] */
 } Accuracy;
 
-/* The first `limit` examples. The ranks are tensor ranks; all call it. */
+/* Of the first `limit` examples. Needs pp = dp = 1; all ranks call it. */
 static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pad, Meter *meter)
 {
     MicroBatch *mb = &k->flight[0];
@@ -2784,7 +2844,9 @@ static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pa
 
 /* =================================================================================================
  * Chapter 10. Generation [App. C]
- * ============================================================================================== */
+ * =================================================================================================
+ *
+ * A text grows token by token: each is drawn from the softmax of the logits after the last one. */
 
 /* ---- Sampling -------------------------------------------------------------------------------- */
 
@@ -2816,9 +2878,8 @@ static void sift_down(Candidate *heap, size_t n, size_t i)
     }
 }
 
-/* Moves the best tokens to the end of heap (V), until top-k or top-p is reached; at least one.
- * Returns how many; *mass is their probability, relative to total. Only what is kept gets
- * sorted. */
+/* Moves the best tokens of heap (V) to its end, in order: as many as top-k and top-p allow, and one
+ * at least. Returns how many; *mass is the sum of their p. Only these get sorted. */
 static size_t keep_best(Candidate *heap, size_t V, const Sampler *s, double total, double *mass)
 {
     size_t kept = 0;
@@ -2926,23 +2987,23 @@ static void generator_read(Generator *g, const int *tokens, size_t n)
 
 /* Appends up to `count` tokens to text and calls emit for each. It ends early at end_of_text, which
  * is appended but not emitted. All tensor ranks call it, and get the same tokens. The prompt is
- * read at once, then one token at a time; of a longer prompt the last P tokens count. When all P
- * positions are full, the last P/2 tokens are read again, from position 0 on, because learned
- * positions cannot slide. */
+ * read at once, then one token at a time. There is room for k->T positions: of a longer prompt the
+ * last ones are read; when all are full, the last half of the text is read again from position 0,
+ * because keys and values in the cache belong to their positions. */
 static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s, int end_of_text,
                      void (*emit)(void *arg, int id), void *arg)
 {
-    const size_t P = g->k->T, stop = text->n + count;
-    size_t unread = min_size(text->n, P);
+    const size_t room = g->k->T, stop = text->n + count;
+    size_t unread = min_size(text->n, room);
     g->cache.past = 0;
     while (text->n < stop) {
-        if (g->cache.past + unread > P) {
+        if (g->cache.past + unread > room) {
             g->cache.past = 0;
-            unread = (P + 1) / 2;
+            unread = (room + 1) / 2;
         }
         generator_read(g, text->id + text->n - unread, unread);
         double next = sample_token(g->logits, g->k->config.V, s, text->n, g->heap);
-        broadcast(&g->k->tp, &next, 1, DOUBLE_ARRAY, 0); /* one decides, though all draw the same */
+        broadcast(&g->k->tp, &next, 1, DOUBLE_ARRAY, 0); /* all drew the same; to be sure */
         push_token(text, (int)next);
         if ((int)next == end_of_text) return;
         if (emit) emit(arg, (int)next);

@@ -3023,12 +3023,12 @@ static void test_shuffle(void)
 {
     size_t x[1000], seen[1000] = {0}, count[3125] = {0}, orders = 0, missing = 0;
     double chi_squared = 0;
-    shuffle(x, 1000, 1, SITE_SHUFFLE, 0);
+    shuffle(x, 1000, 1, SITE_SHUFFLE_DOCUMENTS, 0);
     for (size_t i = 0; i < 1000; i++) seen[x[i] % 1000]++;
     for (size_t i = 0; i < 1000; i++) missing += seen[i] != 1;
     check_equal("elements that a permutation of 1000 misses or repeats", (double)missing, 0);
     for (uint32_t epoch = 0; epoch < 12000; epoch++) {
-        shuffle(x, 5, 2, SITE_SHUFFLE, epoch);
+        shuffle(x, 5, 2, SITE_SHUFFLE_DOCUMENTS, epoch);
         count[x[0] + 5 * (x[1] + 5 * (x[2] + 5 * (x[3] + 5 * x[4])))]++;
     }
     for (size_t i = 0; i < 3125; i++)
