@@ -4291,19 +4291,100 @@ static void json_write_string(FILE *out, const char *s, size_t left)
     fputc('"', out);
 }
 
-/* "key": x, or null for what JSON has no number for. */
-static void json_write_number(FILE *out, const char *key, double x)
+/* ---- A result, as text or as JSON ------------------------------------------------------------ */
+
+/* Describes each value of a result once, for both: by its key, which is NULL for an element of an
+ * array, and by a piece of text, a printf format, which is NULL where only JSON has the value. */
+typedef struct {
+    FILE *out;
+    int json, text; /* one of them; neither in a process that does not write */
+    int depth;      /* brackets that are open */
+    int comma;      /* is there a value before the next one? */
+} Emitter;
+
+static Emitter make_emitter(FILE *out, int json)
 {
-    if (isfinite(x)) fprintf(out, "\"%s\": %.15g", key, x);
-    else fprintf(out, "\"%s\": null", key);
+    int writes = is_writer(NULL);
+    Emitter e = {out, writes && json, writes && !json, 0, 0};
+    return e;
 }
 
-/* The same for a member that is not the object's first. */
-static void json_write_next(FILE *out, const char *key, double x)
+__attribute__((format(printf, 2, 3))) static void emit_text(Emitter *e, const char *format, ...)
 {
-    fputs(", ", out);
-    json_write_number(out, key, x);
+    va_list args;
+    if (!e->text) return;
+    va_start(args, format);
+    vfprintf(e->out, format, args);
+    va_end(args);
 }
+
+/* Only JSON has keys and brackets. */
+static void emit_key(Emitter *e, const char *key)
+{
+    if (e->comma) fputs(", ", e->out);
+    if (key) fprintf(e->out, "\"%s\": ", key);
+    e->comma = 1;
+}
+
+static void emit_open(Emitter *e, const char *key, char bracket)
+{
+    if (!e->json) return;
+    emit_key(e, key);
+    fputc(bracket, e->out);
+    e->depth++;
+    e->comma = 0;
+}
+
+static void emit_close(Emitter *e, char bracket)
+{
+    if (!e->json) return;
+    fputc(bracket, e->out);
+    e->depth--;
+    e->comma = 1;
+    if (e->depth == 0) fputc('\n', e->out);
+}
+
+static void emit_bytes(Emitter *e, const char *key, const char *bytes, size_t n)
+{
+    if (!e->json) return;
+    emit_key(e, key);
+    json_write_string(e->out, bytes, n);
+}
+
+static void emit_string(Emitter *e, const char *key, const char *format, const char *s)
+{
+    emit_bytes(e, key, s, strlen(s));
+    if (e->text && format) fprintf(e->out, format, s);
+}
+
+static void emit_count(Emitter *e, const char *key, const char *format, size_t n)
+{
+    if (e->json) {
+        emit_key(e, key);
+        fprintf(e->out, "%zu", n);
+    }
+    if (e->text && format) fprintf(e->out, format, n);
+}
+
+/* null in JSON for what it has no number for. */
+static void emit_number(Emitter *e, const char *key, const char *format, double x)
+{
+    if (e->json) {
+        emit_key(e, key);
+        if (isfinite(x)) fprintf(e->out, "%.15g", x);
+        else fputs("null", e->out);
+    }
+    if (e->text && format) fprintf(e->out, format, x);
+}
+
+/* JSON only. */
+static void emit_flag(Emitter *e, const char *key, int flag)
+{
+    if (!e->json) return;
+    emit_key(e, key);
+    fputs(flag ? "true" : "false", e->out);
+}
+
 
 typedef enum {
     F64,
@@ -5312,45 +5393,58 @@ static void save_checkpoint(const Slices *s, Comm *world, const char *dir, const
 
 /* ---- info ------------------------------------------------------------------------------------ */
 
-/* Prints the tensors of a model's folder or of one file, in the file's order; with json, as one
- * JSON object. */
+static void print_config(Emitter *e, const Config *c)
+{
+    emit_open(e, "config", '{');
+    emit_count(e, "layers", "GPT-2: %zu layers, ", c->L);
+    emit_count(e, "hidden", "hidden size %zu, ", c->C);
+    emit_count(e, "heads", "%zu heads, ", c->H);
+    emit_count(e, "mlp", "MLP width %zu, ", c->F);
+    emit_count(e, "positions", "%zu positions, ", c->P);
+    emit_count(e, "vocab", "%zu tokens; ", c->V);
+    emit_count(e, "parameters", "%zu parameters\n", count_parameters(c));
+    emit_close(e, '}');
+}
+
+static void print_tensor(Emitter *e, const StoredTensor *t)
+{
+    char shape[SHAPE_TEXT], name[SHOWN];
+    emit_open(e, NULL, '{');
+    emit_text(e, "%-32s ", printable(name, t->name));
+    emit_string(e, "name", NULL, t->name);
+    emit_string(e, "dtype", "%-4s ", dtype_name[t->dtype]);
+    emit_text(e, "%-14s ", shape_text(shape, t->dims, t->shape));
+    emit_open(e, "shape", '[');
+    for (size_t i = 0; i < t->dims; i++) emit_count(e, NULL, NULL, t->shape[i]);
+    emit_close(e, ']');
+    emit_count(e, "bytes", "%12zu bytes\n", t->bytes);
+    emit_close(e, '}');
+}
+
+/* Prints the tensors of a model's folder or of one file, in the file's order. */
 static void print_info(const char *path, int json)
 {
     Safetensors s = safetensors_open(path);
     size_t elements = 0, bytes = 0;
-    char shape[SHAPE_TEXT], name[SHOWN];
     int tied, is_model = file_exists(path, "config.json");
-    Config c = make_config(0, 0, 0, 0, 0);
-    if (is_model) c = read_config(path, &tied);
-    if (json) printf("{");
-    if (is_model) {
-        const char *text =
-            json ? "\"config\": {\"layers\": %zu, \"hidden\": %zu, \"heads\": %zu, \"mlp\": %zu, "
-                   "\"positions\": %zu, \"vocab\": %zu, \"parameters\": %zu}, "
-                 : "GPT-2: %zu layers, hidden size %zu, %zu heads, MLP width %zu, %zu positions, "
-                   "%zu tokens; %zu parameters\n";
-        printf(text, c.L, c.C, c.H, c.F, c.P, c.V, count_parameters(&c));
-    }
-    if (json) printf("\"tensors\": [");
+    Config c = is_model ? read_config(path, &tied) : make_config(0, 0, 0, 0, 0);
+    Emitter e = make_emitter(stdout, json);
+    emit_open(&e, NULL, '{');
+    if (is_model) print_config(&e, &c);
+    emit_open(&e, "tensors", '[');
     qsort(s.tensor, s.tensors, sizeof *s.tensor, compare_places);
     for (size_t i = 0; i < s.tensors; i++) {
-        const StoredTensor *t = &s.tensor[i];
-        const char *dtype = dtype_name[t->dtype];
-        shape_text(shape, t->dims, t->shape);
-        elements += t->n, bytes += t->bytes;
-        if (!json) {
-            printf("%-32s %-4s %-14s %12zu bytes\n", printable(name, t->name), dtype, shape,
-                   t->bytes);
-            continue;
-        }
-        printf(i ? ", {\"name\": " : "{\"name\": ");
-        json_write_string(stdout, t->name, strlen(t->name));
-        printf(", \"dtype\": \"%s\", \"shape\": %s, \"bytes\": %zu}", dtype, shape, t->bytes);
+        print_tensor(&e, &s.tensor[i]);
+        elements += s.tensor[i].n;
+        bytes += s.tensor[i].bytes;
     }
-    const char *totals =
-        json ? "], \"totals\": {\"tensors\": %zu, \"elements\": %zu, \"bytes\": %zu}}\n"
-             : "%zu tensors, %zu elements, %zu bytes\n";
-    printf(totals, s.tensors, elements, bytes);
+    emit_close(&e, ']');
+    emit_open(&e, "totals", '{');
+    emit_count(&e, "tensors", "%zu tensors, ", s.tensors);
+    emit_count(&e, "elements", "%zu elements, ", elements);
+    emit_count(&e, "bytes", "%zu bytes\n", bytes);
+    emit_close(&e, '}');
+    emit_close(&e, '}');
     safetensors_close(&s);
 }
 
@@ -6571,49 +6665,47 @@ static const Figure figures[] = {
 };
 /* clang-format on */
 
-static void print_messages(const PlanInput *in, int stage, int json)
+static void print_messages(Emitter *e, const PlanInput *in, int stage)
 {
     Message list[MAX_MESSAGES];
-    if (json) printf("\"messages\": [");
-    else
-        printf("\n%-10s %-14s %-30s %-10s %6s %11s %12s\n", "group", "op", "what", "paper", "calls",
-               "bytes", "sent, each");
-    for (size_t i = 0, n = list_messages(list, in, stage); i < n; i++) {
-        const Message *m = &list[i];
-        double sent = elements_sent(m) * (double)type_size(m->type);
-        int width = strstr(m->paper, "§") ? 11 : 10; /* § has two bytes, but takes one column */
-        if (json)
-            printf("%s{\"group\": \"%s\", \"op\": \"%s\", \"what\": \"%s\", \"paper\": \"%s\", "
-                   "\"ranks\": %zu, "
-                   "\"count\": %zu, \"elements\": %zu, \"bytes\": %zu, \"bytes_sent\": %.15g}",
-                   i ? ", " : "", m->group, m->op, m->what, m->paper, m->ranks, m->count,
-                   m->elements, message_bytes(m), sent);
-        else
-            printf("%-10s %-14s %-30s %-*s %6zu %11zu %12.0f\n", m->group, m->op, m->what, width,
-                   m->paper, m->count, message_bytes(m), sent);
+    size_t n = list_messages(list, in, stage);
+    emit_text(e, "\n%-10s %-14s %-30s %-10s %6s %11s %12s\n", "group", "op", "what", "paper",
+              "calls", "bytes", "sent, each");
+    emit_open(e, "messages", '[');
+    for (const Message *m = list; m < list + n; m++) {
+        int section = strstr(m->paper, "§") != NULL; /* § has two bytes, but takes one column */
+        emit_open(e, NULL, '{');
+        emit_string(e, "group", "%-10s ", m->group);
+        emit_string(e, "op", "%-14s ", m->op);
+        emit_string(e, "what", "%-30s ", m->what);
+        emit_string(e, "paper", section ? "%-11s " : "%-10s ", m->paper);
+        emit_count(e, "ranks", NULL, m->ranks);
+        emit_count(e, "count", "%6zu ", m->count);
+        emit_count(e, "elements", NULL, m->elements);
+        emit_count(e, "bytes", "%11zu ", message_bytes(m));
+        emit_number(e, "bytes_sent", "%12.0f\n", elements_sent(m) * (double)type_size(m->type));
+        emit_close(e, '}');
     }
-    if (json) putchar(']');
+    emit_close(e, ']');
 }
 
 static void print_plan(const PlanInput *in, const Plan *plan, int json)
 {
     const Config *c = &in->config;
     Layout s = in->layout;
-    if (json) putchar('{');
-    else
-        printf("%zu layers, hidden %zu, %zu heads, vocabulary %zu; tp %d pp %d dp %d; batch %zu of "
-               "%zu tokens, "
-               "%zu a pass%s\n\n",
-               c->L, c->C, c->H, c->V, s.tp, s.pp, s.dp, in->batch, in->seq, in->micro_batch,
-               in->recompute ? ", recomputed" : "");
+    Emitter e = make_emitter(stdout, json);
+    emit_text(&e, "%zu layers, hidden %zu, %zu heads, vocabulary %zu; ", c->L, c->C, c->H, c->V);
+    emit_text(&e, "tp %d pp %d dp %d; batch %zu of %zu tokens, %zu a pass%s\n\n", s.tp, s.pp, s.dp,
+              in->batch, in->seq, in->micro_batch, in->recompute ? ", recomputed" : "");
+    emit_open(&e, NULL, '{');
     for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {
         const Figure *f = &figures[i];
         double x = *(const double *)(const void *)((const char *)plan + f->field);
-        if (json) json_write_number(stdout, f->key, x), printf(", ");
-        else if (!isnan(x)) printf("%-60s %20.*f\n", f->what, f->decimals, x / f->unit);
+        emit_number(&e, f->key, NULL, x);
+        if (!isnan(x)) emit_text(&e, "%-60s %20.*f\n", f->what, f->decimals, x / f->unit);
     }
-    print_messages(in, (int)plan->busiest_stage, json);
-    if (json) puts("}");
+    print_messages(&e, in, (int)plan->busiest_stage);
+    emit_close(&e, '}');
 }
 
 /* ---- `plan --paper`: the paper's tables beside what this chapter derives --------------------- */
@@ -6632,27 +6724,27 @@ typedef struct {
     double value[MAX_ROWS][MAX_COLUMNS];
 } Table;
 
-static void print_table(const Table *t, int json)
+static void print_table(Emitter *e, const Table *t)
 {
-    if (json) printf("\"%s\": [", t->key);
-    else printf("%s\n%-12s", t->title, "");
-    for (int c = 0; !json && c < MAX_COLUMNS && t->column[c].key; c++)
-        printf("  %6s", t->column[c].heading);
+    emit_open(e, t->key, '[');
+    emit_text(e, "%s\n%-12s", t->title, "");
+    for (int c = 0; c < MAX_COLUMNS && t->column[c].key; c++)
+        emit_text(e, "  %6s", t->column[c].heading);
     for (int r = 0; r < MAX_ROWS && t->label[r]; r++) {
-        if (json) printf("%s{\"name\": \"%s\"", r ? ", " : "", t->label[r]);
-        else printf("\n%-12s", t->label[r]);
+        emit_open(e, NULL, '{');
+        emit_string(e, "name", "\n%-12s", t->label[r]);
         for (int c = 0; c < MAX_COLUMNS && t->column[c].key; c++) {
             const Column *column = &t->column[c];
             int width = (int)max_size(6, strlen(column->heading));
             double x = t->value[r][c];
-            if (json) printf(", "), json_write_number(stdout, column->key, x);
-            else if (column->decimals < 0) printf("  %*.2e", width, x);
-            else printf("  %*.*f", width, column->decimals, x);
+            emit_number(e, column->key, NULL, x);
+            if (column->decimals < 0) emit_text(e, "  %*.2e", width, x);
+            else emit_text(e, "  %*.*f", width, column->decimals, x);
         }
-        if (json) putchar('}');
+        emit_close(e, '}');
     }
-    if (json) putchar(']');
-    else printf("\n%s\n\n", t->remark);
+    emit_text(e, "\n%s\n\n", t->remark);
+    emit_close(e, ']');
 }
 
 /* The scaling study: layers recomputed, a batch of 8 for each group of model-parallel GPUs
@@ -6901,12 +6993,10 @@ static void print_paper(int json)
 {
     const Table tables[] = {table_1(), figure_4(), table_2(),     table_7(),
                             table_8(), figure_5(), paper_totals()};
-    if (json) putchar('{');
-    for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
-        if (json && i) printf(", ");
-        print_table(&tables[i], json);
-    }
-    if (json) puts("}");
+    Emitter e = make_emitter(stdout, json);
+    emit_open(&e, NULL, '{');
+    for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) print_table(&e, &tables[i]);
+    emit_close(&e, '}');
 }
 
 /* ---- Trace: what the ranks really said ------------------------------------------------------- */
@@ -6955,70 +7045,71 @@ static int trace_agrees(const Trace *trace, const PlanInput *in, int stage)
 }
 
 /* One line, or one JSON object, for each collective of a stage's first rank. */
-static void print_events(const Trace *trace, int stage, int json)
+static void print_events(Emitter *e, const Trace *trace, int stage)
 {
-    for (size_t i = 0; i < trace->n; i++) {
-        const Event *e = &trace->event[i];
-        if (json)
-            printf("%s{\"stage\": %d, \"op\": \"%s\", \"group\": \"%s\", \"elements\": %zu, "
-                   "\"bytes\": %zu, "
-                   "\"layer\": %d, "
-                   "\"where\": \"%s\", \"edge\": \"%s\", \"paper\": \"%s\"}",
-                   stage || i ? ", " : "", stage, e->op, e->group, e->elements, e->bytes,
-                   e->place.layer, e->place.operation, e->place.edge, e->place.paper);
-        else {
-            char layer[16] = "-";
-            if (e->place.layer >= 0) snprintf(layer, sizeof layer, "%d", e->place.layer);
-            printf("%5d  %5s  %-14s  %-10s  %-14s  %-9s  %10zu  %11zu  %s\n", stage, layer,
-                   e->place.operation, e->place.edge, e->op, e->group, e->elements, e->bytes,
-                   e->place.paper);
-        }
+    for (const Event *v = trace->event; v < trace->event + trace->n; v++) {
+        char layer[16] = "-";
+        if (v->place.layer >= 0) snprintf(layer, sizeof layer, "%d", v->place.layer);
+        emit_text(e, "%5d  %5s  %-14s  %-10s  %-14s  %-9s  %10zu  %11zu  %s\n", stage, layer,
+                  v->place.operation, v->place.edge, v->op, v->group, v->elements, v->bytes,
+                  v->place.paper);
+        emit_open(e, NULL, '{');
+        emit_count(e, "stage", NULL, (size_t)stage);
+        emit_string(e, "op", NULL, v->op);
+        emit_string(e, "group", NULL, v->group);
+        emit_count(e, "elements", NULL, v->elements);
+        emit_count(e, "bytes", NULL, v->bytes);
+        emit_number(e, "layer", NULL, v->place.layer);
+        emit_string(e, "where", NULL, v->place.operation);
+        emit_string(e, "edge", NULL, v->place.edge);
+        emit_string(e, "paper", NULL, v->place.paper);
+        emit_close(e, '}');
     }
 }
 
 /* Totals of a stage by group and operation, and of the tensor group by layer. Returns whether they
  * are the plan's. */
-static int print_totals(const Trace *trace, const PlanInput *in, int stage, int json)
+static int print_totals(Emitter *e, const Trace *trace, const PlanInput *in, int stage)
 {
-    size_t depth = in->config.L / (size_t)in->layout.pp, printed = 0;
+    size_t depth = in->config.L / (size_t)in->layout.pp;
     int agrees = trace_agrees(trace, in, stage);
     Message planned[MAX_MESSAGES];
     size_t n = list_messages(planned, in, stage);
-    if (json)
-        printf("%s{\"stage\": %d, \"agrees_with_plan\": %s", stage ? ", " : "", stage,
-               agrees ? "true" : "false");
-    else printf("\nstage %d\n", stage);
+    emit_open(e, NULL, '{');
+    emit_count(e, "stage", "\nstage %zu\n", (size_t)stage);
+    emit_flag(e, "agrees_with_plan", agrees);
     for (size_t i = 0; i < n; i++) {
+        char key[64];
         int seen = 0;
         for (size_t j = 0; j < i; j++)
             seen |= !strcmp(planned[j].group, planned[i].group) &&
                     !strcmp(planned[j].op, planned[i].op);
         if (seen) continue;
         Message sum = sum_events(trace, &planned[i]);
-        size_t bytes = sum.elements * type_size(sum.type);
-        if (json)
-            printf(", \"%s_%s\": {\"calls\": %zu, \"elements\": %zu}", sum.group, sum.op, sum.count,
-                   sum.elements);
-        else
-            printf("  %-9s  %-14s  %5zu calls  %12zu elements  %13zu bytes\n", sum.group, sum.op,
-                   sum.count, sum.elements, bytes);
+        snprintf(key, sizeof key, "%s_%s", sum.group, sum.op);
+        emit_open(e, key, '{');
+        emit_text(e, "  %-9s  %-14s  ", sum.group, sum.op);
+        emit_count(e, "calls", "%5zu calls  ", sum.count);
+        emit_count(e, "elements", "%12zu elements  ", sum.elements);
+        emit_text(e, "%13zu bytes\n", sum.elements * type_size(sum.type));
+        emit_close(e, '}');
     }
-    if (json) printf(", \"layers\": [");
+    emit_open(e, "layers", '[');
     for (size_t l = (size_t)stage * depth; in->layout.tp > 1 && l < (size_t)(stage + 1) * depth;
          l++) {
         size_t calls = 0, elements = 0;
         for (size_t i = 0; i < trace->n; i++)
             if (trace->event[i].place.layer == (int)l)
                 calls++, elements += trace->event[i].elements;
-        if (json)
-            printf("%s{\"layer\": %zu, \"calls\": %zu, \"elements\": %zu}", printed++ ? ", " : "",
-                   l, calls, elements);
-        else
-            printf("  layer %-3zu                 %5zu calls  %12zu elements\n", l, calls,
-                   elements);
+        emit_open(e, NULL, '{');
+        emit_count(e, "layer", "  layer %-3zu                 ", l);
+        emit_count(e, "calls", "%5zu calls  ", calls);
+        emit_count(e, "elements", "%12zu elements\n", elements);
+        emit_close(e, '}');
     }
-    if (json) printf("]}");
-    else printf("  %s\n", agrees ? "equal to what `plan` lists" : "NOT what `plan` lists");
+    emit_close(e, ']');
+    emit_text(e, "  %s\n", agrees ? "equal to what `plan` lists" : "NOT what `plan` lists");
+    emit_close(e, '}');
     return agrees;
 }
 
@@ -7387,16 +7478,18 @@ typedef struct {
 } TrainCommand;
 
 /* One JSON line for a step, without a value for validation where there was none. */
-static void print_step(FILE *f, size_t step, const StepResult *r, double rate, double valid)
+static void print_step(FILE *f, size_t step, const StepResult *r, double rate, double held_out)
 {
-    fprintf(f, "{\"step\": %zu", step);
-    json_write_next(f, "loss", r->loss);
-    json_write_next(f, "lr", r->lr);
-    json_write_next(f, "grad_norm", r->grad_norm);
-    json_write_next(f, "loss_scale", r->loss_scale);
-    json_write_next(f, "tokens_per_second", floor(rate));
-    if (!isnan(valid)) json_write_next(f, "val_loss", valid);
-    fputs("}\n", f);
+    Emitter e = make_emitter(f, 1);
+    emit_open(&e, NULL, '{');
+    emit_count(&e, "step", NULL, step);
+    emit_number(&e, "loss", NULL, r->loss);
+    emit_number(&e, "lr", NULL, r->lr);
+    emit_number(&e, "grad_norm", NULL, r->grad_norm);
+    emit_number(&e, "loss_scale", NULL, r->loss_scale);
+    emit_number(&e, "tokens_per_second", NULL, floor(rate));
+    if (!isnan(held_out)) emit_number(&e, "val_loss", NULL, held_out);
+    emit_close(&e, '}');
     if (fflush(f) || ferror(f))
         die("cannot write a step to %s: %s", f == stdout ? "stdout" : "--log", strerror(errno));
 }
@@ -7804,9 +7897,32 @@ static void eval_rank(Comm *world, void *arg)
     rank_free(k);
 }
 
-static void eval_lambada(Inference *in, int json)
+static void print_accuracy(const Inference *in, const size_t labels[6])
 {
-    size_t labels[6] = {0};
+    const Accuracy *a = &in->accuracy;
+    double n = (double)a->examples;
+    Emitter e = make_emitter(stdout, in->o->json);
+    emit_text(&e, "%zu examples; last words of 1, 2, 3, 4, 5, more tokens:", in->lambada.n);
+    for (int i = 0; i < 6; i++) emit_text(&e, " %zu", labels[i]);
+    emit_text(&e, "\n");
+    emit_open(&e, NULL, '{');
+    if (!in->units) emit_count(&e, "examples", NULL, in->lambada.n);
+    if (in->units) {
+        emit_count(&e, "examples", "%zu run: ", a->examples);
+        emit_count(&e, "correct", "%zu whole last words right, ", a->correct);
+        emit_number(&e, "accuracy", "accuracy %.4f ", (double)a->correct / n);
+        emit_number(&e, "last_token_accuracy", "(last token only: %.4f)\n",
+                    (double)a->last_correct / n);
+    }
+    emit_open(&e, "label_tokens", '[');
+    for (int i = 0; i < 6; i++) emit_count(&e, NULL, NULL, labels[i]);
+    emit_close(&e, ']');
+    emit_close(&e, '}');
+}
+
+static void eval_lambada(Inference *in)
+{
+    size_t labels[6] = {0}; /* how many last words have 1, 2, 3, 4, 5, more tokens */
     const Options *o = in->o;
     in->lambada = lambada_open(o->lambada, in->tokenizer);
     for (size_t i = 0; i < in->lambada.n; i++) {
@@ -7818,30 +7934,15 @@ static void eval_lambada(Inference *in, int json)
     }
     in->units = given(o, "--limit") ? min_size(o->limit, in->lambada.n) : in->lambada.n;
     if (in->units) run_ranks(world_size(in->ranks.layout), eval_rank, in);
-    double n = (double)in->accuracy.examples;
-    if (json) {
-        printf("{\"examples\": %zu", in->units ? in->accuracy.examples : in->lambada.n);
-        if (in->units) printf(", \"correct\": %zu", in->accuracy.correct);
-        if (in->units) json_write_next(stdout, "accuracy", (double)in->accuracy.correct / n);
-        if (in->units)
-            json_write_next(stdout, "last_token_accuracy", (double)in->accuracy.last_correct / n);
-        printf(", \"label_tokens\": [%zu, %zu, %zu, %zu, %zu, %zu]}\n", labels[0], labels[1],
-               labels[2], labels[3], labels[4], labels[5]);
-    } else {
-        printf("%zu examples; last words of 1, 2, 3, 4, 5, more tokens: %zu %zu %zu %zu %zu %zu\n",
-               in->lambada.n, labels[0], labels[1], labels[2], labels[3], labels[4], labels[5]);
-        if (in->units)
-            printf("%zu run: %zu whole last words right, accuracy %.4f (last token only: %.4f)\n",
-                   in->accuracy.examples, in->accuracy.correct, (double)in->accuracy.correct / n,
-                   (double)in->accuracy.last_correct / n);
-    }
+    print_accuracy(in, labels);
     lambada_close(&in->lambada);
 }
 
-static void eval_text(Inference *in, int json)
+/* Tokens of --wikitext, detokenised, or of --data. Returns the original tokens of --wikitext. */
+static size_t read_text(Inference *in)
 {
     const Options *o = in->o;
-    size_t original = 0, T = in->ranks.seq;
+    size_t original = 0;
     if (o->wikitext) {
         Map map = map_file(o->wikitext);
         char *text = (char *)xcalloc(map.size + 1, 1);
@@ -7858,33 +7959,50 @@ static void eval_text(Inference *in, int json)
     if (in->text.n < 2)
         die("%s is too short: one token to predict from and one to predict are needed",
             o->wikitext ? o->wikitext : o->paths[0]);
-    in->overlap = o->overlap ? o->overlap : o->wikitext ? min_size(32, T) : T;
+    return original;
+}
+
+/* [App. E eq.4] divides the sum of the losses by the number of original tokens, T_o - 1 in the code
+ * [P53]. */
+static void print_score(const Inference *in, size_t windows, size_t original)
+{
+    size_t targets = in->text.n - 1;
+    double loss = in->score.loss;
+    double adjusted = adjusted_loss(loss, targets, original);
+    int wikitext = in->o->wikitext != NULL;
+    Emitter e = make_emitter(stdout, in->o->json);
+    emit_open(&e, NULL, '{');
+    emit_count(&e, "tokens", "%zu tokens, ", in->text.n);
+    emit_count(&e, "targets", "%zu targets, ", targets);
+    emit_count(&e, "windows", "%zu windows ", windows);
+    emit_text(&e, "of %zu tokens", in->ranks.seq);
+    if (wikitext) emit_count(&e, "original_tokens", "; %zu original tokens", original);
+    if (in->units) {
+        emit_text(&e, "\n%zu windows run, ", in->units);
+        emit_count(&e, "scored_targets", "%zu targets: ", in->score.targets);
+        emit_number(&e, "loss", "loss %.4f, ", loss);
+        emit_number(&e, "ppl", "perplexity %.4f", perplexity(loss));
+        if (wikitext)
+            emit_number(&e, "adjusted_ppl", ", adjusted to original tokens %.4f [App. E]",
+                        perplexity(adjusted));
+    }
+    emit_text(&e, "\n");
+    emit_close(&e, '}');
+}
+
+static void eval_text(Inference *in)
+{
+    const Options *o = in->o;
+    size_t T = in->ranks.seq, original = read_text(in);
+    in->overlap = o->wikitext ? min_size(32, T) : T;
+    if (o->overlap) in->overlap = o->overlap;
     if (in->overlap > T)
         die("--overlap %zu is more than the %zu tokens of a window", in->overlap, T);
-    size_t windows = window_count(in->text.n - 1, in->overlap), targets = in->text.n - 1;
+    size_t windows = window_count(in->text.n - 1, in->overlap);
     in->units = given(o, "--limit") ? min_size(o->limit, windows) : windows;
     in->ranks.micro_batch = min_size(in->ranks.micro_batch, max_size(in->units, 1));
     if (in->units) run_ranks(world_size(in->ranks.layout), eval_rank, in);
-    double loss = in->score.loss, adjusted = adjusted_loss(loss, targets, original);
-    if (json) {
-        printf("{\"tokens\": %zu, \"targets\": %zu, \"windows\": %zu", in->text.n, targets,
-               windows);
-        if (o->wikitext) printf(", \"original_tokens\": %zu", original);
-        if (in->units) printf(", \"scored_targets\": %zu", in->score.targets);
-        if (in->units)
-            json_write_next(stdout, "loss", loss), json_write_next(stdout, "ppl", perplexity(loss));
-        if (in->units && o->wikitext) json_write_next(stdout, "adjusted_ppl", perplexity(adjusted));
-        printf("}\n");
-        return;
-    }
-    printf("%zu tokens, %zu targets, %zu windows of %zu tokens", in->text.n, targets, windows, T);
-    if (o->wikitext) printf("; %zu original tokens", original);
-    if (in->units)
-        printf("\n%zu windows run, %zu targets: loss %.4f, perplexity %.4f", in->units,
-               in->score.targets, loss, perplexity(loss));
-    if (in->units && o->wikitext)
-        printf(", adjusted to original tokens %.4f [App. E]", perplexity(adjusted));
-    putchar('\n');
+    print_score(in, windows, original);
 }
 
 static void run_eval(Options *o)
@@ -7895,8 +8013,8 @@ static void run_eval(Options *o)
     if (o->lambada && given(o, "--overlap"))
         usage_error("--overlap is for running text, not for --lambada");
     open_inference(&in, o, o->micro_batch);
-    if (o->lambada) eval_lambada(&in, o->json);
-    else eval_text(&in, o->json);
+    if (o->lambada) eval_lambada(&in);
+    else eval_text(&in);
     close_inference(&in);
 }
 
@@ -7931,9 +8049,32 @@ static void generate_rank(Comm *world, void *arg)
     else free(text.id);
 }
 
+/* JSON only: as text it came token by token. */
+static void print_generated(Emitter *e, const Inference *in, size_t prompt)
+{
+    char *bytes = NULL;
+    size_t size = 0, n;
+    FILE *f = open_memstream(&bytes, &size);
+    if (!f) die("out of memory");
+    for (size_t i = prompt; i < in->text.n; i++) {
+        const char *piece = decode(&n, in->tokenizer, in->text.id[i]);
+        fwrite(piece, 1, n, f);
+    }
+    if (fclose(f)) die("out of memory");
+    emit_open(e, NULL, '{');
+    emit_string(e, "prompt", NULL, in->o->prompt);
+    emit_bytes(e, "text", bytes, size);
+    emit_open(e, "tokens", '[');
+    for (size_t i = prompt; i < in->text.n; i++) emit_count(e, NULL, NULL, (size_t)in->text.id[i]);
+    emit_close(e, ']');
+    emit_close(e, '}');
+    free(bytes);
+}
+
 static void run_generate(Options *o)
 {
     Inference in;
+    Emitter e = make_emitter(stdout, o->json);
     open_inference(&in, o, 1);
     encode(&in.text, in.tokenizer, o->prompt, strlen(o->prompt));
     if (!in.text.n)
@@ -7942,27 +8083,10 @@ static void run_generate(Options *o)
     if (prompt > in.ranks.seq)
         fprintf(stderr, "the prompt has %zu tokens: the model sees the last %zu\n", prompt,
                 in.ranks.seq);
-    if (!o->json) fputs(o->prompt, stdout);
+    emit_text(&e, "%s", o->prompt);
     run_ranks(world_size(in.ranks.layout), generate_rank, &in);
-    if (o->json) {
-        char *bytes = NULL;
-        size_t size = 0, n;
-        FILE *f = open_memstream(&bytes, &size);
-        for (size_t i = prompt; i < in.text.n; i++) {
-            const char *piece = decode(&n, in.tokenizer, in.text.id[i]);
-            fwrite(piece, 1, n, f);
-        }
-        fclose(f);
-        printf("{\"prompt\": ");
-        json_write_string(stdout, o->prompt, strlen(o->prompt));
-        printf(", \"text\": ");
-        json_write_string(stdout, bytes, size);
-        printf(", \"tokens\": [");
-        for (size_t i = prompt; i < in.text.n; i++)
-            printf("%s%d", i > prompt ? ", " : "", in.text.id[i]);
-        printf("]}\n");
-        free(bytes);
-    } else putchar('\n');
+    emit_text(&e, "\n");
+    print_generated(&e, &in, prompt);
     close_inference(&in);
 }
 
@@ -7971,14 +8095,16 @@ static void run_generate(Options *o)
 static void run_tokenize(Options *o)
 {
     if (o->operands != 2) usage_error("tokenize needs two operands, IN and OUT");
+    const char *out = o->operand[1];
     Tokenizer *t = find_tokenizer(o->tokenizer, NULL, NULL);
     Corpus *corpus = corpus_open(o->operand, 1, t, t->vocabulary);
-    corpus_write(corpus, o->operand[1]);
-    if (o->json)
-        printf("{\"documents\": %zu, \"tokens\": %zu}\n", corpus->documents, corpus->tokens);
-    else
-        printf("%s.bin, %s.idx: %zu documents, %zu tokens\n", o->operand[1], o->operand[1],
-               corpus->documents, corpus->tokens);
+    corpus_write(corpus, out);
+    Emitter e = make_emitter(stdout, o->json);
+    emit_text(&e, "%s.bin, %s.idx: ", out, out);
+    emit_open(&e, NULL, '{');
+    emit_count(&e, "documents", "%zu documents, ", corpus->documents);
+    emit_count(&e, "tokens", "%zu tokens\n", corpus->tokens);
+    emit_close(&e, '}');
     corpus_close(corpus);
     tokenizer_close(t);
 }
@@ -8042,7 +8168,10 @@ static void trace_rank(Comm *world, void *arg)
 
 static void run_trace(Options *o)
 {
+    static const char heading[] = "stage  layer  where           edge        op              group   "
+                                  "     elements        bytes  paper";
     PlanInput in = plan_input(o);
+    Emitter e = make_emitter(stdout, o->json);
     Traced t;
     int agrees = 1;
     memset(&t, 0, sizeof t);
@@ -8056,17 +8185,17 @@ static void run_trace(Options *o)
     check_memory(&ranks);
     warn_if_crowded(in.layout);
     run_ranks(world_size(in.layout), trace_rank, &t);
-    if (o->json) printf("{\"events\": [");
-    else
-        printf("stage  layer  where           edge        op              group        elements    "
-               "    bytes  paper\n");
+    emit_open(&e, NULL, '{');
+    emit_open(&e, "events", '[');
+    emit_text(&e, "%s\n", heading);
     for (int stage = 0; stage < in.layout.pp; stage++)
-        print_events(&t.trace[stage * in.layout.tp * in.layout.dp], stage, o->json);
-    if (o->json) printf("], \"totals\": [");
-    for (int stage = 0; stage < in.layout.pp; stage++) {
-        agrees &= print_totals(&t.trace[stage * in.layout.tp * in.layout.dp], &in, stage, o->json);
-    }
-    if (o->json) printf("]}\n");
+        print_events(&e, &t.trace[stage * in.layout.tp * in.layout.dp], stage);
+    emit_close(&e, ']');
+    emit_open(&e, "totals", '[');
+    for (int stage = 0; stage < in.layout.pp; stage++)
+        agrees &= print_totals(&e, &t.trace[stage * in.layout.tp * in.layout.dp], &in, stage);
+    emit_close(&e, ']');
+    emit_close(&e, '}');
     for (int r = 0; r < world_size(in.layout); r++) free(t.trace[r].event);
     if (!agrees) die("the trace is not what `plan` lists: one of the two is wrong");
 }
