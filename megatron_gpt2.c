@@ -6708,38 +6708,260 @@ static void print_plan(const PlanInput *in, const Plan *plan, int json)
     emit_close(&e, '}');
 }
 
-/* ---- `plan --paper`: the paper's tables beside what this chapter derives --------------------- */
+/* ---- `plan --paper`: the paper's tables, beside what this chapter derives -------------------- */
 
-enum { MAX_COLUMNS = 12, MAX_ROWS = 4 };
+/* clang-format off */
+enum { TABLE_1 = 1, FIGURE_4 = 2, TABLE_2 = 4, TABLE_7 = 8, TABLE_8 = 16, FIGURE_5 = 32, TOTALS = 64 };
+/* clang-format on */
+
+/* A row of any of these tables: each sets what it shows. */
+typedef struct {
+    double layers, hidden, heads, head_size, parameters, gpus, parameters_per_rank, replication;
+    double flops, flops_512, pflops, tflops_gpu, scores, seconds, days_per_epoch;
+    double paper, plain, recomputed, message_bytes, layer_bytes_sent, cross_entropy, logits;
+    double paper_speedup, speedup, paper_percent, percent;
+    double gpus_dp, paper_percent_dp, percent_dp, tflops_gpu_dp, pflops_dp;
+    double tokens_per_epoch, tokens, epochs, abstract_share, figure5_pflops;
+} Row;
 
 typedef struct {
-    const char *key, *heading;
+    const char *key;
+    size_t field; /* its place in Row */
+    const char *heading;
     int decimals; /* -1: with exponent */
+    int tables;   /* that have it */
 } Column;
 
+#define COLUMN(name) #name, offsetof(Row, name)
+
+/* The columns of all tables; each table has its own in this order. */
+static const Column columns[] = {
+    {COLUMN(layers), "layers", 0, FIGURE_4 | TABLE_2},
+    {COLUMN(hidden), "hidden", 0, TABLE_1 | TABLE_2},
+    {COLUMN(heads), "heads", 0, TABLE_1 | TABLE_2},
+    {COLUMN(head_size), "h/heads", 0, TABLE_1 | TABLE_2 | TABLE_7},
+    {COLUMN(layers), "layers", 0, TABLE_1},
+    {COLUMN(parameters), "parameters", 0, TABLE_1 | TABLE_2},
+    {COLUMN(gpus), "GPUs", 0, TABLE_1 | TABLE_2 | FIGURE_4 | FIGURE_5},
+    {COLUMN(parameters_per_rank), "  per rank", 0, TABLE_1},
+    {COLUMN(replication), "  sum/P", 5, TABLE_1},
+    {"flops_8", offsetof(Row, flops), " FLOP(8)", -1, TABLE_1},
+    {COLUMN(flops_512), "FLOP(512)", -1, TABLE_1},
+    {COLUMN(paper), "4l", 0, FIGURE_4},
+    {COLUMN(plain), "4l+2", 0, FIGURE_4},
+    {COLUMN(recomputed), "6l+2", 0, FIGURE_4},
+    {COLUMN(message_bytes), "message, B", 0, FIGURE_4},
+    {COLUMN(layer_bytes_sent), "sent/layer, B", 0, FIGURE_4},
+    {COLUMN(cross_entropy), "cross entropy", 0, FIGURE_4},
+    {COLUMN(logits), "   logits", 0, FIGURE_4},
+    {COLUMN(days_per_epoch), "days", 2, TABLE_2},
+    {COLUMN(seconds), "s/iter", 3, TABLE_2},
+    {COLUMN(flops), "    FLOP", -1, TABLE_2},
+    {COLUMN(pflops), "PFLOP/s", 2, TABLE_2},
+    {COLUMN(paper_speedup), "paper", 2, TABLE_8},
+    {COLUMN(paper_percent), "paper %", 0, TABLE_7 | FIGURE_5},
+    {COLUMN(paper_percent), "paper %", 2, TABLE_8},
+    {COLUMN(speedup), "we", 2, TABLE_8},
+    {COLUMN(percent), "we %", 2, TABLE_8},
+    {COLUMN(percent), "we %", 1, FIGURE_5},
+    {COLUMN(tflops_gpu), "TF/GPU", 1, TABLE_2 | TABLE_7 | TABLE_8 | FIGURE_5},
+    {COLUMN(pflops), "PFLOP/s", 4, FIGURE_5},
+    {COLUMN(flops), "    FLOP", -1, TABLE_7},
+    {COLUMN(scores), "scores/GPU", 0, TABLE_7},
+    {COLUMN(gpus_dp), "GPUs", 0, FIGURE_5},
+    {COLUMN(paper_percent_dp), "paper %", 0, FIGURE_5},
+    {COLUMN(percent_dp), "we %", 1, FIGURE_5},
+    {COLUMN(tflops_gpu_dp), "TF/GPU", 1, FIGURE_5},
+    {COLUMN(pflops_dp), "PFLOP/s", 2, FIGURE_5},
+    {COLUMN(tokens_per_epoch), "tokens/epoch", 0, TOTALS},
+    {COLUMN(tokens), "300k iterations", 0, TOTALS},
+    {COLUMN(epochs), "epochs", 3, TOTALS},
+    {COLUMN(abstract_share), "15.1 PFLOP/s", 3, TOTALS},
+    {COLUMN(figure5_pflops), "74%, PFLOP/s", 2, TOTALS},
+};
+enum { N_COLUMNS = sizeof columns / sizeof *columns };
+
+/* The scaling study: layers recomputed, a batch of 8 for each group of tensor ranks [§5.1]. */
+static PlanInput paper_input(const char *preset, int tp)
+{
+    PlanInput in = {find_preset(preset), {tp, 1, 1}, 8, 8, 1024, 1, 0, 0};
+    return in;
+}
+
+/* What follows from a model and its tensor ranks alone. */
+static Row model_row(const PlanInput *in)
+{
+    const Config *c = &in->config;
+    PlanInput plain = *in, all = *in; /* without recomputation; with data parallelism */
+    Message list[MAX_MESSAGES];
+    size_t n, bs = in->batch * in->seq, bsh = bs * c->C;
+    Row x;
+    memset(&x, 0, sizeof x);
+    plain.recompute = 0;
+    all.layout.dp = 64;
+    all.batch = 512;
+    Plan plan = make_plan(in);
+    x.layers = (double)c->L;
+    x.hidden = (double)c->C;
+    x.heads = (double)c->H;
+    x.head_size = x.hidden / x.heads;
+    x.parameters = plan.parameters;
+    x.gpus = in->layout.tp;
+    x.parameters_per_rank = plan.parameters_per_rank;
+    x.replication = plan.replication;
+    x.flops = plan.flops_per_iteration;
+    x.flops_512 = make_plan(&all).flops_per_iteration;
+    x.percent = 100 * plan.v100_efficiency;
+    x.percent_dp = 100 * make_plan(&all).v100_efficiency;
+    x.scores = x.heads / x.gpus * 8 * 1024 * 1024;
+    x.paper = x.gpus > 1 ? 4 * x.layers : 0;
+    x.plain = make_plan(&plain).all_reduces_per_iteration;
+    x.recomputed = plan.all_reduces_per_iteration;
+    x.logits = (double)(bs * c->V);
+    n = list_messages(list, &plain, 0);
+    for (const Message *m = list; m < list + n; m++) {
+        if (m->elements == bs) x.cross_entropy += (double)(m->count * bs);
+        if (m->elements != bsh) continue;
+        x.message_bytes = 2 * (double)bsh;
+        x.layer_bytes_sent = 4 * 2 * elements_sent(m);
+    }
+    return x;
+}
+
+static Row scaling_row(const char *preset, int r)
+{
+    PlanInput in = paper_input(preset, 1 << r);
+    return model_row(&in);
+}
+
+static Row table_2(const char *preset, int r)
+{
+    static const double gpus[] = {64, 128, 512}, days[] = {0.86, 2.27, 2.10};
+    PlanInput in = paper_input(preset, 1);
+    Row x = model_row(&in);
+    x.gpus = gpus[r];
+    x.days_per_epoch = days[r];
+    x.seconds = days[r] * 86400 / EPOCH;
+    x.flops = flops_formula(&in.config, 512, 1024, 1);
+    x.pflops = x.flops / x.seconds / 1e15;
+    x.tflops_gpu = x.flops / x.seconds / gpus[r] / 1e12;
+    return x;
+}
+
+static Row table_7(const char *heads, int r)
+{
+    static const double percent[] = {82, 80, 77};
+    PlanInput in = paper_input("8.3B", 8);
+    in.config.H = (size_t)atoi(heads);
+    Row x = model_row(&in);
+    x.paper_percent = percent[r];
+    x.tflops_gpu = percent[r] / 100 * PAPER_RATE / 1e12;
+    return x;
+}
+
+static Row table_8(const char *gpus, int r)
+{
+    static const double speedup[] = {1, 1.64, 2.34, 2.98};
+    PlanInput in = paper_input("1.2B", atoi(gpus));
+    Row x = model_row(&in);
+    x.paper_speedup = speedup[r];
+    x.paper_percent = 100 * speedup[r] / x.gpus;
+    x.speedup = x.gpus * make_plan(&in).v100_efficiency;
+    x.tflops_gpu = speedup[r] / x.gpus * PAPER_RATE / 1e12;
+    return x;
+}
+
+static Row figure_5(const char *preset, int r)
+{
+    static const double percent[] = {100, 95, 82, 77}, percent_dp[] = {96, 83, 79, 74};
+    double rate = percent[r] / 100 * PAPER_RATE, rate_dp = percent_dp[r] / 100 * PAPER_RATE;
+    Row x = scaling_row(preset, r);
+    x.paper_percent = percent[r];
+    x.tflops_gpu = rate / 1e12;
+    x.pflops = x.gpus * rate / 1e15;
+    x.gpus_dp = 64 * x.gpus;
+    x.paper_percent_dp = percent_dp[r];
+    x.tflops_gpu_dp = rate_dp / 1e12;
+    x.pflops_dp = x.gpus_dp * rate_dp / 1e15;
+    return x;
+}
+
+static Row paper_totals(const char *preset, int r)
+{
+    Row x = scaling_row(preset, r);
+    x.tokens_per_epoch = EPOCH * PAPER_BATCH;
+    x.tokens = 300000 * PAPER_BATCH;
+    x.epochs = 300000 / EPOCH;
+    x.abstract_share = 15.1e15 / (512 * PAPER_RATE);
+    x.figure5_pflops = 0.74 * 512 * PAPER_RATE / 1e15;
+    return x;
+}
+
+enum { MAX_ROWS = 4 };
+
 typedef struct {
-    const char *key, *title, *remark; /* remark: where paper, code and arithmetic disagree */
-    Column column[MAX_COLUMNS];
+    int bit;
+    const char *key;
+    Row (*row)(const char *label, int r);
     const char *label[MAX_ROWS];
-    double value[MAX_ROWS][MAX_COLUMNS];
+    const char *title, *remark; /* remark: where paper, code and arithmetic disagree */
 } Table;
+
+/* clang-format off */
+static const Table tables[] = {
+    {TABLE_1, "table1", scaling_row, {"1.2B", "2.5B", "4.2B", "8.3B-scaling"},
+     "Table 1. Models of the scaling study; batch 8, with data parallelism 512 [P42, P44-P46]",
+     "per rank: parameters of a tensor rank; sum/P: those of all ranks, replicas too, to the "
+     "model's."},
+    {FIGURE_4, "figure4", scaling_row, {"1.2B", "2.5B", "4.2B", "8.3B-scaling"},
+     "Figure 4. All-reduces of an iteration, batch 8, fp16 [P5, P6, P9, P10, P18]",
+     "The paper counts 4 a layer; embedding and logits add 2, recomputation 2 a layer. "
+     "For the cross\nentropy it counts b*s numbers; its code, and this one, move 3*b*s. "
+     "Gathered logits would be b*s*V."},
+    {TABLE_2, "table2", table_2, {"355M", "2.5B", "8.3B"},
+     "Table 2. GPT-2 models trained; batch 512; an epoch is 68,507 iterations [P45, P47]",
+     "Days give seconds, and with the FLOPs of [P46] a rate: 13.8 PFLOP/s for 8.3B in training, "
+     "15.1 in\nthe abstract; the paper does not say how it counts. 8.3B has 24 heads of 128, "
+     "in Table 1 32 of 96."},
+    {TABLE_7, "table7", table_7, {"16 heads", "24 heads", "32 heads"},
+     "Table 7. 8.3B on 8 GPUs with heads of different size, batch 8 [P45]",
+     "Neither products nor messages change; the scores do, a*b*s*s a layer, so softmax and "
+     "dropout do too."},
+    {TABLE_8, "table8", table_8, {"1 GPU", "2 GPUs", "4 GPUs", "8 GPUs"},
+     "Table 8. Strong scaling of 1.2B, batch 8; \"we\": the projection of `plan` [P49]",
+     "The projection knows messages only, not that narrow products are slow and LayerNorms are "
+     "duplicated."},
+    {FIGURE_5, "figure5", figure_5, {"1.2B", "2.5B", "4.2B", "8.3B-scaling"},
+     "Figure 5. Weak scaling, % of 39 TFLOP/s; \"we\": the projection of `plan` [P48, P50]",
+     "The abstract's 15.1 PFLOP/s on 512 GPUs are 75.6%, it says 76%; the figure's 74% are 14.8 "
+     "PFLOP/s."},
+    {TOTALS, "totals", paper_totals, {"8.3B"},
+     "Totals [P47, P48]",
+     "The abstract's 15.1 PFLOP/s and Figure 5's 74%, both of 512 GPUs, disagree."},
+};
+/* clang-format on */
+
+static double cell(const Row *row, const Column *c)
+{
+    return *(const double *)(const void *)((const char *)row + c->field);
+}
 
 static void print_table(Emitter *e, const Table *t)
 {
     emit_open(e, t->key, '[');
     emit_text(e, "%s\n%-12s", t->title, "");
-    for (int c = 0; c < MAX_COLUMNS && t->column[c].key; c++)
-        emit_text(e, "  %6s", t->column[c].heading);
+    for (const Column *c = columns; c < columns + N_COLUMNS; c++)
+        if (c->tables & t->bit) emit_text(e, "  %6s", c->heading);
     for (int r = 0; r < MAX_ROWS && t->label[r]; r++) {
+        Row row = t->row(t->label[r], r);
         emit_open(e, NULL, '{');
         emit_string(e, "name", "\n%-12s", t->label[r]);
-        for (int c = 0; c < MAX_COLUMNS && t->column[c].key; c++) {
-            const Column *column = &t->column[c];
-            int width = (int)max_size(6, strlen(column->heading));
-            double x = t->value[r][c];
-            emit_number(e, column->key, NULL, x);
-            if (column->decimals < 0) emit_text(e, "  %*.2e", width, x);
-            else emit_text(e, "  %*.*f", width, column->decimals, x);
+        for (const Column *c = columns; c < columns + N_COLUMNS; c++) {
+            int width = (int)max_size(6, strlen(c->heading));
+            if (!(c->tables & t->bit)) continue;
+            emit_number(e, c->key, NULL, cell(&row, c));
+            if (c->decimals < 0) emit_text(e, "  %*.2e", width, cell(&row, c));
+            else emit_text(e, "  %*.*f", width, c->decimals, cell(&row, c));
         }
         emit_close(e, '}');
     }
@@ -6747,252 +6969,8 @@ static void print_table(Emitter *e, const Table *t)
     emit_close(e, ']');
 }
 
-/* The scaling study: layers recomputed, a batch of 8 for each group of model-parallel GPUs
- * [§5.1]. */
-static PlanInput paper_input(const char *preset, int tp, int dp)
-{
-    PlanInput in;
-    memset(&in, 0, sizeof in);
-    in.config = find_preset(preset);
-    in.layout.tp = tp, in.layout.pp = 1, in.layout.dp = dp;
-    in.micro_batch = 8, in.batch = 8 * (size_t)dp, in.seq = 1024, in.recompute = 1;
-    return in;
-}
-
-static const char *const scaling_preset[4] = {"1.2B", "2.5B", "4.2B", "8.3B-scaling"};
-
-static Table table_1(void)
-{
-    Table t = {
-        "table1",
-        "Table 1. Models of the scaling study; batch 8, with data parallelism 512 [P42, P44-P46]",
-        "per rank: parameters of a tensor rank; sum/P: those of all ranks, replicas too, to the "
-        "model's.",
-        {{"hidden", "hidden", 0},
-         {"heads", "heads", 0},
-         {"head_size", "h/heads", 0},
-         {"layers", "layers", 0},
-         {"parameters", "parameters", 0},
-         {"gpus", "GPUs", 0},
-         {"parameters_per_rank", "  per rank", 0},
-         {"replication", "  sum/P", 5},
-         {"flops_8", " FLOP(8)", -1},
-         {"flops_512", "FLOP(512)", -1}},
-        {0},
-        {{0}}};
-    for (int r = 0; r < 4; r++) {
-        PlanInput in = paper_input(scaling_preset[r], 1 << r, 1),
-                  all = paper_input(scaling_preset[r], 1 << r, 64);
-        Plan plan = make_plan(&in);
-        double h = (double)in.config.C, heads = (double)in.config.H, gpus = 1 << r;
-        const double row[] = {h,
-                              heads,
-                              h / heads,
-                              (double)in.config.L,
-                              plan.parameters,
-                              gpus,
-                              plan.parameters_per_rank,
-                              plan.replication,
-                              plan.flops_per_iteration,
-                              make_plan(&all).flops_per_iteration};
-        t.label[r] = scaling_preset[r];
-        memcpy(t.value[r], row, sizeof row);
-    }
-    return t;
-}
-
-static Table figure_4(void)
-{
-    Table t = {"figure4",
-               "Figure 4. All-reduces of an iteration, batch 8, fp16 [P5, P6, P9, P10, P18]",
-               "The paper counts 4 a layer; embedding and logits add 2, recomputation 2 a layer. "
-               "For the cross\n"
-               "entropy it counts b*s numbers; its code, and this one, move 3*b*s. Gathered logits "
-               "would be b*s*V.",
-               {{"layers", "layers", 0},
-                {"gpus", "GPUs", 0},
-                {"paper", "4l", 0},
-                {"plain", "4l+2", 0},
-                {"recomputed", "6l+2", 0},
-                {"message_bytes", "message, B", 0},
-                {"layer_bytes_sent", "sent/layer, B", 0},
-                {"cross_entropy", "cross entropy", 0},
-                {"logits", "   logits", 0}},
-               {0},
-               {{0}}};
-    for (int r = 0; r < 4; r++) {
-        PlanInput in = paper_input(scaling_preset[r], 1 << r, 1), plain = in;
-        Message list[MAX_MESSAGES];
-        double cross_entropy = 0, message = 0, sent = 0, gpus = 1 << r, l = (double)in.config.L;
-        plain.recompute = 0;
-        for (size_t i = 0, n = list_messages(list, &plain, 0); i < n; i++) {
-            if (list[i].elements == 8 * 1024)
-                cross_entropy += (double)(list[i].count * list[i].elements);
-            if (list[i].elements != 8 * 1024 * in.config.C) continue;
-            message = 2 * (double)list[i].elements;
-            sent = 4 * 2 * elements_sent(&list[i]);
-        }
-        const double row[] = {l,
-                              gpus,
-                              4 * l * (r > 0),
-                              make_plan(&plain).all_reduces_per_iteration,
-                              make_plan(&in).all_reduces_per_iteration,
-                              message,
-                              sent,
-                              cross_entropy,
-                              8 * 1024 * (double)in.config.V};
-        t.label[r] = scaling_preset[r];
-        memcpy(t.value[r], row, sizeof row);
-    }
-    return t;
-}
-
-static Table table_2(void)
-{
-    static const char *const preset[3] = {"355M", "2.5B", "8.3B"};
-    static const double gpus[3] = {64, 128, 512}, days[3] = {0.86, 2.27, 2.10};
-    Table t = {"table2",
-               "Table 2. GPT-2 models trained; batch 512; an epoch is 68,507 iterations [P45, P47]",
-               "Days give seconds, and with the FLOPs of [P46] a rate: 13.8 PFLOP/s for 8.3B in "
-               "training, 15.1 in\n"
-               "the abstract; the paper does not say how it counts. 8.3B has 24 heads of 128, in "
-               "Table 1 32 of 96.",
-               {{"layers", "layers", 0},
-                {"hidden", "hidden", 0},
-                {"heads", "heads", 0},
-                {"head_size", "h/heads", 0},
-                {"parameters", "parameters", 0},
-                {"gpus", "GPUs", 0},
-                {"days_per_epoch", "days", 2},
-                {"seconds", "s/iter", 3},
-                {"flops", "    FLOP", -1},
-                {"pflops", "PFLOP/s", 2},
-                {"tflops_gpu", "TF/GPU", 1}},
-               {0},
-               {{0}}};
-    for (int r = 0; r < 3; r++) {
-        Config c = find_preset(preset[r]);
-        double h = (double)c.C, heads = (double)c.H, s = days[r] * 86400 / EPOCH;
-        double flops = flops_formula(&c, 512, 1024, 1);
-        const double row[] = {
-            (double)c.L, h, heads, h / heads,        (double)count_parameters(&c), gpus[r],
-            days[r],     s, flops, flops / s / 1e15, flops / s / gpus[r] / 1e12};
-        t.label[r] = preset[r];
-        memcpy(t.value[r], row, sizeof row);
-    }
-    return t;
-}
-
-static Table table_7(void)
-{
-    static const char *const name[3] = {"16 heads", "24 heads", "32 heads"};
-    static const size_t heads[3] = {16, 24, 32};
-    static const double percent[3] = {82, 80, 77};
-    Table t = {"table7",
-               "Table 7. 8.3B on 8 GPUs with heads of different size, batch 8 [P45]",
-               "Neither products nor messages change; the scores do, a*b*s*s a layer, so softmax "
-               "and dropout do too.",
-               {{"head_size", "h/heads", 0},
-                {"paper_percent", "paper %", 0},
-                {"tflops_gpu", "TF/GPU", 1},
-                {"flops", "    FLOP", -1},
-                {"scores", "scores/GPU", 0}},
-               {0},
-               {{0}}};
-    for (int r = 0; r < 3; r++) {
-        PlanInput in = paper_input("8.3B", 8, 1);
-        in.config.H = heads[r];
-        const double row[] = {
-            (double)(in.config.C / heads[r]), percent[r], percent[r] / 100 * PAPER_RATE / 1e12,
-            make_plan(&in).flops_per_iteration, (double)(heads[r] / 8 * 8 * 1024 * 1024)};
-        t.label[r] = name[r];
-        memcpy(t.value[r], row, sizeof row);
-    }
-    return t;
-}
-
-static Table table_8(void)
-{
-    static const char *const name[4] = {"1 GPU", "2 GPUs", "4 GPUs", "8 GPUs"};
-    static const double speedup[4] = {1, 1.64, 2.34, 2.98};
-    Table t = {"table8",
-               "Table 8. Strong scaling of 1.2B, batch 8; \"we\": the projection of `plan` [P49]",
-               "The projection knows messages only, not that narrow products are slow and "
-               "LayerNorms are duplicated.",
-               {{"paper_speedup", "paper", 2},
-                {"paper_percent", "paper %", 2},
-                {"speedup", "we", 2},
-                {"percent", "we %", 2},
-                {"tflops_gpu", "TF/GPU", 1}},
-               {0},
-               {{0}}};
-    for (int r = 0; r < 4; r++) {
-        PlanInput in = paper_input("1.2B", 1 << r, 1);
-        double gpus = 1 << r, ours = make_plan(&in).v100_efficiency;
-        const double row[] = {speedup[r], 100 * speedup[r] / gpus, gpus * ours, 100 * ours,
-                              speedup[r] / gpus * PAPER_RATE / 1e12};
-        t.label[r] = name[r];
-        memcpy(t.value[r], row, sizeof row);
-    }
-    return t;
-}
-
-static Table figure_5(void)
-{
-    static const double percent[2][4] = {{100, 95, 82, 77}, {96, 83, 79, 74}};
-    Table t = {
-        "figure5",
-        "Figure 5. Weak scaling, % of 39 TFLOP/s; \"we\": the projection of `plan` [P48, P50]",
-        "The abstract's 15.1 PFLOP/s on 512 GPUs are 75.6%, it says 76%; the figure's 74% are 14.8 "
-        "PFLOP/s.",
-        {{"gpus", "GPUs", 0},
-         {"paper_percent", "paper %", 0},
-         {"percent", "we %", 1},
-         {"tflops_gpu", "TF/GPU", 1},
-         {"pflops", "PFLOP/s", 4},
-         {"gpus_dp", "GPUs", 0},
-         {"paper_percent_dp", "paper %", 0},
-         {"percent_dp", "we %", 1},
-         {"tflops_gpu_dp", "TF/GPU", 1},
-         {"pflops_dp", "PFLOP/s", 2}},
-        {0},
-        {{0}}};
-    for (int r = 0; r < 4; r++) {
-        t.label[r] = scaling_preset[r];
-        for (int dp = 0; dp < 2; dp++) {
-            PlanInput in = paper_input(scaling_preset[r], 1 << r, dp ? 64 : 1);
-            double gpus = in.layout.tp * in.layout.dp, rate = percent[dp][r] / 100 * PAPER_RATE;
-            const double row[] = {gpus, percent[dp][r], 100 * make_plan(&in).v100_efficiency,
-                                  rate / 1e12, gpus * rate / 1e15};
-            memcpy(t.value[r] + 5 * dp, row, sizeof row);
-        }
-    }
-    return t;
-}
-
-static Table paper_totals(void)
-{
-    Table t = {"totals",
-               "Totals [P47, P48]",
-               "The abstract's 15.1 PFLOP/s and Figure 5's 74%, both of 512 GPUs, disagree.",
-               {{"tokens_per_epoch", "tokens/epoch", 0},
-                {"tokens", "300k iterations", 0},
-                {"epochs", "epochs", 3},
-                {"abstract_share", "15.1 PFLOP/s", 3},
-                {"figure5_pflops", "74%, PFLOP/s", 2}},
-               {0},
-               {{0}}};
-    const double row[] = {EPOCH * PAPER_BATCH, 300000 * PAPER_BATCH, 300000 / EPOCH,
-                          15.1e15 / (512 * PAPER_RATE), 0.74 * 512 * PAPER_RATE / 1e15};
-    t.label[0] = "8.3B";
-    memcpy(t.value[0], row, sizeof row);
-    return t;
-}
-
 static void print_paper(int json)
 {
-    const Table tables[] = {table_1(), figure_4(), table_2(),     table_7(),
-                            table_8(), figure_5(), paper_totals()};
     Emitter e = make_emitter(stdout, json);
     emit_open(&e, NULL, '{');
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) print_table(&e, &tables[i]);
