@@ -6220,9 +6220,9 @@ static void lambada_close(Lambada *l) { free(l->tokens.id), free(l->example); }
 /* =================================================================================================
  * Chapter 16. Planner [§5.1, Fig. 4]: what a training run will cost, without running it
  *
- * All numbers come from shapes alone: memory and parameters from the table of chapter 4, messages
- * from the places where chapters 5 to 7 call collectives, floating point operations from the sizes
- * of the products.
+ * All numbers come from shapes alone: parameters and memory from the table of chapter 5, messages
+ * from the places where chapters 3, 6 and 8 call collectives, floating point operations from the
+ * sizes of the products.
  * ============================================================================================== */
 
 typedef struct {
@@ -6231,11 +6231,11 @@ typedef struct {
     size_t batch, micro_batch; /* sequences: in an iteration, on all data ranks; in one pass */
     size_t seq;                /* tokens of a sequence */
     int recompute;
-    double peak,
-        bandwidth; /* of the user's machine: sustained TFLOP/s of a rank, GB/s of a ring; 0: not given */
+    double peak;      /* TFLOP/s that a rank of the user's machine sustains; 0: not given */
+    double bandwidth; /* GB/s of a ring there */
 } PlanInput;
 
-/* All doubles, so that one table can print them; counts are exact up to 2^53. "rank" is the one
+/* All doubles, so that one table can print them; counts are exact up to 2^53. A "rank" is the one
  * that has most. */
 typedef struct {
     double parameters, parameters_per_rank, replication;
@@ -6281,29 +6281,28 @@ static void check_plan(const PlanInput *in)
 static double flops_formula(const Config *c, size_t batch, size_t seq, int recompute)
 {
     double B = (double)batch, s = (double)seq, l = (double)c->L, h = (double)c->C, V = (double)c->V;
-    double passes =
-        recompute ? 4
-                  : 3; /* a backward pass costs two forward ones; only the layers are recomputed */
+    /* A backward pass costs two forward ones; only the layers are recomputed. */
+    double passes = recompute ? 4 : 3;
     return 24 * passes * B * s * l * h * h * (1 + s / (6 * h) + V / (4 * passes * l * h));
 }
 
-/* The same, counted product by product: 2 n k m for (n,k) times (k,m), scores not halved for being
- * causal, the vocabulary with its padding. A backward pass counts as two forward ones, as
- * everywhere in the literature; chapter 2 really makes five products for attention's two, since it
- * computes the scores again instead of keeping them. */
+/* The same, counted product by product: 2 a b c for (a, b) times (b, c), with all scores, also those
+ * that the causal mask hides, and with the vocabulary's padding. A backward pass counts as two
+ * forward ones, as everywhere in the literature; chapter 4 makes five products for attention's two,
+ * since it computes the scores again instead of keeping them. */
 static double flops_exact(const Config *c, int tp, size_t batch, size_t seq, int recompute)
 {
     double C = (double)c->C, F = (double)c->F, s = (double)seq, rows = (double)batch * s;
-    double linear =
-        2 * rows * (C * 3 * C + C * C + C * F + F * C); /* QKV, output, and the MLP's two */
-    double attention = 2 * rows * (s * C + s * C);      /* Q K' and P V, over all heads */
+    /* Q K V, output, and the MLP's two; scores, and probabilities times V, over all heads. */
+    double linear = 2 * rows * (C * 3 * C + C * C + C * F + F * C);
+    double attention = 2 * rows * (s * C + s * C);
     double logits = 2 * rows * C * (double)padded_vocab(c->V, tp);
     return (recompute ? 4 : 3) * (double)c->L * (linear + attention) + 3 * logits;
 }
 
 /* Bytes of a parameter with fp16 and Adam: weight 2, gradient 2, float weight and moments 12. ZeRO
- * stage 1 deals the twelve out to the d data ranks, 2 the gradients too, 3 the weights too [arXiv
- * 1910.02054, P60]. */
+ * stage 1 shares the twelve out among the d data ranks, stage 2 the gradients too, stage 3 the
+ * weights too [arXiv 1910.02054, P60]. */
 static double zero_bytes(int stage, double d)
 {
     return 2 / (stage >= 3 ? d : 1) + 2 / (stage >= 2 ? d : 1) + 12 / (stage >= 1 ? d : 1);
@@ -6319,8 +6318,7 @@ static double megatron_activation_bytes(const Config *c, int tp, size_t b, size_
     return s * (double)b * h * (recompute ? 2 : 10 + 24 / t + 5 * (double)c->H * s / (h * t));
 }
 
-/* Days that n GPUs of X FLOP/s need for T tokens with P parameters: 8 T P / (n X) [arXiv 2104.04473
- * (4), P61]. */
+/* 8 FLOPs for each token and parameter, recomputation included [arXiv 2104.04473 (4), P61]. */
 static double training_days(double tokens, double parameters, double gpus, double flops)
 {
     return 8 * tokens * parameters / (gpus * flops) / 86400;
@@ -6349,38 +6347,38 @@ static double elements_sent(const Message *m)
 
 static size_t message_bytes(const Message *m) { return m->elements * type_size(m->type); }
 
-/* What each rank of a stage says in one iteration; list has room for MAX_MESSAGES. Returns their
- * number. */
+/* What each rank of a stage sends and receives in one iteration; list has room for MAX_MESSAGES.
+ * Returns how many there are. */
 static size_t list_messages(Message *list, const PlanInput *in, int stage)
 {
     const Config *c = &in->config;
     Layout s = in->layout;
-    size_t t = (size_t)s.tp, p = (size_t)s.pp, d = (size_t)s.dp, n = 0, arena;
+    size_t t = (size_t)s.tp, p = (size_t)s.pp, d = (size_t)s.dp, ranks = t * p * d, n = 0, arena;
     size_t m = in->batch / in->micro_batch / d, bs = in->micro_batch * in->seq, bsh = bs * c->C;
-    size_t layers = m * (c->L / p), passes = in->recompute ? 2 : 1;
-    size_t first = stage == 0, last = stage == s.pp - 1, end = first || last, pair = p > 1 ? 2 : 1;
+    size_t both = 2 * m * (c->L / p), again = in->recompute ? both : 0; /* attention's and MLP's */
+    size_t first = stage == 0, last = stage == s.pp - 1, end = first || last;
     size_t after_first = m * !first, before_last = m * !last;
+    size_t tied = padded_vocab(c->V, s.tp) / t * c->C, pair = p > 1 ? 2 : 1;
     list_tensors(NULL, &arena, c, s, stage * s.tp * s.dp);
+    /* clang-format off */
     const Message all[] = {
         {"tp", "all_reduce", "g: embedding", "[§3]", t, m * first, bsh, ACT},
-        {"tp", "all_reduce", "g: attention, MLP; forward", "[§3 Fig.4]", t, 2 * layers, bsh, ACT},
-        {"tp", "all_reduce", "g: the same, recomputed", "[§4.2]", t, 2 * layers * (passes - 1), bsh,
-         ACT},
-        {"tp", "all_reduce", "f: attention, MLP; backward", "[§3 Fig.4]", t, 2 * layers, bsh, ACT},
+        {"tp", "all_reduce", "g: attention, MLP; forward", "[§3 Fig.4]", t, both, bsh, ACT},
+        {"tp", "all_reduce", "g: the same, recomputed", "[§4.2]", t, again, bsh, ACT},
+        {"tp", "all_reduce", "f: attention, MLP; backward", "[§3 Fig.4]", t, both, bsh, ACT},
         {"tp", "all_reduce", "f: logits; backward", "[§3]", t, m * last, bsh, ACT},
-        {"tp", "all_reduce_max", "cross entropy: largest logit", "[§3]", t, m * last, bs,
-         REAL_ARRAY},
+        {"tp", "all_reduce_max", "cross entropy: largest logit", "[§3]", t, m * last, bs, REAL_ARRAY},
         {"tp", "all_reduce", "cross entropy: sum, target", "[§3]", t, 2 * m * last, bs, REAL_ARRAY},
         {"pp", "recv", "activations", "", p, after_first, bsh, ACT},
         {"pp", "send", "activations", "", p, before_last, bsh, ACT},
         {"pp", "recv", "gradients of activations", "", p, before_last, bsh, ACT},
         {"pp", "send", "gradients of activations", "", p, after_first, bsh, ACT},
-        {"embedding", "all_reduce", "gradient of the tied embedding", "", pair, end,
-         padded_vocab(c->V, s.tp) / t * c->C, ACT},
+        {"embedding", "all_reduce", "gradient of the tied embedding", "", pair, end, tied, ACT},
         {"dp", "all_reduce", "gradients", "[§2.3]", d, 1, arena, ACT},
-        {"world", "all_reduce", "gradient norm", "[§4.2]", t * p * d, 1, 1, DOUBLE_ARRAY},
-        {"world", "all_reduce", "loss", "", t * p * d, 1, 1, DOUBLE_ARRAY},
+        {"world", "all_reduce", "gradient norm", "[§4.2]", ranks, 1, 1, DOUBLE_ARRAY},
+        {"world", "all_reduce", "loss", "", ranks, 1, 1, DOUBLE_ARRAY},
     };
+    /* clang-format on */
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (all[i].ranks > 1 && all[i].count > 0) list[n++] = all[i];
     return n;
@@ -6388,76 +6386,102 @@ static size_t list_messages(Message *list, const PlanInput *in, int stage)
 
 /* ---- The pipeline's schedules, pass by pass (beyond the paper: arXiv 2104.04473 §2.2) -------- */
 
-/* GPipe: all forward passes, then all backward passes. 1F1B: chapter 6. Interleaved 1F1B cuts the
- * model into v p parts and deals them out to the stages: each has v "chunks", and every micro-batch
+/* GPipe: all forward passes, then all backward passes. 1F1B: chapter 8. Interleaved 1F1B cuts the
+ * model into v p parts and gives each of the p stages v of them, its "chunks": every micro-batch
  * goes round v times. */
 typedef enum { GPIPE, ONE_F_ONE_B } Schedule;
-
-typedef struct {
-    double bubble;               /* idle time / time of the work */
-    size_t in_flight[MAX_RANKS]; /* stage i: most chunks whose backward pass is still to come */
-} Pipeline;
 
 typedef struct {
     int backward;
     size_t chunk, micro_batch;
 } Pass;
 
-/* Pass number j of stage i: w forward passes to warm up, then one forward, one backward in turns,
- * then the rest backward. With chunks, p micro-batches at a time pass through one chunk before the
- * next. */
+/* Pass number j of stage i: w forward passes to warm up, then one forward and one backward in turns,
+ * then the other backward passes. With chunks, p micro-batches at a time pass through one chunk
+ * before the next. */
 static Pass nth_pass(Schedule kind, size_t p, size_t m, size_t v, size_t i, size_t j)
 {
-    size_t n = m * v, warmup = v > 1 ? 2 * (p - i - 1) + (v - 1) * p : p - i - 1;
-    size_t w = kind == GPIPE ? n : min_size(warmup, n), k = j;
+    size_t all = m * v, warmup = v > 1 ? 2 * (p - i - 1) + (v - 1) * p : p - i - 1;
+    size_t w = kind == GPIPE ? all : min_size(warmup, all);
+    size_t n = j; /* number among the forward passes, or among the backward ones */
     Pass pass;
-    pass.backward = j >= 2 * n - w || (j >= w && (j - w) % 2);
-    if (j >= 2 * n - w) k = j - n;
-    else if (j >= w) k = (j - w) / 2 + (pass.backward ? 0 : w);
-    pass.chunk = k % (p * v) / p;
+    pass.backward = j >= 2 * all - w || (j >= w && (j - w) % 2);
+    if (j >= 2 * all - w) n = j - all;
+    else if (j >= w) n = (j - w) / 2 + (pass.backward ? 0 : w);
+    pass.chunk = n % (p * v) / p;
     if (pass.backward) pass.chunk = v - 1 - pass.chunk;
-    pass.micro_batch = k / (p * v) * p + k % p;
+    pass.micro_batch = n / (p * v) * p + n % p;
     return pass;
 }
 
-/* Runs m micro-batches through p stages of v chunks (v > 1: m is a multiple of p), when a whole
- * stage needs tf > 0 forward and tb > 0 backward, and messages no time. A pass starts when its
- * stage is free and its input is there. */
-static Pipeline simulate_pipeline(Schedule kind, size_t p, size_t m, size_t v, double tf, double tb)
+typedef struct {
+    size_t done;            /* passes */
+    size_t in_flight, most; /* chunks whose backward pass is still to come: now, and at most */
+    double clock;
+} PlannedStage;
+
+/* A run of m micro-batches through p stages of v chunks. A whole stage needs tf > 0 forward and
+ * tb > 0 backward, and messages need no time. */
+typedef struct {
+    Schedule kind;
+    size_t p, m, v;
+    double tf, tb;
+    double *forward, *backward; /* (v p, m) when each pass ended; 0: not yet */
+    PlannedStage *stage;        /* (p) */
+} Pipeline;
+
+/* A stage's next pass, if its input is there: it starts when stage and input are ready. Returns
+ * whether it ran. */
+static int run_pass(Pipeline *l, size_t i)
 {
-    Pipeline result;
-    size_t parts = p * v, n = m * v, next[MAX_RANKS] = {0}, held[MAX_RANKS] = {0};
-    double clock[MAX_RANKS] = {0}, end = 0;
-    double *forward =
-        (double *)xcalloc(2 * parts * m, sizeof *forward); /* [part][micro-batch] end; 0: not yet */
-    double *backward = forward + parts * m;
-    memset(&result, 0, sizeof result);
-    for (size_t left = 2 * n * p, before = left + 1; left > 0;) {
+    PlannedStage *stage = &l->stage[i];
+    Pass pass = nth_pass(l->kind, l->p, l->m, l->v, i, stage->done);
+    size_t part = pass.chunk * l->p + i, here = part * l->m + pass.micro_batch;
+    int is_first = part == 0, is_last = part + 1 == l->p * l->v;
+    double *input = NULL; /* the first part has its tokens */
+    if (!pass.backward && !is_first) input = &l->forward[here - l->m];
+    if (pass.backward) input = is_last ? &l->forward[here] : &l->backward[here + l->m];
+    if (input && *input == 0) return 0;
+    if (input) stage->clock = fmax(stage->clock, *input);
+    if (pass.backward) {
+        stage->clock += l->tb / (double)l->v;
+        stage->in_flight--;
+        l->backward[here] = stage->clock;
+    } else {
+        stage->clock += l->tf / (double)l->v;
+        stage->in_flight++;
+        l->forward[here] = stage->clock;
+    }
+    stage->most = max_size(stage->most, stage->in_flight);
+    stage->done++;
+    return 1;
+}
+
+/* Returns the bubble: idle time / time of the work. most_in_flight (p): chunks whose backward pass
+ * is still to come, at most, on each stage. v > 1: m is a multiple of p. */
+static double simulate_pipeline(size_t *most_in_flight, Schedule kind, size_t p, size_t m, size_t v,
+                                double tf, double tb)
+{
+    Pipeline l = {kind, p, m, v, tf, tb, NULL, NULL, NULL};
+    size_t left = 2 * m * v * p, before = left + 1;
+    double end = 0;
+    l.forward = (double *)xcalloc(2 * v * p * m, sizeof *l.forward);
+    l.backward = l.forward + v * p * m;
+    l.stage = (PlannedStage *)xcalloc(p, sizeof *l.stage);
+    while (left > 0) {
         if (left == before)
             die("the schedule of %zu stages and %zu micro-batches does not end", p, m);
         before = left;
         for (size_t i = 0; i < p; i++)
-            for (; next[i] < 2 * n; next[i]++, left--) {
-                Pass pass = nth_pass(kind, p, m, v, i, next[i]);
-                size_t part = pass.chunk * p + i, here = part * m + pass.micro_batch;
-                if (pass.backward || part > 0) {
-                    const double *input = !pass.backward ? &forward[here - m] /* the part before */
-                                          : part + 1 < parts
-                                              ? &backward[here + m] /* the part behind */
-                                              : &forward[here];     /* the loss */
-                    if (*input == 0) break;
-                    clock[i] = fmax(clock[i], *input);
-                }
-                clock[i] += (pass.backward ? tb : tf) / (double)v;
-                (pass.backward ? backward : forward)[here] = clock[i];
-                if (pass.backward) held[i]--;
-                else result.in_flight[i] = max_size(result.in_flight[i], ++held[i]);
-                end = fmax(end, clock[i]);
-            }
+            while (l.stage[i].done < 2 * m * v && run_pass(&l, i)) left--;
     }
-    free(forward);
-    result.bubble = end / ((double)m * (tf + tb)) - 1;
-    return result;
+    for (size_t i = 0; i < p; i++) {
+        end = fmax(end, l.stage[i].clock);
+        most_in_flight[i] = l.stage[i].most;
+    }
+    free(l.forward);
+    free(l.stage);
+    return end / ((double)m * (tf + tb)) - 1;
 }
 
 /* ---- Projection ------------------------------------------------------------------------------ */
@@ -6479,13 +6503,13 @@ typedef struct {
  * our assumption. Servers are joined at 100 GB/s. */
 static const Machine v100 = {39e12, 130e9, 100e9, 15e-6, 16, 2};
 
+/* Groups other than tp leave the server, and the t rings of a server's tensor ranks share its
+ * network. */
 static double message_seconds(const Machine *machine, const Message *m, Layout s)
 {
-    int tensor = !strcmp(m->group, "tp"), span = tensor ? s.tp : s.tp * s.pp * s.dp;
-    /* Groups other than tp leave the server, and the t rings of a server's tensor ranks share its
-     * network. */
-    double bandwidth =
-        span <= machine->server ? machine->bus : machine->network / (tensor ? 1 : s.tp);
+    int tensor = !strcmp(m->group, "tp"), span = tensor ? s.tp : world_size(s);
+    double bandwidth = machine->bus;
+    if (span > machine->server) bandwidth = machine->network / (tensor ? 1 : s.tp);
     double size = m->type == ACT ? (double)machine->act_size : (double)type_size(m->type);
     return (double)m->count * (elements_sent(m) * size / bandwidth + machine->latency);
 }
@@ -6495,13 +6519,14 @@ static double message_seconds(const Machine *machine, const Message *m, Layout s
  * that narrow products are slower, nor the duplicated LayerNorms: it flatters large t. */
 static double project(const PlanInput *in, const Machine *machine, double flops, double bubble)
 {
-    double worst = 0, ranks = (double)in->layout.tp * in->layout.pp * in->layout.dp;
+    double worst = 0;
     for (int stage = 0; stage < in->layout.pp; stage++) {
         Message list[MAX_MESSAGES];
-        double pass = flops / (ranks * machine->flops), rest = 0;
-        for (size_t i = 0, n = list_messages(list, in, stage); i < n; i++) {
-            double time = message_seconds(machine, &list[i], in->layout);
-            if (!strcmp(list[i].group, "tp") || !strcmp(list[i].group, "pp")) pass += time;
+        size_t n = list_messages(list, in, stage);
+        double pass = flops / (world_size(in->layout) * machine->flops), rest = 0;
+        for (const Message *m = list; m < list + n; m++) {
+            double time = message_seconds(machine, m, in->layout);
+            if (!strcmp(m->group, "tp") || !strcmp(m->group, "pp")) pass += time;
             else rest += time;
         }
         worst = fmax(worst, pass * (1 + bubble) + rest);
@@ -6511,12 +6536,12 @@ static double project(const PlanInput *in, const Machine *machine, double flops,
 
 /* ---- The plan -------------------------------------------------------------------------------- */
 
-/* Parameters and memory: of each stage, keeps the most. */
+/* Parameters and memory of the stage that has most. */
 static void plan_memory(Plan *plan, const PlanInput *in)
 {
     const Config *c = &in->config;
     Layout s = in->layout;
-    double stored = 0, m = plan->micro_batches;
+    double stored = 0;
     Tensor *list = (Tensor *)xcalloc(N_SPECS * c->L, sizeof *list); /* more than any stage has */
     for (int stage = 0; stage < s.pp; stage++) {
         int rank = stage * s.tp * s.dp; /* the first of the stage; all are alike */
@@ -6524,23 +6549,23 @@ static void plan_memory(Plan *plan, const PlanInput *in)
         double parameters = 0, n = (double)elements;
         for (size_t i = 0; i < count; i++) parameters += (double)list[i].n;
         stored += parameters * s.tp;
-        if (parameters > plan->parameters_per_rank) plan->parameters_per_rank = parameters;
-        double activations = (double)activation_bytes(c, s, rank, in->micro_batch, in->seq,
-                                                      in->recompute, (size_t)m);
+        plan->parameters_per_rank = fmax(plan->parameters_per_rank, parameters);
+        size_t activations = activation_bytes(c, s, rank, in->micro_batch, in->seq, in->recompute,
+                                              (size_t)plan->micro_batches);
         double master = sizeof(act) < sizeof(real) ? n * sizeof(real) : 0;
-        double total = n * (2 * sizeof(act) + 2 * sizeof(real)) + master + activations;
+        double total = n * (2 * sizeof(act) + 2 * sizeof(real)) + master + (double)activations;
         if (total <= plan->bytes_per_rank) continue;
         plan->bytes_per_rank = total;
-        plan->weights_bytes = plan->gradient_bytes = n * sizeof(act);
+        plan->weights_bytes = n * sizeof(act);
+        plan->gradient_bytes = n * sizeof(act);
         plan->moment_bytes = 2 * n * sizeof(real);
         plan->master_bytes = master;
-        plan->activation_bytes = activations;
+        plan->activation_bytes = (double)activations;
     }
     free(list);
     plan->replication = stored / plan->parameters;
-    plan->paper_bytes =
-        20 *
-        plan->parameters_per_rank; /* fp16 weight, gradient; the same in float; moments [§4.2] */
+    /* fp16 weight and gradient, the same in float, two moments [§4.2] */
+    plan->paper_bytes = 20 * plan->parameters_per_rank;
     plan->paper_activation_bytes =
         megatron_activation_bytes(c, s.tp, in->micro_batch, in->seq, in->recompute) *
         (double)(c->L / (size_t)s.pp) * plan->in_flight;
@@ -6549,20 +6574,21 @@ static void plan_memory(Plan *plan, const PlanInput *in)
     plan->zero3_bytes = zero_bytes(3, s.dp) * plan->parameters_per_rank;
 }
 
-/* The pipeline: stages count as equally long, backward as two or, with recomputation, three times
- * forward. */
+/* All stages take equally long, and backward passes two or, with recomputation, three times as long
+ * as forward ones. */
 static void plan_pipeline(Plan *plan, const PlanInput *in)
 {
     size_t p = (size_t)in->layout.pp, m = (size_t)plan->micro_batches;
+    size_t *most = (size_t *)xcalloc(p, sizeof *most);
     double tb = in->recompute ? 3 : 2;
-    Pipeline run = simulate_pipeline(ONE_F_ONE_B, p, m, 1, 1, tb);
-    plan->in_flight = (double)run.in_flight[0];
-    plan->bubble = run.bubble;
     plan->bubble_formula = (double)(p - 1) / (double)m; /* [P56] */
-    plan->bubble_gpipe = simulate_pipeline(GPIPE, p, m, 1, 1, tb).bubble;
+    plan->bubble_gpipe = simulate_pipeline(most, GPIPE, p, m, 1, 1, tb);
     plan->bubble_interleaved = NAN;
     if (m % p == 0 && in->config.L % (2 * p) == 0)
-        plan->bubble_interleaved = simulate_pipeline(ONE_F_ONE_B, p, m, 2, 1, tb).bubble;
+        plan->bubble_interleaved = simulate_pipeline(most, ONE_F_ONE_B, p, m, 2, 1, tb);
+    plan->bubble = simulate_pipeline(most, ONE_F_ONE_B, p, m, 1, 1, tb);
+    plan->in_flight = (double)most[0];
+    free(most);
 }
 
 /* all_reduces_per_iteration counts as the paper does: those of b*s*h that one micro-batch meets on
@@ -6573,13 +6599,13 @@ static void plan_messages(Plan *plan, const PlanInput *in)
     Message list[MAX_MESSAGES];
     size_t bsh = in->micro_batch * in->seq * in->config.C;
     for (int stage = 0; stage < in->layout.pp; stage++) {
+        size_t n = list_messages(list, in, stage);
         double sent = 0;
-        for (size_t i = 0, n = list_messages(list, in, stage); i < n; i++) {
-            sent +=
-                (double)list[i].count * elements_sent(&list[i]) * (double)type_size(list[i].type);
-            if (strcmp(list[i].group, "tp") || list[i].elements != bsh) continue;
-            plan->all_reduces_per_iteration += (double)list[i].count / plan->micro_batches;
-            plan->all_reduce_bytes = (double)message_bytes(&list[i]);
+        for (const Message *m = list; m < list + n; m++) {
+            sent += (double)m->count * elements_sent(m) * (double)type_size(m->type);
+            if (strcmp(m->group, "tp") || m->elements != bsh) continue;
+            plan->all_reduces_per_iteration += (double)m->count / plan->micro_batches;
+            plan->all_reduce_bytes = (double)message_bytes(m);
         }
         if (sent <= plan->bytes_sent_per_rank) continue;
         plan->bytes_sent_per_rank = sent;
@@ -6590,23 +6616,24 @@ static void plan_messages(Plan *plan, const PlanInput *in)
 static Plan make_plan(const PlanInput *in)
 {
     Plan plan;
-    Layout s = in->layout;
+    const Config *c = &in->config;
     Machine yours = {in->peak * 1e12, in->bandwidth * 1e9, 0, 15e-6, INT_MAX, sizeof(act)};
-    double ranks = (double)s.tp * s.pp * s.dp;
+    double ranks = world_size(in->layout);
     memset(&plan, 0, sizeof plan);
-    plan.parameters = (double)count_parameters(&in->config);
-    plan.micro_batches = (double)(in->batch / in->micro_batch / (size_t)s.dp);
+    plan.parameters = (double)count_parameters(c);
+    plan.micro_batches = (double)(in->batch / in->micro_batch / (size_t)in->layout.dp);
     plan_pipeline(&plan, in);
     plan_memory(&plan, in);
     plan_messages(&plan, in);
     plan.tokens_per_iteration = (double)in->batch * (double)in->seq;
-    plan.flops_formula = flops_formula(&in->config, in->batch, in->seq, in->recompute);
-    plan.flops_per_iteration = flops_exact(&in->config, s.tp, in->batch, in->seq, in->recompute);
+    plan.flops_formula = flops_formula(c, in->batch, in->seq, in->recompute);
+    plan.flops_per_iteration = flops_exact(c, in->layout.tp, in->batch, in->seq, in->recompute);
     plan.v100_seconds = project(in, &v100, plan.flops_per_iteration, plan.bubble);
     plan.v100_efficiency = plan.flops_per_iteration / (ranks * v100.flops) / plan.v100_seconds;
     plan.v100_days = training_days(300000 * PAPER_BATCH, plan.parameters, ranks,
                                    v100.flops * plan.v100_efficiency);
-    plan.seconds = plan.efficiency = NAN;
+    plan.seconds = NAN;
+    plan.efficiency = NAN;
     if (in->peak > 0 && in->bandwidth > 0) {
         plan.seconds = project(in, &yours, plan.flops_per_iteration, plan.bubble);
         plan.efficiency = plan.flops_per_iteration / (ranks * yours.flops) / plan.seconds;
@@ -6979,14 +7006,35 @@ static void print_paper(int json)
 
 /* ---- Trace: what the ranks really said ------------------------------------------------------- */
 
-/* Totals of one kind of message over a trace. */
-static Message sum_events(const Trace *trace, const Message *kind)
+/* What a stage's ranks say by group and operation: count calls, and elements of all of them
+ * together. total has room for MAX_MESSAGES; returns how many there are. */
+static size_t total_messages(Message *total, const PlanInput *in, int stage)
 {
-    Message sum = *kind;
-    sum.count = sum.elements = 0;
-    for (size_t i = 0; i < trace->n; i++) {
-        const Event *e = &trace->event[i];
-        if (strcmp(e->group, kind->group) || strcmp(e->op, kind->op)) continue;
+    Message list[MAX_MESSAGES];
+    size_t n = list_messages(list, in, stage), totals = 0;
+    for (const Message *m = list; m < list + n; m++) {
+        size_t i = 0;
+        while (i < totals && (strcmp(total[i].group, m->group) || strcmp(total[i].op, m->op))) i++;
+        if (i == totals) {
+            total[totals] = *m;
+            total[totals].count = 0;
+            total[totals].elements = 0;
+            totals++;
+        }
+        total[i].count += m->count;
+        total[i].elements += m->count * m->elements;
+    }
+    return totals;
+}
+
+/* The same over a trace, for one group and operation. */
+static Message sum_events(const Trace *trace, const Message *total)
+{
+    Message sum = *total;
+    sum.count = 0;
+    sum.elements = 0;
+    for (const Event *e = trace->event; e < trace->event + trace->n; e++) {
+        if (strcmp(e->group, total->group) || strcmp(e->op, total->op)) continue;
         sum.count++;
         sum.elements += e->elements;
     }
@@ -6997,26 +7045,16 @@ static Message sum_events(const Trace *trace, const Message *kind)
  * operation? Says where not. */
 static int trace_agrees(const Trace *trace, const PlanInput *in, int stage)
 {
-    Message planned[MAX_MESSAGES];
-    size_t n = list_messages(planned, in, stage), events = 0;
+    Message total[MAX_MESSAGES];
+    size_t n = total_messages(total, in, stage), events = 0;
     int agrees = 1;
-    for (size_t i = 0; i < n; i++) {
-        Message sum = sum_events(trace, &planned[i]);
-        size_t count = 0, elements = 0, seen = 0;
-        for (size_t j = 0; j < n; j++) {
-            if (strcmp(planned[j].group, planned[i].group) || strcmp(planned[j].op, planned[i].op))
-                continue;
-            seen += j < i;
-            count += planned[j].count;
-            elements += planned[j].count * planned[j].elements;
-        }
-        if (seen)
-            continue; /* several rows of the plan may be of one kind: each kind is compared once */
+    for (const Message *m = total; m < total + n; m++) {
+        Message sum = sum_events(trace, m);
         events += sum.count;
-        if (sum.count == count && sum.elements == elements) continue;
+        if (sum.count == m->count && sum.elements == m->elements) continue;
         fprintf(stderr,
                 "stage %d, %s %s: %zu calls of %zu elements in all, but the plan has %zu of %zu\n",
-                stage, planned[i].group, planned[i].op, sum.count, sum.elements, count, elements);
+                stage, m->group, m->op, sum.count, sum.elements, m->count, m->elements);
         agrees = 0;
     }
     return agrees && events == trace->n; /* and nothing was said that the plan does not know */
@@ -7045,25 +7083,34 @@ static void print_events(Emitter *e, const Trace *trace, int stage)
     }
 }
 
+static void print_layer(Emitter *e, const Trace *trace, int layer)
+{
+    size_t calls = 0, elements = 0;
+    for (const Event *v = trace->event; v < trace->event + trace->n; v++) {
+        if (v->place.layer != layer) continue;
+        calls++;
+        elements += v->elements;
+    }
+    emit_open(e, NULL, '{');
+    emit_count(e, "layer", "  layer %-3zu                 ", (size_t)layer);
+    emit_count(e, "calls", "%5zu calls  ", calls);
+    emit_count(e, "elements", "%12zu elements\n", elements);
+    emit_close(e, '}');
+}
+
 /* Totals of a stage by group and operation, and of the tensor group by layer. Returns whether they
  * are the plan's. */
 static int print_totals(Emitter *e, const Trace *trace, const PlanInput *in, int stage)
 {
-    size_t depth = in->config.L / (size_t)in->layout.pp;
-    int agrees = trace_agrees(trace, in, stage);
-    Message planned[MAX_MESSAGES];
-    size_t n = list_messages(planned, in, stage);
+    int depth = (int)in->config.L / in->layout.pp, agrees = trace_agrees(trace, in, stage);
+    Message total[MAX_MESSAGES];
+    size_t n = total_messages(total, in, stage);
     emit_open(e, NULL, '{');
     emit_count(e, "stage", "\nstage %zu\n", (size_t)stage);
     emit_flag(e, "agrees_with_plan", agrees);
-    for (size_t i = 0; i < n; i++) {
+    for (const Message *m = total; m < total + n; m++) {
+        Message sum = sum_events(trace, m);
         char key[64];
-        int seen = 0;
-        for (size_t j = 0; j < i; j++)
-            seen |= !strcmp(planned[j].group, planned[i].group) &&
-                    !strcmp(planned[j].op, planned[i].op);
-        if (seen) continue;
-        Message sum = sum_events(trace, &planned[i]);
         snprintf(key, sizeof key, "%s_%s", sum.group, sum.op);
         emit_open(e, key, '{');
         emit_text(e, "  %-9s  %-14s  ", sum.group, sum.op);
@@ -7073,18 +7120,7 @@ static int print_totals(Emitter *e, const Trace *trace, const PlanInput *in, int
         emit_close(e, '}');
     }
     emit_open(e, "layers", '[');
-    for (size_t l = (size_t)stage * depth; in->layout.tp > 1 && l < (size_t)(stage + 1) * depth;
-         l++) {
-        size_t calls = 0, elements = 0;
-        for (size_t i = 0; i < trace->n; i++)
-            if (trace->event[i].place.layer == (int)l)
-                calls++, elements += trace->event[i].elements;
-        emit_open(e, NULL, '{');
-        emit_count(e, "layer", "  layer %-3zu                 ", l);
-        emit_count(e, "calls", "%5zu calls  ", calls);
-        emit_count(e, "elements", "%12zu elements\n", elements);
-        emit_close(e, '}');
-    }
+    for (int i = 0; i < depth && in->layout.tp > 1; i++) print_layer(e, trace, stage * depth + i);
     emit_close(e, ']');
     emit_text(e, "  %s\n", agrees ? "equal to what `plan` lists" : "NOT what `plan` lists");
     emit_close(e, '}');

@@ -4980,16 +4980,18 @@ static int tick_pipeline(int gpipe, int p, int m, int tf, int tb, int *peak)
 
 static void test_plan_pipeline(void)
 {
-    check_equal("P56 1F1B, p=4, m=8", simulate_pipeline(ONE_F_ONE_B, 4, 8, 1, 1, 2).bubble, 0.375);
+    size_t in_flight[8], gpipe[4];
+    check_equal("P56 1F1B, p=4, m=8", simulate_pipeline(in_flight, ONE_F_ONE_B, 4, 8, 1, 1, 2),
+                0.375);
     check_equal("P56 interleaved, v=2, p=4, m=8",
-                simulate_pipeline(ONE_F_ONE_B, 4, 8, 2, 1, 2).bubble, 0.1875);
-    check_equal("P56 1F1B, p=8, m=64", simulate_pipeline(ONE_F_ONE_B, 8, 64, 1, 1, 2).bubble,
+                simulate_pipeline(in_flight, ONE_F_ONE_B, 4, 8, 2, 1, 2), 0.1875);
+    check_equal("P56 1F1B, p=8, m=64", simulate_pipeline(in_flight, ONE_F_ONE_B, 8, 64, 1, 1, 2),
                 0.109375);
-    Pipeline run = simulate_pipeline(ONE_F_ONE_B, 4, 8, 1, 1, 2);
-    Pipeline gpipe = simulate_pipeline(GPIPE, 4, 8, 1, 1, 2);
+    simulate_pipeline(in_flight, ONE_F_ONE_B, 4, 8, 1, 1, 2);
+    simulate_pipeline(gpipe, GPIPE, 4, 8, 1, 1, 2);
     for (size_t i = 0; i < 4; i++) {
-        check_equal("P57 1F1B in flight: 4, 3, 2, 1", (double)run.in_flight[i], 4 - (double)i);
-        check_equal("P57 GPipe in flight: m", (double)gpipe.in_flight[i], 8);
+        check_equal("P57 1F1B in flight: 4, 3, 2, 1", (double)in_flight[i], 4 - (double)i);
+        check_equal("P57 GPipe in flight: m", (double)gpipe[i], 8);
     }
     double gap = 0, tick_gap = 0;
     int wrong = 0, runs = 0;
@@ -4999,26 +5001,25 @@ static void test_plan_pipeline(void)
                 double ideal = m * (1.0 + tb);
                 for (int g = 0; g < 2; g++) {
                     int peak[8];
-                    Pipeline x =
-                        simulate_pipeline(g ? GPIPE : ONE_F_ONE_B, (size_t)p, (size_t)m, 1, 1, tb);
-                    gap = worse(gap, fabs(x.bubble - (p - 1.0) / m));
+                    double x = simulate_pipeline(in_flight, g ? GPIPE : ONE_F_ONE_B, (size_t)p,
+                                                 (size_t)m, 1, 1, tb);
+                    gap = worse(gap, fabs(x - (p - 1.0) / m));
                     runs++;
-                    tick_gap =
-                        worse(tick_gap,
-                              fabs(x.bubble - (tick_pipeline(g, p, m, 1, tb, peak) / ideal - 1)));
+                    tick_gap = worse(tick_gap,
+                                     fabs(x - (tick_pipeline(g, p, m, 1, tb, peak) / ideal - 1)));
                     for (int i = 0; i < p; i++) {
                         int expected = g || m < p - i ? m : p - i;
-                        wrong += x.in_flight[i] != (size_t)expected || peak[i] != expected;
+                        wrong += in_flight[i] != (size_t)expected || peak[i] != expected;
                     }
                 }
                 for (int v = 2; v <= 4 && m % p == 0; v++) {
-                    Pipeline x =
-                        simulate_pipeline(ONE_F_ONE_B, (size_t)p, (size_t)m, (size_t)v, 1, tb);
-                    gap = worse(gap, fabs(x.bubble - (p - 1.0) / (v * m)));
+                    double x = simulate_pipeline(in_flight, ONE_F_ONE_B, (size_t)p, (size_t)m,
+                                                 (size_t)v, 1, tb);
+                    gap = worse(gap, fabs(x - (p - 1.0) / (v * m)));
                     runs++;
                     for (int i = 0; i < p; i++) {
                         int warm = 2 * (p - i - 1) + (v - 1) * p + 1;
-                        wrong += x.in_flight[i] != (size_t)(warm < m * v ? warm : m * v);
+                        wrong += in_flight[i] != (size_t)(warm < m * v ? warm : m * v);
                     }
                 }
             }
