@@ -4385,7 +4385,6 @@ static void emit_flag(Emitter *e, const char *key, int flag)
     fputs(flag ? "true" : "false", e->out);
 }
 
-
 typedef enum {
     F64,
     F32,
@@ -6235,13 +6234,13 @@ typedef struct {
     double bandwidth; /* GB/s of a ring there */
 } PlanInput;
 
-/* All doubles, so that one table can print them; counts are exact up to 2^53. A "rank" is the one
- * that has most. */
+/* All doubles, so that one table can print them; counts are exact up to 2^53. "per_rank": of the
+ * rank that has most. */
 typedef struct {
     double parameters, parameters_per_rank, replication;
-    double bytes_per_rank, weights_bytes, gradient_bytes, moment_bytes, master_bytes,
-        activation_bytes;
-    double paper_bytes, paper_activation_bytes, zero1_bytes, zero2_bytes, zero3_bytes;
+    double bytes_per_rank, weights_bytes, gradient_bytes, moment_bytes, master_bytes;
+    double activation_bytes, paper_bytes, paper_activation_bytes;
+    double zero1_bytes, zero2_bytes, zero3_bytes;
     double micro_batches, in_flight, bubble, bubble_formula, bubble_gpipe, bubble_interleaved;
     double flops_per_iteration, flops_formula, tokens_per_iteration;
     double all_reduces_per_iteration, all_reduce_bytes, bytes_sent_per_rank, busiest_stage;
@@ -6267,7 +6266,8 @@ static void check_plan(const PlanInput *in)
             in->batch / rows);
     if (in->seq < 1 || in->seq > in->config.P)
         die("--seq %zu: the model has %zu positions", in->seq, in->config.P);
-    const Config *c = &in->config; /* bounds all products below, so that none overflows */
+    /* No product of these sizes overflows. */
+    const Config *c = &in->config;
     double width = (double)c->V + 16.0 * (double)c->C + 2.0 * (double)c->F + (double)c->H;
     double height = (double)in->micro_batch * (double)in->seq + (double)c->C + (double)c->P;
     if (c->L > 100000 || width * height * (double)(c->L + 1) * s.pp > 1e15)
@@ -6286,10 +6286,10 @@ static double flops_formula(const Config *c, size_t batch, size_t seq, int recom
     return 24 * passes * B * s * l * h * h * (1 + s / (6 * h) + V / (4 * passes * l * h));
 }
 
-/* The same, counted product by product: 2 a b c for (a, b) times (b, c), with all scores, also those
- * that the causal mask hides, and with the vocabulary's padding. A backward pass counts as two
- * forward ones, as everywhere in the literature; chapter 4 makes five products for attention's two,
- * since it computes the scores again instead of keeping them. */
+/* The same, counted product by product: 2 a b c for (a, b) times (b, c), with the scores that the
+ * causal mask hides and with the vocabulary's padding. A backward pass counts as two forward ones,
+ * as everywhere in the literature; chapter 4 makes five products for attention's two, since it
+ * computes the scores again instead of keeping them. */
 static double flops_exact(const Config *c, int tp, size_t batch, size_t seq, int recompute)
 {
     double C = (double)c->C, F = (double)c->F, s = (double)seq, rows = (double)batch * s;
@@ -6356,19 +6356,19 @@ static size_t list_messages(Message *list, const PlanInput *in, int stage)
     size_t t = (size_t)s.tp, p = (size_t)s.pp, d = (size_t)s.dp, ranks = t * p * d, n = 0, arena;
     size_t m = in->batch / in->micro_batch / d, bs = in->micro_batch * in->seq, bsh = bs * c->C;
     size_t both = 2 * m * (c->L / p), again = in->recompute ? both : 0; /* attention's and MLP's */
-    size_t first = stage == 0, last = stage == s.pp - 1, end = first || last;
-    size_t after_first = m * !first, before_last = m * !last;
+    size_t first = stage == 0 ? m : 0, last = stage == s.pp - 1 ? m : 0, end = first || last;
+    size_t after_first = m - first, before_last = m - last;
     size_t tied = padded_vocab(c->V, s.tp) / t * c->C, pair = p > 1 ? 2 : 1;
     list_tensors(NULL, &arena, c, s, stage * s.tp * s.dp);
     /* clang-format off */
     const Message all[] = {
-        {"tp", "all_reduce", "g: embedding", "[§3]", t, m * first, bsh, ACT},
+        {"tp", "all_reduce", "g: embedding", "[§3]", t, first, bsh, ACT},
         {"tp", "all_reduce", "g: attention, MLP; forward", "[§3 Fig.4]", t, both, bsh, ACT},
         {"tp", "all_reduce", "g: the same, recomputed", "[§4.2]", t, again, bsh, ACT},
         {"tp", "all_reduce", "f: attention, MLP; backward", "[§3 Fig.4]", t, both, bsh, ACT},
-        {"tp", "all_reduce", "f: logits; backward", "[§3]", t, m * last, bsh, ACT},
-        {"tp", "all_reduce_max", "cross entropy: largest logit", "[§3]", t, m * last, bs, REAL_ARRAY},
-        {"tp", "all_reduce", "cross entropy: sum, target", "[§3]", t, 2 * m * last, bs, REAL_ARRAY},
+        {"tp", "all_reduce", "f: logits; backward", "[§3]", t, last, bsh, ACT},
+        {"tp", "all_reduce_max", "cross entropy: largest logit", "[§3]", t, last, bs, REAL_ARRAY},
+        {"tp", "all_reduce", "cross entropy: sum, target", "[§3]", t, 2 * last, bs, REAL_ARRAY},
         {"pp", "recv", "activations", "", p, after_first, bsh, ACT},
         {"pp", "send", "activations", "", p, before_last, bsh, ACT},
         {"pp", "recv", "gradients of activations", "", p, before_last, bsh, ACT},
@@ -6396,9 +6396,9 @@ typedef struct {
     size_t chunk, micro_batch;
 } Pass;
 
-/* Pass number j of stage i: w forward passes to warm up, then one forward and one backward in turns,
- * then the other backward passes. With chunks, p micro-batches at a time pass through one chunk
- * before the next. */
+/* Pass number j of stage i: w forward passes to warm up, then one forward and one backward pass in
+ * turns, then the other backward passes. With chunks, p micro-batches at a time pass through one
+ * chunk before the next. */
 static Pass nth_pass(Schedule kind, size_t p, size_t m, size_t v, size_t i, size_t j)
 {
     size_t all = m * v, warmup = v > 1 ? 2 * (p - i - 1) + (v - 1) * p : p - i - 1;
@@ -6432,25 +6432,25 @@ typedef struct {
 
 /* A stage's next pass, if its input is there: it starts when stage and input are ready. Returns
  * whether it ran. */
-static int run_pass(Pipeline *l, size_t i)
+static int run_pass(Pipeline *run, size_t i)
 {
-    PlannedStage *stage = &l->stage[i];
-    Pass pass = nth_pass(l->kind, l->p, l->m, l->v, i, stage->done);
-    size_t part = pass.chunk * l->p + i, here = part * l->m + pass.micro_batch;
-    int is_first = part == 0, is_last = part + 1 == l->p * l->v;
+    PlannedStage *stage = &run->stage[i];
+    Pass pass = nth_pass(run->kind, run->p, run->m, run->v, i, stage->done);
+    size_t part = pass.chunk * run->p + i, here = part * run->m + pass.micro_batch;
+    int is_first = part == 0, is_last = part + 1 == run->p * run->v;
     double *input = NULL; /* the first part has its tokens */
-    if (!pass.backward && !is_first) input = &l->forward[here - l->m];
-    if (pass.backward) input = is_last ? &l->forward[here] : &l->backward[here + l->m];
+    if (!pass.backward && !is_first) input = &run->forward[here - run->m];
+    if (pass.backward) input = is_last ? &run->forward[here] : &run->backward[here + run->m];
     if (input && *input == 0) return 0;
     if (input) stage->clock = fmax(stage->clock, *input);
     if (pass.backward) {
-        stage->clock += l->tb / (double)l->v;
+        stage->clock += run->tb / (double)run->v;
         stage->in_flight--;
-        l->backward[here] = stage->clock;
+        run->backward[here] = stage->clock;
     } else {
-        stage->clock += l->tf / (double)l->v;
+        stage->clock += run->tf / (double)run->v;
         stage->in_flight++;
-        l->forward[here] = stage->clock;
+        run->forward[here] = stage->clock;
     }
     stage->most = max_size(stage->most, stage->in_flight);
     stage->done++;
@@ -6462,25 +6462,25 @@ static int run_pass(Pipeline *l, size_t i)
 static double simulate_pipeline(size_t *most_in_flight, Schedule kind, size_t p, size_t m, size_t v,
                                 double tf, double tb)
 {
-    Pipeline l = {kind, p, m, v, tf, tb, NULL, NULL, NULL};
+    Pipeline run = {kind, p, m, v, tf, tb, NULL, NULL, NULL};
     size_t left = 2 * m * v * p, before = left + 1;
     double end = 0;
-    l.forward = (double *)xcalloc(2 * v * p * m, sizeof *l.forward);
-    l.backward = l.forward + v * p * m;
-    l.stage = (PlannedStage *)xcalloc(p, sizeof *l.stage);
+    run.forward = (double *)xcalloc(2 * v * p * m, sizeof *run.forward);
+    run.backward = run.forward + v * p * m;
+    run.stage = (PlannedStage *)xcalloc(p, sizeof *run.stage);
     while (left > 0) {
         if (left == before)
             die("the schedule of %zu stages and %zu micro-batches does not end", p, m);
         before = left;
         for (size_t i = 0; i < p; i++)
-            while (l.stage[i].done < 2 * m * v && run_pass(&l, i)) left--;
+            while (run.stage[i].done < 2 * m * v && run_pass(&run, i)) left--;
     }
     for (size_t i = 0; i < p; i++) {
-        end = fmax(end, l.stage[i].clock);
-        most_in_flight[i] = l.stage[i].most;
+        end = fmax(end, run.stage[i].clock);
+        most_in_flight[i] = run.stage[i].most;
     }
-    free(l.forward);
-    free(l.stage);
+    free(run.forward);
+    free(run.stage);
     return end / ((double)m * (tf + tb)) - 1;
 }
 
@@ -6685,7 +6685,8 @@ static const Figure figures[] = {
     {FIGURE(bytes_sent_per_rank), "bytes sent by a rank, iteration, GB", 1e9, 3},
     {FIGURE(busiest_stage), "    on stage", 1, 0},
     {FIGURE(v100_seconds), "on the paper's V100s (39 TFLOP/s, 130 GB/s): s/iteration", 1, 3},
-    {FIGURE(v100_efficiency), "    efficiency: the share of it that is not messages or bubble", 1, 3},
+    {FIGURE(v100_efficiency),
+     "    efficiency: the share of it that is not messages or bubble", 1, 3},
     {FIGURE(v100_days), "    days for the paper's 157 G tokens, 8TP/(nX)", 1, 1},
     {FIGURE(seconds), "on yours (--peak, --bandwidth): s/iteration", 1, 3},
     {FIGURE(efficiency), "    efficiency: the share of it that is not messages or bubble", 1, 3},
@@ -6737,11 +6738,10 @@ static void print_plan(const PlanInput *in, const Plan *plan, int json)
 
 /* ---- `plan --paper`: the paper's tables, beside what this chapter derives -------------------- */
 
-/* clang-format off */
-enum { TABLE_1 = 1, FIGURE_4 = 2, TABLE_2 = 4, TABLE_7 = 8, TABLE_8 = 16, FIGURE_5 = 32, TOTALS = 64 };
-/* clang-format on */
+enum { TABLE_1 = 1, FIGURE_4 = 2, TABLE_2 = 4, TABLE_7 = 8, TABLE_8 = 16, FIGURE_5 = 32 };
+enum { TOTALS = 64, MAX_ROWS = 4 };
 
-/* A row of any of these tables: each sets what it shows. */
+/* A row of any of these tables. */
 typedef struct {
     double layers, hidden, heads, head_size, parameters, gpus, parameters_per_rank, replication;
     double flops, flops_512, pflops, tflops_gpu, scores, seconds, days_per_epoch;
@@ -6924,8 +6924,6 @@ static Row paper_totals(const char *preset, int r)
     return x;
 }
 
-enum { MAX_ROWS = 4 };
-
 typedef struct {
     int bit;
     const char *key;
@@ -7060,7 +7058,7 @@ static int trace_agrees(const Trace *trace, const PlanInput *in, int stage)
     return agrees && events == trace->n; /* and nothing was said that the plan does not know */
 }
 
-/* One line, or one JSON object, for each collective of a stage's first rank. */
+/* Every collective of a rank. */
 static void print_events(Emitter *e, const Trace *trace, int stage)
 {
     for (const Event *v = trace->event; v < trace->event + trace->n; v++) {
@@ -7127,6 +7125,25 @@ static int print_totals(Emitter *e, const Trace *trace, const PlanInput *in, int
     return agrees;
 }
 
+/* The first rank of each stage. Returns whether all totals are the plan's. */
+static int print_trace(const Trace *trace, const PlanInput *in, int json)
+{
+    int agrees = 1, stage_ranks = in->layout.tp * in->layout.dp;
+    Emitter e = make_emitter(stdout, json);
+    emit_text(&e, "%5s  %5s  %-14s  %-10s  %-14s  %-9s  %10s  %11s  %s\n", "stage", "layer",
+              "where", "edge", "op", "group", "elements", "bytes", "paper");
+    emit_open(&e, NULL, '{');
+    emit_open(&e, "events", '[');
+    for (int s = 0; s < in->layout.pp; s++) print_events(&e, &trace[s * stage_ranks], s);
+    emit_close(&e, ']');
+    emit_open(&e, "totals", '[');
+    for (int s = 0; s < in->layout.pp; s++)
+        agrees &= print_totals(&e, &trace[s * stage_ranks], in, s);
+    emit_close(&e, ']');
+    emit_close(&e, '}');
+    return agrees;
+}
+
 /* =================================================================================================
  * Chapter 17. Command line
  * ============================================================================================== */
@@ -7135,17 +7152,9 @@ static int print_totals(Emitter *e, const Trace *trace, const PlanInput *in, int
 #define LOSS_SCALE "1" /* --loss-scale, if it is not given */
 #endif
 
-enum {
-    TRAIN = 1,
-    EVAL = 2,
-    GENERATE = 4,
-    TOKENIZE = 8,
-    PLAN = 16,
-    TRACE = 32,
-    INFO = 64,
-    MAX_PATHS = 256
-};
+enum { TRAIN = 1, EVAL = 2, GENERATE = 4, TOKENIZE = 8, PLAN = 16, TRACE = 32, INFO = 64 };
 enum { SHAPED = TRAIN | PLAN | TRACE, RUNS = TRAIN | EVAL | GENERATE | TRACE, ALL = 127 };
+enum { MAX_PATHS = 256 };
 
 typedef struct {
     const char *name, *arguments, *what;
@@ -7175,15 +7184,13 @@ typedef struct {
     size_t n_paths;
     const char *operand[2]; /* IN and OUT, or DIR|FILE */
     size_t operands;
-    const char *config, *activation, *tokenizer, *init, *resume, *save, *log, *model, *wikitext,
-        *lambada, *prompt, *lr_decay;
-    size_t layers, hidden, heads, seq, vocab, batch, micro_batch, steps, warmup, decay_steps, seed,
-        tp, pp, dp;
-    size_t save_every, eval_every, eval_iters, overlap, limit, tokens, top_k;
-    double lr, min_lr, beta1, beta2, adam_eps, weight_decay, clip, dropout, loss_scale,
-        valid_percent;
-    double temperature, top_p, peak, bandwidth;
-    unsigned char given[64]; /* by number in the table: was it on the command line? */
+    const char *config, *activation, *tokenizer, *init, *resume, *save, *log;
+    const char *model, *wikitext, *lambada, *prompt, *lr_decay;
+    size_t layers, hidden, heads, seq, vocab, batch, micro_batch, steps, warmup, decay_steps, seed;
+    size_t tp, pp, dp, save_every, eval_every, eval_iters, overlap, limit, tokens, top_k;
+    double lr, min_lr, beta1, beta2, adam_eps, weight_decay, clip, dropout, loss_scale;
+    double valid_percent, temperature, top_p, peak, bandwidth;
+    unsigned char given[64]; /* by number in options[]: was it on the command line? */
 } Options;
 
 /* Every option: parsing, help, defaults, and what a checkpoint remembers all come from this
@@ -7308,6 +7315,7 @@ static const Option options[] = {
 #undef AT
 /* clang-format on */
 enum { N_OPTIONS = sizeof options / sizeof *options };
+static_assert((size_t)N_OPTIONS <= sizeof((Options *)NULL)->given, "given[] has room for all");
 
 /* Lists the options that one of these commands has; the first column is so wide. */
 static void print_options(const Option *table, int n, int bits, int width)
@@ -7324,6 +7332,7 @@ static void print_options(const Option *table, int n, int bits, int width)
 
 static void print_help(const Command *only) /* NULL: of all commands */
 {
+    if (!is_writer(NULL)) return;
     printf("Megatron-LM GPT-2 (arXiv 1909.08053) in one C file.\n\n");
     for (int i = 0; i < N_COMMANDS; i++)
         if (!only || only == &commands[i])
@@ -7362,11 +7371,13 @@ static int parse_option(void *o, unsigned char *given, const Option *table, int 
     if (number == n) usage_error("%s knows no %s", command, argv[i]);
     const Option *option = &table[number];
     if (!(option->commands & bit)) usage_error("%s has no option %s", command, option->name);
-    if (given[number]++) usage_error("%s is given twice", option->name);
+    if (given[number]) usage_error("%s is given twice", option->name);
+    given[number] = 1;
     if (option->kind == FLAG) *(int *)(void *)((char *)o + option->field) = 1;
     else if (i + 1 == argc) usage_error("%s needs %s", option->name, option->argument);
     if (option->kind == FLAG || option->kind == PATHS) return i;
-    const char *wrong = set_option(o, option, argv[++i]);
+    i++;
+    const char *wrong = set_option(o, option, argv[i]);
     if (wrong)
         usage_error("%s %s: %s from %.16g to %.16g is expected", option->name, argv[i], wrong,
                     option->low, option->high);
@@ -7382,41 +7393,72 @@ static int option_index(const char *name)
 
 static int given(const Options *o, const char *name) { return o->given[option_index(name)]; }
 
-/* Fills o from the command line. Returns 0 if there is no work to do because help was asked for,
- * and printed. */
+/* The value of an option that is a COUNT or a NUMBER. */
+static double option_number(const Option *option, const Options *o)
+{
+    const void *field = (const char *)o + option->field;
+    return option->kind == COUNT ? (double)*(const size_t *)field : *(const double *)field;
+}
+
+static int asks_help(const char *word) { return !strcmp(word, "--help") || !strcmp(word, "-h"); }
+
+/* The words from argv[i] to the next option are paths of --data. Returns the index of the last. */
+static int parse_paths(Options *o, int argc, char **argv, int i)
+{
+    for (; i < argc && strncmp(argv[i], "--", 2); i++) {
+        if (o->n_paths == MAX_PATHS)
+            usage_error("more than %d paths; name their folder instead", MAX_PATHS);
+        o->paths[o->n_paths++] = argv[i];
+    }
+    return i - 1;
+}
+
+/* Fills o from the command line. Returns 0 if help was asked for, and printed, so that there is no
+ * work to do. */
 static int parse_options(Options *o, int argc, char **argv)
 {
     memset(o, 0, sizeof *o);
-    for (int i = 0; i < N_COMMANDS && argc > 1; i++)
-        if (!strcmp(argv[1], commands[i].name)) o->command = &commands[i];
     if (argc < 2) usage_error("a command is expected: try megatron_gpt2 --help");
-    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help"))
-        return print_help(NULL), 0;
-    if (!o->command) usage_error("there is no command %s: try megatron_gpt2 --help", argv[1]);
+    if (asks_help(argv[1]) || !strcmp(argv[1], "help")) {
+        print_help(NULL);
+        return 0;
+    }
+    for (int i = 0; i < N_COMMANDS; i++)
+        if (!strcmp(argv[1], commands[i].name)) o->command = &commands[i];
+    const Command *command = o->command;
+    if (!command) usage_error("there is no command %s: try megatron_gpt2 --help", argv[1]);
     for (int i = 0; i < N_OPTIONS; i++)
         if (options[i].fallback) set_option(o, &options[i], options[i].fallback);
     for (int i = 2; i < argc; i++) {
-        int n = option_index(argv[i]);
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return print_help(o->command), 0;
-        if (n < 0 && argv[i][0] != '-' && o->command->bit & (TOKENIZE | INFO)) {
-            if (o->operands == (o->command->bit == TOKENIZE ? 2 : 1))
+        if (asks_help(argv[i])) {
+            print_help(command);
+            return 0;
+        }
+        if (argv[i][0] != '-' && command->bit & (TOKENIZE | INFO)) {
+            if (o->operands == (command->bit == TOKENIZE ? 2 : 1))
                 usage_error("%s is one argument too many", argv[i]);
             o->operand[o->operands++] = argv[i];
             continue;
         }
-        i = parse_option(o, o->given, options, N_OPTIONS, o->command->name, o->command->bit, argc,
-                         argv, i);
-        if (options[n].kind != PATHS) continue;
-        for (; i + 1 < argc && strncmp(argv[i + 1], "--", 2); i++) {
-            if (o->n_paths == MAX_PATHS)
-                usage_error("more than %d paths; name their folder instead", MAX_PATHS);
-            o->paths[o->n_paths++] = argv[i + 1];
-        }
+        int is_data = !strcmp(argv[i], "--data");
+        i = parse_option(o, o->given, options, N_OPTIONS, command->name, command->bit, argc, argv,
+                         i);
+        if (is_data) i = parse_paths(o, argc, argv, i + 1);
     }
     return 1;
 }
 
 /* ---- What the commands share ----------------------------------------------------------------- */
+
+/* A line on stderr about the whole run: one process writes it. */
+__attribute__((format(printf, 1, 2))) static void note(const char *format, ...)
+{
+    va_list args;
+    if (!is_writer(NULL)) return;
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+}
 
 static Layout make_layout(const Options *o)
 {
@@ -7428,8 +7470,9 @@ static Layout make_layout(const Options *o)
 static Config new_config(const Options *o)
 {
     Config c = find_preset(o->config);
-    size_t L = o->layers ? o->layers : c.L, C = o->hidden ? o->hidden : c.C,
-           H = o->heads ? o->heads : c.H;
+    size_t L = o->layers ? o->layers : c.L;
+    size_t C = o->hidden ? o->hidden : c.C;
+    size_t H = o->heads ? o->heads : c.H;
     c = make_config(L, C, H, o->seq ? o->seq : c.P, o->vocab ? o->vocab : c.V);
     if (C % H) die("--hidden %zu is no multiple of --heads %zu: heads must be of equal size", C, H);
     if (o->activation && strcmp(o->activation, "gelu_new") && strcmp(o->activation, "gelu"))
@@ -7438,16 +7481,24 @@ static Config new_config(const Options *o)
     return c;
 }
 
-/* Sizes of a step: micro-batch, and how many on each data rank. */
+/* Sequences in one pass. */
 static size_t micro_batch_size(const Options *o)
 {
-    size_t batch = o->batch, dp = max_size(o->dp, 1), micro = o->micro_batch;
-    if (!micro) micro = o->pp > 1 ? 1 : max_size(batch / dp, 1);
-    if (batch % (dp * micro))
+    size_t dp = max_size(o->dp, 1), micro = o->micro_batch;
+    if (!micro) micro = o->pp > 1 ? 1 : max_size(o->batch / dp, 1);
+    if (o->batch % (dp * micro))
         die("--batch %zu is no multiple of --dp %zu times --micro-batch %zu: every data rank must "
             "do whole passes",
-            batch, dp, micro);
+            o->batch, dp, micro);
     return micro;
+}
+
+static void set_dropout(Config *c, const Options *o)
+{
+    if (!given(o, "--dropout")) return;
+    c->embd_pdrop = (real)o->dropout;
+    c->attn_pdrop = (real)o->dropout;
+    c->resid_pdrop = (real)o->dropout;
 }
 
 /* Under today's names or OpenAI's. */
@@ -7463,8 +7514,7 @@ static Tokenizer *find_tokenizer(const char *named, const char *model, const Con
     if (model && has_tokenizer(model)) return tokenizer_open(model);
     if (model && c->V != 256 && c->V != 257)
         die("%s has no vocab.json, and its %zu tokens are not bytes: name the folder of its "
-            "tokenizer with "
-            "--tokenizer DIR",
+            "tokenizer with --tokenizer DIR",
             model, c->V);
     return tokenizer_bytes();
 }
@@ -7473,17 +7523,14 @@ static void check_tokenizer(const Tokenizer *t, const Config *c)
 {
     if (t->vocabulary > c->V)
         die("the tokenizer has %zu tokens, but the model's vocabulary only %zu: name the model's "
-            "own tokenizer, or, "
-            "for a new "
-            "model, a larger --vocab",
+            "own tokenizer, or, for a new model, a larger --vocab",
             t->vocabulary, c->V);
 }
 
 /* What is padded: with <|endoftext|> where there is one. */
 static int padding(const Tokenizer *t) { return t->end_of_text >= 0 ? t->end_of_text : 0; }
 
-/* Dies if the ranks of a training run, which are all on this machine, cannot fit into its
- * memory. */
+/* Dies if the ranks of a training run do not fit into the memory of this machine, where all are. */
 static void check_memory(const RankOptions *o)
 {
     double total = 0, have = device_memory();
@@ -7497,18 +7544,16 @@ static void check_memory(const RankOptions *o)
     }
     if (have > 0 && total > have)
         die("the run takes %.1f GB in all, and this machine has %.1f: a smaller model, "
-            "--micro-batch or --seq, or "
-            "--recompute, "
-            "takes less",
+            "--micro-batch or --seq, or --recompute, takes less",
             total / 1e9, have / 1e9);
 }
 
 static void warn_if_crowded(Layout s)
 {
-    int n = world_size(s);
-    if (n > device_count())
-        fprintf(stderr, "%d ranks share %d %s: results are the same, but it takes longer\n", n,
-                device_count(), device_kind());
+    int ranks = world_size(s), devices = device_count();
+    if (ranks > devices)
+        note("%d ranks share %d %s: results are the same, but it takes longer\n", ranks, devices,
+             device_kind());
 }
 
 /* ---- train ----------------------------------------------------------------------------------- */
@@ -7521,28 +7566,31 @@ typedef struct {
     size_t n[CURVE_WIDTH];
 } Curve;
 
-/* What rank 0 tells of a training run. */
+/* What the writer tells of a training run. */
 struct Report {
     Meter meter;
     int json;
-    FILE *log;                 /* NULL: none */
-    Curve curve;               /* of losses, for the picture at the end */
-    double last_loss, seconds; /* the last step's loss; what all steps took */
+    FILE *log; /* NULL: none */
+    Curve curve;
+    double last_loss, seconds; /* the last step's loss; how long all steps took */
     size_t skipped;
 };
 
-/* A training run, and what the command needs around it. `run` comes first: save_run() gets here
- * from there. */
+/* A training run, and what the command needs around it. `run` comes first: save_run() finds the
+ * other fields from there. */
 typedef struct {
     Run run;
     Report report;
     const Options *o;
     Tokenizer *tokenizer;
-    const char *tokenizer_folder; /* whose files go with the model; NULL: bytes */
+    const char *tokenizer_folder; /* its files go with the model; NULL: bytes */
     size_t text_tokens; /* in all of the text: to notice when a run resumes with other text */
 } TrainCommand;
 
-/* One JSON line for a step, without a value for validation where there was none. */
+/* Where a run saves; NULL: nowhere. */
+static const char *save_folder(const Options *o) { return o->save ? o->save : o->resume; }
+
+/* One JSON line for a step. held_out: NaN if there was no evaluation. */
 static void print_step(FILE *f, size_t step, const StepResult *r, double rate, double held_out)
 {
     Emitter e = make_emitter(f, 1);
@@ -7562,19 +7610,18 @@ static void print_step(FILE *f, size_t step, const StepResult *r, double rate, d
 /* The loss curve as a picture in characters, on stdout. */
 static void draw_curve(const Curve *c, size_t first, size_t last)
 {
-    double low = INFINITY, high = -INFINITY;
+    double mean[CURVE_WIDTH], low = INFINITY, high = -INFINITY;
     for (int x = 0; x < CURVE_WIDTH; x++) {
-        if (!c->n[x]) continue;
-        low = fmin(low, c->sum[x] / (double)c->n[x]);
-        high = fmax(high, c->sum[x] / (double)c->n[x]);
+        mean[x] = c->n[x] ? c->sum[x] / (double)c->n[x] : NAN;
+        low = fmin(low, mean[x]);
+        high = fmax(high, mean[x]);
     }
     if (!(low < high)) return; /* too short */
     printf("\nloss\n");
     for (int y = CURVE_HEIGHT - 1; y >= 0; y--) {
         printf("%7.3f |", low + (high - low) * y / (CURVE_HEIGHT - 1));
         for (int x = 0; x < CURVE_WIDTH; x++) {
-            double height = (c->sum[x] / (double)c->n[x] - low) / (high - low) *
-                            (CURVE_HEIGHT - 1); /* NaN if empty */
+            double height = (mean[x] - low) / (high - low) * (CURVE_HEIGHT - 1);
             putchar(floor(height + 0.5) == y ? '*' : ' ');
         }
         putchar('\n');
@@ -7584,54 +7631,51 @@ static void draw_curve(const Curve *c, size_t first, size_t last)
     printf(" steps %zu..%zu\n", first + 1, last);
 }
 
-/* What a checkpoint says beside its tensors: where the run stands, and with which options it
- * runs. */
+/* What a checkpoint says beside its tensors: where the run stands, and the options it remembers. */
 typedef struct {
-    Metadata fact[64];
-    char text[64][32];
+    Metadata fact[16 + N_OPTIONS];
+    char text[16 + N_OPTIONS][32];
     size_t n;
 } MetadataList;
 
-static void add_metadata(MetadataList *f, const char *key, double value)
+static void add_number(MetadataList *list, const char *key, double value)
 {
-    assert(f->n < sizeof f->fact / sizeof *f->fact);
-    snprintf(f->text[f->n], sizeof *f->text, "%.17g", value);
-    f->fact[f->n].key = key;
-    f->fact[f->n].value = f->text[f->n];
-    f->n++;
+    char *text = list->text[list->n];
+    snprintf(text, sizeof *list->text, "%.17g", value);
+    list->fact[list->n].key = key;
+    list->fact[list->n].value = text;
+    list->n++;
 }
 
 static void save_run(const Run *run, Rank *k, const Progress *p)
 {
     const TrainCommand *t = (const TrainCommand *)run;
     const LossScaler *s = &p->scaler;
-    const char *dir = t->o->save ? t->o->save : t->o->resume;
-    MetadataList f;
-    f.n = 0;
+    const char *dir = save_folder(t->o);
     if (!dir) return;
-    add_metadata(&f, "step", (double)p->step);
-    add_metadata(&f, "updates", (double)p->updates);
-    add_metadata(&f, "samples", (double)p->samples);
-    add_metadata(&f, "loss_scale_now", s->scale);
-    add_metadata(&f, "loss_scale_dynamic", s->dynamic);
-    add_metadata(&f, "loss_scale_hysteresis", s->hysteresis);
-    add_metadata(&f, "loss_scale_iteration", (double)s->iteration);
-    add_metadata(&f, "loss_scale_last_overflow", (double)s->last_overflow);
-    add_metadata(&f, "text_tokens", (double)t->text_tokens);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const char *field = (const char *)t->o + options[i].field;
-        if (!options[i].remembered) continue;
-        if (options[i].kind == COUNT)
-            add_metadata(&f, options[i].name + 2, (double)*(const size_t *)(const void *)field);
-        if (options[i].kind == NUMBER)
-            add_metadata(&f, options[i].name + 2, *(const double *)(const void *)field);
-        if (options[i].kind == TEXT)
-            f.fact[f.n].key = options[i].name + 2,
-            f.fact[f.n++].value = *(char *const *)(const void *)field;
+    MetadataList list;
+    list.n = 0;
+    add_number(&list, "step", (double)p->step);
+    add_number(&list, "updates", (double)p->updates);
+    add_number(&list, "samples", (double)p->samples);
+    add_number(&list, "loss_scale_now", s->scale);
+    add_number(&list, "loss_scale_dynamic", s->dynamic);
+    add_number(&list, "loss_scale_hysteresis", s->hysteresis);
+    add_number(&list, "loss_scale_iteration", (double)s->iteration);
+    add_number(&list, "loss_scale_last_overflow", (double)s->last_overflow);
+    add_number(&list, "text_tokens", (double)t->text_tokens);
+    for (const Option *option = options; option < options + N_OPTIONS; option++) {
+        const char *key = option->name + 2; /* without -- */
+        if (!option->remembered) continue;
+        if (option->kind == TEXT) {
+            const void *field = (const char *)t->o + option->field;
+            Metadata fact = {key, *(char *const *)field};
+            list.fact[list.n++] = fact;
+        } else add_number(&list, key, option_number(option, t->o));
     }
     Slices slices = slices_of(k);
-    save_checkpoint(&slices, &k->world, dir, t->tokenizer_folder, t->tokenizer->end_of_text, f.fact,
-                    f.n);
+    save_checkpoint(&slices, &k->world, dir, t->tokenizer_folder, t->tokenizer->end_of_text,
+                    list.fact, list.n);
 }
 
 /* Ctrl-C: the step under way is finished, and saved, before the program ends; a second Ctrl-C ends
@@ -7659,7 +7703,6 @@ static void report_start(const Run *run)
     run->report->meter = meter_start("step", run->progress.step, run->steps, sequences * r->seq);
 }
 
-/* held_out is NaN where there was no evaluation. */
 static void report_step(const Run *run, const Progress *p, const StepResult *r, double held_out)
 {
     Report *report = run->report;
@@ -7668,7 +7711,10 @@ static void report_step(const Run *run, const Progress *p, const StepResult *r, 
     size_t column = (p->step - 1 - meter->first) * CURVE_WIDTH / (meter->total - meter->first);
     report->last_loss = r->loss;
     report->skipped += (size_t)r->skipped;
-    if (isfinite(r->loss)) curve->sum[column] += r->loss, curve->n[column]++;
+    if (isfinite(r->loss)) {
+        curve->sum[column] += r->loss;
+        curve->n[column]++;
+    }
     if (report->json) print_step(stdout, p->step, r, meter_rate(meter, p->step), held_out);
     if (report->log) print_step(report->log, p->step, r, meter_rate(meter, p->step), held_out);
     if (!isnan(held_out) && !report->json)
@@ -7680,53 +7726,66 @@ static void report_step(const Run *run, const Progress *p, const StepResult *r, 
 static void report_end(const Run *run) { run->report->seconds = now() - run->report->meter.start; }
 
 /* The checkpoint's options take the place of those that the command line does not give. */
-static void resume_run(TrainCommand *t, Options *o, Safetensors *trainer)
+static void resume_options(Options *o, const Safetensors *trainer)
 {
-    const double most = 0x1p53;
+    Options saved = *o;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &options[i];
         if (!option->remembered) continue;
-        Options saved = *o;
-        const char *text = find_metadata(trainer, option->name + 2),
-                   *wrong = set_option(&saved, option, text);
-        char *mine = (char *)o + option->field, *then = (char *)&saved + option->field;
+        const char *text = find_metadata(trainer, option->name + 2);
+        const char *wrong = set_option(o->given[i] ? &saved : o, option, text);
         if (wrong)
             die("%s: \"%s\" is %s, but %s from %g to %g is expected", o->resume, option->name + 2,
                 text, wrong, option->low, option->high);
-        if (!o->given[i]) memcpy(mine, then, 8); /* a size_t, a double or a pointer */
-        else if (option->kind != TEXT && memcmp(mine, then, 8))
-            fprintf(stderr, "%s is new: the checkpoint was trained with %s\n", option->name, text);
+        if (o->given[i] && option->kind != TEXT &&
+            option_number(option, o) != option_number(option, &saved))
+            note("%s is new: the checkpoint was trained with %s\n", option->name, text);
     }
-    LossScaler s = {metadata_number(trainer, "loss_scale_now", 0x1p-100, 0x1p120),
-                    (int)metadata_number(trainer, "loss_scale_dynamic", 0, 1),
-                    (int)metadata_number(trainer, "loss_scale_hysteresis", 1, HYSTERESIS),
-                    (long long)metadata_number(trainer, "loss_scale_iteration", 0, most),
-                    (long long)metadata_number(trainer, "loss_scale_last_overflow", -1, most)};
-    Progress p = {metadata_count(trainer, "step"), metadata_count(trainer, "updates"),
-                  metadata_count(trainer, "samples"), s};
-    t->run.progress = p;
+}
+
+static void resume_run(TrainCommand *t, Options *o, Safetensors *trainer)
+{
+    const double most = 0x1p53;
+    Progress *p = &t->run.progress;
+    LossScaler *s = &p->scaler;
+    resume_options(o, trainer);
+    p->step = metadata_count(trainer, "step");
+    p->updates = metadata_count(trainer, "updates");
+    p->samples = metadata_count(trainer, "samples");
+    s->scale = metadata_number(trainer, "loss_scale_now", 0x1p-100, 0x1p120);
+    s->dynamic = (int)metadata_number(trainer, "loss_scale_dynamic", 0, 1);
+    s->hysteresis = (int)metadata_number(trainer, "loss_scale_hysteresis", 1, HYSTERESIS);
+    s->iteration = (long long)metadata_number(trainer, "loss_scale_iteration", 0, most);
+    s->last_overflow = (long long)metadata_number(trainer, "loss_scale_last_overflow", -1, most);
     t->text_tokens = metadata_count(trainer, "text_tokens");
     t->run.trainer = trainer;
 }
 
-/* The log of a resumed run: steps that come again, because they were not saved, go out of it. */
+/* kept = the lines of a log up to this step. Returns their bytes; kept has room for one more. */
+static size_t keep_steps(char *kept, Map log, size_t last)
+{
+    const char *line = log.data, *end = line + log.size;
+    size_t n = 0, step;
+    while (line < end) {
+        const char *newline = (const char *)memchr(line, '\n', (size_t)(end - line));
+        if (!newline) break; /* half a line: the run was killed */
+        size_t length = (size_t)(newline + 1 - line);
+        memcpy(kept + n, line, length);
+        kept[n + length] = 0;
+        if (sscanf(kept + n, "{\"step\": %zu", &step) == 1 && step <= last) n += length;
+        line += length;
+    }
+    return n;
+}
+
+/* A resumed run does some steps again, if they were not saved: they go out of its log. */
 static FILE *open_log(const char *path, size_t step)
 {
     if (step > 0 && access(path, F_OK) == 0) {
         Map map = map_file(path);
-        char *kept = (char *)xcalloc(map.size + 1, 1);
-        size_t n = 0;
-        for (const char *line = map.data, *end = line + map.size, *next; line < end; line = next) {
-            const char *newline = (const char *)memchr(line, '\n', (size_t)(end - line));
-            next = newline ? newline + 1 : end;
-            size_t length = (size_t)(next - line), number;
-            char head[64] = "";
-            memcpy(head, line, min_size(length, sizeof head - 1));
-            if (newline && sscanf(head, "{\"step\": %zu", &number) == 1 && number <= step)
-                memcpy(kept + n, line, length), n += length;
-        }
+        char path_new[PATH_MAX], *kept = (char *)xcalloc(map.size + 1, 1);
+        size_t n = keep_steps(kept, map, step);
         unmap_file(map);
-        char path_new[PATH_MAX];
         FILE *f = fopen(extend_path(path_new, path, ".tmp"), "w");
         if (!f || fwrite(kept, 1, n, f) != n || fclose(f) || rename(path_new, path))
             die("cannot rewrite %s: %s", path, strerror(errno));
@@ -7779,48 +7838,50 @@ static void prepare_model(TrainCommand *t, Options *o, Safetensors *model, Safet
         *c = new_config(o);
     }
     check_tokenizer(t->tokenizer, c);
-    t->tokenizer_folder = o->tokenizer ? o->tokenizer : from && has_tokenizer(from) ? from : NULL;
-    if (given(o, "--dropout")) c->embd_pdrop = c->attn_pdrop = c->resid_pdrop = (real)o->dropout;
+    t->tokenizer_folder = o->tokenizer;
+    if (!o->tokenizer && from && has_tokenizer(from)) t->tokenizer_folder = from;
+    set_dropout(c, o);
     if (!o->seq) o->seq = c->P;
     if (o->seq > c->P) die("--seq %zu is more than the model's %zu positions", o->seq, c->P);
 }
 
-/* Defaults that depend on other options, and what the ranks need. */
+/* Defaults that depend on other options, and all that the ranks need but the text. */
 static void prepare_training(TrainCommand *t, Options *o)
 {
     Layout s = make_layout(o);
+    RankOptions *r = &t->run.ranks;
     if (!o->decay_steps) o->decay_steps = o->steps;
     if (!o->resume && !given(o, "--min-lr")) o->min_lr = o->lr / 15;
-    if (!o->resume && !given(o, "--warmup"))
-        o->warmup = o->decay_steps / 100; /* the paper's share: 3k of 300k */
+    if (!o->resume && !given(o, "--warmup")) o->warmup = o->decay_steps / 100; /* 3k of 300k */
     if (!o->resume && !given(o, "--valid-percent")) o->valid_percent = o->eval_every ? 5 : 0;
     if (o->min_lr > o->lr)
         die("--min-lr %g is above --lr %g: the floor must be below the peak", o->min_lr, o->lr);
     if (o->eval_every && o->valid_percent == 0)
         die("--eval-every needs text to be held out: give --valid-percent");
-    check_layout(&t->run.ranks.config, s);
+    check_layout(&r->config, s);
     t->o = o;
     t->run.optimizer = make_optimizer(o);
-    t->run.ranks.layout = s;
-    t->run.ranks.micro_batch = micro_batch_size(o);
-    t->run.ranks.micro_batches = o->batch / t->run.ranks.micro_batch / (size_t)s.dp;
-    t->run.ranks.seq = o->seq, t->run.ranks.seed = o->seed;
-    t->run.ranks.training = 1, t->run.ranks.recompute = o->recompute;
-    check_memory(&t->run.ranks);
     t->run.steps = o->steps;
     t->run.save_every = o->save_every;
     t->run.eval_every = o->eval_every;
     t->run.eval_iters = o->eval_iters;
+    r->layout = s;
+    r->micro_batch = micro_batch_size(o);
+    r->micro_batches = o->batch / r->micro_batch / (size_t)s.dp;
+    r->seq = o->seq;
+    r->seed = o->seed;
+    r->training = 1;
+    r->recompute = o->recompute;
+    check_memory(r);
 }
 
 static Corpus *prepare_text(TrainCommand *t, const Options *o)
 {
     Corpus *c = corpus_open(o->paths, o->n_paths, t->tokenizer, t->run.ranks.config.V);
     if (t->text_tokens && t->text_tokens != c->tokens)
-        fprintf(stderr,
-                "the checkpoint was trained on %zu tokens, this text has %zu: samples come in "
-                "another order\n",
-                t->text_tokens, c->tokens);
+        note("the checkpoint was trained on %zu tokens, this text has %zu: samples come in another "
+             "order\n",
+             t->text_tokens, c->tokens);
     t->text_tokens = c->tokens;
     t->run.data = dataset_open(c, o->valid_percent, 0, o->seq, o->seed);
     t->run.held_out = o->eval_every ? dataset_open(c, o->valid_percent, 1, o->seq, o->seed) : NULL;
@@ -7831,44 +7892,42 @@ static void print_beginning(const TrainCommand *t)
 {
     const Config *c = &t->run.ranks.config;
     Layout s = t->run.ranks.layout;
-    fprintf(stderr,
-            "%zu layers, hidden %zu, %zu heads, vocabulary %zu: %zu parameters; tp %d, pp %d, dp "
-            "%d on %d %s; ",
-            c->L, c->C, c->H, c->V, count_parameters(c), s.tp, s.pp, s.dp, device_count(),
-            device_kind());
-    fprintf(stderr, "%zu tokens of text; %zu sequences of %zu tokens a step\n", t->run.data->tokens,
-            t->o->batch, t->o->seq);
+    note("%zu layers, hidden %zu, %zu heads, vocabulary %zu: %zu parameters; ", c->L, c->C, c->H,
+         c->V, count_parameters(c));
+    note("tp %d, pp %d, dp %d on %d %s; ", s.tp, s.pp, s.dp, device_count(), device_kind());
+    note("%zu tokens of text; %zu sequences of %zu tokens a step\n", t->run.data->tokens,
+         t->o->batch, t->o->seq);
+    warn_if_crowded(s);
 }
 
 static void print_summary(const TrainCommand *t, size_t first)
 {
     const Options *o = t->o;
-    const char *dir = o->save ? o->save : o->resume;
+    const Report *r = &t->report;
     size_t last = t->run.progress.step, steps = last - first;
+    if (!is_writer(NULL)) return;
     if (!o->json) {
-        draw_curve(&t->report.curve, first, last);
-        printf("%zu steps in %.1f s, %.0f tokens/s; loss %.4f\n", steps, t->report.seconds,
-               (double)(steps * o->batch * o->seq) / t->report.seconds, t->report.last_loss);
-        if (dir) printf("saved: %s\n", dir);
+        draw_curve(&r->curve, first, last);
+        printf("%zu steps in %.1f s, %.0f tokens/s; loss %.4f\n", steps, r->seconds,
+               (double)(steps * o->batch * o->seq) / r->seconds, r->last_loss);
+        if (save_folder(o)) printf("saved: %s\n", save_folder(o));
     }
-    if (t->report.skipped)
-        fprintf(stderr, "%zu of %zu steps overflowed and were skipped\n", t->report.skipped, steps);
-    if (last < o->steps) fprintf(stderr, "interrupted after step %zu of %zu\n", last, o->steps);
+    if (r->skipped) note("%zu of %zu steps overflowed and were skipped\n", r->skipped, steps);
+    if (last < o->steps) note("interrupted after step %zu of %zu\n", last, o->steps);
 }
 
 /* All that is left to do of a run. */
 static void train(TrainCommand *t, Options *o)
 {
-    const char *dir = o->save ? o->save : o->resume;
+    const char *dir = save_folder(o);
     size_t first = t->run.progress.step;
     prepare_training(t, o);
-    if (dir) check_save_folder(dir, o->resume);
+    if (dir && is_writer(NULL)) check_save_folder(dir, o->resume);
     Corpus *corpus = prepare_text(t, o);
-    t->report.log = o->log ? open_log(o->log, first) : NULL;
+    if (o->log && is_writer(NULL)) t->report.log = open_log(o->log, first);
     t->report.json = o->json;
     t->run.report = &t->report;
     print_beginning(t);
-    warn_if_crowded(t->run.ranks.layout);
     signal(SIGINT, interrupt);
 
     run_ranks(world_size(t->run.ranks.layout), train_rank, &t->run);
@@ -7888,8 +7947,7 @@ static void run_train(Options *o)
     prepare_model(&t, o, &model, &trainer);
     if (t.run.progress.step < o->steps) train(&t, o);
     else /* not an error: a script may resume until all is done */
-        fprintf(stderr, "%s has done its %zu steps; --steps asks for more\n", o->resume,
-                t.run.progress.step);
+        note("%s has done its %zu steps; --steps asks for more\n", o->resume, t.run.progress.step);
     tokenizer_close(t.tokenizer);
     if (t.run.model) safetensors_close(&model);
     if (t.run.trainer) safetensors_close(&trainer);
@@ -7926,8 +7984,8 @@ static void open_inference(Inference *in, const Options *o, size_t batch)
     in->ranks.seq = o->seq ? o->seq : in->ranks.config.P;
     if (in->ranks.seq > in->ranks.config.P)
         die("--seq %zu is more than the model's %zu positions", o->seq, in->ranks.config.P);
-    in->ranks.micro_batch =
-        batch ? batch : max_size(2048 / in->ranks.seq, 1); /* enough rows to keep the cores busy */
+    in->ranks.micro_batch = batch;
+    if (!batch) in->ranks.micro_batch = max_size(2048 / in->ranks.seq, 1); /* work for all cores */
     in->ranks.micro_batches = 1;
     in->ranks.seed = o->seed;
 }
@@ -7954,10 +8012,10 @@ static void eval_rank(Comm *world, void *arg)
     Meter meter = meter_start(in->lambada.n ? "example" : "window", 0, in->units, k->T);
     if (in->lambada.n) {
         Accuracy a = lambada_accuracy(k, &in->lambada, in->units, pad, &meter);
-        if (world->rank == 0) in->accuracy = a;
+        if (is_writer(world)) in->accuracy = a;
     } else {
         Score s = text_loss(k, &in->text, in->overlap, in->units, pad, &meter);
-        if (world->rank == 0) in->score = s;
+        if (is_writer(world)) in->score = s;
     }
     rank_free(k);
 }
@@ -8003,7 +8061,8 @@ static void eval_lambada(Inference *in)
     lambada_close(&in->lambada);
 }
 
-/* Tokens of --wikitext, detokenised, or of --data. Returns the original tokens of --wikitext. */
+/* Encodes --wikitext, detokenised, or --data. Returns the original tokens of --wikitext, 0 of
+ * --data. */
 static size_t read_text(Inference *in)
 {
     const Options *o = in->o;
@@ -8027,29 +8086,29 @@ static size_t read_text(Inference *in)
     return original;
 }
 
-/* [App. E eq.4] divides the sum of the losses by the number of original tokens, T_o - 1 in the code
- * [P53]. */
 static void print_score(const Inference *in, size_t windows, size_t original)
 {
     size_t targets = in->text.n - 1;
     double loss = in->score.loss;
-    double adjusted = adjusted_loss(loss, targets, original);
-    int wikitext = in->o->wikitext != NULL;
     Emitter e = make_emitter(stdout, in->o->json);
     emit_open(&e, NULL, '{');
     emit_count(&e, "tokens", "%zu tokens, ", in->text.n);
     emit_count(&e, "targets", "%zu targets, ", targets);
     emit_count(&e, "windows", "%zu windows ", windows);
     emit_text(&e, "of %zu tokens", in->ranks.seq);
-    if (wikitext) emit_count(&e, "original_tokens", "; %zu original tokens", original);
+    if (original) emit_count(&e, "original_tokens", "; %zu original tokens", original);
     if (in->units) {
         emit_text(&e, "\n%zu windows run, ", in->units);
         emit_count(&e, "scored_targets", "%zu targets: ", in->score.targets);
         emit_number(&e, "loss", "loss %.4f, ", loss);
         emit_number(&e, "ppl", "perplexity %.4f", perplexity(loss));
-        if (wikitext)
-            emit_number(&e, "adjusted_ppl", ", adjusted to original tokens %.4f [App. E]",
-                        perplexity(adjusted));
+    }
+    if (in->units && original) {
+        /* [App. E eq.4] divides the sum of the losses by the number of original tokens, T_o - 1 in
+         * the code [P53]. */
+        double adjusted = adjusted_loss(loss, targets, original);
+        emit_number(&e, "adjusted_ppl", ", adjusted to original tokens %.4f [App. E]",
+                    perplexity(adjusted));
     }
     emit_text(&e, "\n");
     emit_close(&e, '}');
@@ -8099,19 +8158,21 @@ static void generate_rank(Comm *world, void *arg)
     Generator *g = generator_create(k);
     Sampler sampler = {o->temperature, o->top_k, o->top_p, o->seed};
     Tokens text = {NULL, 0, 0};
-    int streams = world->rank == 0 && !o->json;
+    int streams = is_writer(world) && !o->json;
     for (size_t i = 0; i < in->text.n; i++) push_token(&text, in->text.id[i]);
     double start = now();
     generate(g, &text, o->tokens, &sampler, in->tokenizer->end_of_text,
              streams ? print_token : NULL, in->tokenizer);
-    if (world->rank == 0)
+    if (is_writer(world))
         fprintf(stderr, "%s%zu tokens, %.1f tokens/s\n", streams ? "\n" : "", text.n - in->text.n,
                 (double)(text.n - in->text.n) / (now() - start));
     generator_free(g);
     rank_free(k);
-    barrier(world);
-    if (world->rank == 0) free(in->text.id), in->text = text;
-    else free(text.id);
+    barrier(world); /* all have read the prompt */
+    if (is_writer(world)) {
+        free(in->text.id);
+        in->text = text;
+    } else free(text.id);
 }
 
 /* JSON only: as text it came token by token. */
@@ -8142,12 +8203,10 @@ static void run_generate(Options *o)
     Emitter e = make_emitter(stdout, o->json);
     open_inference(&in, o, 1);
     encode(&in.text, in.tokenizer, o->prompt, strlen(o->prompt));
-    if (!in.text.n)
-        push_token(&in.text, padding(in.tokenizer)); /* from nothing: as if a document began */
+    if (!in.text.n) push_token(&in.text, padding(in.tokenizer)); /* as if a document began */
     size_t prompt = in.text.n;
     if (prompt > in.ranks.seq)
-        fprintf(stderr, "the prompt has %zu tokens: the model sees the last %zu\n", prompt,
-                in.ranks.seq);
+        note("the prompt has %zu tokens: the model sees the last %zu\n", prompt, in.ranks.seq);
     emit_text(&e, "%s", o->prompt);
     run_ranks(world_size(in.ranks.layout), generate_rank, &in);
     emit_text(&e, "\n");
@@ -8203,7 +8262,7 @@ static void run_plan(Options *o)
 
 typedef struct {
     RankOptions ranks;
-    Trace trace[MAX_RANKS];
+    Trace *trace; /* of every rank */
 } Traced;
 
 /* Any tokens do: a step's messages do not depend on them. */
@@ -8224,8 +8283,8 @@ static void trace_rank(Comm *world, void *arg)
     Rank *k = rank_create(world, &t->ranks);
     int *tokens = (int *)xcalloc(k->B * (k->T + 1), sizeof *tokens);
     init_params(k->weights, k->tensor, k->tensors, &k->config, k->seed, k->tp.rank);
-    k->world.trace = k->tp.trace = k->pp.trace = k->dp.trace = k->embedding.trace =
-        &t->trace[world->rank];
+    Comm *const groups[] = {&k->world, &k->tp, &k->pp, &k->dp, &k->embedding};
+    for (int i = 0; i < 5; i++) groups[i]->trace = &t->trace[world->rank];
     train_step(k, &optimizer, &p, t->ranks.micro_batches, feed_random, tokens);
     free(tokens);
     rank_free(k);
@@ -8233,36 +8292,21 @@ static void trace_rank(Comm *world, void *arg)
 
 static void run_trace(Options *o)
 {
-    static const char heading[] = "stage  layer  where           edge        op              group   "
-                                  "     elements        bytes  paper";
     PlanInput in = plan_input(o);
-    Emitter e = make_emitter(stdout, o->json);
-    Traced t;
-    int agrees = 1;
-    memset(&t, 0, sizeof t);
-    if (given(o, "--dropout"))
-        in.config.embd_pdrop = in.config.attn_pdrop = in.config.resid_pdrop = (real)o->dropout;
+    size_t micro_batches = in.batch / in.micro_batch / (size_t)in.layout.dp;
+    int ranks = world_size(in.layout);
+    set_dropout(&in.config, o);
     check_layout(&in.config, in.layout);
-    RankOptions ranks = {
-        in.config, in.layout, in.micro_batch, in.batch / in.micro_batch / (size_t)in.layout.dp,
-        in.seq,    1,         in.recompute,   o->seed};
-    t.ranks = ranks;
-    check_memory(&ranks);
+    Traced t = {
+        {in.config, in.layout, in.micro_batch, micro_batches, in.seq, 1, in.recompute, o->seed},
+        (Trace *)xcalloc((size_t)ranks, sizeof(Trace))};
+    check_memory(&t.ranks);
     warn_if_crowded(in.layout);
-    run_ranks(world_size(in.layout), trace_rank, &t);
-    emit_open(&e, NULL, '{');
-    emit_open(&e, "events", '[');
-    emit_text(&e, "%s\n", heading);
-    for (int stage = 0; stage < in.layout.pp; stage++)
-        print_events(&e, &t.trace[stage * in.layout.tp * in.layout.dp], stage);
-    emit_close(&e, ']');
-    emit_open(&e, "totals", '[');
-    for (int stage = 0; stage < in.layout.pp; stage++)
-        agrees &= print_totals(&e, &t.trace[stage * in.layout.tp * in.layout.dp], &in, stage);
-    emit_close(&e, ']');
-    emit_close(&e, '}');
-    for (int r = 0; r < world_size(in.layout); r++) free(t.trace[r].event);
-    if (!agrees) die("the trace is not what `plan` lists: one of the two is wrong");
+    run_ranks(ranks, trace_rank, &t);
+    if (is_writer(NULL) && !print_trace(t.trace, &in, o->json))
+        die("the trace is not what `plan` lists: one of the two is wrong");
+    for (int r = 0; r < ranks; r++) free(t.trace[r].event);
+    free(t.trace);
 }
 
 static void run_info(Options *o)
@@ -8272,9 +8316,9 @@ static void run_info(Options *o)
     print_info(o->operand[0], o->json);
 }
 
-/* Idle OpenMP threads spin for a long time by default, which is ruinous as soon as ranks or other
- * programs want their cores. The runtimes (GCC's, LLVM's) read how long only when a program starts:
- * so say it, and start once more. */
+/* Idle OpenMP threads spin for a long time by default, and take the cores from other ranks and
+ * programs. The runtimes (GCC's, LLVM's) read how long only when a program starts: so set it, and
+ * start once more. */
 static void spin_briefly(char **argv)
 {
 #if defined __linux__ && defined _OPENMP
@@ -8291,7 +8335,9 @@ int main(int argc, char **argv)
 {
     static Options o;
     spin_briefly(argv);
-    switch (parse_options(&o, argc, argv) ? o.command->bit : 0) {
+    int command = parse_options(&o, argc, argv) ? o.command->bit : 0;
+    if (!(command & RUNS) && !is_writer(NULL)) return 0; /* without ranks, one process works */
+    switch (command) {
     case TRAIN: run_train(&o); break;
     case EVAL: run_eval(&o); break;
     case GENERATE: run_generate(&o); break;
