@@ -8104,8 +8104,6 @@ static void print_score(const Inference *in, size_t windows, size_t original)
         emit_number(&e, "ppl", "perplexity %.4f", perplexity(loss));
     }
     if (in->units && original) {
-        /* [App. E eq.4] divides the sum of the losses by the number of original tokens, T_o - 1 in
-         * the code [P53]. */
         double adjusted = adjusted_loss(loss, targets, original);
         emit_number(&e, "adjusted_ppl", ", adjusted to original tokens %.4f [App. E]",
                     perplexity(adjusted));
