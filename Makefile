@@ -14,7 +14,7 @@ OPENMP  := $(if $(filter undefined,$(origin OPENMP)),$(call try,-fopenmp),$(OPEN
 SIMD    := $(if $(OPENMP),,$(call try,-fopenmp-simd)) # without OpenMP each rank is one thread, but loops vectorise
 WARN    += $(if $(OPENMP),,-Wno-unknown-pragmas)
 
-SOURCE   = megatron_gpt2.c dev/unicode/classes.h
+SOURCE   = megatron_gpt2.c
 
 # For another machine than this one, CC builds and RUN runs (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user):
 # make test CC=aarch64-linux-gnu-gcc CUDA=off RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu"
