@@ -4845,56 +4845,76 @@ static size_t stored_shape(size_t shape[2], const Tensor *t)
     return t->spec->cols == ONE ? 1 : 2;
 }
 
-enum { FILE_TILE = 64 };
-
-/* A block of a slice, FILE_TILE x FILE_TILE at most, and where it lies in the file: some runs of
- * neighbours there. Element e of run i is element at + i * stride + e of the stored tensor, and
- * first + i * run_step + e * step of the slice. Where the file has the tensor transposed, a run
- * goes down a column of the slice: a block fits into the cache, so that neither side is read or
- * written in long leaps. */
+/* Some elements of a slice: the i-th of them is element at + i of the stored tensor, and element
+ * first + i * step of the slice. */
 typedef struct {
-    size_t rows; /* of the slice */
-    size_t at, stride, runs, length;
-    size_t first, run_step, step;
-} FileBlock;
+    size_t n, at, first, step;
+} FileRun;
 
-/* The block of tensor rank r's slice that begins at row, col; it ends before the next multiple of
- * FILE_TILE rows. */
-static FileBlock slice_block(const Tensor *t, int r, size_t row, size_t col)
+enum { FILE_RUN = 64 };
+
+/* Does the file have the tensor transposed? Then a run goes down a column of the slice. A vector is
+ * both a row and a column: it is taken for a column. */
+static int runs_go_down(const Tensor *t) { return t->spec->conv1d || t->cols == 1; }
+
+/* Q, K and V are each contiguous in a slice, but not next to each other in the file. */
+static size_t slice_parts(const Tensor *t) { return t->spec->split == QKV ? 3 : 1; }
+
+/* How many runs make tensor rank r's slice; padding is in none of them. */
+static size_t count_runs(const Tensor *t, int r)
 {
-    size_t width = t->local_cols, first = row * width + col;
-    size_t together =
-        t->spec->split == QKV ? t->local_rows / 3 : real_rows(t, r); /* neighbours in both */
-    size_t rows = min_size(FILE_TILE - row % FILE_TILE, together - row % together),
-           cols = min_size(FILE_TILE, width - col);
-    size_t y = whole_row(t, r, row), x = whole_col(t, r) + col;
-    FileBlock along = {rows, y * t->cols + x, t->cols, rows, cols, first, width, 1};
-    FileBlock down = {rows, x * t->rows + y, t->rows, cols, rows, first, 1, width};
-    return t->spec->conv1d || t->cols == 1 ? down
-                                           : along; /* a vector is both: down has the longer runs */
+    size_t parts = slice_parts(t), rows = real_rows(t, r);
+    if (!runs_go_down(t)) return rows;
+    return parts * ceil_div(rows / parts, FILE_RUN) * t->local_cols;
 }
 
-/* Fills tensor rank r's slice from a stored tensor or, if `to` is given, stores it there. Padding
- * is left alone. Returns 0 if a value is NaN, infinite, or too large. */
-static int copy_slice(real *slice, const StoredTensor *from, float *to, const Tensor *t, int r)
+/* Run i of tensor rank r's slice: one of its rows, or FILE_RUN elements of a column. The next run
+ * is the same piece of the next column: so neither side is read or written in long leaps, and both
+ * stay in the cache. */
+static FileRun slice_run(const Tensor *t, int r, size_t i)
 {
-    size_t rows = real_rows(t, r);
+    size_t width = t->local_cols, x = whole_col(t, r);
+    if (!runs_go_down(t)) {
+        FileRun along = {width, whole_row(t, r, i) * t->cols + x, i * width, 1};
+        return along;
+    }
+    size_t part = real_rows(t, r) / slice_parts(t), pieces = ceil_div(part, FILE_RUN);
+    size_t piece = i / width, col = i % width, begin = piece % pieces * FILE_RUN;
+    size_t row = piece / pieces * part + begin;
+    FileRun down = {min_size(FILE_RUN, part - begin), (x + col) * t->rows + whole_row(t, r, row),
+                    row * width + col, width};
+    return down;
+}
+
+/* Fills tensor rank r's slice from a stored tensor. Padding is left alone. */
+static void read_slice(real *slice, const StoredTensor *from, const Tensor *t, int r)
+{
+    size_t runs = count_runs(t, r);
+#pragma omp parallel for if (t->n >= 1 << 16)
+    for (size_t i = 0; i < runs; i++) {
+        FileRun run = slice_run(t, r, i);
+        for (size_t e = 0; e < run.n; e++)
+            slice[run.first + e * run.step] = stored_value(from, run.at + e);
+    }
+}
+
+/* Puts tensor rank r's slice into a stored tensor of floats. */
+static void write_slice(float *to, const real *slice, const Tensor *t, int r)
+{
+    size_t runs = count_runs(t, r);
+#pragma omp parallel for if (t->n >= 1 << 16)
+    for (size_t i = 0; i < runs; i++) {
+        FileRun run = slice_run(t, r, i);
+        for (size_t e = 0; e < run.n; e++) to[run.at + e] = (float)slice[run.first + e * run.step];
+    }
+}
+
+/* Is none of n values NaN, infinite, or too large for a float? */
+static int is_finite_slice(const real *x, size_t n)
+{
     int finite = 1;
-#pragma omp parallel for reduction(& : finite) if (t->n >= 1 << 16)
-    for (size_t top = 0; top < rows; top += FILE_TILE)
-        for (size_t col = 0; col < t->local_cols; col += FILE_TILE) {
-            FileBlock b;
-            for (size_t row = top; row < min_size(top + FILE_TILE, rows); row += b.rows) {
-                b = slice_block(t, r, row, col);
-                for (size_t i = 0; i < b.runs; i++)
-                    for (size_t e = 0; e < b.length; e++) {
-                        real *x = &slice[b.first + i * b.run_step + e * b.step];
-                        if (to) to[b.at + i * b.stride + e] = (float)*x;
-                        else *x = stored_value(from, b.at + i * b.stride + e);
-                        finite &= isfinite((float)*x) != 0;
-                    }
-            }
-        }
+#pragma omp parallel for reduction(& : finite) if (n >= 1 << 16)
+    for (size_t i = 0; i < n; i++) finite &= isfinite((float)x[i]) != 0;
     return finite;
 }
 
@@ -4975,7 +4995,8 @@ static void load_array(const Slices *s, const Safetensors *file, ArrayKind what)
         char name[NAME_SIZE];
         const StoredTensor *stored = find_stored(file, stored_name(name, what, t));
         real *slice = (real *)xcalloc(t->n, sizeof *slice); /* padding stays zero */
-        if (!copy_slice(slice, stored, NULL, t, tp_rank(s->layout, s->rank)))
+        read_slice(slice, stored, t, tp_rank(s->layout, s->rank));
+        if (!is_finite_slice(slice, t->n))
             die("%s: tensor %s has a value that is NaN, infinite or too large", stored->path,
                 stored->name);
         if (what == WEIGHTS) act_upload(s->weights + t->offset, slice, t->n);
@@ -5348,10 +5369,11 @@ static void save_arrays(const Slices *s, const char *folder, const char *name, i
             real *slice = (real *)xcalloc(t->n, sizeof *slice);
             if (from) device_download(slice, from + t->offset, t->n * sizeof *slice);
             else act_download(slice, s->weights + t->offset, t->n);
-            float *to = (float *)(void *)(base + (stored->data - map.data));
-            if (!copy_slice(slice, NULL, to, t, tp_rank(s->layout, s->rank)))
+            if (!is_finite_slice(slice, t->n))
                 die("%s has become NaN or infinite: not saved; an earlier checkpoint is as it was",
                     key);
+            float *to = (float *)(void *)(base + (stored->data - map.data));
+            write_slice(to, slice, t, tp_rank(s->layout, s->rank));
             free(slice);
         }
     if (msync(base, map.size, MS_SYNC)) die("cannot write %s: %s", path, strerror(errno));
