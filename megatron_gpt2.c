@@ -3788,8 +3788,8 @@ __attribute__((noreturn)) static void end_with(int status, const char *format, v
     char line[2 * PATH_MAX];
     while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
     vsnprintf(line, sizeof line, format, args);
-    for (char *c = line; *c;
-         c++) /* names in files and paths may hold anything; the message stays one line */
+    /* Paths and names in files may hold anything; the message stays one line. */
+    for (char *c = line; *c; c++)
         if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
     fflush(stdout);
     fprintf(stderr, PROGRAM ": %s\n", line);
@@ -3873,6 +3873,16 @@ static void unmap_file(Map map)
     if (map.size) munmap((void *)map.data, map.size);
 }
 
+/* Cuts the first line off a text, with its '\n' if it has one. */
+static Map next_line(Map *text)
+{
+    const char *end = (const char *)memchr(text->data, '\n', text->size);
+    Map line = {text->data, end ? (size_t)(end + 1 - text->data) : text->size};
+    text->data += line.size;
+    text->size -= line.size;
+    return line;
+}
+
 /* "folder/name" in a buffer of PATH_MAX bytes; dies if it does not fit. Returns the buffer. */
 static char *join_path(char path[PATH_MAX], const char *folder, const char *name)
 {
@@ -3911,15 +3921,15 @@ static double meter_rate(const Meter *m, size_t done) /* tokens a second so far 
 /* Shows how far the work is, and one value of its own, if it is time to. */
 static void meter_show(Meter *m, size_t done, const char *name, double value)
 {
-    double t = now(), rate = meter_rate(m, done),
-           left = (double)(m->total - done) * (double)m->tokens / fmax(rate, 1e-9);
+    double t = now(), rate = meter_rate(m, done);
+    double left = (double)(m->total - done) * (double)m->tokens / fmax(rate, 1e-9); /* seconds */
     char bar[33] = "................................";
     if (done < m->total && t - m->shown < (m->terminal ? 0.1 : 10)) return;
     m->shown = t;
     for (size_t i = 0; m->total && i < 32 * done / m->total; i++) bar[i] = '#';
-    fprintf(stderr, "%s%s%s%s %zu/%zu  %s %.4f  %.0f tokens/s  %.0f:%02.0f left%s",
-            m->terminal ? "\r[" : "", m->terminal ? bar : "", m->terminal ? "] " : "", m->unit,
-            done, m->total, name, value, rate, floor(left / 60), floor(fmod(left, 60)),
+    if (m->terminal) fprintf(stderr, "\r[%s] ", bar);
+    fprintf(stderr, "%s %zu/%zu  %s %.4f  %.0f tokens/s  %.0f:%02.0f left%s", m->unit, done,
+            m->total, name, value, rate, floor(left / 60), floor(fmod(left, 60)),
             m->terminal && done < m->total ? "\033[K" : "\n");
 }
 
@@ -3955,8 +3965,7 @@ typedef struct {
     const char *string; /* JSON_STRING: UTF-8, NUL-terminated */
     size_t length;      /* JSON_STRING: bytes; JSON_ARRAY, JSON_OBJECT: children */
     double number;      /* JSON_NUMBER */
-    size_t
-        end; /* index of the next value after this one and all it contains: steps to the next sibling */
+    size_t end;         /* index of the value behind this one and its children: the next sibling */
 } JsonValue;
 
 /* A strict reader (RFC 8259) for config.json, vocab.json, safetensors headers and .jsonl lines. All
@@ -4014,9 +4023,7 @@ __attribute__((noreturn)) static void json_expected(const JsonReader *r, const c
 
 static void json_space(JsonReader *r)
 {
-    while (json_peek(r) == ' ' || json_peek(r) == '\n' || json_peek(r) == '\r' ||
-           json_peek(r) == '\t')
-        r->at++;
+    while (memchr(" \n\r\t", json_peek(r), 4)) r->at++;
 }
 
 static void json_take(JsonReader *r, const char *word)
@@ -4029,34 +4036,27 @@ static void json_take(JsonReader *r, const char *word)
  * none. */
 static size_t utf8_length(const char *s, size_t n)
 {
-    static const uint32_t lowest[5] = {0, 0, 0x80, 0x800, 0x10000};
-    unsigned char first = n ? (unsigned char)*s : 0xFF;
-    size_t length = first < 0x80   ? 1
-                    : first < 0xC0 ? 5
-                    : first < 0xE0 ? 2
-                    : first < 0xF0 ? 3
-                    : first < 0xF8 ? 4
-                                   : 5;
-    if (length == 1) return 1;
-    if (length > 4 || length > n) return 0;
+    static const uint32_t lowest[5] = {0, 0, 0x80, 0x800, 0x10000}; /* for each length */
+    unsigned first = n ? (unsigned char)*s : 0xFF;
+    size_t length = 0; /* the number of ones that first begins with */
+    if (first < 0x80) return 1;
+    while (first << length & 0x80) length++;
+    if (length < 2 || length > 4 || length > n) return 0;
     uint32_t code = first & (0x7Fu >> length);
     for (size_t i = 1; i < length; i++) {
         if (((unsigned char)s[i] & 0xC0) != 0x80) return 0;
         code = code << 6 | ((unsigned char)s[i] & 0x3F);
     }
-    return code < lowest[length] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000) ? 0
-                                                                                         : length;
+    int surrogate = code >= 0xD800 && code < 0xE000;
+    return code < lowest[length] || code > 0x10FFFF || surrogate ? 0 : length;
 }
 
 static char *put_utf8(char *out, uint32_t code)
 {
-    if (code < 0x80) *out++ = (char)code;
-    else if (code < 0x800) *out++ = (char)(0xC0 | code >> 6), *out++ = (char)(0x80 | (code & 0x3F));
-    else {
-        if (code < 0x10000) *out++ = (char)(0xE0 | code >> 12);
-        else *out++ = (char)(0xF0 | code >> 18), *out++ = (char)(0x80 | (code >> 12 & 0x3F));
-        *out++ = (char)(0x80 | (code >> 6 & 0x3F)), *out++ = (char)(0x80 | (code & 0x3F));
-    }
+    static const unsigned begin[4] = {0, 0xC0, 0xE0, 0xF0};
+    int more = (code >= 0x80) + (code >= 0x800) + (code >= 0x10000); /* bytes, of 6 bits each */
+    *out++ = (char)(begin[more] | code >> 6 * more);
+    for (int i = more - 1; i >= 0; i--) *out++ = (char)(0x80 | (code >> 6 * i & 0x3F));
     return out;
 }
 
@@ -4081,12 +4081,13 @@ static void json_escape(JsonReader *r)
     int c = r->at + 1 < r->size ? r->text[r->at + 1] : 0;
     const char *letter = c ? strchr(letters, c) : NULL;
     if (letter) {
-        *r->out++ = meanings[letter - letters], r->at += 2;
+        *r->out++ = meanings[letter - letters];
+        r->at += 2;
         return;
     }
-    uint32_t code = json_unit(r), low;
+    uint32_t code = json_unit(r);
     if (code >= 0xD800 && code < 0xDC00) { /* a surrogate pair stands for one character */
-        low = json_unit(r);
+        uint32_t low = json_unit(r);
         if (low < 0xDC00 || low > 0xDFFF)
             json_expected(r, "the second half of a surrogate pair before this");
         code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
@@ -4102,15 +4103,16 @@ static const char *json_string(JsonReader *r, size_t *length)
 {
     char *start = r->out;
     json_take(r, "\"");
-    for (int c; (c = json_peek(r)) != '"';) {
-        if (c == '\\') {
+    while (json_peek(r) != '"') {
+        if (json_peek(r) == '\\') {
             json_escape(r);
             continue;
         }
-        size_t n = c < ' ' ? 0 : utf8_length(r->text + r->at, r->size - r->at);
+        size_t n = json_peek(r) < ' ' ? 0 : utf8_length(r->text + r->at, r->size - r->at);
         if (!n) json_expected(r, "a character of a string, in UTF-8,");
         memcpy(r->out, r->text + r->at, n);
-        r->out += n, r->at += n;
+        r->out += n;
+        r->at += n;
     }
     r->at++;
     *length = (size_t)(r->out - start);
@@ -4118,10 +4120,12 @@ static const char *json_string(JsonReader *r, size_t *length)
     return start;
 }
 
+static int json_at_digit(const JsonReader *r) { return json_peek(r) >= '0' && json_peek(r) <= '9'; }
+
 static void json_digits(JsonReader *r)
 {
-    if (json_peek(r) < '0' || json_peek(r) > '9') json_expected(r, "a digit");
-    while (json_peek(r) >= '0' && json_peek(r) <= '9') r->at++;
+    if (!json_at_digit(r)) json_expected(r, "a digit");
+    while (json_at_digit(r)) r->at++;
 }
 
 static double json_number_value(JsonReader *r)
@@ -4129,10 +4133,13 @@ static double json_number_value(JsonReader *r)
     char copy[512]; /* for strtod: the text has no NUL */
     size_t start = r->at;
     if (json_peek(r) == '-') r->at++;
-    else if (json_peek(r) < '0' || json_peek(r) > '9') json_expected(r, "a value");
+    else if (!json_at_digit(r)) json_expected(r, "a value");
     if (json_peek(r) == '0') r->at++; /* nothing may follow a leading zero */
     else json_digits(r);
-    if (json_peek(r) == '.') r->at++, json_digits(r);
+    if (json_peek(r) == '.') {
+        r->at++;
+        json_digits(r);
+    }
     if (json_peek(r) == 'e' || json_peek(r) == 'E') {
         r->at++;
         if (json_peek(r) == '+' || json_peek(r) == '-') r->at++;
@@ -4172,8 +4179,9 @@ static void json_value(JsonReader *r, const char *key, int depth);
 static void json_container(JsonReader *r, JsonType type, int depth)
 {
     size_t self = r->n - 1, unused;
-    char close = type == JSON_OBJECT ? '}' : ']';
+    int close = type == JSON_OBJECT ? '}' : ']';
     const char *key = NULL;
+    r->json.value[self].type = type;
     if (depth >= JSON_DEPTH)
         die("%s: at byte %zu JSON is more than %d levels deep", r->json.what, r->at, JSON_DEPTH);
     r->at++;
@@ -4196,19 +4204,28 @@ static void json_container(JsonReader *r, JsonType type, int depth)
     if (type == JSON_OBJECT) json_refuse_duplicates(r, self);
 }
 
+static void json_word(JsonReader *r, JsonValue *v, JsonType type, const char *word)
+{
+    v->type = type;
+    json_take(r, word);
+}
+
 static void json_value(JsonReader *r, const char *key, int depth)
 {
     JsonValue *v = &r->json.value[r->n++];
     v->key = key;
     json_space(r);
     switch (json_peek(r)) {
-    case '{': json_container(r, v->type = JSON_OBJECT, depth); break;
-    case '[': json_container(r, v->type = JSON_ARRAY, depth); break;
-    case '"': v->type = JSON_STRING, v->string = json_string(r, &v->length); break;
-    case 't': v->type = JSON_TRUE, json_take(r, "true"); break;
-    case 'f': v->type = JSON_FALSE, json_take(r, "false"); break;
-    case 'n': v->type = JSON_NULL, json_take(r, "null"); break;
-    default: v->type = JSON_NUMBER, v->number = json_number_value(r);
+    case '{': json_container(r, JSON_OBJECT, depth); break;
+    case '[': json_container(r, JSON_ARRAY, depth); break;
+    case '"':
+        v->type = JSON_STRING;
+        v->string = json_string(r, &v->length);
+        break;
+    case 't': json_word(r, v, JSON_TRUE, "true"); break;
+    case 'f': json_word(r, v, JSON_FALSE, "false"); break;
+    case 'n': json_word(r, v, JSON_NULL, "null"); break;
+    default: v->type = JSON_NUMBER; v->number = json_number_value(r);
     }
     v->end = r->n;
     json_space(r);
@@ -4219,7 +4236,7 @@ static Json json_parse(const char *text, size_t size, const char *what)
 {
     JsonReader r = {{NULL, NULL, what}, text, size, 0, 0, NULL};
     size_t most =
-        2; /* a value follows a comma or a bracket, or is the root; one more for a value that is missing */
+        2; /* values: the root, one behind each comma and bracket, and one that is missing */
     for (size_t i = 0; i < size; i++) most += text[i] == ',' || text[i] == '[' || text[i] == '{';
     r.json.value = (JsonValue *)xcalloc(most, sizeof *r.json.value);
     r.json.text = r.out = (char *)xcalloc(size, 1);
@@ -4230,8 +4247,10 @@ static Json json_parse(const char *text, size_t size, const char *what)
 
 static void json_free(Json *json)
 {
-    free(json->value), free(json->text);
-    json->value = NULL, json->text = NULL;
+    free(json->value);
+    free(json->text);
+    json->value = NULL;
+    json->text = NULL;
 }
 
 /* Member `key` of object, or NULL. */
@@ -4248,8 +4267,9 @@ static double json_number(const Json *json, const JsonValue *object, const char 
                           double high, double fallback)
 {
     const JsonValue *v = json_get(json, object, key);
-    if ((!v || v->type == JSON_NULL) && fallback >= 0) return fallback;
-    if (!v || v->type == JSON_NULL) die("%s: \"%s\" is missing", json->what, key);
+    int absent = !v || v->type == JSON_NULL;
+    if (absent && fallback >= 0) return fallback;
+    if (absent) die("%s: \"%s\" is missing", json->what, key);
     if (v->type != JSON_NUMBER) die("%s: \"%s\" is not a number", json->what, key);
     if (v->number < low || v->number > high)
         die("%s: \"%s\" is %.17g: from %.17g to %.17g is possible", json->what, key, v->number, low,
@@ -4281,12 +4301,15 @@ static int json_flag(const Json *json, const JsonValue *object, const char *key,
 static void json_write_string(FILE *out, const char *s, size_t left)
 {
     fputc('"', out);
-    for (size_t n; left; s += n, left -= n) {
-        n = utf8_length(s, left);
-        if (!n) n = 1, fputs("\\ufffd", out);
+    while (left) {
+        size_t n = utf8_length(s, left);
+        if (!n) fputs("\\ufffd", out);
         else if ((unsigned char)*s < ' ') fprintf(out, "\\u%04x", (unsigned)*s);
         else if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
         else fwrite(s, 1, n, out);
+        n = max_size(n, 1);
+        s += n;
+        left -= n;
     }
     fputc('"', out);
 }
@@ -4385,28 +4408,14 @@ static void emit_flag(Emitter *e, const char *key, int flag)
     fputs(flag ? "true" : "false", e->out);
 }
 
-typedef enum {
-    F64,
-    F32,
-    F16,
-    BF16,
-    I64,
-    I32,
-    I16,
-    I8,
-    U8,
-    BOOL_,
-    N_DTYPES
-} Dtype; /* reals first */
+/* Real numbers come first. */
+typedef enum { F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL_, N_DTYPES } Dtype;
 static const char *const dtype_name[] = {"F64", "F32", "F16", "BF16", "I64",
                                          "I32", "I16", "I8",  "U8",   "BOOL"};
 static const size_t dtype_size[] = {8, 4, 2, 2, 8, 4, 2, 1, 1, 1};
 
-enum {
-    MAX_DIMS = 8,
-    SHAPE_TEXT = 24 * MAX_DIMS,
-    MAX_HEADER = 100000000
-}; /* the last is the format's own limit */
+enum { MAX_DIMS = 8, SHAPE_TEXT = 24 * MAX_DIMS };
+enum { MAX_HEADER = 100000000 }; /* the format's own limit */
 
 typedef struct {
     const char *path;
@@ -4449,7 +4458,8 @@ static int compare_places(const void *a, const void *b)
     const StoredTensor *x = (const StoredTensor *)a, *y = (const StoredTensor *)b;
     int order = strcmp(x->path, y->path);
     if (!order) order = (x->data > y->data) - (x->data < y->data);
-    return order ? order : (x->bytes > y->bytes) - (x->bytes < y->bytes);
+    if (!order) order = (x->bytes > y->bytes) - (x->bytes < y->bytes);
+    return order;
 }
 
 /* The tensor of this name, or NULL. */
@@ -4552,11 +4562,13 @@ static void list_file(Safetensors *s, const StoredFile *f)
     for (size_t i = 1; i < root->end; i = root[i].end)
         if (strcmp(root[i].key, "__metadata__")) s->tensor[s->tensors++] = read_entry(f, &root[i]);
     qsort(s->tensor + first, s->tensors - first, sizeof *s->tensor, compare_places);
-    for (size_t i = first; i < s->tensors; at += s->tensor[i++].bytes)
-        if (s->tensor[i].data != at)
-            die("%s: tensor %s %s", f->path, printable(name, s->tensor[i].name),
-                s->tensor[i].data < at ? "overlaps another"
-                                       : "follows a hole that no tensor covers");
+    for (size_t i = first; i < s->tensors; i++) {
+        const StoredTensor *t = &s->tensor[i];
+        if (t->data != at)
+            die("%s: tensor %s %s", f->path, printable(name, t->name),
+                t->data < at ? "overlaps another" : "follows a hole that no tensor covers");
+        at += t->bytes;
+    }
     if (at != end) die("%s: %zu bytes at its end belong to no tensor", f->path, (size_t)(end - at));
 }
 
@@ -4584,8 +4596,11 @@ static const char **indexed_files(size_t *files, const Json *index, const JsonVa
         name[n++] = v->string;
     }
     qsort(name, n, sizeof *name, compare_strings);
-    for (size_t i = 0; i < n; i++)
-        if (!i || strcmp(name[*files - 1], name[i])) name[(*files)++] = name[i];
+    for (size_t i = 0; i < n; i++) {
+        if (i && !strcmp(name[*files - 1], name[i])) continue;
+        name[*files] = name[i];
+        ++*files;
+    }
     return name;
 }
 
@@ -4608,14 +4623,17 @@ static void check_index(const Safetensors *s, const char *folder, const Json *in
     char path[PATH_MAX], name[SHOWN], file[SHOWN];
     for (const JsonValue *v = map + 1; v < index->value + map->end; v = index->value + v->end) {
         StoredTensor *t = find_stored(s, v->key);
-        if (!t || t->expected++ || strcmp(t->path, join_path(path, folder, v->string)))
+        if (!t || t->expected || strcmp(t->path, join_path(path, folder, v->string)))
             die("%s: tensor %s is not in %s", index->what, printable(name, v->key),
                 printable(file, v->string));
+        t->expected = 1;
     }
-    for (size_t i = 0; i < s->tensors; i++)
-        if (!s->tensor[i].expected--)
-            die("%s: tensor %s is not in %s", s->tensor[i].path, printable(name, s->tensor[i].name),
-                index->what);
+    for (size_t i = 0; i < s->tensors; i++) {
+        StoredTensor *t = &s->tensor[i];
+        if (!t->expected)
+            die("%s: tensor %s is not in %s", t->path, printable(name, t->name), index->what);
+        t->expected = 0;
+    }
 }
 
 /* Opens a safetensors file, or the file or files of a model's folder, and lists the tensors. */
@@ -4639,7 +4657,8 @@ static Safetensors safetensors_open(const char *path)
         open_shards(&s, path, &index, weight_map);
     } else {
         s.file = (StoredFile *)xcalloc(1, sizeof *s.file);
-        open_file(&s.file[s.files++], folder ? join_path(file, path, whole) : path);
+        s.files = 1;
+        open_file(s.file, folder ? join_path(file, path, whole) : path);
     }
     size_t most = 0;
     for (size_t i = 0; i < s.files; i++) most += s.file[i].header.value[0].length;
@@ -4663,18 +4682,18 @@ static void safetensors_close(Safetensors *s)
         json_free(&s->file[i].header);
         free((void *)s->file[i].path);
     }
-    free(s->file), free(s->tensor);
+    free(s->file);
+    free(s->tensor);
     memset(s, 0, sizeof *s);
 }
 
 static float half_to_float(uint16_t h)
 {
-    uint32_t exponent = h >> 10 & 31, mantissa = h & 1023, bits;
+    uint32_t sign = h >> 15, exponent = h >> 10 & 31, mantissa = h & 1023;
+    if (!exponent) return (sign ? -1.0f : 1.0f) * (float)mantissa * 0x1p-24f; /* subnormal, or 0 */
+    exponent = exponent == 31 ? 255 : exponent + 112; /* 31: infinity or NaN */
+    uint32_t bits = sign << 31 | exponent << 23 | mantissa << 13;
     float x;
-    if (!exponent)
-        return (h >> 15 ? -1.0f : 1.0f) * (float)mantissa * 0x1p-24f; /* zero and subnormals */
-    bits =
-        (uint32_t)(h >> 15) << 31 | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
     memcpy(&x, &bits, 4);
     return x;
 }
@@ -4725,14 +4744,13 @@ static Config read_config_file(const char *path, int *tied)
         die("%s: \"scale_attn_by_inverse_layer_idx\" is true, which is not supported", path);
 
     /* Within these limits a model has less than 2^51 parameters: no size can overflow. */
-    long long T =
-        json_integer(&json, root, "n_ctx", 1, 1 << 20, 0); /* the older name of n_positions */
-    T = json_integer(&json, root, "n_positions", 1, 1 << 20, T ? T : -1);
+    long long P = json_integer(&json, root, "n_ctx", 1, 1 << 20, 0); /* n_positions' older name */
+    P = json_integer(&json, root, "n_positions", 1, 1 << 20, P ? P : -1);
     long long L = json_integer(&json, root, "n_layer", 1, 1 << 12, -1);
     long long C = json_integer(&json, root, "n_embd", 1, 1 << 17, -1);
     long long H = json_integer(&json, root, "n_head", 1, 1 << 12, -1);
     long long V = json_integer(&json, root, "vocab_size", 1, 1 << 24, -1);
-    Config c = make_config((size_t)L, (size_t)C, (size_t)H, (size_t)T, (size_t)V);
+    Config c = make_config((size_t)L, (size_t)C, (size_t)H, (size_t)P, (size_t)V);
     c.F = (size_t)json_integer(&json, root, "n_inner", 1, 1 << 20, 4 * C);
     if (C % H) die("%s: \"n_embd\" %lld is no multiple of \"n_head\" %lld", path, C, H);
     if (gelu && gelu->type != JSON_STRING) die("%s: \"activation_function\" is no string", path);
@@ -5099,20 +5117,28 @@ typedef struct {
 static SavePaths save_paths(const char *dir)
 {
     SavePaths p;
-    char *resolved =
-        realpath(dir, NULL); /* what is swapped must be the folder itself, not a link to it */
+    char *resolved = realpath(dir, NULL); /* the folder itself is replaced, not a link to it */
     const char *path = resolved ? resolved : dir;
     size_t n = strlen(path);
     while (n > 1 && path[n - 1] == '/') n--;
     if (!n || n + sizeof ".tmp" > PATH_MAX) die("\"%s\" cannot be the name of a folder", dir);
-    memset(&p, 0, sizeof p);
-    memcpy(p.dir, path, n);
-    memcpy(p.tmp, path, n), memcpy(p.tmp + n, ".tmp", 4);
-    memcpy(p.old, path, n), memcpy(p.old + n, ".old", 4);
+    snprintf(p.dir, PATH_MAX, "%.*s", (int)n, path);
+    snprintf(p.tmp, PATH_MAX, "%.*s.tmp", (int)n, path);
+    snprintf(p.old, PATH_MAX, "%.*s.old", (int)n, path);
     while (n && path[n - 1] != '/') n--;
-    memcpy(p.parent, n ? path : ".", n ? n : 1);
+    snprintf(p.parent, PATH_MAX, "%.*s", n ? (int)n : 1, n ? path : ".");
     free(resolved);
     return p;
+}
+
+static int is_dots(const char *name) { return !strcmp(name, ".") || !strcmp(name, ".."); }
+
+/* The name of a folder's next entry, without "." and ".."; NULL at the end. */
+static const char *next_name(DIR *stream)
+{
+    struct dirent *entry = readdir(stream);
+    while (entry && is_dots(entry->d_name)) entry = readdir(stream);
+    return entry ? entry->d_name : NULL;
 }
 
 /* Counts the entries of a folder, 0 if it is not there. name: one of them, which is not ours if
@@ -5124,14 +5150,14 @@ static size_t look_into(const char *folder, char name[SHOWN], int *foreign)
     if (!stream && errno != ENOENT)
         die("%s cannot be opened as a folder: %s", folder, strerror(errno));
     *foreign = 0;
-    for (struct dirent *entry; stream && (entry = readdir(stream));) {
-        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
+    if (!stream) return 0;
+    for (const char *entry = next_name(stream); entry; entry = next_name(stream)) {
         n++;
         if (*foreign) continue;
-        *foreign = !is_ours(entry->d_name);
-        printable(name, entry->d_name);
+        *foreign = !is_ours(entry);
+        printable(name, entry);
     }
-    if (stream) closedir(stream);
+    closedir(stream);
     return n;
 }
 
@@ -5140,13 +5166,12 @@ static void delete_folder(const char *folder, const char *keep)
 {
     DIR *stream = opendir(folder);
     if (!stream && errno == ENOENT) return;
-    for (struct dirent *entry; stream && (entry = readdir(stream));) {
+    const char *name = stream ? next_name(stream) : NULL;
+    for (; name; name = next_name(stream)) {
         char from[PATH_MAX], to[PATH_MAX];
-        const char *name = entry->d_name;
         join_path(from, folder, name);
         if (is_ours(name)) unlink(from);
-        else if (keep && strcmp(name, ".") && strcmp(name, "..") && !file_exists(keep, name))
-            rename(from, join_path(to, keep, name));
+        else if (keep && !file_exists(keep, name)) rename(from, join_path(to, keep, name));
     }
     if (stream) closedir(stream);
     if (rmdir(folder) && errno != ENOENT)
@@ -5174,7 +5199,8 @@ static void lock_save_folder(const SavePaths *p)
     char path[PATH_MAX];
     struct flock lock;
     memset(&lock, 0, sizeof lock); /* from the beginning to the end */
-    lock.l_type = F_WRLCK, lock.l_whence = SEEK_SET;
+    lock.l_type = F_WRLCK;
+    lock.l_whence = SEEK_SET;
     snprintf(path, sizeof path, "%.*s.lock", PATH_MAX - 6, p->dir);
     int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666); /* stays open */
     if (fd < 0) die("cannot create %s: %s", path, strerror(errno));
@@ -5222,7 +5248,9 @@ static int exchange_folders(const char *a, const char *b)
 #if defined __linux__ && defined SYS_renameat2
     return (int)syscall(SYS_renameat2, AT_FDCWD, a, AT_FDCWD, b, 2u /* RENAME_EXCHANGE */);
 #else
-    return (void)a, (void)b, -1;
+    (void)a;
+    (void)b;
+    return -1;
 #endif
 }
 
@@ -5266,9 +5294,8 @@ static void put_in_place(const SavePaths *p)
 static int reserve(int fd, size_t n)
 {
 #if defined _POSIX_ADVISORY_INFO && _POSIX_ADVISORY_INFO > 0
-    int error = posix_fallocate(fd, 0, (off_t)n);
-    if (error != EINVAL && error != EOPNOTSUPP)
-        return error; /* these: n is 0, or the file system cannot reserve */
+    int error = posix_fallocate(fd, 0, (off_t)n); /* EINVAL: n is 0, or as EOPNOTSUPP: it cannot */
+    if (error != EINVAL && error != EOPNOTSUPP) return error;
 #endif
     return ftruncate(fd, (off_t)n) ? errno : 0;
 }
@@ -5303,8 +5330,7 @@ static void create_tensors(const char *folder, const char *name, const Config *c
     FILE *out = open_memstream(&text, &size);
     if (!out) die("out of memory");
     Tensor *list = list_model(&n, c);
-    fprintf(out, "%8s{\"__metadata__\":{\"format\":\"pt\"",
-            ""); /* the length comes into the first 8 bytes */
+    fputs("LENGTH..{\"__metadata__\":{\"format\":\"pt\"", out); /* the first 8 bytes come last */
     for (size_t i = 0; i < facts; i++) {
         fputc(',', out);
         json_write_string(out, fact[i].key, strlen(fact[i].key));
@@ -5323,13 +5349,13 @@ static void create_tensors(const char *folder, const char *name, const Config *c
         }
     fputc('}', out);
     fflush(out);
-    fprintf(out, "%*s", (int)((64 - size % 64) % 64),
-            ""); /* so that the tensors start on a cache line */
+    fprintf(out, "%*s", (int)((64 - size % 64) % 64), ""); /* tensors start on a cache line */
     if (fclose(out)) die("out of memory");
     uint64_t length = size - 8;
     memcpy(text, &length, 8);
     write_file(folder, name, text, size, begin);
-    free(text), free(list);
+    free(text);
+    free(list);
 }
 
 /* Copies vocab.json and merges.txt, which OpenAI called encoder.json and vocab.bpe. */
@@ -5352,8 +5378,8 @@ static void copy_tokenizer(const char *to, const char *from)
 static void save_arrays(const Slices *s, const char *folder, const char *name, int first, int last)
 {
     char path[PATH_MAX], key[NAME_SIZE];
-    Safetensors file =
-        safetensors_open(join_path(path, folder, name)); /* tells where each tensor lies */
+    /* The header tells where each tensor lies. */
+    Safetensors file = safetensors_open(join_path(path, folder, name));
     Map map = file.file[0].map;
     int fd = open(path, O_RDWR);
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
@@ -5492,17 +5518,16 @@ static void push_token(Tokens *tokens, int id)
 
 /* ---- Words: the pre-tokeniser ---------------------------------------------------------------- */
 
-enum {
-    NOT_A_CHARACTER = 0x110000
-}; /* one past the last code point: stands for a byte that is not UTF-8 */
+enum { NOT_A_CHARACTER = 0x110000 }; /* behind the last code point: a byte that is not UTF-8 */
 
 /* The character that begins at text, n > 0 bytes left: its code point, and its length in bytes as
  * the result. A byte that begins no well-formed character counts as one character by itself. */
 static size_t next_character(uint32_t *code, const char *text, size_t n)
 {
     size_t length = utf8_length(text, n);
-    unsigned char first = (unsigned char)*text;
-    *code = length == 1 ? first : length ? first & (0x7Fu >> length) : (uint32_t)NOT_A_CHARACTER;
+    *code = (unsigned char)*text;
+    if (!length) *code = NOT_A_CHARACTER;
+    if (length > 1) *code &= 0x7Fu >> length;
     for (size_t i = 1; i < length; i++) *code = *code << 6 | (text[i] & 0x3F);
     return max_size(length, 1);
 }
@@ -5512,8 +5537,9 @@ static size_t next_character(uint32_t *code, const char *text, size_t n)
 static size_t space_at(const char *text, size_t n)
 {
     uint32_t code;
-    size_t length = n ? next_character(&code, text, n) : 0;
-    return length && (class_of(code) == CLASS_SPACE || (code >= 0x1C && code <= 0x1F)) ? length : 0;
+    if (!n) return 0;
+    size_t length = next_character(&code, text, n);
+    return class_of(code) == CLASS_SPACE || (code >= 0x1C && code <= 0x1F) ? length : 0;
 }
 
 /* Bytes of the white-space character that ends the n bytes of text, 0 if none does. */
@@ -5527,21 +5553,23 @@ static size_t space_before(const char *text, size_t n)
 /* The text without white space at both ends, as str.strip(): its begin, and its length in *n. */
 static const char *strip(const char *text, size_t *n)
 {
-    size_t length;
-    while ((length = space_before(text, *n))) *n -= length;
-    while ((length = space_at(text, *n))) text += length, *n -= length;
+    while (space_before(text, *n)) *n -= space_before(text, *n);
+    const char *end = text + *n;
+    while (space_at(text, (size_t)(end - text))) text += space_at(text, (size_t)(end - text));
+    *n = (size_t)(end - text);
     return text;
 }
 
 /* Bytes of 's 't 're 've 'm 'll 'd at text, or 0. */
 static size_t contraction(const char *text, size_t n)
 {
-    if (n < 2 || text[0] != '\'') return 0;
-    if (memchr("stmd", text[1], 4)) return 2;
-    return n > 2 && (!memcmp(text + 1, "re", 2) || !memcmp(text + 1, "ve", 2) ||
-                     !memcmp(text + 1, "ll", 2))
-               ? 3
-               : 0;
+    static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
+    if (*text != '\'') return 0;
+    for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
+        size_t length = strlen(endings[i]);
+        if (n >= length && !memcmp(text, endings[i], length)) return length;
+    }
+    return 0;
 }
 
 /* The end of the word that begins at start < n: what GPT-2's regular expression
@@ -5549,22 +5577,22 @@ static size_t contraction(const char *text, size_t n)
  * would match there. A word is a run of one class, and may take along one blank before it. */
 static size_t word_end(const char *text, size_t n, size_t start)
 {
-    uint32_t code;
-    size_t end = start, last = start, length; /* last: where the run's last character begins */
-    int kind;
+    size_t end = start + contraction(text + start, n - start);
+    if (end > start) return end;
 
-    if ((length = contraction(text + start, n - start))) return start + length;
-    length = next_character(&code, text + start, n - start);
-    kind = class_of(code);
+    uint32_t code;
+    size_t last = start; /* where the run's last character begins */
+    next_character(&code, text + start, n - start);
     if (code == ' ' && start + 1 < n) {
-        uint32_t after;
-        next_character(&after, text + start + 1, n - start - 1);
-        if (class_of(after) != CLASS_SPACE) kind = class_of(after), end = start + 1; /* " word" */
+        next_character(&code, text + start + 1, n - start - 1);
+        if (class_of(code) != CLASS_SPACE) end = start + 1; /* " word" */
     }
+    int kind = class_of(code);
     while (end < n) {
-        length = next_character(&code, text + end, n - end);
+        size_t length = next_character(&code, text + end, n - end);
         if (class_of(code) != kind) break;
-        last = end, end += length;
+        last = end;
+        end += length;
     }
     /* White space before a word leaves its last character to that word: \s+(?!\S). */
     return kind == CLASS_SPACE && end < n && last > start ? last : end;
@@ -5589,9 +5617,8 @@ struct Tokenizer {
     Token *token;     /* (vocabulary) by id */
     char *bytes;      /* what they point into */
     int byte_id[256]; /* the token of a single byte */
-    Merge *
-        merge; /* sorted by left, then right: every look-up is a binary search, so no input makes it slow */
-    size_t *row; /* (vocabulary + 1) where each left token's merges begin in it */
+    Merge *merge; /* by left, then right: a binary search finds one, so no input makes it slow */
+    size_t *row;  /* (vocabulary + 1) where each left token's merges begin in it */
 };
 
 /* The merge of two neighbours, or NULL. */
@@ -5617,8 +5644,7 @@ typedef struct {
     size_t capacity, n, entries;
 } Word;
 
-static const uint32_t MERGED =
-    UINT32_MAX; /* the id at a position whose symbol went into its left neighbour */
+static const uint32_t MERGED = UINT32_MAX; /* the id where a symbol went into its left neighbour */
 
 /* The merge of the symbol at position i with the next one, or NULL. */
 static const Merge *merge_at(const Word *w, const Tokenizer *t, uint32_t i)
@@ -5631,10 +5657,10 @@ static const Merge *merge_at(const Word *w, const Tokenizer *t, uint32_t i)
 static void heap_push(Word *w, const Tokenizer *t, uint32_t i)
 {
     const Merge *merge = merge_at(w, t, i);
-    size_t at;
     if (!merge) return;
     uint64_t key = (uint64_t)merge->rank << 32 | i;
-    for (at = w->entries++; at > 0 && w->heap[(at - 1) / 2] > key; at = (at - 1) / 2)
+    size_t at = w->entries++;
+    for (; at > 0 && w->heap[(at - 1) / 2] > key; at = (at - 1) / 2)
         w->heap[at] = w->heap[(at - 1) / 2];
     w->heap[at] = key;
 }
@@ -5642,11 +5668,12 @@ static void heap_push(Word *w, const Tokenizer *t, uint32_t i)
 static uint64_t heap_pop(Word *w)
 {
     uint64_t top = w->heap[0], key = w->heap[--w->entries];
-    size_t at = 0, child;
-    while ((child = 2 * at + 1) < w->entries) {
+    size_t at = 0;
+    for (size_t child = 1; child < w->entries; child = 2 * at + 1) {
         if (child + 1 < w->entries && w->heap[child + 1] < w->heap[child]) child++;
         if (w->heap[child] >= key) break;
-        w->heap[at] = w->heap[child], at = child;
+        w->heap[at] = w->heap[child];
+        at = child;
     }
     w->heap[at] = key;
     return top;
@@ -5657,25 +5684,31 @@ static void encode_word(Tokens *out, const Tokenizer *t, Word *w, const char *te
     if (n > UINT32_MAX / 2)
         die("a word of %zu bytes: a text with so long a word cannot be encoded", n);
     if (n > w->capacity) {
-        free(w->id), free(w->heap);
+        free(w->id);
+        free(w->heap);
         w->capacity = max_size(n, 2 * w->capacity);
         w->id = (uint32_t *)xcalloc(3 * w->capacity, sizeof(uint32_t));
-        w->before = w->id + w->capacity, w->after = w->before + w->capacity;
+        w->before = w->id + w->capacity;
+        w->after = w->before + w->capacity;
         w->heap = (uint64_t *)xcalloc(2 * w->capacity, sizeof(uint64_t));
     }
-    w->n = n, w->entries = 0;
-    for (uint32_t i = 0; i < n; i++)
-        w->id[i] = (uint32_t)t->byte_id[(unsigned char)text[i]], w->before[i] = i - 1,
+    w->n = n;
+    w->entries = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        w->id[i] = (uint32_t)t->byte_id[(unsigned char)text[i]];
+        w->before[i] = i - 1;
         w->after[i] = i + 1;
+    }
     for (uint32_t i = 0; i + 1 < n; i++) heap_push(w, t, i);
     while (w->entries) {
         uint64_t key = heap_pop(w);
-        uint32_t i = (uint32_t)key, j;
+        uint32_t i = (uint32_t)key;
         const Merge *merge = merge_at(w, t, i);
-        if (!merge || merge->rank != key >> 32)
-            continue; /* an entry from before a neighbour merged */
-        j = w->after[i];
-        w->id[i] = merge->id, w->id[j] = MERGED, w->after[i] = w->after[j];
+        if (!merge || merge->rank != key >> 32) continue; /* from before a neighbour merged */
+        uint32_t next = w->after[i];
+        w->id[i] = merge->id;
+        w->id[next] = MERGED;
+        w->after[i] = w->after[next];
         if (w->after[i] < n) w->before[w->after[i]] = i;
         heap_push(w, t, i);
         if (i > 0) heap_push(w, t, w->before[i]);
@@ -5698,13 +5731,19 @@ static void encode_part(Tokens *out, const Tokenizer *t, const char *text, size_
             end = word_end(text, stop, start);
             encode_word(out, t, &word, text + start, end - start);
         }
-        if (found) push_token(out, t->end_of_text), start += special;
+        if (!found) continue;
+        push_token(out, t->end_of_text);
+        start += special;
     }
-    free(word.id), free(word.heap);
+    free(word.id);
+    free(word.heap);
 }
 
+/* Does every word that holds the first of two bytes end there, whatever comes after? */
+static int may_end_part(char a, char b) { return a > ' ' && a < 0x7F && (b == ' ' || b == '\n'); }
+
 /* The same, a long text in parts side by side. A part ends between a visible ASCII character and
- * white space: there every word ends, whatever comes after. */
+ * white space. */
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
 {
     enum { PART = 1 << 17 }; /* bytes */
@@ -5712,10 +5751,9 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
     size_t *start = (size_t *)xcalloc(n / PART + 2, sizeof(size_t)), parts = 0;
     while (start[parts] < n) {
         size_t end = min_size(start[parts] + PART, n);
-        while (end < n && !((text[end] == ' ' || text[end] == '\n') && text[end - 1] > ' ' &&
-                            text[end - 1] < 0x7F))
-            end++;
-        start[++parts] = end;
+        while (end < n && !may_end_part(text[end - 1], text[end])) end++;
+        parts++;
+        start[parts] = end;
     }
 #pragma omp parallel for schedule(dynamic) if (parts > 1)
     for (size_t i = 0; i < parts; i++)
@@ -5724,7 +5762,8 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
         for (size_t j = 0; j < part[i].n; j++) push_token(out, part[i].id[j]);
         free(part[i].id);
     }
-    free(part), free(start);
+    free(part);
+    free(start);
 }
 
 /* The n bytes of a token; none for an id outside the vocabulary (a model's has padding behind
@@ -5746,8 +5785,10 @@ static void byte_characters(int byte_of[BYTE_CHARACTERS]) /* -1: no byte is writ
 {
     int next = 256;
     for (int c = 0; c < BYTE_CHARACTERS; c++) byte_of[c] = -1;
-    for (int b = 0; b < 256; b++)
-        byte_of[(b >= '!' && b <= '~') || (b >= 0xA1 && b != 0xAD && b <= 0xFF) ? b : next++] = b;
+    for (int b = 0; b < 256; b++) {
+        if ((b >= '!' && b <= '~') || (b >= 0xA1 && b != 0xAD)) byte_of[b] = b;
+        else byte_of[next++] = b;
+    }
 }
 
 /* Reads a token's name as bytes into out; returns how many, 0 if the name is empty or not of this
@@ -5801,19 +5842,17 @@ static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BY
         die("%s is not a JSON object of tokens with their ids", path);
     t->vocabulary = root->length;
     t->token = (Token *)xcalloc(t->vocabulary, sizeof(Token));
-    t->bytes =
-        (char *)xcalloc(map.size, 1); /* a byte takes one character, so all names together fit */
+    t->bytes = (char *)xcalloc(map.size, 1); /* a name has no more bytes than the file has for it */
     for (size_t i = 1; i < root->end; i = json.value[i].end) {
         const JsonValue *v = &json.value[i];
         size_t n = bytes_of_name(t->bytes + used, byte_of, v->key, strlen(v->key));
-        Token token = {t->bytes + used, n, 0};
         double id = v->type == JSON_NUMBER ? v->number : -1;
         printable(shown, v->key);
         if (!n) die("%s: \"%s\" is not in GPT-2's alphabet of byte-level tokens", path, shown);
         if (id < 0 || id >= (double)root->length || id != floor(id))
             die("%s: the id of \"%s\" must be an integer below %zu, the number of tokens", path,
                 shown, root->length);
-        token.id = (int)id;
+        Token token = {t->bytes + used, n, (int)id};
         if (t->token[token.id].n)
             die("%s: the id %d is given twice, now to \"%s\"", path, token.id, shown);
         t->token[token.id] = token;
@@ -5828,35 +5867,35 @@ static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BY
 static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS],
                         const Token *sorted)
 {
-    Map map = map_file(path);
-    char *pair =
-        (char *)xcalloc(map.size, 1); /* the bytes of left and right, one after the other */
-    size_t n = 0, capacity = 0, number = 0;
-    for (const char *line = map.data, *stop = line + map.size, *next; line < stop; line = next) {
-        const char *end = (const char *)memchr(line, '\n', (size_t)(stop - line));
-        next = end ? end + 1 : stop;
-        end = end ? end : stop;
-        if (end > line && end[-1] == '\r') end--;
-        if (number++ == 0 && end - line >= 8 && !memcmp(line, "#version", 8)) continue;
-        if (end == line) continue;
+    static const char *const which[] = {"the left token", "the right token",
+                                        "what the two tokens merge into"};
+    Map map = map_file(path), rest = map;
+    char *pair = (char *)xcalloc(map.size, 1); /* the bytes of left, and behind them of right */
+    size_t n = 0, capacity = 0;
+    for (size_t number = 1; rest.size; number++) {
+        Map line = next_line(&rest);
+        const char *end = line.data + line.size;
+        if (end > line.data && end[-1] == '\n') end--;
+        if (end > line.data && end[-1] == '\r') end--;
+        if (number == 1 && end - line.data >= 8 && !memcmp(line.data, "#version", 8)) continue;
+        if (end == line.data) continue;
 
-        const char *blank = (const char *)memchr(line, ' ', (size_t)(end - line));
-        size_t left = blank ? bytes_of_name(pair, byte_of, line, (size_t)(blank - line)) : 0;
-        size_t right =
-            left ? bytes_of_name(pair + left, byte_of, blank + 1, (size_t)(end - blank - 1)) : 0;
+        const char *blank = (const char *)memchr(line.data, ' ', (size_t)(end - line.data));
+        size_t left = 0, right = 0;
+        if (blank) left = bytes_of_name(pair, byte_of, line.data, (size_t)(blank - line.data));
+        if (left) right = bytes_of_name(pair + left, byte_of, blank + 1, (size_t)(end - blank - 1));
         if (!right)
             die("%s line %zu: expected two byte-level tokens with one blank between them", path,
                 number);
-        int a = token_id(sorted, t->vocabulary, pair, left);
-        int b = token_id(sorted, t->vocabulary, pair + left, right);
-        int ab = token_id(sorted, t->vocabulary, pair, left + right);
-        if (a < 0 || b < 0 || ab < 0)
-            die("%s line %zu: %s is not in the vocabulary: do both files belong to one tokenizer?",
-                path, number,
-                a < 0   ? "the left token"
-                : b < 0 ? "the right token"
-                        : "what the two tokens merge into");
-        Merge merge = {(uint32_t)a, (uint32_t)b, (uint32_t)n, (uint32_t)ab};
+        int id[3] = {token_id(sorted, t->vocabulary, pair, left),
+                     token_id(sorted, t->vocabulary, pair + left, right),
+                     token_id(sorted, t->vocabulary, pair, left + right)};
+        for (int i = 0; i < 3; i++)
+            if (id[i] < 0)
+                die("%s line %zu: %s is not in the vocabulary: do both files belong to one "
+                    "tokenizer?",
+                    path, number, which[i]);
+        Merge merge = {(uint32_t)id[0], (uint32_t)id[1], (uint32_t)n, (uint32_t)id[2]};
         t->merge = (Merge *)grow(t->merge, n, &capacity, sizeof(Merge));
         t->merge[n++] = merge;
     }
@@ -5877,8 +5916,8 @@ static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_C
 static Tokenizer *tokenizer_open(const char *folder)
 {
     Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
-    int old = !file_exists(folder, "vocab.json") && file_exists(folder, "encoder.json"),
-        byte_of[BYTE_CHARACTERS];
+    int old = !file_exists(folder, "vocab.json") && file_exists(folder, "encoder.json");
+    int byte_of[BYTE_CHARACTERS];
     char path[PATH_MAX];
 
     byte_characters(byte_of);
@@ -5903,13 +5942,16 @@ static Tokenizer *tokenizer_open(const char *folder)
 static Tokenizer *tokenizer_bytes(void)
 {
     Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
-    t->vocabulary = 257, t->end_of_text = 256;
+    t->vocabulary = 257;
+    t->end_of_text = 256;
     t->token = (Token *)xcalloc(257, sizeof(Token));
     t->bytes = (char *)xcalloc(256, 1);
     t->row = (size_t *)xcalloc(258, sizeof(size_t));
     for (int b = 0; b < 256; b++) {
         Token token = {t->bytes + b, 1, b};
-        t->bytes[b] = (char)b, t->byte_id[b] = b, t->token[b] = token;
+        t->bytes[b] = (char)b;
+        t->byte_id[b] = b;
+        t->token[b] = token;
     }
     Token special = {END_OF_TEXT, sizeof(END_OF_TEXT) - 1, 256};
     t->token[256] = special;
@@ -5918,7 +5960,11 @@ static Tokenizer *tokenizer_bytes(void)
 
 static void tokenizer_close(Tokenizer *t)
 {
-    free(t->token), free(t->bytes), free(t->merge), free(t->row), free(t);
+    free(t->token);
+    free(t->bytes);
+    free(t->merge);
+    free(t->row);
+    free(t);
 }
 
 /* ---- Documents ------------------------------------------------------------------------------- */
@@ -5952,7 +5998,7 @@ static void add_document(Corpus *c, const char *path, const char *data, size_t w
 #pragma omp parallel for reduction(max : largest) if (n > 1 << 20)
     for (size_t i = 0; i < n; i++) {
         uint32_t id = (uint32_t)document_token(&d, i, 0); /* a negative one becomes very large */
-        largest = id > largest ? id : largest;
+        if (id > largest) largest = id;
     }
     if (largest >= c->vocabulary)
         die("%s has the token %d, but the vocabulary %zu tokens: it needs another tokenizer or "
@@ -5973,8 +6019,10 @@ static void add_text(Corpus *c, const Tokenizer *t, const char *path)
     encode(&text, t, map.data, map.size);
     unmap_file(map);
     add_storage(c, text.id, none);
-    for (size_t start = 0, end; start < text.n; start = end + 1) {
-        for (end = start; end < text.n && text.id[end] != c->end_of_text;) end++;
+    size_t end;
+    for (size_t start = 0; start < text.n; start = end + 1) {
+        end = start;
+        while (end < text.n && text.id[end] != c->end_of_text) end++;
         add_document(c, path, (const char *)(text.id + start), sizeof(int), end - start);
     }
 }
@@ -5990,8 +6038,9 @@ static uint64_t little_endian(const char *p, size_t bytes)
  * little-endian and unaligned:
  *
  *     "MMIDIDX\0\0"   u64 version = 1   u8 type of a token   u64 n sequences   u64 m marks
- *     i32 tokens[n]   i64 byte in PREFIX.bin[n]   i64 mark[m]: document i is the sequences mark[i] .. mark[i+1] - 1
- */
+ *     i32 tokens[n]   i64 byte in PREFIX.bin[n]   i64 mark[m]
+ *
+ * Document i is the sequences mark[i] .. mark[i+1] - 1. */
 enum { INDEX_HEADER = 34, TYPE_INT32 = 4, TYPE_UINT16 = 8 };
 static const char INDEX_MAGIC[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', 0, 0};
 
@@ -6000,8 +6049,8 @@ static void add_indexed(Corpus *c, const char *prefix)
     static const char *const types[8] = {"no type", "uint8", "int8",    "int16",
                                          "int32",   "int64", "float32", "float64"};
     char path[PATH_MAX];
-    Map bin = map_file(extend_path(path, prefix, ".bin")),
-        index = map_file(extend_path(path, prefix, ".idx"));
+    Map bin = map_file(extend_path(path, prefix, ".bin"));
+    Map index = map_file(extend_path(path, prefix, ".idx"));
     const char *p = index.data;
     add_storage(c, NULL, bin);
 
@@ -6009,8 +6058,8 @@ static void add_indexed(Corpus *c, const char *prefix)
         little_endian(p + 9, 8) != 1)
         die("%s is not a Megatron indexed dataset of version 1, which begins with MMIDIDX", path);
     int type = (unsigned char)p[17];
-    size_t n = little_endian(p + 18, 8), m = little_endian(p + 26, 8),
-           width = type == TYPE_UINT16 ? 2 : 4, end = 0;
+    size_t n = little_endian(p + 18, 8), m = little_endian(p + 26, 8);
+    size_t width = type == TYPE_UINT16 ? 2 : 4, end = 0;
     if (type != TYPE_UINT16 && type != TYPE_INT32)
         die("%s has tokens of type %d (%s); only int32 (4) and uint16 (8) are read", path, type,
             type < 8 ? types[type] : "unknown");
@@ -6061,6 +6110,8 @@ static const char *why_skipped(const char *path, const char *name)
     return memchr(head, 0, n) ? "not text: it has zero bytes" : NULL;
 }
 
+static int is_listed(const struct dirent *entry) { return !is_dots(entry->d_name); }
+
 static int by_name(const struct dirent **a, const struct dirent **b)
 {
     return strcmp((*a)->d_name, (*b)->d_name);
@@ -6073,18 +6124,18 @@ static void add_folder(Corpus *c, const Tokenizer *t, char path[PATH_MAX])
     struct dirent **entry;
     struct stat st;
     size_t length = strlen(path);
-    int n = scandir(path, &entry, NULL, by_name);
+    int n = scandir(path, &entry, is_listed, by_name);
     if (n < 0) die("cannot read the folder %s: %s", path, strerror(errno));
     for (int i = 0; i < n; i++) {
-        const char *name = entry[i]->d_name, *why;
-        if (strcmp(name, ".") && strcmp(name, "..")) {
-            if (length + 1 + strlen(name) >= PATH_MAX)
-                die("the path %s/%s is too long", path, name);
-            path[length] = '/', strcpy(path + length + 1, name);
-            if ((why = why_skipped(path, name))) fprintf(stderr, "skipped %s: %s\n", path, why);
-            else if (!stat(path, &st) && S_ISDIR(st.st_mode)) add_folder(c, t, path);
-            else add_text(c, t, path);
-        }
+        const char *name = entry[i]->d_name;
+        if (length + 1 + strlen(name) >= PATH_MAX) die("the path %s/%s is too long", path, name);
+        path[length] = '/';
+        strcpy(path + length + 1, name);
+        const char *why = why_skipped(path, name);
+        if (why) fprintf(stderr, "skipped %s: %s\n", path, why);
+        else if (!stat(path, &st) && S_ISDIR(st.st_mode)) add_folder(c, t, path);
+        else add_text(c, t, path);
+        path[length] = 0;
         free(entry[i]);
     }
     free(entry);
@@ -6097,8 +6148,8 @@ static void add_path(Corpus *c, const Tokenizer *t, const char *name)
     char path[PATH_MAX], index[PATH_MAX];
     struct stat st;
     size_t n = strlen(extend_path(path, name, ""));
-    int found = !stat(path, &st),
-        half = n > 4 && (!strcmp(path + n - 4, ".bin") || !strcmp(path + n - 4, ".idx"));
+    int found = !stat(path, &st);
+    int half = n > 4 && (!strcmp(path + n - 4, ".bin") || !strcmp(path + n - 4, ".idx"));
     if (half) path[n - 4] = 0;
     if (found && S_ISDIR(st.st_mode)) add_folder(c, t, extend_path(path, name, ""));
     else if ((half || !found) && !access(extend_path(index, path, ".idx"), F_OK))
@@ -6116,7 +6167,8 @@ static Corpus *corpus_open(const char *const *paths, size_t n, const Tokenizer *
                            size_t vocabulary)
 {
     Corpus *c = (Corpus *)xcalloc(1, sizeof(Corpus));
-    c->vocabulary = vocabulary, c->end_of_text = t->end_of_text;
+    c->vocabulary = vocabulary;
+    c->end_of_text = t->end_of_text;
     if (t->end_of_text >= 0 && (size_t)t->end_of_text >= vocabulary)
         die("<|endoftext|> is token %d of the tokenizer, but the model has %zu tokens",
             t->end_of_text, vocabulary);
@@ -6129,8 +6181,13 @@ static Corpus *corpus_open(const char *const *paths, size_t n, const Tokenizer *
 
 static void corpus_close(Corpus *c)
 {
-    for (size_t i = 0; i < c->stores; i++) free(c->storage[i].id), unmap_file(c->storage[i].map);
-    free(c->storage), free(c->document), free(c);
+    for (size_t i = 0; i < c->stores; i++) {
+        free(c->storage[i].id);
+        unmap_file(c->storage[i].map);
+    }
+    free(c->storage);
+    free(c->document);
+    free(c);
 }
 
 /* Appends all tokens of a corpus. */
@@ -6143,10 +6200,8 @@ static void corpus_tokens(Tokens *out, const Corpus *c)
 
 /* ---- Writing an indexed dataset -------------------------------------------------------------- */
 
-static void put(FILE *f, uint64_t x, size_t bytes)
-{
-    fwrite(&x, bytes, 1, f);
-} /* finish_file() sees errors */
+/* The first bytes of a number, little-endian; finish_file() sees errors. */
+static void put(FILE *f, uint64_t x, size_t bytes) { fwrite(&x, bytes, 1, f); }
 
 static FILE *create_file(const char *path)
 {
@@ -6175,8 +6230,10 @@ static void corpus_write(const Corpus *c, const char *prefix)
     size_t width = c->vocabulary < 65500 ? 2 : 4, end = 0; /* Megatron's limit */
 
     fwrite(INDEX_MAGIC, sizeof(INDEX_MAGIC), 1, idx);
-    put(idx, 1, 8), put(idx, width == 2 ? TYPE_UINT16 : TYPE_INT32, 1);
-    put(idx, c->documents, 8), put(idx, c->documents + 1, 8);
+    put(idx, 1, 8);
+    put(idx, width == 2 ? TYPE_UINT16 : TYPE_INT32, 1);
+    put(idx, c->documents, 8);
+    put(idx, c->documents + 1, 8);
     for (size_t i = 0; i < c->documents; i++) {
         const Document *d = &c->document[i];
         if (d->length > INT32_MAX)
@@ -6185,11 +6242,14 @@ static void corpus_write(const Corpus *c, const char *prefix)
             put(bin, (uint32_t)document_token(d, j, c->end_of_text), width);
         put(idx, d->length, 4);
     }
-    for (size_t i = 0; i < c->documents; i++)
-        put(idx, end, 8), end += c->document[i].length * width;
+    for (size_t i = 0; i < c->documents; i++) {
+        put(idx, end, 8);
+        end += c->document[i].length * width;
+    }
     for (size_t i = 0; i <= c->documents; i++) put(idx, i, 8);
 
-    finish_file(bin, bin_new), finish_file(idx, idx_new);
+    finish_file(bin, bin_new);
+    finish_file(idx, idx_new);
     unlink(extend_path(idx_path, prefix, ".idx")); /* an older one does not fit the new tokens */
     if (rename(bin_new, extend_path(bin_path, prefix, ".bin")) || rename(idx_new, idx_path))
         die("cannot rename %s and %s to %s and %s: %s", bin_new, idx_new, bin_path, idx_path,
@@ -6200,18 +6260,15 @@ static void corpus_write(const Corpus *c, const char *prefix)
 static Lambada lambada_open(const char *path, const Tokenizer *t)
 {
     Lambada l = {{NULL, 0, 0}, NULL, 0, 0};
-    Map map = map_file(path);
+    Map map = map_file(path), rest = map;
     char what[PATH_MAX + 32];
-    size_t number = 0, length;
-    for (const char *line = map.data, *stop = line + map.size, *next; line < stop; line = next) {
-        const char *end = (const char *)memchr(line, '\n', (size_t)(stop - line));
-        next = end ? end + 1 : stop;
-        length = (size_t)(next - line);
-        number++;
-        strip(line, &length);
+    for (size_t number = 1; rest.size; number++) {
+        Map line = next_line(&rest);
+        size_t length = line.size;
+        strip(line.data, &length);
         if (!length) continue;
         snprintf(what, sizeof(what), "%s line %zu", path, number);
-        Json json = json_parse(line, (size_t)(next - line), what);
+        Json json = json_parse(line.data, line.size, what);
         const JsonValue *text = json_get(&json, json.value, "text");
         if (!text || text->type != JSON_STRING) die("%s: expected {\"text\": \"..\"}", what);
         lambada_add(&l, t, text->string, text->length, what);
@@ -6222,7 +6279,11 @@ static Lambada lambada_open(const char *path, const Tokenizer *t)
     return l;
 }
 
-static void lambada_close(Lambada *l) { free(l->tokens.id), free(l->example); }
+static void lambada_close(Lambada *l)
+{
+    free(l->tokens.id);
+    free(l->example);
+}
 
 /* ---- Unicode: which characters are letters, numbers, white space ----------------------------- */
 
