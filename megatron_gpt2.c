@@ -3779,6 +3779,8 @@ static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg)
 #define PROGRAM "megatron_gpt2" /* whose messages these are: convert.c includes this file */
 #endif
 
+static int is_control(char c) { return (unsigned char)c < ' ' || c == 0x7F; }
+
 /* Ends the program with one line on stderr. Several ranks often meet the same bad input at once:
  * the first one speaks, the others wait for the end. Not exit(): other ranks still run, and must
  * not meet torn-down libraries. */
@@ -3790,7 +3792,7 @@ __attribute__((noreturn)) static void end_with(int status, const char *format, v
     vsnprintf(line, sizeof line, format, args);
     /* Paths and names in files may hold anything; the message stays one line. */
     for (char *c = line; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
+        if (is_control(*c)) *c = '?';
     fflush(stdout);
     fprintf(stderr, PROGRAM ": %s\n", line);
     _exit(status);
@@ -3810,6 +3812,18 @@ __attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const ch
     va_list args;
     va_start(args, format);
     end_with(2, format, args);
+}
+
+enum { SHOWN = 64 };
+
+/* The first characters of a string from a file, fit to stand in a message of one line. */
+static char *printable(char shown[SHOWN], const char *s)
+{
+    size_t n = 0;
+    for (; s[n] && n + 1 < SHOWN; n++) shown[n] = is_control(s[n]) ? '?' : s[n];
+    if (s[n]) memcpy(&shown[n - 2], "..", 2);
+    shown[n] = 0;
+    return shown;
 }
 
 /* Zeroed host memory for count objects of size bytes; dies instead of returning NULL. */
@@ -3888,6 +3902,14 @@ static char *join_path(char path[PATH_MAX], const char *folder, const char *name
 {
     if (snprintf(path, PATH_MAX, "%s/%s", folder, name) >= PATH_MAX)
         die("the path %s/%s is too long", folder, name);
+    return path;
+}
+
+/* The same for prefix and suffix without a '/' between them. */
+static char *extend_path(char path[PATH_MAX], const char *prefix, const char *suffix)
+{
+    if (snprintf(path, PATH_MAX, "%s%s", prefix, suffix) >= PATH_MAX)
+        die("the path %s is too long", prefix);
     return path;
 }
 
@@ -3989,18 +4011,7 @@ typedef struct {
     char *out; /* where the next decoded string goes */
 } JsonReader;
 
-enum { JSON_DEPTH = 40, SHOWN = 64 };
-
-/* The first characters of a string from a file, fit to stand in a message of one line. */
-static char *printable(char shown[SHOWN], const char *s)
-{
-    size_t n = 0;
-    for (; s[n] && n + 1 < SHOWN; n++)
-        shown[n] = (unsigned char)s[n] < ' ' || s[n] == 0x7F ? '?' : s[n];
-    if (s[n]) memcpy(&shown[n - 2], "..", 2);
-    shown[n] = 0;
-    return shown;
-}
+enum { JSON_DEPTH = 40 };
 
 static int json_peek(const JsonReader *r)
 {
@@ -4262,6 +4273,20 @@ static const JsonValue *json_get(const Json *json, const JsonValue *object, cons
     return NULL;
 }
 
+/* The string that is member `key` of object; NULL if there is none, or it is no string. */
+static const char *json_text(const Json *json, const JsonValue *object, const char *key)
+{
+    const JsonValue *v = json_get(json, object, key);
+    return v && v->type == JSON_STRING ? v->string : NULL;
+}
+
+/* Is it a whole number from 0 to most? */
+static int json_is_count(const JsonValue *v, double most)
+{
+    return v->type == JSON_NUMBER && v->number >= 0 && v->number <= most &&
+           v->number == floor(v->number);
+}
+
 /* A number in [low, high]; absent or null: the fallback, or death if that is negative. */
 static double json_number(const Json *json, const JsonValue *object, const char *key, double low,
                           double high, double fallback)
@@ -4490,8 +4515,7 @@ static size_t read_sizes(size_t *size, size_t most, const StoredFile *f, const J
             printable(name, entry->key), key, most);
     for (size_t i = 0; i < array->length; i++) {
         const JsonValue *v = array + 1 + i;
-        if (v->type != JSON_NUMBER || v->number < 0 || v->number > 0x1p53 ||
-            v->number != floor(v->number))
+        if (!json_is_count(v, 0x1p53))
             die("%s: \"%s\" of tensor %s is not of whole numbers", f->path, key,
                 printable(name, entry->key));
         size[i] = (size_t)v->number;
@@ -4503,18 +4527,18 @@ static size_t read_sizes(size_t *size, size_t most, const StoredFile *f, const J
 static StoredTensor read_entry(const StoredFile *f, const JsonValue *entry)
 {
     StoredTensor t;
-    const JsonValue *dtype = json_get(&f->header, entry, "dtype");
+    const char *dtype = json_text(&f->header, entry, "dtype");
     size_t place[2], type = 0;
     char name[SHOWN], other[SHOWN];
     memset(&t, 0, sizeof t);
     t.path = f->path;
     t.name = strip_prefix(entry->key);
     printable(name, entry->key);
-    if (!dtype || dtype->type != JSON_STRING) die("%s: tensor %s has no \"dtype\"", f->path, name);
-    while (type < N_DTYPES && strcmp(dtype_name[type], dtype->string)) type++;
+    if (!dtype) die("%s: tensor %s has no \"dtype\"", f->path, name);
+    while (type < N_DTYPES && strcmp(dtype_name[type], dtype)) type++;
     if (type == N_DTYPES)
         die("%s: tensor %s is of type %s, which is not supported", f->path, name,
-            printable(other, dtype->string));
+            printable(other, dtype));
     t.dtype = (Dtype)type;
     t.dims = read_sizes(t.shape, MAX_DIMS, f, entry, "shape");
     t.n = 1;
@@ -4576,7 +4600,7 @@ static void list_file(Safetensors *s, const StoredFile *f)
 static int is_file_name(const char *name)
 {
     for (const char *c = name; *c; c++)
-        if (*c == '/' || (unsigned char)*c < ' ' || *c == 0x7F) return 0;
+        if (*c == '/' || is_control(*c)) return 0;
     return *name && *name != '.';
 }
 
@@ -4734,9 +4758,9 @@ static Config read_config_file(const char *path, int *tied)
     char shown[SHOWN];
     Map map = map_file(path);
     Json json = json_parse(map.data, map.size, path);
-    const JsonValue *root = json.value, *type = json_get(&json, root, "model_type");
-    const JsonValue *gelu = json_get(&json, root, "activation_function");
-    if (!type || type->type != JSON_STRING || strcmp(type->string, "gpt2"))
+    const JsonValue *root = json.value, *gelu = json_get(&json, root, "activation_function");
+    const char *type = json_text(&json, root, "model_type");
+    if (!type || strcmp(type, "gpt2"))
         die("%s: \"model_type\" is not \"gpt2\": only GPT-2 models can be loaded", path);
     if (!json_flag(&json, root, "scale_attn_weights", 1))
         die("%s: \"scale_attn_weights\" must be true", path);
@@ -4848,11 +4872,18 @@ static Slices slices_of(const Rank *k)
 typedef enum { WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS } ArrayKind;
 static const char *const stored_prefix[] = {"transformer.", "m.", "v."};
 
-static char *stored_name(char name[NAME_SIZE], ArrayKind what, const Tensor *t)
+static char *stored_name(char name[NAME_SIZE], ArrayKind kind, const Tensor *t)
 {
     char plain[NAME_SIZE];
-    snprintf(name, NAME_SIZE, "%s%.40s", stored_prefix[what], tensor_name(plain, t));
+    snprintf(name, NAME_SIZE, "%s%.40s", stored_prefix[kind], tensor_name(plain, t));
     return name;
+}
+
+/* Such an array, in full precision; NULL where the weights are only in act. */
+static real *stored_array(const Slices *s, ArrayKind kind)
+{
+    real *const arrays[] = {s->master, s->m, s->v};
+    return arrays[kind];
 }
 
 /* The shape in the file; returns the number of dimensions. Conv1D's weights are [in, out] there. */
@@ -4949,14 +4980,14 @@ static Tensor *list_model(size_t *n, const Config *c)
 
 /* Dies unless the file has this array of the whole model, with the right shapes; marks its tensors
  * as expected. */
-static void expect_tensors(const Safetensors *s, const char *path, const Config *c, ArrayKind what)
+static void expect_tensors(const Safetensors *s, const char *path, const Config *c, ArrayKind kind)
 {
     size_t n;
     Tensor *list = list_model(&n, c);
     for (size_t i = 0; i < n; i++) {
         char name[NAME_SIZE], seen[SHAPE_TEXT], wanted[SHAPE_TEXT];
         size_t shape[2], dims = stored_shape(shape, &list[i]);
-        StoredTensor *t = find_stored(s, stored_name(name, what, &list[i]));
+        StoredTensor *t = find_stored(s, stored_name(name, kind, &list[i]));
         shape_text(wanted, dims, shape);
         if (!t) die("%s: tensor %s %s of config.json is missing", path, strip_prefix(name), wanted);
         shape_text(seen, t->dims, t->shape);
@@ -5005,19 +5036,19 @@ static Safetensors open_model(Config *c, const char *folder)
 }
 
 /* Fills one array of a rank from a file that expect_tensors() has approved. Every rank calls it. */
-static void load_array(const Slices *s, const Safetensors *file, ArrayKind what)
+static void load_array(const Slices *s, const Safetensors *file, ArrayKind kind)
 {
-    real *to = what == WEIGHTS ? s->master : what == FIRST_MOMENTS ? s->m : s->v;
+    real *to = stored_array(s, kind);
     for (size_t i = 0; i < s->tensors; i++) {
         const Tensor *t = &s->tensor[i];
         char name[NAME_SIZE];
-        const StoredTensor *stored = find_stored(file, stored_name(name, what, t));
+        const StoredTensor *stored = find_stored(file, stored_name(name, kind, t));
         real *slice = (real *)xcalloc(t->n, sizeof *slice); /* padding stays zero */
         read_slice(slice, stored, t, tp_rank(s->layout, s->rank));
         if (!is_finite_slice(slice, t->n))
             die("%s: tensor %s has a value that is NaN, infinite or too large", stored->path,
                 stored->name);
-        if (what == WEIGHTS) act_upload(s->weights + t->offset, slice, t->n);
+        if (kind == WEIGHTS) act_upload(s->weights + t->offset, slice, t->n);
         if (to) device_upload(to + t->offset, slice, t->n * sizeof *slice);
         free(slice);
     }
@@ -5068,9 +5099,9 @@ static const char *find_metadata(const Safetensors *trainer, const char *key)
 {
     const Json *header = &trainer->file[0].header;
     const JsonValue *metadata = json_get(header, header->value, "__metadata__");
-    const JsonValue *v = metadata ? json_get(header, metadata, key) : NULL;
-    if (!v || v->type != JSON_STRING) die("%s: its metadata has no \"%s\"", header->what, key);
-    return v->string;
+    const char *text = metadata ? json_text(header, metadata, key) : NULL;
+    if (!text) die("%s: its metadata has no \"%s\"", header->what, key);
+    return text;
 }
 
 static double metadata_number(const Safetensors *trainer, const char *key, double low, double high)
@@ -5338,12 +5369,12 @@ static void create_tensors(const char *folder, const char *name, const Config *c
         json_write_string(out, fact[i].value, strlen(fact[i].value));
     }
     fputc('}', out);
-    for (int what = first; what <= last; what++)
+    for (int kind = first; kind <= last; kind++)
         for (size_t i = 0; i < n; i++) {
             size_t shape[2], dims = stored_shape(shape, &list[i]);
             size_t end = begin + list[i].rows * list[i].cols * sizeof(float);
             fprintf(out, ",\"%s\":{\"dtype\":\"F32\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
-                    stored_name(stored, (ArrayKind)what, &list[i]),
+                    stored_name(stored, (ArrayKind)kind, &list[i]),
                     shape_text(shape_shown, dims, shape), begin, end);
             begin = end;
         }
@@ -5386,11 +5417,11 @@ static void save_arrays(const Slices *s, const char *folder, const char *name, i
     char *base = (char *)mmap(NULL, map.size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (base == (char *)MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
     close(fd);
-    for (int what = first; what <= last; what++)
+    for (int kind = first; kind <= last; kind++)
         for (size_t i = 0; i < s->tensors; i++) {
             const Tensor *t = &s->tensor[i];
-            const real *from = what == WEIGHTS ? s->master : what == FIRST_MOMENTS ? s->m : s->v;
-            const StoredTensor *stored = find_stored(&file, stored_name(key, (ArrayKind)what, t));
+            const real *from = stored_array(s, (ArrayKind)kind);
+            const StoredTensor *stored = find_stored(&file, stored_name(key, (ArrayKind)kind, t));
             if (!t->counted) continue;
             real *slice = (real *)xcalloc(t->n, sizeof *slice);
             if (from) device_download(slice, from + t->offset, t->n * sizeof *slice);
@@ -5846,13 +5877,13 @@ static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BY
     for (size_t i = 1; i < root->end; i = json.value[i].end) {
         const JsonValue *v = &json.value[i];
         size_t n = bytes_of_name(t->bytes + used, byte_of, v->key, strlen(v->key));
-        double id = v->type == JSON_NUMBER ? v->number : -1;
+
         printable(shown, v->key);
         if (!n) die("%s: \"%s\" is not in GPT-2's alphabet of byte-level tokens", path, shown);
-        if (id < 0 || id >= (double)root->length || id != floor(id))
+        if (!json_is_count(v, (double)(root->length - 1)))
             die("%s: the id of \"%s\" must be an integer below %zu, the number of tokens", path,
                 shown, root->length);
-        Token token = {t->bytes + used, n, (int)id};
+        Token token = {t->bytes + used, n, (int)v->number};
         if (t->token[token.id].n)
             die("%s: the id %d is given twice, now to \"%s\"", path, token.id, shown);
         t->token[token.id] = token;
@@ -5980,14 +6011,6 @@ static void add_storage(Corpus *c, int *id, Map map)
     Storage storage = {id, map};
     c->storage = (Storage *)grow(c->storage, c->stores, &c->storage_capacity, sizeof(Storage));
     c->storage[c->stores++] = storage;
-}
-
-/* prefix and suffix in one path. */
-static char *extend_path(char path[PATH_MAX], const char *prefix, const char *suffix)
-{
-    if (snprintf(path, PATH_MAX, "%s%s", prefix, suffix) >= PATH_MAX)
-        die("the path %s is too long", prefix);
-    return path;
 }
 
 static void add_document(Corpus *c, const char *path, const char *data, size_t width, size_t n)
@@ -6269,9 +6292,9 @@ static Lambada lambada_open(const char *path, const Tokenizer *t)
         if (!length) continue;
         snprintf(what, sizeof(what), "%s line %zu", path, number);
         Json json = json_parse(line.data, line.size, what);
-        const JsonValue *text = json_get(&json, json.value, "text");
-        if (!text || text->type != JSON_STRING) die("%s: expected {\"text\": \"..\"}", what);
-        lambada_add(&l, t, text->string, text->length, what);
+        const char *text = json_text(&json, json.value, "text");
+        if (!text) die("%s: expected {\"text\": \"..\"}", what);
+        lambada_add(&l, t, text, strlen(text), what);
         json_free(&json);
     }
     unmap_file(map);
