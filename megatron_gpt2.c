@@ -3773,6 +3773,8 @@ static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg)
 
 /* =================================================================================================
  * Chapter 13. Ground
+ *
+ * What the other chapters stand on: messages and memory, files, progress.
  * ============================================================================================== */
 
 #ifndef PROGRAM
@@ -3781,16 +3783,16 @@ static void run_ranks(int n, void (*body)(Comm *world, void *arg), void *arg)
 
 static int is_control(char c) { return (unsigned char)c < ' ' || c == 0x7F; }
 
-/* Ends the program with one line on stderr. Several ranks often meet the same bad input at once:
- * the first one speaks, the others wait for the end. Not exit(): other ranks still run, and must
- * not meet torn-down libraries. */
+/* Ends the program with one line on stderr. Several ranks often meet the same bad input at once.
+ * The first one prints its message; the others wait until the process ends. _exit() ends it at
+ * once: exit() would first shut libraries down, which other ranks are still using. */
 __attribute__((noreturn)) static void end_with(int status, const char *format, va_list args)
 {
-    static int spoken;
+    static int spoken; /* has a rank begun? All threads share it: a global, beside Ctrl-C's flag */
     char line[2 * PATH_MAX];
     while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
     vsnprintf(line, sizeof line, format, args);
-    /* Paths and names in files may hold anything; the message stays one line. */
+    /* Paths and names from files may hold any bytes, but the message must stay one line. */
     for (char *c = line; *c; c++)
         if (is_control(*c)) *c = '?';
     fflush(stdout);
@@ -3798,7 +3800,7 @@ __attribute__((noreturn)) static void end_with(int status, const char *format, v
     _exit(status);
 }
 
-/* Bad input: says what was seen, what was expected and what to do. Exit status 1. */
+/* Bad input. The message says what was seen, what was expected, and what to do. Exit status 1. */
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...)
 {
     va_list args;
@@ -3816,7 +3818,7 @@ __attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const ch
 
 enum { SHOWN = 64 };
 
-/* The first characters of a string from a file, fit to stand in a message of one line. */
+/* The first characters of a string from a file, for a message of one line. Returns `shown`. */
 static char *printable(char shown[SHOWN], const char *s)
 {
     size_t n = 0;
@@ -3836,8 +3838,8 @@ static void *xcalloc(size_t count, size_t size)
     return p;
 }
 
-/* Room for one element more in a growing array of n elements: p itself, or p moved into twice the
- * capacity. */
+/* Makes room for one more element in an array of n elements. Returns p, or where its elements are
+ * now: then the capacity has doubled. */
 static void *grow(void *p, size_t n, size_t *capacity, size_t size)
 {
     if (n < *capacity) return p;
@@ -3849,7 +3851,7 @@ static void *grow(void *p, size_t n, size_t *capacity, size_t size)
     return p;
 }
 
-/* The next count objects of size bytes, 64-byte aligned; NULL while measuring. */
+/* The arena's next count objects of size bytes, 64-byte aligned; NULL while it only measures. */
 static void *carve(Arena *arena, size_t count, size_t size)
 {
     void *p = arena->base ? arena->base + arena->used : NULL;
@@ -3864,13 +3866,12 @@ typedef struct {
     size_t size; /* bytes */
 } Map;
 
-/* Maps a whole regular file read-only; dies if there is none. An empty file gives data "" and size
- * 0. */
+/* Maps a whole file for reading; dies if it is no regular file. An empty file gives "" and 0. */
 static Map map_file(const char *path)
 {
     Map map = {"", 0};
     struct stat st;
-    int fd = open(path, O_RDONLY | O_NONBLOCK); /* or a pipe would make us wait for a writer */
+    int fd = open(path, O_RDONLY | O_NONBLOCK); /* without it, a pipe makes us wait for a writer */
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) die("%s is not a regular file", path);
     if (st.st_size > 0) {
@@ -3897,7 +3898,7 @@ static Map next_line(Map *text)
     return line;
 }
 
-/* "folder/name" in a buffer of PATH_MAX bytes; dies if it does not fit. Returns the buffer. */
+/* Writes "folder/name" to path, and returns path; dies if it does not fit. */
 static char *join_path(char path[PATH_MAX], const char *folder, const char *name)
 {
     if (snprintf(path, PATH_MAX, "%s/%s", folder, name) >= PATH_MAX)
@@ -3905,7 +3906,7 @@ static char *join_path(char path[PATH_MAX], const char *folder, const char *name
     return path;
 }
 
-/* The same for prefix and suffix without a '/' between them. */
+/* The same for a prefix and a suffix, without '/' between them. */
 static char *extend_path(char path[PATH_MAX], const char *prefix, const char *suffix)
 {
     if (snprintf(path, PATH_MAX, "%s%s", prefix, suffix) >= PATH_MAX)
@@ -3940,7 +3941,7 @@ static double meter_rate(const Meter *m, size_t done) /* tokens a second so far 
     return (double)(done - m->first) * (double)m->tokens / fmax(now() - m->start, 1e-9);
 }
 
-/* Shows how far the work is, and one value of its own, if it is time to. */
+/* Shows how much is done, and one value of the work, unless the last time was just now. */
 static void meter_show(Meter *m, size_t done, const char *name, double value)
 {
     double t = now(), rate = meter_rate(m, done);
@@ -3956,17 +3957,22 @@ static void meter_show(Meter *m, size_t done, const char *name, double value)
 }
 
 /* =================================================================================================
- * Chapter 14. Files: checkpoints
+ * Chapter 14. Files: JSON, safetensors, config.json, checkpoints
  *
- * A model is a folder as Hugging Face has it: config.json and model.safetensors, or shards of it
- * with an index. A checkpoint is such a folder with AdamW's moments and the state of training
- * beside them, in trainer.safetensors. These files hold whole tensors and know nothing of ranks:
- * each rank picks its slices out of the mapped file, and puts them back into one on saving, so that
- * what was saved in one layout is loaded in any other.
+ * A model is a folder in Hugging Face's format: config.json has its sizes, model.safetensors its
+ * weights; large models have shards and an index instead. A checkpoint is a model's folder with one
+ * more file: trainer.safetensors has AdamW's moments and the state of training.
  *
- * A safetensors file is 8 bytes, the length of the header; the header, in JSON, with type, shape
- * and place of each tensor; the tensors, little-endian, row by row, without gaps. Nothing is
- * believed before everything is checked.
+ *     JSON                  a strict reader, and functions to write values
+ *     Reading safetensors   one file, or shards with an index
+ *     config.json           read into a Config, and written from one
+ *     Slices                where the elements of a rank's slices lie in whole tensors
+ *     Loading               fills the arrays of a rank from files
+ *     Folders               how a new checkpoint replaces the last one
+ *     Saving                all ranks write one checkpoint together
+ *     info                  prints what files hold
+ *
+ * Anyone may have made these files: nothing is used before it has been checked.
  * ============================================================================================== */
 
 /* ---- JSON ------------------------------------------------------------------------------------ */
@@ -3991,16 +3997,16 @@ typedef struct {
 } JsonValue;
 
 /* A strict reader (RFC 8259) for config.json, vocab.json, safetensors headers and .jsonl lines. All
- * values of a document lie in one array, children behind their container. Hostile input dies with
- * one line that names `what`: bad syntax, bad escapes, \u0000, invalid UTF-8, numbers beyond
- * double, depth over 40, duplicate keys, trailing text. Time is O(n log n), memory a few values for
- * each comma and bracket. To visit the children of value[p]:
+ * values of a document lie in one array, children behind their container. These end the program
+ * with a line that names `what`: bad syntax, bad escapes, \u0000, invalid UTF-8, numbers too large
+ * for a double, more than 40 levels, duplicate keys, text behind the end. Time is O(n log n);
+ * memory is one value for each comma and bracket. To visit the children of value[p]:
  *
  *     for (size_t i = p + 1; i < value[p].end; i = value[i].end) */
 typedef struct {
     JsonValue *value; /* value[0] is the root */
     char *text;       /* decoded strings */
-    const char *what; /* the file, for messages */
+    const char *what; /* the document's name in messages: mostly a file's path */
 } Json;
 
 typedef struct {
@@ -4018,6 +4024,7 @@ static int json_peek(const JsonReader *r)
     return r->at < r->size ? (unsigned char)r->text[r->at] : -1;
 }
 
+/* Dies: at this byte something else was expected. */
 __attribute__((noreturn)) static void json_expected(const JsonReader *r, const char *expected)
 {
     int c = json_peek(r);
@@ -4037,14 +4044,15 @@ static void json_space(JsonReader *r)
     while (memchr(" \n\r\t", json_peek(r), 4)) r->at++;
 }
 
+/* Goes past a word that must stand here. */
 static void json_take(JsonReader *r, const char *word)
 {
     for (const char *c = word; *c; c++, r->at++)
         if (json_peek(r) != *c) json_expected(r, word);
 }
 
-/* Bytes of the well-formed UTF-8 character (RFC 3629) at s, of which n bytes exist; 0 if there is
- * none. */
+/* The length in bytes of the UTF-8 character (RFC 3629) that begins the n bytes at s; 0 if none
+ * does that is well-formed. */
 static size_t utf8_length(const char *s, size_t n)
 {
     static const uint32_t lowest[5] = {0, 0, 0x80, 0x800, 0x10000}; /* for each length */
@@ -4062,6 +4070,7 @@ static size_t utf8_length(const char *s, size_t n)
     return code < lowest[length] || code > 0x10FFFF || surrogate ? 0 : length;
 }
 
+/* Writes a character in UTF-8, and returns the place behind it. */
 static char *put_utf8(char *out, uint32_t code)
 {
     static const unsigned begin[4] = {0, 0xC0, 0xE0, 0xF0};
@@ -4108,8 +4117,8 @@ static void json_escape(JsonReader *r)
     r->out = put_utf8(r->out, code);
 }
 
-/* Decoded strings take no more room than their text with its two quotes: `text` is as large as the
- * document. */
+/* A decoded string with its NUL is never longer than its text with two quotes. So json.text, which
+ * is as large as the document, has room for all strings. */
 static const char *json_string(JsonReader *r, size_t *length)
 {
     char *start = r->out;
@@ -4242,7 +4251,7 @@ static void json_value(JsonReader *r, const char *key, int depth)
     json_space(r);
 }
 
-/* Reads a document of size bytes. `what` must live as long as the result. */
+/* Reads a document of size bytes. `what` must exist as long as the result. */
 static Json json_parse(const char *text, size_t size, const char *what)
 {
     JsonReader r = {{NULL, NULL, what}, text, size, 0, 0, NULL};
@@ -4280,14 +4289,15 @@ static const char *json_text(const Json *json, const JsonValue *object, const ch
     return v && v->type == JSON_STRING ? v->string : NULL;
 }
 
-/* Is it a whole number from 0 to most? */
+/* Is v a whole number from 0 to most? */
 static int json_is_count(const JsonValue *v, double most)
 {
     return v->type == JSON_NUMBER && v->number >= 0 && v->number <= most &&
            v->number == floor(v->number);
 }
 
-/* A number in [low, high]; absent or null: the fallback, or death if that is negative. */
+/* Member `key`, a number in [low, high]. If it is absent or null: the fallback; if that is
+ * negative, the program ends. */
 static double json_number(const Json *json, const JsonValue *object, const char *key, double low,
                           double high, double fallback)
 {
@@ -4312,7 +4322,7 @@ static long long json_integer(const Json *json, const JsonValue *object, const c
     return (long long)number;
 }
 
-/* true or false; absent or null: the fallback. */
+/* Member `key`, true or false; the fallback if it is absent or null. */
 static int json_flag(const Json *json, const JsonValue *object, const char *key, int fallback)
 {
     const JsonValue *v = json_get(json, object, key);
@@ -4433,6 +4443,12 @@ static void emit_flag(Emitter *e, const char *key, int flag)
     fputs(flag ? "true" : "false", e->out);
 }
 
+/* ---- Reading safetensors --------------------------------------------------------------------- */
+
+/* A safetensors file is three things in a row: 8 bytes, the length of the header; the header, a
+ * JSON object with the type, shape and place of each tensor; the tensors, little-endian, row by
+ * row, without gaps. */
+
 /* Real numbers come first. */
 typedef enum { F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL_, N_DTYPES } Dtype;
 static const char *const dtype_name[] = {"F64", "F32", "F16", "BF16", "I64",
@@ -4444,7 +4460,7 @@ enum { MAX_HEADER = 100000000 }; /* the format's own limit */
 
 typedef struct {
     const char *path;
-    Map map, data; /* the whole file; what follows the header */
+    Map map, data; /* the whole file; the part behind the header */
     Json header;
 } StoredFile;
 
@@ -4455,7 +4471,7 @@ typedef struct {
     size_t dims, shape[MAX_DIMS];
     size_t n, bytes;  /* elements; bytes */
     const char *data; /* in the mapped file; not aligned */
-    int expected;     /* the model has a place for it */
+    int expected;     /* a mark: the index, then the model, has this tensor too */
 } StoredTensor;
 
 struct Safetensors {
@@ -4465,8 +4481,7 @@ struct Safetensors {
     size_t tensors;
 };
 
-/* ---- Reading safetensors --------------------------------------------------------------------- */
-
+/* Hugging Face's names have "transformer." before them, or not. */
 static const char *strip_prefix(const char *name)
 {
     static const char prefix[] = "transformer.";
@@ -4504,7 +4519,8 @@ static char *shape_text(char text[SHAPE_TEXT], size_t dims, const size_t *shape)
     return text;
 }
 
-/* Member `key` of a tensor's entry, an array of whole numbers. Returns how many there are. */
+/* Reads member `key` of a tensor's entry, an array of at most `most` whole numbers. Returns how
+ * many there are. */
 static size_t read_sizes(size_t *size, size_t most, const StoredFile *f, const JsonValue *entry,
                          const char *key)
 {
@@ -4523,7 +4539,7 @@ static size_t read_sizes(size_t *size, size_t most, const StoredFile *f, const J
     return array->length;
 }
 
-/* One tensor's entry in the header. */
+/* Reads and checks one tensor's entry in the header. */
 static StoredTensor read_entry(const StoredFile *f, const JsonValue *entry)
 {
     StoredTensor t;
@@ -4544,8 +4560,8 @@ static StoredTensor read_entry(const StoredFile *f, const JsonValue *entry)
     t.n = 1;
     int overflow = 0;
     for (size_t i = 0; i < t.dims; i++) overflow |= __builtin_mul_overflow(t.n, t.shape[i], &t.n);
-    if (overflow | __builtin_mul_overflow(t.n, dtype_size[type], &t.bytes))
-        die("%s: tensor %s would have more than 2^64 bytes", f->path, name);
+    overflow |= __builtin_mul_overflow(t.n, dtype_size[type], &t.bytes);
+    if (overflow) die("%s: tensor %s would have more than 2^64 bytes", f->path, name);
     if (read_sizes(place, 2, f, entry, "data_offsets") != 2 || place[0] > place[1] ||
         place[1] > f->data.size)
         die("%s: \"data_offsets\" of tensor %s are no range of the %zu bytes of data", f->path,
@@ -4576,7 +4592,7 @@ static void open_file(StoredFile *f, const char *path)
         die("%s is no safetensors file: its header is no object", path);
 }
 
-/* Appends the file's tensors to the list. They must cover the data without holes and overlaps. */
+/* Appends the file's tensors to the list. They must cover its data without holes and overlaps. */
 static void list_file(Safetensors *s, const StoredFile *f)
 {
     const JsonValue *root = f->header.value;
@@ -4596,7 +4612,7 @@ static void list_file(Safetensors *s, const StoredFile *f)
     if (at != end) die("%s: %zu bytes at its end belong to no tensor", f->path, (size_t)(end - at));
 }
 
-/* Is it the plain name of a file in the same folder? */
+/* May an index name this file? It must be a plain name, in the index's own folder. */
 static int is_file_name(const char *name)
 {
     for (const char *c = name; *c; c++)
@@ -4604,7 +4620,7 @@ static int is_file_name(const char *name)
     return *name && *name != '.';
 }
 
-/* The files that an index's "weight_map" names, sorted, each once; the caller frees the list. */
+/* The names of the files in an index's "weight_map", sorted, each once; the caller frees them. */
 static const char **indexed_files(size_t *files, const Json *index, const JsonValue *map)
 {
     char shown[SHOWN];
@@ -4628,7 +4644,7 @@ static const char **indexed_files(size_t *files, const Json *index, const JsonVa
     return name;
 }
 
-/* Opens the shards that the index's "weight_map" names. */
+/* Opens the shards of an index. */
 static void open_shards(Safetensors *s, const char *folder, const Json *index, const JsonValue *map)
 {
     char path[PATH_MAX];
@@ -4660,7 +4676,7 @@ static void check_index(const Safetensors *s, const char *folder, const Json *in
     }
 }
 
-/* Opens a safetensors file, or the file or files of a model's folder, and lists the tensors. */
+/* Opens a safetensors file, or the one of a model's folder, or its shards; lists the tensors. */
 static Safetensors safetensors_open(const char *path)
 {
     static const char whole[] = "model.safetensors", sharded[] = "model.safetensors.index.json";
@@ -4743,7 +4759,8 @@ static real stored_value(const StoredTensor *t, size_t i)
 
 /* ---- config.json ----------------------------------------------------------------------------- */
 
-/* Do we know the activation function? Three names for the tanh formula, and the erf. */
+/* The activation function of this name; returns 0 if it is not known. The formula with tanh has
+ * three names, that with erf one. */
 static int find_gelu(Gelu *gelu, const char *name)
 {
     *gelu = strcmp(name, "gelu") ? GELU_TANH : GELU_ERF;
@@ -4751,8 +4768,8 @@ static int find_gelu(Gelu *gelu, const char *name)
            !strcmp(name, "gelu_pytorch_tanh");
 }
 
-/* Reads a config.json. *tied: whether the word embedding makes the logits, as in the paper [§3
- * output embedding]. */
+/* Reads a config.json. *tied: the word embedding also makes the logits, as in the paper [§3 output
+ * embedding]. */
 static Config read_config_file(const char *path, int *tied)
 {
     char shown[SHOWN];
@@ -4767,7 +4784,7 @@ static Config read_config_file(const char *path, int *tied)
     if (json_flag(&json, root, "scale_attn_by_inverse_layer_idx", 0))
         die("%s: \"scale_attn_by_inverse_layer_idx\" is true, which is not supported", path);
 
-    /* Within these limits a model has less than 2^51 parameters: no size can overflow. */
+    /* Within these limits a model has fewer than 2^51 parameters: no size can overflow. */
     long long P = json_integer(&json, root, "n_ctx", 1, 1 << 20, 0); /* n_positions' older name */
     P = json_integer(&json, root, "n_positions", 1, 1 << 20, P ? P : -1);
     long long L = json_integer(&json, root, "n_layer", 1, 1 << 12, -1);
@@ -4798,7 +4815,7 @@ static Config read_config(const char *folder, int *tied)
     return read_config_file(join_path(path, folder, "config.json"), tied);
 }
 
-/* x as the shortest decimal number that reads back as x: 0.1, not 0.100000001. */
+/* The shortest decimal number that is read as x: 0.1, not 0.100000001. */
 static char *real_text(char text[32], real x)
 {
     for (int digits = 1; digits <= 17; digits++) {
@@ -4808,8 +4825,8 @@ static char *real_text(char text[32], real x)
     return text;
 }
 
-/* config.json as transformers writes it, in memory; the caller frees it. gelu, dtype: what it calls
- * the activation function and the type of the weights; end_of_text: that token's number, or -1. */
+/* The text of config.json, as transformers writes it; the caller frees it. gelu, dtype: its names
+ * of the activation function and of the weights' type; end_of_text: that token's id, or -1. */
 static char *config_text_as(size_t *size, const Config *c, const char *gelu, const char *dtype,
                             int end_of_text)
 {
@@ -4849,12 +4866,16 @@ static char *config_text(size_t *size, const Config *c, int end_of_text)
 
 /* ---- Slices: between a rank's arenas and whole tensors in files ------------------------------ */
 
-/* What this chapter must know of a rank. */
+/* Files hold whole tensors and know nothing of ranks. Each rank reads its slices from the mapped
+ * file, and writes them into it when it saves: so a checkpoint that was saved in one layout can be
+ * loaded in any other. */
+
+/* The slices that a rank holds, and where. */
 typedef struct {
     const Config *config;
     Layout layout;
     int rank;             /* in the world */
-    const Tensor *tensor; /* [tensors] the slices it holds */
+    const Tensor *tensor; /* (tensors) shapes, and offsets into the arrays */
     size_t tensors;
     act *weights;
     real *master; /* the weights where act is narrower than real; else NULL */
@@ -4868,7 +4889,7 @@ static Slices slices_of(const Rank *k)
     return s;
 }
 
-/* The arrays of a rank that are stored, and how the names of their tensors begin. */
+/* The arrays of a rank that are saved, and what the names of their tensors begin with. */
 typedef enum { WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS } ArrayKind;
 static const char *const stored_prefix[] = {"transformer.", "m.", "v."};
 
@@ -4879,7 +4900,7 @@ static char *stored_name(char name[NAME_SIZE], ArrayKind kind, const Tensor *t)
     return name;
 }
 
-/* Such an array, in full precision; NULL where the weights are only in act. */
+/* Such an array, as reals; NULL if the weights are there only as act. */
 static real *stored_array(const Slices *s, ArrayKind kind)
 {
     real *const arrays[] = {s->master, s->m, s->v};
@@ -4894,22 +4915,22 @@ static size_t stored_shape(size_t shape[2], const Tensor *t)
     return t->spec->cols == ONE ? 1 : 2;
 }
 
-/* Some elements of a slice: the i-th of them is element at + i of the stored tensor, and element
- * first + i * step of the slice. */
+/* Elements of a slice that are neighbours in the file: the i-th of them is element at + i of the
+ * stored tensor, and element first + i * step of the slice. */
 typedef struct {
     size_t n, at, first, step;
 } FileRun;
 
 enum { FILE_RUN = 64 };
 
-/* Does the file have the tensor transposed? Then a run goes down a column of the slice. A vector is
- * both a row and a column: it is taken for a column. */
+/* Does a run go down a column of the slice? It does where the file has the tensor transposed. A
+ * vector is a column too: along its rows all runs would be 1 long. */
 static int runs_go_down(const Tensor *t) { return t->spec->conv1d || t->cols == 1; }
 
-/* Q, K and V are each contiguous in a slice, but not next to each other in the file. */
+/* Parts of a slice that are not neighbours in the whole tensor: a rank's Q, K and V. */
 static size_t slice_parts(const Tensor *t) { return t->spec->split == QKV ? 3 : 1; }
 
-/* How many runs make tensor rank r's slice; padding is in none of them. */
+/* The number of runs of tensor rank r's slice. Padding is in none of them. */
 static size_t count_runs(const Tensor *t, int r)
 {
     size_t parts = slice_parts(t), rows = real_rows(t, r);
@@ -4917,9 +4938,8 @@ static size_t count_runs(const Tensor *t, int r)
     return parts * ceil_div(rows / parts, FILE_RUN) * t->local_cols;
 }
 
-/* Run i of tensor rank r's slice: one of its rows, or FILE_RUN elements of a column. The next run
- * is the same piece of the next column: so neither side is read or written in long leaps, and both
- * stay in the cache. */
+/* Run i of tensor rank r's slice: a row, or FILE_RUN elements of a column. The next run takes the
+ * same rows of the next column, so that the cache lines of these rows are used to their end. */
 static FileRun slice_run(const Tensor *t, int r, size_t i)
 {
     size_t width = t->local_cols, x = whole_col(t, r);
@@ -4935,7 +4955,7 @@ static FileRun slice_run(const Tensor *t, int r, size_t i)
     return down;
 }
 
-/* Fills tensor rank r's slice from a stored tensor. Padding is left alone. */
+/* Fills tensor rank r's slice from a stored tensor. Padding stays as it is. */
 static void read_slice(real *slice, const StoredTensor *from, const Tensor *t, int r)
 {
     size_t runs = count_runs(t, r);
@@ -4947,7 +4967,7 @@ static void read_slice(real *slice, const StoredTensor *from, const Tensor *t, i
     }
 }
 
-/* Puts tensor rank r's slice into a stored tensor of floats. */
+/* Writes tensor rank r's slice to its place in a stored tensor of floats. */
 static void write_slice(float *to, const real *slice, const Tensor *t, int r)
 {
     size_t runs = count_runs(t, r);
@@ -4969,7 +4989,7 @@ static int is_finite_slice(const real *x, size_t n)
 
 /* ---- Loading --------------------------------------------------------------------------------- */
 
-/* The tensors of the whole model, in the table's order; the caller frees them. */
+/* The tensors of the whole model, in the order of chapter 5's table; the caller frees them. */
 static Tensor *list_model(size_t *n, const Config *c)
 {
     static const Layout one = {1, 1, 1};
@@ -4978,8 +4998,7 @@ static Tensor *list_model(size_t *n, const Config *c)
     return list;
 }
 
-/* Dies unless the file has this array of the whole model, with the right shapes; marks its tensors
- * as expected. */
+/* Dies unless the file has all tensors of this array with the right shapes; marks them expected. */
 static void expect_tensors(const Safetensors *s, const char *path, const Config *c, ArrayKind kind)
 {
     size_t n;
@@ -5001,8 +5020,8 @@ static void expect_tensors(const Safetensors *s, const char *path, const Config 
     free(list);
 }
 
-/* Older files also hold h.N.attn.bias, the causal mask, and h.N.attn.masked_bias, -10000: no
- * weights at all. */
+/* Older files also hold h.N.attn.bias, the causal mask, and h.N.attn.masked_bias, which is -10000.
+ * Neither is a weight. */
 static int is_mask(const char *name)
 {
     int n = 0;
@@ -5010,7 +5029,7 @@ static int is_mask(const char *name)
     return n && (!strcmp(name + n, "bias") || !strcmp(name + n, "masked_bias"));
 }
 
-/* Opens a model's folder and checks all that can be checked without reading the values. */
+/* Opens a model's folder, and checks all but the values of its weights. */
 static Safetensors open_model(Config *c, const char *folder)
 {
     int tied;
@@ -5018,8 +5037,8 @@ static Safetensors open_model(Config *c, const char *folder)
     *c = read_config(folder, &tied);
     Safetensors s = safetensors_open(folder);
     expect_tensors(&s, folder, c, WEIGHTS);
-    const StoredTensor *wte = find_stored(&s, "wte.weight"),
-                       *head = find_stored(&s, "lm_head.weight");
+    const StoredTensor *wte = find_stored(&s, "wte.weight");
+    const StoredTensor *head = find_stored(&s, "lm_head.weight");
     for (size_t i = 0; i < s.tensors; i++) {
         const StoredTensor *t = &s.tensor[i];
         if (!t->expected && t != head && !is_mask(t->name))
@@ -5035,7 +5054,7 @@ static Safetensors open_model(Config *c, const char *folder)
     return s;
 }
 
-/* Fills one array of a rank from a file that expect_tensors() has approved. Every rank calls it. */
+/* Fills one array of a rank from a file that expect_tensors() has checked. Every rank calls it. */
 static void load_array(const Slices *s, const Safetensors *file, ArrayKind kind)
 {
     real *to = stored_array(s, kind);
@@ -5089,12 +5108,12 @@ static Safetensors open_trainer(const char *folder, const Config *c)
     return s;
 }
 
-/* The state of training is text in the file's metadata: "step": "1000". */
+/* The state of training stands in the file's metadata, as text: "step": "1000". */
 typedef struct {
     const char *key, *value;
 } Metadata;
 
-/* The value of a fact; dies if the file has none. */
+/* The value of this key in the metadata; dies if there is none. */
 static const char *find_metadata(const Safetensors *trainer, const char *key)
 {
     const Json *header = &trainer->file[0].header;
@@ -5104,6 +5123,7 @@ static const char *find_metadata(const Safetensors *trainer, const char *key)
     return text;
 }
 
+/* The same, a number in [low, high]. */
 static double metadata_number(const Safetensors *trainer, const char *key, double low, double high)
 {
     const char *text = find_metadata(trainer, key);
@@ -5115,7 +5135,7 @@ static double metadata_number(const Safetensors *trainer, const char *key, doubl
     return x;
 }
 
-/* The same for whole numbers up to 2^53. */
+/* The same, a whole number up to 2^53. */
 static size_t metadata_count(const Safetensors *trainer, const char *key)
 {
     double x = metadata_number(trainer, key, 0, 0x1p53);
@@ -5124,12 +5144,12 @@ static size_t metadata_count(const Safetensors *trainer, const char *key)
     return (size_t)x;
 }
 
-/* ---- Folders: how a checkpoint takes the place of the last ----------------------------------- */
+/* ---- Folders: how a checkpoint replaces the last one ----------------------------------------- */
 
-/* A save fills DIR.tmp and swaps it with DIR in one system call: at any moment DIR is one whole
- * checkpoint. Where there is no such call, DIR steps aside as DIR.old while DIR.tmp takes its
- * place, and recover_checkpoint() brings it back if the program was killed just then. Only files of
- * these names are ever deleted. */
+/* A save fills DIR.tmp, and one system call exchanges it with DIR: at any moment DIR is one whole
+ * checkpoint. Systems without that call need two steps: DIR becomes DIR.old, then DIR.tmp becomes
+ * DIR. If the program is killed between them, recover_checkpoint() makes DIR of DIR.old again. Only
+ * files of these names are ever deleted. */
 static const char *const our_files[] = {"config.json", "model.safetensors", "trainer.safetensors",
                                         "vocab.json", "merges.txt"};
 enum { N_OUR_FILES = sizeof our_files / sizeof *our_files };
@@ -5172,8 +5192,8 @@ static const char *next_name(DIR *stream)
     return entry ? entry->d_name : NULL;
 }
 
-/* Counts the entries of a folder, 0 if it is not there. name: one of them, which is not ours if
- * *foreign. */
+/* Counts the entries of a folder; 0 if there is no folder. name: one of them. *foreign: some are
+ * not ours, and so is this one. */
 static size_t look_into(const char *folder, char name[SHOWN], int *foreign)
 {
     size_t n = 0;
@@ -5192,7 +5212,7 @@ static size_t look_into(const char *folder, char name[SHOWN], int *foreign)
     return n;
 }
 
-/* Deletes a folder that we wrote, if it is there. What the user has put into it moves to `keep`. */
+/* Deletes a folder that we wrote, if it exists. Files that a user has put there move to `keep`. */
 static void delete_folder(const char *folder, const char *keep)
 {
     DIR *stream = opendir(folder);
@@ -5210,7 +5230,7 @@ static void delete_folder(const char *folder, const char *keep)
             strerror(errno));
 }
 
-/* Ends a swap that was interrupted; call it before looking for a checkpoint in dir. */
+/* Completes an exchange that was interrupted. Call it before looking for a checkpoint in dir. */
 static void recover_checkpoint(const char *dir)
 {
     SavePaths p = save_paths(dir);
@@ -5223,8 +5243,8 @@ static int same_place(const struct stat *a, const struct stat *b)
     return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
-/* No two runs may save to one folder: DIR.lock is locked as long as this one lives. The empty file
- * stays behind. */
+/* No two runs may save to one folder: this one holds a lock on the empty file DIR.lock until it
+ * ends. The file stays. */
 static void lock_save_folder(const SavePaths *p)
 {
     char path[PATH_MAX];
@@ -5239,9 +5259,9 @@ static void lock_save_folder(const SavePaths *p)
         die("another run is saving to %s: wait for its end, or choose another folder", p->dir);
 }
 
-/* At start-up, so that no run of many hours fails at its first save, and none overwrites what is
- * not its own: dies unless dir can be created, or is empty, or is the checkpoint that the run
- * resumed from (NULL: from none). */
+/* Dies unless dir can be created, or is empty, or is the checkpoint that the run resumed from
+ * (NULL: none). Called at the start: no run shall fail at its first save, hours later, and none
+ * shall overwrite a folder that is not its own. */
 static void check_save_folder(const char *dir, const char *resumed)
 {
     struct stat own, other;
@@ -5273,7 +5293,7 @@ static void check_save_folder(const char *dir, const char *resumed)
         die("%s is a mount point: save to a folder in it", dir);
 }
 
-/* Lets two folders change places in one step, where the system can. Returns 0 if it did. */
+/* Exchanges two folders in one step. Returns 0, or another number if the system cannot. */
 static int exchange_folders(const char *a, const char *b)
 {
 #if defined __linux__ && defined SYS_renameat2
@@ -5285,7 +5305,7 @@ static int exchange_folders(const char *a, const char *b)
 #endif
 }
 
-/* The other way to replace DIR by DIR.tmp. */
+/* Replaces DIR by DIR.tmp in two steps. */
 static void step_aside(const SavePaths *p)
 {
     delete_folder(p->old, p->dir);
@@ -5301,15 +5321,14 @@ static void sync_path(const char *path)
     close(fd);
 }
 
-/* DIR.tmp is complete and becomes DIR. The last checkpoint is deleted when that has reached the
- * disk. */
+/* DIR.tmp is complete and becomes DIR. The last checkpoint is deleted after that is on the disk. */
 static void put_in_place(const SavePaths *p)
 {
     char path[PATH_MAX];
     for (int i = 0; i < N_OUR_FILES; i++)
         if (file_exists(p->tmp, our_files[i])) sync_path(join_path(path, p->tmp, our_files[i]));
     sync_path(p->tmp);
-    if (rename(p->tmp, p->dir)) { /* which succeeds if DIR is not there or is empty */
+    if (rename(p->tmp, p->dir)) { /* succeeds if there is no DIR, or an empty one */
         if (errno != EEXIST && errno != ENOTEMPTY)
             die("cannot create %s: %s", p->dir, strerror(errno));
         if (exchange_folders(p->tmp, p->dir)) step_aside(p);
@@ -5321,18 +5340,19 @@ static void put_in_place(const SavePaths *p)
 
 /* ---- Saving ---------------------------------------------------------------------------------- */
 
-/* Makes a new file n bytes long, with space on the disk. Returns 0 or an error number. */
+/* Makes a new file n bytes long and reserves space on the disk. Returns 0 or an error number. */
 static int reserve(int fd, size_t n)
 {
 #if defined _POSIX_ADVISORY_INFO && _POSIX_ADVISORY_INFO > 0
-    int error = posix_fallocate(fd, 0, (off_t)n); /* EINVAL: n is 0, or as EOPNOTSUPP: it cannot */
-    if (error != EINVAL && error != EOPNOTSUPP) return error;
+    int error = posix_fallocate(fd, 0, (off_t)n);
+    int cannot = error == EINVAL || error == EOPNOTSUPP; /* n is 0, or this disk does not reserve */
+    if (!cannot) return error;
 #endif
     return ftruncate(fd, (off_t)n) ? errno : 0;
 }
 
-/* A new file: n bytes of data, and room for `more`. A full disk shows here, before anything is
- * replaced. */
+/* Writes a new file: n bytes of data, and space for `more`. A full disk is noticed here, before
+ * anything is replaced. */
 static void write_file(const char *folder, const char *name, const char *data, size_t n,
                        size_t more)
 {
@@ -5351,8 +5371,7 @@ static void write_file(const char *folder, const char *name, const char *data, s
         strerror(error));
 }
 
-/* Creates a safetensors file for the arrays first .. last of the whole model, still without their
- * values. */
+/* Creates a safetensors file for the whole model's arrays first .. last, without values yet. */
 static void create_tensors(const char *folder, const char *name, const Config *c, int first,
                            int last, const Metadata *fact, size_t facts)
 {
@@ -5404,8 +5423,8 @@ static void copy_tokenizer(const char *to, const char *from)
     }
 }
 
-/* Puts this rank's slices of the arrays first .. last into the file. Each element has one rank that
- * writes it. */
+/* Writes this rank's slices of the arrays first .. last into the file. Where several ranks hold the
+ * same elements, one of them writes. */
 static void save_arrays(const Slices *s, const char *folder, const char *name, int first, int last)
 {
     char path[PATH_MAX], key[NAME_SIZE];
@@ -5438,14 +5457,14 @@ static void save_arrays(const Slices *s, const char *folder, const char *name, i
     safetensors_close(&file);
 }
 
-/* Saves a checkpoint, or only a model where there are no moments. All ranks call it together;
- * check_save_folder() has approved dir. tokenizer: the folder of vocab.json and merges.txt, or
- * NULL; end_of_text: that token, or -1. */
+/* Saves a checkpoint; without moments, only a model. All ranks call it together, after
+ * check_save_folder(). tokenizer: the folder of vocab.json and merges.txt, or NULL; end_of_text:
+ * that token's id, or -1. */
 static void save_checkpoint(const Slices *s, Comm *world, const char *dir, const char *tokenizer,
                             int end_of_text, const Metadata *fact, size_t facts)
 {
     SavePaths p = save_paths(dir);
-    barrier(world); /* rank 0 changes what paths mean only when all have looked */
+    barrier(world); /* all have resolved the paths before rank 0 changes the folders */
     if (world->rank == 0) {
         size_t size;
         char *config = config_text(&size, s->config, end_of_text);
@@ -5529,11 +5548,13 @@ static void print_info(const char *path, int json)
 /* =================================================================================================
  * Chapter 15. Text
  *
- * Text becomes numbers by GPT-2's byte-level byte-pair encoding. A text is cut into words; a word
- * is a row of bytes, of which neighbours merge by a list of pairs, the list's first pair first,
- * until no pair of the list is left in it. As every byte is a token, any bytes can be encoded, and
- * decoding gives them back. Documents, with <|endoftext|> between them, are joined and cut into
- * samples of T + 1 tokens: T inputs, and the same shifted by one as labels.
+ * GPT-2's byte-level byte-pair encoding makes numbers of text. A text is cut into words, and a word
+ * begins as a row of bytes. A list of pairs says which neighbours merge into one token: the pair
+ * that stands first in the list merges first, until no pair of the list is left in the word. Every
+ * byte is a token: so any bytes can be encoded, and decoding gives them back.
+ *
+ * Texts and indexed datasets are read here into the documents of a Corpus; chapter 7 makes samples
+ * of them.
  * ============================================================================================== */
 
 enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE }; /* of characters */
@@ -5551,8 +5572,8 @@ static void push_token(Tokens *tokens, int id)
 
 enum { NOT_A_CHARACTER = 0x110000 }; /* behind the last code point: a byte that is not UTF-8 */
 
-/* The character that begins at text, n > 0 bytes left: its code point, and its length in bytes as
- * the result. A byte that begins no well-formed character counts as one character by itself. */
+/* The character that begins the n > 0 bytes of text: its code point; returns its length in bytes. A
+ * byte that begins no well-formed character is a character by itself. */
 static size_t next_character(uint32_t *code, const char *text, size_t n)
 {
     size_t length = utf8_length(text, n);
@@ -5563,8 +5584,8 @@ static size_t next_character(uint32_t *code, const char *text, size_t n)
     return max_size(length, 1);
 }
 
-/* Bytes of the white-space character at text, 0 if none begins there. Python's str.isspace(), which
- * its strip(), split() and \s follow, has four control characters more than White_Space. */
+/* The length of the white-space character at text, 0 if it is another one. Python's strip(),
+ * split() and \s know four control characters more than White_Space; so does this. */
 static size_t space_at(const char *text, size_t n)
 {
     uint32_t code;
@@ -5573,7 +5594,7 @@ static size_t space_at(const char *text, size_t n)
     return class_of(code) == CLASS_SPACE || (code >= 0x1C && code <= 0x1F) ? length : 0;
 }
 
-/* Bytes of the white-space character that ends the n bytes of text, 0 if none does. */
+/* The length of the white-space character that ends the n bytes of text, 0 if none does. */
 static size_t space_before(const char *text, size_t n)
 {
     for (size_t back = 1; back <= 4 && back <= n; back++)
@@ -5581,7 +5602,7 @@ static size_t space_before(const char *text, size_t n)
     return 0;
 }
 
-/* The text without white space at both ends, as str.strip(): its begin, and its length in *n. */
+/* Python's str.strip(): no white space at both ends. Returns the new begin; *n: the new length. */
 static const char *strip(const char *text, size_t *n)
 {
     while (space_before(text, *n)) *n -= space_before(text, *n);
@@ -5591,7 +5612,7 @@ static const char *strip(const char *text, size_t *n)
     return text;
 }
 
-/* Bytes of 's 't 're 've 'm 'll 'd at text, or 0. */
+/* The length of the contraction that begins the text, or 0. */
 static size_t contraction(const char *text, size_t n)
 {
     static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
@@ -5603,9 +5624,9 @@ static size_t contraction(const char *text, size_t n)
     return 0;
 }
 
-/* The end of the word that begins at start < n: what GPT-2's regular expression
+/* The end of the word that begins at start < n. GPT-2 finds words by a regular expression,
  *     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
- * would match there. A word is a run of one class, and may take along one blank before it. */
+ * A word is a run of characters of one class, perhaps with one blank before it. */
 static size_t word_end(const char *text, size_t n, size_t start)
 {
     size_t end = start + contraction(text + start, n - start);
@@ -5625,7 +5646,7 @@ static size_t word_end(const char *text, size_t n, size_t start)
         last = end;
         end += length;
     }
-    /* White space before a word leaves its last character to that word: \s+(?!\S). */
+    /* The last white space before a word belongs to that word: \s+(?!\S). */
     return kind == CLASS_SPACE && end < n && last > start ? last : end;
 }
 
@@ -5638,18 +5659,18 @@ typedef struct {
 } Token;
 
 typedef struct {
-    uint32_t left, right; /* these two neighbouring tokens .. */
-    uint32_t rank, id;    /* .. merge into this one, the lowest rank first */
+    uint32_t left, right; /* two neighbours that .. */
+    uint32_t rank, id;    /* .. merge into this token, the lowest rank first */
 } Merge;
 
 struct Tokenizer {
     size_t vocabulary;
     int end_of_text;  /* id of <|endoftext|>, -1 if there is none */
     Token *token;     /* (vocabulary) by id */
-    char *bytes;      /* what they point into */
+    char *bytes;      /* the tokens' bytes */
     int byte_id[256]; /* the token of a single byte */
-    Merge *merge; /* by left, then right: a binary search finds one, so no input makes it slow */
-    size_t *row;  /* (vocabulary + 1) where each left token's merges begin in it */
+    Merge *merge;     /* sorted by left, then right, for binary search: no input makes it slow */
+    size_t *row;      /* (vocabulary + 1) where in `merge` those of each left token begin */
 };
 
 /* The merge of two neighbours, or NULL. */
@@ -5665,17 +5686,17 @@ static const Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right
     return NULL;
 }
 
-/* A word while it is merged: a linked list of symbols, each at the position of its first byte, and
- * a heap of the merges that are possible. A word of n bytes takes O(n log n), be it one letter a
- * million times. The heap holds 2n entries at most: n - 1 at first, and each merge takes one away
- * and adds two. */
+/* A word while its symbols merge: a linked list of symbols, each at the position of its first byte,
+ * and a heap of all merges that are possible now. A word of n bytes takes O(n log n), even if it is
+ * one letter a million times. The heap never has more than 2n entries: it begins with n - 1, and
+ * each merge takes one away and adds two. */
 typedef struct {
-    uint32_t *id, *before, *after; /* (capacity) token and neighbours; after = n: none */
-    uint64_t *heap; /* (2 capacity) rank << 32 | position of the left symbol, the smallest on top */
+    uint32_t *id, *before, *after; /* (capacity) token and neighbours; after = n: no more */
+    uint64_t *heap; /* (2 capacity) rank << 32 | position of the left symbol, the smallest first */
     size_t capacity, n, entries;
 } Word;
 
-static const uint32_t MERGED = UINT32_MAX; /* the id where a symbol went into its left neighbour */
+static const uint32_t MERGED = UINT32_MAX; /* the id of a symbol that is part of its left one now */
 
 /* The merge of the symbol at position i with the next one, or NULL. */
 static const Merge *merge_at(const Word *w, const Tokenizer *t, uint32_t i)
@@ -5684,7 +5705,7 @@ static const Merge *merge_at(const Word *w, const Tokenizer *t, uint32_t i)
     return find_merge(t, w->id[i], w->id[w->after[i]]);
 }
 
-/* Puts the merge at position i, if there is one, onto the heap. */
+/* Adds the merge at position i to the heap, if there is one. */
 static void heap_push(Word *w, const Tokenizer *t, uint32_t i)
 {
     const Merge *merge = merge_at(w, t, i);
@@ -5696,6 +5717,7 @@ static void heap_push(Word *w, const Tokenizer *t, uint32_t i)
     w->heap[at] = key;
 }
 
+/* Takes the smallest entry off the heap. */
 static uint64_t heap_pop(Word *w)
 {
     uint64_t top = w->heap[0], key = w->heap[--w->entries];
@@ -5710,6 +5732,7 @@ static uint64_t heap_pop(Word *w)
     return top;
 }
 
+/* Appends the tokens of one word. */
 static void encode_word(Tokens *out, const Tokenizer *t, Word *w, const char *text, size_t n)
 {
     if (n > UINT32_MAX / 2)
@@ -5735,7 +5758,7 @@ static void encode_word(Tokens *out, const Tokenizer *t, Word *w, const char *te
         uint64_t key = heap_pop(w);
         uint32_t i = (uint32_t)key;
         const Merge *merge = merge_at(w, t, i);
-        if (!merge || merge->rank != key >> 32) continue; /* from before a neighbour merged */
+        if (!merge || merge->rank != key >> 32) continue; /* old: a neighbour has merged since */
         uint32_t next = w->after[i];
         w->id[i] = merge->id;
         w->id[next] = MERGED;
@@ -5770,11 +5793,10 @@ static void encode_part(Tokens *out, const Tokenizer *t, const char *text, size_
     free(word.heap);
 }
 
-/* Does every word that holds the first of two bytes end there, whatever comes after? */
+/* Is this the end of a word, whatever stands before and after these two bytes? */
 static int may_end_part(char a, char b) { return a > ' ' && a < 0x7F && (b == ' ' || b == '\n'); }
 
-/* The same, a long text in parts side by side. A part ends between a visible ASCII character and
- * white space. */
+/* Appends the tokens of a text. Threads encode parts of a long one at the same time. */
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
 {
     enum { PART = 1 << 17 }; /* bytes */
@@ -5797,8 +5819,8 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
     free(start);
 }
 
-/* The n bytes of a token; none for an id outside the vocabulary (a model's has padding behind
- * it). */
+/* The n bytes of a token; none for an id outside the tokenizer's vocabulary: a model's may be
+ * larger. */
 static const char *decode(size_t *n, const Tokenizer *t, int id)
 {
     int known = id >= 0 && (size_t)id < t->vocabulary;
@@ -5808,11 +5830,11 @@ static const char *decode(size_t *n, const Tokenizer *t, int id)
 
 /* ---- vocab.json and merges.txt --------------------------------------------------------------- */
 
-/* These files write a byte as one printable character: itself where it is one in Latin-1, else
- * U+0100 and up. */
 enum { BYTE_CHARACTERS = 324 };
 
-static void byte_characters(int byte_of[BYTE_CHARACTERS]) /* -1: no byte is written so */
+/* These files write each byte as one character: itself if it is visible in Latin-1, else one from
+ * U+0100 on. byte_of: the byte of each character, -1 if there is none. */
+static void byte_characters(int byte_of[BYTE_CHARACTERS])
 {
     int next = 256;
     for (int c = 0; c < BYTE_CHARACTERS; c++) byte_of[c] = -1;
@@ -5822,8 +5844,8 @@ static void byte_characters(int byte_of[BYTE_CHARACTERS]) /* -1: no byte is writ
     }
 }
 
-/* Reads a token's name as bytes into out; returns how many, 0 if the name is empty or not of this
- * alphabet. */
+/* Writes to out the bytes that a token's name stands for. Returns how many: 0 if the name is empty,
+ * or has other characters. */
 static size_t bytes_of_name(char *out, const int byte_of[BYTE_CHARACTERS], const char *name,
                             size_t n)
 {
@@ -5860,7 +5882,7 @@ static int token_id(const Token *sorted, size_t vocabulary, const char *bytes, s
     return found ? found->id : -1;
 }
 
-/* {"!": 0, "\"": 1, ..}: n tokens whose ids are 0..n-1. */
+/* Reads {"!": 0, "\"": 1, ..}: n tokens with the ids 0 .. n-1. */
 static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS])
 {
     Map map = map_file(path);
@@ -5873,7 +5895,7 @@ static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BY
         die("%s is not a JSON object of tokens with their ids", path);
     t->vocabulary = root->length;
     t->token = (Token *)xcalloc(t->vocabulary, sizeof(Token));
-    t->bytes = (char *)xcalloc(map.size, 1); /* a name has no more bytes than the file has for it */
+    t->bytes = (char *)xcalloc(map.size, 1); /* a token is never longer than its name in the file */
     for (size_t i = 1; i < root->end; i = json.value[i].end) {
         const JsonValue *v = &json.value[i];
         size_t n = bytes_of_name(t->bytes + used, byte_of, v->key, strlen(v->key));
@@ -5893,8 +5915,8 @@ static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BY
     unmap_file(map);
 }
 
-/* A line "left right" for each merge, the first merge first; above them perhaps a line "#version:
- * .." */
+/* Reads a line "left right" for each merge, the lowest rank first. The first line may be a comment,
+ * "#version: ..". */
 static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS],
                         const Token *sorted)
 {
@@ -5942,8 +5964,8 @@ static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_C
     unmap_file(map);
 }
 
-/* Reads the tokenizer of a folder: vocab.json and merges.txt, or by their older names encoder.json
- * and vocab.bpe. */
+/* Reads a folder's tokenizer: vocab.json and merges.txt, or under older names encoder.json and
+ * vocab.bpe. */
 static Tokenizer *tokenizer_open(const char *folder)
 {
     Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
@@ -5969,7 +5991,7 @@ static Tokenizer *tokenizer_open(const char *folder)
     return t;
 }
 
-/* Where there is no tokenizer: ids 0..255 are bytes, 256 is <|endoftext|>. */
+/* For models without a tokenizer: ids 0..255 are the bytes, 256 is <|endoftext|>. */
 static Tokenizer *tokenizer_bytes(void)
 {
     Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
@@ -6000,7 +6022,7 @@ static void tokenizer_close(Tokenizer *t)
 
 /* ---- Documents ------------------------------------------------------------------------------- */
 
-/* What documents point into: the tokens of a text, or a mapped PREFIX.bin. */
+/* The memory of documents' tokens: those of a text, or a mapped PREFIX.bin. */
 struct Storage {
     int *id;
     Map map;
@@ -6034,7 +6056,7 @@ static void add_document(Corpus *c, const char *path, const char *data, size_t w
     c->tokens += d.length;
 }
 
-/* A text is encoded here, once. A document ends at <|endoftext|> or at the end of the file. */
+/* Encodes a text and adds its documents: each ends at <|endoftext|> or at the end of the file. */
 static void add_text(Corpus *c, const Tokenizer *t, const char *path)
 {
     Tokens text = {NULL, 0, 0};
@@ -6116,7 +6138,7 @@ static void add_indexed(Corpus *c, const char *prefix)
 
 /* ---- Where documents are found --------------------------------------------------------------- */
 
-/* Why a folder's entry is not read as text; NULL if it is, or is a folder. */
+/* Why this entry of a folder is not read; NULL for texts and folders. */
 static const char *why_skipped(const char *path, const char *name)
 {
     struct stat st, link;
@@ -6124,7 +6146,7 @@ static const char *why_skipped(const char *path, const char *name)
     if (name[0] == '.') return "hidden";
     if (lstat(path, &link) || stat(path, &st)) return strerror(errno);
     if (S_ISDIR(st.st_mode))
-        return S_ISLNK(link.st_mode) ? "a link to a folder" : NULL; /* they may run in circles */
+        return S_ISLNK(link.st_mode) ? "a link to a folder" : NULL; /* links may go in circles */
     if (!S_ISREG(st.st_mode)) return "not a regular file";
     FILE *f = fopen(path, "rb");
     if (!f) return strerror(errno);
@@ -6140,8 +6162,8 @@ static int by_name(const struct dirent **a, const struct dirent **b)
     return strcmp((*a)->d_name, (*b)->d_name);
 }
 
-/* All text files of a folder and of the folders in it, in the order of their names. Paths grow
- * behind `path`. */
+/* Adds all texts in a folder and in its folders, in the order of their names. The names are
+ * appended to `path` itself: a buffer for each level could overflow the stack. */
 static void add_folder(Corpus *c, const Tokenizer *t, char path[PATH_MAX])
 {
     struct dirent **entry;
@@ -6164,8 +6186,7 @@ static void add_folder(Corpus *c, const Tokenizer *t, char path[PATH_MAX])
     free(entry);
 }
 
-/* A text file, a folder of them, or the prefix of PREFIX.bin and PREFIX.idx (or one of these two
- * names). */
+/* Adds a text, a folder of texts, or an indexed dataset: its PREFIX, or one of its two files. */
 static void add_path(Corpus *c, const Tokenizer *t, const char *name)
 {
     char path[PATH_MAX], index[PATH_MAX];
@@ -6184,8 +6205,8 @@ static void add_path(Corpus *c, const Tokenizer *t, const char *name)
             name);
 }
 
-/* Reads and checks everything that n paths name. Dies if a token is not in the vocabulary: the
- * model's, or where no model is at hand the tokenizer's own. */
+/* Reads and checks all data under n paths. Dies if a token is not in the vocabulary: the model's,
+ * or the tokenizer's if there is no model. */
 static Corpus *corpus_open(const char *const *paths, size_t n, const Tokenizer *t,
                            size_t vocabulary)
 {
@@ -6213,7 +6234,7 @@ static void corpus_close(Corpus *c)
     free(c);
 }
 
-/* Appends all tokens of a corpus. */
+/* Appends all tokens of a corpus to out. */
 static void corpus_tokens(Tokens *out, const Corpus *c)
 {
     for (size_t i = 0; i < c->documents; i++)
@@ -6223,7 +6244,7 @@ static void corpus_tokens(Tokens *out, const Corpus *c)
 
 /* ---- Writing an indexed dataset -------------------------------------------------------------- */
 
-/* The first bytes of a number, little-endian; finish_file() sees errors. */
+/* Writes the lowest bytes of a number, little-endian; finish_file() sees errors. */
 static void put(FILE *f, uint64_t x, size_t bytes) { fwrite(&x, bytes, 1, f); }
 
 static FILE *create_file(const char *path)
@@ -6233,7 +6254,7 @@ static FILE *create_file(const char *path)
     return f;
 }
 
-/* Makes sure that what was written is on the disk. */
+/* Closes a file; dies unless all of it is on the disk. */
 static void finish_file(FILE *f, const char *path)
 {
     if (fflush(f) || ferror(f) || fsync(fileno(f)) || fclose(f)) {
@@ -6243,8 +6264,8 @@ static void finish_file(FILE *f, const char *path)
     }
 }
 
-/* Writes PREFIX.bin and PREFIX.idx, a sequence for each document, <|endoftext|> included. The index
- * comes last: where it exists, both files are whole, whenever the program was killed. */
+/* Writes PREFIX.bin and PREFIX.idx: one sequence for each document, with its <|endoftext|>. The
+ * index gets its name last: if it exists, both files are complete, even after a kill. */
 static void corpus_write(const Corpus *c, const char *prefix)
 {
     char bin_path[PATH_MAX], idx_path[PATH_MAX], bin_new[PATH_MAX], idx_new[PATH_MAX];
@@ -6279,7 +6300,9 @@ static void corpus_write(const Corpus *c, const char *prefix)
             strerror(errno));
 }
 
-/* Reads {"text": ".."} lines. */
+/* ---- LAMBADA's file -------------------------------------------------------------------------- */
+
+/* Reads lines of {"text": ".."}. */
 static Lambada lambada_open(const char *path, const Tokenizer *t)
 {
     Lambada l = {{NULL, 0, 0}, NULL, 0, 0};
@@ -6310,8 +6333,8 @@ static void lambada_close(Lambada *l)
 
 /* ---- Unicode: which characters are letters, numbers, white space ----------------------------- */
 
-/* Entry i says: from code point class_starts[i] >> 2 on, up to the next entry's, characters are of
- * class class_starts[i] & 3. */
+/* Each entry is a code point << 2 | class: from this code point on, up to that of the next entry,
+ * all characters have this class. */
 /* clang-format off */ /* make_classes.py writes from here .. */
 static const uint32_t class_starts[] = { /* Unicode 16.0.0 */
     0x0, 0x27, 0x38, 0x83, 0x84, 0xC2, 0xE8, 0x105, 0x16C, 0x185, 0x1EC, 0x217, 0x218, 0x283, 0x284,
