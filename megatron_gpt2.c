@@ -5720,7 +5720,8 @@ static void heap_push(Word *w, const Tokenizer *t, uint32_t i)
 /* Takes the smallest entry off the heap. */
 static uint64_t heap_pop(Word *w)
 {
-    uint64_t top = w->heap[0], key = w->heap[--w->entries];
+    w->entries--;
+    uint64_t top = w->heap[0], key = w->heap[w->entries];
     size_t at = 0;
     for (size_t child = 1; child < w->entries; child = 2 * at + 1) {
         if (child + 1 < w->entries && w->heap[child + 1] < w->heap[child]) child++;

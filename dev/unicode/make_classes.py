@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Writes a table into megatron_gpt2.c: the class of every Unicode code point, which is what the patterns \\p{L}, \\p{N}
-and \\s of GPT-2's pre-tokeniser ask for.
+"""Writes a table into megatron_gpt2.c: the class of every Unicode code point, for the patterns
+\\p{L}, \\p{N} and \\s of GPT-2's pre-tokeniser.
 
     python3 dev/unicode/make_classes.py megatron_gpt2.c
 
-\\p{L} are the general categories L*, \\p{N} the categories N*, and \\s is the property White_Space, as in Python's
-`regex` module and in Hugging Face's tokenizers. Python's unicodedata knows the version of its day; the committed
-table is of 16.0, the version of tokenizers 0.2x, made with `pip install unicodedata2==16.0.0`.
+\\p{L} are the general categories L*, \\p{N} the categories N*, and \\s is White_Space, as
+in Python's `regex` module and in Hugging Face's tokenizers. Python's unicodedata knows the version
+of its day; the committed table is of 16.0, the version of tokenizers 0.2x, made with
+`pip install unicodedata2==16.0.0`.
 """
 import sys
 import textwrap
@@ -19,8 +20,10 @@ except ImportError:
 BEGIN = "/* clang-format off */ /* make_classes.py writes from here .. */\n"
 END = "/* .. to here. */ /* clang-format on */\n"
 
-# White_Space (PropList.txt; unchanged since Unicode 6.3). str.isspace() is no substitute: it adds U+001C..U+001F.
-WHITE_SPACE = {*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
+# White_Space (PropList.txt; unchanged since Unicode 6.3). str.isspace() is no substitute: it adds
+# U+001C..U+001F.
+WHITE_SPACE = {*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029,
+               0x202F, 0x205F, 0x3000}
 OTHER, LETTER, NUMBER, SPACE = range(4)  # the order of CLASS_OTHER .. in megatron_gpt2.c
 
 
