@@ -5234,7 +5234,8 @@ static void delete_folder(const char *folder, const char *keep)
 static void recover_checkpoint(const char *dir)
 {
     SavePaths p = save_paths(dir);
-    if (access(p.dir, F_OK) && !access(p.old, F_OK) && !access(p.tmp, F_OK) && rename(p.old, p.dir))
+    int between = access(p.dir, F_OK) && !access(p.old, F_OK) && !access(p.tmp, F_OK);
+    if (between && rename(p.old, p.dir))
         die("cannot rename %s to %s: %s", p.old, p.dir, strerror(errno));
 }
 
@@ -5373,19 +5374,19 @@ static void write_file(const char *folder, const char *name, const char *data, s
 
 /* Creates a safetensors file for the whole model's arrays first .. last, without values yet. */
 static void create_tensors(const char *folder, const char *name, const Config *c, int first,
-                           int last, const Metadata *fact, size_t facts)
+                           int last, const Metadata *metadata, size_t entries)
 {
     char *text = NULL, shape_shown[SHAPE_TEXT], stored[NAME_SIZE];
     size_t size = 0, begin = 0, n;
     FILE *out = open_memstream(&text, &size);
     if (!out) die("out of memory");
     Tensor *list = list_model(&n, c);
-    fputs("LENGTH..{\"__metadata__\":{\"format\":\"pt\"", out); /* the first 8 bytes come last */
-    for (size_t i = 0; i < facts; i++) {
+    fputs("LENGTH..{\"__metadata__\":{\"format\":\"pt\"", out); /* LENGTH..: see below */
+    for (size_t i = 0; i < entries; i++) {
         fputc(',', out);
-        json_write_string(out, fact[i].key, strlen(fact[i].key));
+        json_write_string(out, metadata[i].key, strlen(metadata[i].key));
         fputc(':', out);
-        json_write_string(out, fact[i].value, strlen(fact[i].value));
+        json_write_string(out, metadata[i].value, strlen(metadata[i].value));
     }
     fputc('}', out);
     for (int kind = first; kind <= last; kind++)
@@ -5461,7 +5462,7 @@ static void save_arrays(const Slices *s, const char *folder, const char *name, i
  * check_save_folder(). tokenizer: the folder of vocab.json and merges.txt, or NULL; end_of_text:
  * that token's id, or -1. */
 static void save_checkpoint(const Slices *s, Comm *world, const char *dir, const char *tokenizer,
-                            int end_of_text, const Metadata *fact, size_t facts)
+                            int end_of_text, const Metadata *metadata, size_t entries)
 {
     SavePaths p = save_paths(dir);
     barrier(world); /* all have resolved the paths before rank 0 changes the folders */
@@ -5474,7 +5475,7 @@ static void save_checkpoint(const Slices *s, Comm *world, const char *dir, const
         create_tensors(p.tmp, "model.safetensors", s->config, WEIGHTS, WEIGHTS, NULL, 0);
         if (s->m)
             create_tensors(p.tmp, "trainer.safetensors", s->config, FIRST_MOMENTS, SECOND_MOMENTS,
-                           fact, facts);
+                           metadata, entries);
         if (tokenizer) copy_tokenizer(p.tmp, tokenizer);
         free(config);
     }
@@ -5794,7 +5795,7 @@ static void encode_part(Tokens *out, const Tokenizer *t, const char *text, size_
     free(word.heap);
 }
 
-/* Is this the end of a word, whatever stands before and after these two bytes? */
+/* Does a word end between these two bytes, whatever the text before and behind them is? */
 static int may_end_part(char a, char b) { return a > ' ' && a < 0x7F && (b == ' ' || b == '\n'); }
 
 /* Appends the tokens of a text. Threads encode parts of a long one at the same time. */
@@ -5900,7 +5901,6 @@ static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BY
     for (size_t i = 1; i < root->end; i = json.value[i].end) {
         const JsonValue *v = &json.value[i];
         size_t n = bytes_of_name(t->bytes + used, byte_of, v->key, strlen(v->key));
-
         printable(shown, v->key);
         if (!n) die("%s: \"%s\" is not in GPT-2's alphabet of byte-level tokens", path, shown);
         if (!json_is_count(v, (double)(root->length - 1)))
