@@ -603,9 +603,9 @@ enum { SITE_EMBEDDING = 0, SITE_ATTENTION = 1, SITE_ATTENTION_OUTPUT = 2, SITE_M
 /* Outside of the regions between f and g, all tensor ranks must draw equal masks, since they
  * duplicate work. Inside, ranks have different heads, and their masks must differ [P25]. Here each
  * element draws by its index in the whole tensor, which gives both. Recomputation draws by the same
- * index again, so it has the same masks [P26]. DEVIATION: in the paper each GPU has a generator
- * with a state. Megatron seeds that of the attention with seed + 2718 + tensor rank, so its masks
- * depend on t [P24]. Here they do not. */
+ * index again, so it has the same masks [P26].
+ * DEVIATION: in the paper each GPU has a generator with a state. Megatron seeds that of the
+ * attention with seed + 2718 + tensor rank, so its masks depend on t [P24]. Here they do not. */
 
 static Dropout replicated_dropout(const Rank *k, int site, size_t layer, const MicroBatch *mb)
 {
@@ -1880,10 +1880,11 @@ typedef struct {
 } StepResult;
 
 /* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py). The gradient is
- * clipped by the factor min(1, clip / (norm + 1e-6)) [P28]. DEVIATION: the loss is the mean over
- * all targets of the global batch, and so is its gradient: each target has the share 1/targets, on
- * whichever replica it is [P29, P30]. Megatron takes the mean on each replica and divides gradients
- * by d before their sum. Overflows are seen in the norm; Megatron reduces a separate flag. */
+ * clipped by the factor min(1, clip / (norm + 1e-6)) [P28].
+ * DEVIATION: the loss is the mean over all targets of the global batch, and so is its gradient:
+ * each target has the share 1/targets, on whichever replica it is [P29, P30]. Megatron takes the
+ * mean on each replica and divides gradients by d before their sum. Overflows are seen in the norm;
+ * Megatron reduces a separate flag. */
 static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t micro_batches,
                              Feed feed, void *source)
 {
