@@ -1,11 +1,13 @@
-/* convert.c - GPT-2 checkpoints: Megatron-LM's to Hugging Face's and back, without Python and without trust.
+/* convert.c - GPT-2 checkpoints: Megatron-LM's to Hugging Face's and back, without Python and
+ * without trust.
  *
  *     gcc -O3 -march=native -fopenmp convert.c -o convert -lz -lm -lpthread
- *     convert megatron_lm_345m_v0.0.zip gpt2-345m            a Hugging Face folder, for megatron_gpt2 and for anyone
- *     convert gpt2-345m shards --tp 2 --pp 4                 a Megatron checkpoint, cut for eight GPUs
- *     convert inspect megatron_lm_345m_v0.0.zip [--pickle]   what is in it, down to the instructions that build it
+ *     convert megatron_lm_345m_v0.0.zip gpt2-345m            a folder as Hugging Face's
+ *     convert gpt2-345m shards --tp 2 --pp 4                 a Megatron checkpoint for eight GPUs
+ *     convert inspect megatron_lm_345m_v0.0.zip [--pickle]   what is in it, down to instructions
  *
- * A checkpoint is read through five layers, each with its chapter. Whoever knows the first three can read any .pt file:
+ * A checkpoint is read through five layers, each with its chapter. Whoever knows the first three
+ * can read any .pt file:
  *
  *     1 zip       an archive of files, with its table of contents at the end
  *     2 pickle    a program for a stack machine that builds Python objects
@@ -13,12 +15,14 @@
  *     4 shards    a folder for each rank of a training run
  *     5 eras      what Megatron called its tensors, and when
  *
- * Chapter 6 learns the shape of the model, 7 places every tensor in it, 8 is the arithmetic of all conversions: where
- * element (row, column) lies in each arrangement. 9 and 10 write, 11 inspects, 12 is the command line.
+ * Chapter 6 learns the shape of the model, 7 places every tensor in it, 8 is the arithmetic of all
+ * conversions: where element (row, column) lies in each arrangement. 9 and 10 write, 11 inspects,
+ * 12 is the command line.
  *
- * The input is mapped, not loaded; the output is written tensor by tensor. Nothing of a file is believed before it is
- * checked, and no size from it is used before it is compared with what is really there. Tensors are those of the one
- * table in chapter 4 of megatron_gpt2.c, which this file includes: one text serves both programs. */
+ * The input is mapped, not loaded; the output is written tensor by tensor. Nothing of a file is
+ * believed before it is checked, and no size from it is used before it is compared with what is
+ * really there. Tensors are those of the one table in chapter 4 of megatron_gpt2.c, which this file
+ * includes: one text serves both programs. */
 
 #define PROGRAM "convert"
 #define main megatron_gpt2_main
@@ -29,7 +33,8 @@
 #include <sys/wait.h>
 #include <zlib.h>
 
-#ifndef CONVERT_MAIN /* what includes this file in its turn, as the fuzz targets do, has a main() of its own */
+/* What includes this file in its turn, as the fuzz targets do, has a main() of its own. */
+#ifndef CONVERT_MAIN
 #define CONVERT_MAIN main
 #endif
 
@@ -49,7 +54,8 @@ static char *keep_string(const char *s, size_t length)
     return copy;
 }
 
-/* A string of a pickle, without a NUL at its end, for printf's %.*s: end_with() keeps a message on one line. */
+/* A string of a pickle, without a NUL at its end, for printf's %.*s: end_with() keeps a message on
+ * one line. */
 #define SHOW(node) (int)min_size((node)->length, 120), (node)->is.string
 
 /* How an input is read, and what that may still cost, whatever its files say of themselves. */
@@ -57,7 +63,7 @@ typedef struct {
     const char *scratch; /* folder for what must be inflated */
     FILE *listing;       /* where pickles are listed as they run, or NULL */
     size_t objects;      /* bytes of memory for what the files describe */
-    long long inflated;  /* bytes to inflate: weights shrink by a tenth, so what shrinks to a 20th is no model */
+    long long inflated;  /* bytes to inflate: weights shrink by a tenth, a 20th is no model */
 } Reading;
 
 enum { MAX_OBJECTS = 1 << 27, MAX_INFLATION = 20, MIN_INFLATED = 1 << 26 };
@@ -65,37 +71,40 @@ enum { MAX_OBJECTS = 1 << 27, MAX_INFLATION = 20, MIN_INFLATED = 1 << 26 };
 /* Takes n objects of some size from what objects may cost. */
 static void pay(Reading *r, const char *path, size_t n, size_t size)
 {
-    if (n > r->objects / size) die("%s describes more objects than any checkpoint has: it is damaged or hostile", path);
+    if (n > r->objects / size)
+        die("%s describes more objects than any checkpoint has: it is damaged or hostile", path);
     r->objects -= n * size;
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 1. Zip
  *
  * An archive is read from its end:
  *
- *     | local header, data | local header, data | .. | central directory | zip64 end | locator | end |
- *             ^------------------^--------------------- entry, entry, ..       ^---------'        |
- *                                                        ^----------------------------------------'
+ *     | local header, data | local header, data | .. | directory     | zip64 end | locator | end |
+ *             ^------------------^--------------------- entry, entry ..    ^---------'        |
+ *                                                        ^------------------------------------'
  *
- * The end record says where the directory begins and how many entries it has; an entry has a member's name, method
- * (0 stored, 8 deflated), checksum, sizes, and where its local header is. The numbers are 32 bits wide; one that does
- * not fit is all ones, and its 64-bit value stands in the zip64 end record, or for an entry in extra field number 1.
+ * The end record says where the directory begins and how many entries it has; an entry has a
+ * member's name, method (0 stored, 8 deflated), checksum, sizes, and where its local header is. The
+ * numbers are 32 bits wide; one that does not fit is all ones, and its 64-bit value stands in the
+ * zip64 end record, or for an entry in extra field number 1.
  *
- * A local header repeats the entry, but sizes and checksum are 0 there if the writer learnt them too late, as with
- * torch: only the directory counts. What the local header alone knows is where the data begins, since its extra field
- * has a length of its own: torch fills it so that data starts at multiples of 64 bytes and can be used in place.
+ * A local header repeats the entry, but sizes and checksum are 0 there if the writer learnt them
+ * too late, as with torch: only the directory counts. What the local header alone knows is where
+ * the data begins, since its extra field has a length of its own: torch fills it so that data
+ * starts at multiples of 64 bytes and can be used in place.
  *
  * An entry of the directory, in two rows, and a local header; the numbers are bytes from its start:
  *
  *      0      4    6    8     10     12   14   16  20     24
  *     |PK\1\2|made|need|flags|method|time|date|crc|packed|size|
  *      28          30           32             34   36   38         42           46
- *     |name length|extra length|comment length|disk|kind|attributes|local header|name, extra, comment
+ *     |name length|extra length|comment length|disk|kind|attributes|local header|name, extra, ..
  *
  *      0      4    6     8      10   12   14  18     22   26          28           30
- *     |PK\3\4|need|flags|method|time|date|crc|packed|size|name length|extra length|name, extra, data
- * ============================================================================================================= */
+ *     |PK\3\4|need|flags|method|time|date|crc|packed|size|name length|extra length|name, extra, ..
+ * ============================================================================================== */
 
 typedef struct {
     char *name;
@@ -119,7 +128,8 @@ static int is_zip(Map map) { return map.size >= 4 && !memcmp(map.data, "PK\3\4",
 
 __attribute__((noreturn)) static void bad_zip(const Zip *z, const char *member, const char *what)
 {
-    die("%s is a damaged or unsafe zip archive: %.120s%s%s; fetch it again", z->path, member, *member ? " " : "", what);
+    die("%s is a damaged or unsafe zip archive: %.120s%s%s; fetch it again", z->path, member,
+        *member ? " " : "", what);
 }
 
 typedef struct {
@@ -130,27 +140,33 @@ typedef struct {
 static Directory find_directory(const Zip *z)
 {
     const char *data = z->map.data, *end = NULL;
-    for (size_t back = 22; back <= min_size(z->map.size, 22 + 65535) && !end; back++) { /* a comment may follow */
+    /* a comment may follow */
+    for (size_t back = 22; back <= min_size(z->map.size, 22 + 65535) && !end; back++) {
         const char *at = data + z->map.size - back;
         if (!memcmp(at, "PK\5\6", 4) && 22 + number_at(at + 20, 2) == back) end = at;
     }
     if (!end) bad_zip(z, "", "its end record is missing, so it is cut short or no zip archive");
     Directory d = {number_at(end + 10, 2), number_at(end + 12, 4), number_at(end + 16, 4)};
     size_t limit = (size_t)(end - data);
-    if (number_at(end + 4, 4) || number_at(end + 8, 2) != d.count) bad_zip(z, "", "is one of several volumes");
+    if (number_at(end + 4, 4) || number_at(end + 8, 2) != d.count)
+        bad_zip(z, "", "is one of several volumes");
     if (limit >= 20 && !memcmp(end - 20, "PK\6\7", 4)) {
         uint64_t at = number_at(end - 12, 8);
         if (at > limit - 20 || limit - 20 - at < 56 || memcmp(data + at, "PK\6\6", 4))
             bad_zip(z, "", "its zip64 end record is missing");
-        Directory wide = {number_at(data + at + 32, 8), number_at(data + at + 40, 8), number_at(data + at + 48, 8)};
-        if ((d.count != 0xFFFF && d.count != wide.count) || (d.size != 0xFFFFFFFF && d.size != wide.size) ||
+        Directory wide = {number_at(data + at + 32, 8), number_at(data + at + 40, 8),
+                          number_at(data + at + 48, 8)};
+        if ((d.count != 0xFFFF && d.count != wide.count) ||
+            (d.size != 0xFFFFFFFF && d.size != wide.size) ||
             (d.offset != 0xFFFFFFFF && d.offset != wide.offset))
             bad_zip(z, "", "its two end records disagree");
         d = wide;
         limit = at;
     }
-    if (d.offset > limit || d.size > limit - d.offset) bad_zip(z, "", "its directory would lie outside the file");
-    if (d.count > d.size / 46) bad_zip(z, "", "its directory is too small for the entries that it announces");
+    if (d.offset > limit || d.size > limit - d.offset)
+        bad_zip(z, "", "its directory would lie outside the file");
+    if (d.count > d.size / 46)
+        bad_zip(z, "", "its directory is too small for the entries that it announces");
     return d;
 }
 
@@ -181,12 +197,16 @@ static int is_unsafe_name(const char *name)
 }
 
 /* Reads the directory's entry at `at` and the local header it points to; returns the next entry. */
-static const char *read_member(Member *m, const Zip *z, const char *at, const char *end, size_t directory)
+static const char *read_member(Member *m, const Zip *z, const char *at, const char *end,
+                               size_t directory)
 {
     enum { ENCRYPTED = 1, UNIX = 3 };
-    if (end - at < 46 || memcmp(at, "PK\1\2", 4)) bad_zip(z, "", "an entry of its directory is missing");
-    size_t name = number_at(at + 28, 2), extra = number_at(at + 30, 2), comment = number_at(at + 32, 2);
-    if ((size_t)(end - at) < 46 + name + extra + comment) bad_zip(z, "", "an entry of its directory is cut short");
+    if (end - at < 46 || memcmp(at, "PK\1\2", 4))
+        bad_zip(z, "", "an entry of its directory is missing");
+    size_t name = number_at(at + 28, 2), extra = number_at(at + 30, 2),
+           comment = number_at(at + 32, 2);
+    if ((size_t)(end - at) < 46 + name + extra + comment)
+        bad_zip(z, "", "an entry of its directory is cut short");
     uint64_t field[3] = {number_at(at + 24, 4), number_at(at + 20, 4), number_at(at + 42, 4)};
     read_wide_fields(field, 3, at + 46 + name, extra);
     m->name = keep_string(at + 46, name);
@@ -195,16 +215,20 @@ static const char *read_member(Member *m, const Zip *z, const char *at, const ch
     m->size = field[0], m->packed = field[1];
     if (strlen(m->name) != name || is_unsafe_name(m->name))
         bad_zip(z, m->name, "is the name of a member, which could lead out of a folder");
-    if (number_at(at + 4, 2) >> 8 == UNIX && S_ISLNK(number_at(at + 40, 2))) bad_zip(z, m->name, "is a symbolic link");
+    if (number_at(at + 4, 2) >> 8 == UNIX && S_ISLNK(number_at(at + 40, 2)))
+        bad_zip(z, m->name, "is a symbolic link");
 
-    if (field[2] > directory || directory - field[2] < 30) bad_zip(z, m->name, "would lie outside the file");
+    if (field[2] > directory || directory - field[2] < 30)
+        bad_zip(z, m->name, "would lie outside the file");
     const char *local = z->map.data + field[2];
     size_t header = 30 + number_at(local + 26, 2) + number_at(local + 28, 2);
-    if (memcmp(local, "PK\3\4", 4) || number_at(local + 26, 2) != name || directory - field[2] < header ||
-        memcmp(local + 30, m->name, name) || number_at(local + 8, 2) != (uint64_t)m->method)
+    if (memcmp(local, "PK\3\4", 4) || number_at(local + 26, 2) != name ||
+        directory - field[2] < header || memcmp(local + 30, m->name, name) ||
+        number_at(local + 8, 2) != (uint64_t)m->method)
         bad_zip(z, m->name, "is not what its entry in the directory points to");
     if (m->packed > directory - field[2] - header) bad_zip(z, m->name, "is longer than the file");
-    if ((number_at(at + 8, 2) | number_at(local + 6, 2)) & ENCRYPTED) bad_zip(z, m->name, "is encrypted");
+    if ((number_at(at + 8, 2) | number_at(local + 6, 2)) & ENCRYPTED)
+        bad_zip(z, m->name, "is encrypted");
     if (m->method == 0 && m->packed != m->size) bad_zip(z, m->name, "has two sizes");
     m->start = local;
     m->data = local + header;
@@ -231,14 +255,17 @@ static Zip zip_open(const char *path, Map map, Reading *reading)
     pay(reading, path, d.size, 1); /* for the names */
     const char *at = map.data + d.offset, *end = at + d.size;
     z.member = (Member *)xcalloc(d.count, sizeof *z.member);
-    for (; z.members < d.count; z.members++) at = read_member(&z.member[z.members], &z, at, end, d.offset);
+    for (; z.members < d.count; z.members++)
+        at = read_member(&z.member[z.members], &z, at, end, d.offset);
     if (at != end) bad_zip(&z, "", "its directory has more entries than it announces");
     qsort(z.member, z.members, sizeof *z.member, compare_starts);
     for (size_t i = 1; i < z.members; i++)
-        if (z.member[i].start < z.member[i - 1].end) bad_zip(&z, z.member[i].name, "overlaps another member");
+        if (z.member[i].start < z.member[i - 1].end)
+            bad_zip(&z, z.member[i].name, "overlaps another member");
     qsort(z.member, z.members, sizeof *z.member, compare_members);
     for (size_t i = 1; i < z.members; i++)
-        if (!compare_members(&z.member[i - 1], &z.member[i])) bad_zip(&z, z.member[i].name, "is there twice");
+        if (!compare_members(&z.member[i - 1], &z.member[i]))
+            bad_zip(&z, z.member[i].name, "is there twice");
     return z;
 }
 
@@ -250,7 +277,8 @@ static Member *zip_find(const Zip *z, const char *name)
     return (Member *)bsearch(&key, z->member, z->members, sizeof key, compare_members);
 }
 
-/* Memory of n bytes that the system may keep in a nameless file: a 345M model inflates to 700 MB. */
+/* Memory of n bytes that the system may keep in a nameless file: a 345M model inflates to 700
+ * MB. */
 static Map scratch_memory(const char *folder, size_t n)
 {
     char path[PATH_MAX];
@@ -260,14 +288,18 @@ static Map scratch_memory(const char *folder, size_t n)
     unlink(path);
     int error = reserve(fd, n);
     if (error) die("cannot inflate %zu bytes into a file in %s: %s", n, folder, strerror(error));
-    if (n) map.data = (const char *)mmap(NULL, map.size = n, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (map.data == (const char *)MAP_FAILED) die("cannot map a file in %s: %s", folder, strerror(errno));
+    if (n)
+        map.data =
+            (const char *)mmap(NULL, map.size = n, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (map.data == (const char *)MAP_FAILED)
+        die("cannot map a file in %s: %s", folder, strerror(errno));
     close(fd);
     return map;
 }
 
-/* Deflate makes at most 1032 bytes of one, so a size beyond that is a lie that costs nothing to see. What is true may
- * still be more than we pay for; and large, so that it goes where it can be paged out. */
+/* Deflate makes at most 1032 bytes of one, so a size beyond that is a lie that costs nothing to
+ * see. What is true may still be more than we pay for; and large, so that it goes where it can be
+ * paged out. */
 static Map inflate_member(const Zip *z, const Member *m)
 {
     enum { STEP = 1 << 30 }; /* zlib counts in 32 bits */
@@ -291,7 +323,8 @@ static Map inflate_member(const Zip *z, const Member *m)
             out += s.avail_out = (uInt)min_size(STEP, m->size - out);
         }
     }
-    int whole = status == Z_STREAM_END && in == m->packed && !s.avail_in && out == m->size && !s.avail_out;
+    int whole =
+        status == Z_STREAM_END && in == m->packed && !s.avail_in && out == m->size && !s.avail_out;
     inflateEnd(&s);
     if (!whole) bad_zip(z, m->name, "does not inflate to as many bytes as its entry says");
     return map;
@@ -317,10 +350,12 @@ static uint32_t crc_of(const char *data, size_t n)
 static Map zip_read(const Zip *z, Member *m)
 {
     if (m->opened.data) return m->opened;
-    if (m->method != 0 && m->method != 8) bad_zip(z, m->name, "is compressed by a method other than deflate");
+    if (m->method != 0 && m->method != 8)
+        bad_zip(z, m->name, "is compressed by a method other than deflate");
     Map stored = {m->data, m->size};
     m->opened = m->method ? inflate_member(z, m) : stored;
-    if (m->crc && m->crc != crc_of(m->opened.data, m->size)) bad_zip(z, m->name, "has a wrong checksum");
+    if (m->crc && m->crc != crc_of(m->opened.data, m->size))
+        bad_zip(z, m->name, "has a wrong checksum");
     return m->opened;
 }
 
@@ -334,52 +369,55 @@ static void zip_close(Zip *z)
     z->member = NULL, z->members = 0;
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 2. Pickle
  *
- * A pickle is not data but a program, one byte an instruction, for a machine with a stack and a numbered memo. It
- * builds an object from the inside out and leaves it on the stack:
+ * A pickle is not data but a program, one byte an instruction, for a machine with a stack and a
+ * numbered memo. It builds an object from the inside out and leaves it on the stack:
  *
- *                                                                               the stack, top on the right
- *     }                      EMPTY_DICT   push an empty dictionary              {}
- *     X 04 00 00 00 'bias'   BINUNICODE   push "bias"                           {}  "bias"
- *     K 07                   BININT1      push 7                                {}  "bias"  7
- *     s                      SETITEM      the dictionary below them gets both   {"bias": 7}
+ *                                                                     the stack, top on the right
+ *     }                      EMPTY_DICT   push an empty dictionary      {}
+ *     X 04 00 00 00 'bias'   BINUNICODE   push "bias"                   {}  "bias"
+ *     K 07                   BININT1      push 7                        {}  "bias"  7
+ *     s                      SETITEM      put both in the dictionary    {"bias": 7}
  *
- * Two instructions make it dangerous. GLOBAL pushes anything that Python can import, by name; REDUCE calls what lies
- * on the stack. "os\nsystem" and a string are all that an attacker needs, and torch.load would oblige. That is no
- * accident: a tensor is stored as GLOBAL torch._utils._rebuild_tensor_v2, its arguments, REDUCE.
+ * Two instructions make it dangerous. GLOBAL pushes anything that Python can import, by name;
+ * REDUCE calls what lies on the stack. "os\nsystem" and a string are all that an attacker needs,
+ * and torch.load would oblige. That is no accident: a tensor is stored as GLOBAL
+ * torch._utils._rebuild_tensor_v2, its arguments, REDUCE.
  *
- * This machine imports nothing and calls nothing. It knows a few names and what their calls mean; any other name, and
- * whatever is built with it, becomes an opaque node, which later instructions may change without effect: checkpoints
- * hold random states, enumerations, loss scalers, none of which a model needs. Only where a weight or a number is
- * looked for is an opaque node an error. `convert inspect FILE --pickle` lists the program and says what each
- * instruction does.
+ * This machine imports nothing and calls nothing. It knows a few names and what their calls mean;
+ * any other name, and whatever is built with it, becomes an opaque node, which later instructions
+ * may change without effect: checkpoints hold random states, enumerations, loss scalers, none of
+ * which a model needs. Only where a weight or a number is looked for is an opaque node an error.
+ * `convert inspect FILE --pickle` lists the program and says what each instruction does.
  *
- * torch writes 32 different instructions, so no other is accepted. What is left to an attacker is arithmetic and
- * memory: every length is compared with the bytes that are there, every number of objects is limited, every walk is
- * bounded in depth and in steps, because a dictionary can hold itself, or itself twice, and so on 30 times.
- * ============================================================================================================= */
+ * torch writes 32 different instructions, so no other is accepted. What is left to an attacker is
+ * arithmetic and memory: every length is compared with the bytes that are there, every number of
+ * objects is limited, every walk is bounded in depth and in steps, because a dictionary can hold
+ * itself, or itself twice, and so on 30 times.
+ * ============================================================================================== */
 
 enum { MAX_NODES = 1 << 20, MAX_DEPTH = 40, MAX_NAME = 1024 };
 
-/* The number of a node. Node 0 is the mark, and stands for what is missing too: its type is none that anyone looks for,
- * so that what asks for item 3 of a tuple of 2 needs no test of its own. */
+/* The number of a node. Node 0 is the mark, and stands for what is missing too: its type is none
+ * that anyone looks for, so that what asks for item 3 of a tuple of 2 needs no test of its own. */
 typedef uint32_t Ref;
 
 /* clang-format off */
 typedef enum {
-    N_MARK, N_NONE, N_FLAG, N_INTEGER, N_REAL, N_STRING, N_TUPLE, N_LIST, N_DICT, N_GLOBAL, N_STORAGE, N_TENSOR,
-    N_NAMESPACE, N_OPAQUE
+    N_MARK, N_NONE, N_FLAG, N_INTEGER, N_REAL, N_STRING, N_TUPLE, N_LIST, N_DICT, N_GLOBAL,
+    N_STORAGE, N_TENSOR, N_NAMESPACE, N_OPAQUE
 } NodeType;
+static const char *const node_name[] = {
+    "mark", "None", "bool", "integer", "float", "string", "tuple", "list", "dict", "name",
+    "storage", "tensor", "namespace", "opaque"};
 /* clang-format on */
-static const char *const node_name[] = {"mark", "None", "bool", "integer", "float",  "string",    "tuple",
-                                        "list", "dict", "name", "storage", "tensor", "namespace", "opaque"};
 
 typedef struct {
     NodeType type;
-    uint32_t length;      /* of a string, in bytes; of a container, in items: a dict's keys and values both count */
-    uint32_t first, last; /* cells of a container; of a tensor, first is the tuple that it was made from */
+    uint32_t length;      /* of a string, in bytes; of a container, in items: keys count, too */
+    uint32_t first, last; /* cells of a container; of a tensor, first is the tuple of its making */
     union {
         long long integer; /* also a flag; of a storage its number */
         double real;
@@ -398,7 +436,7 @@ typedef struct {
     size_t key_length;
     Dtype dtype;
     size_t n;            /* elements */
-    size_t view, view_n; /* first element and number of the slice that is meant: in very old files not all of them */
+    size_t view, view_n; /* first element and number of the slice: in very old files not all */
     const char *data;    /* NULL: not found yet */
 } TorchStorage;
 
@@ -417,7 +455,8 @@ typedef struct {
     FILE *listing; /* NULL: none */
 } Pickle;
 
-__attribute__((noreturn, format(printf, 2, 3))) static void bad_pickle(const Pickle *p, const char *format, ...)
+__attribute__((noreturn, format(printf, 2, 3))) static void bad_pickle(const Pickle *p,
+                                                                       const char *format, ...)
 {
     char what[256];
     va_list args;
@@ -427,7 +466,7 @@ __attribute__((noreturn, format(printf, 2, 3))) static void bad_pickle(const Pic
     die("%s: its pickle is malformed at byte %zu: %s", p->path, p->at, what);
 }
 
-/* ---- Instructions ---------------------------------------------------------------------------------------------- */
+/* ---- Instructions ---------------------------------------------------------------------------- */
 
 /* clang-format off */
 typedef enum {
@@ -435,11 +474,12 @@ typedef enum {
 } Argument;
 
 enum {
-    PROTO = 0x80, STOP = '.', MARK = '(', NONE = 'N', NEWTRUE = 0x88, NEWFALSE = 0x89, BININT = 'J', BININT1 = 'K',
-    BININT2 = 'M', LONG1 = 0x8A, BINFLOAT = 'G', BINUNICODE = 'X', EMPTY_DICT = '}', EMPTY_LIST = ']',
-    EMPTY_TUPLE = ')', TUPLE = 't', TUPLE1 = 0x85, TUPLE2 = 0x86, TUPLE3 = 0x87, APPEND = 'a', APPENDS = 'e',
-    SETITEM = 's', SETITEMS = 'u', BINPUT = 'q', LONG_BINPUT = 'r', BINGET = 'h', LONG_BINGET = 'j', GLOBAL = 'c',
-    REDUCE = 'R', NEWOBJ = 0x81, BUILD = 'b', BINPERSID = 'Q'
+    PROTO = 0x80, STOP = '.', MARK = '(', NONE = 'N', NEWTRUE = 0x88, NEWFALSE = 0x89, BININT = 'J',
+    BININT1 = 'K', BININT2 = 'M', LONG1 = 0x8A, BINFLOAT = 'G', BINUNICODE = 'X', EMPTY_DICT = '}',
+    EMPTY_LIST = ']', EMPTY_TUPLE = ')', TUPLE = 't', TUPLE1 = 0x85, TUPLE2 = 0x86, TUPLE3 = 0x87,
+    APPEND = 'a', APPENDS = 'e', SETITEM = 's', SETITEMS = 'u', BINPUT = 'q', LONG_BINPUT = 'r',
+    BINGET = 'h', LONG_BINGET = 'j', GLOBAL = 'c', REDUCE = 'R', NEWOBJ = 0x81, BUILD = 'b',
+    BINPERSID = 'Q'
 };
 
 typedef struct {
@@ -470,9 +510,11 @@ static const Opcode opcodes[] = {
     {TUPLE2, "TUPLE2", NO_ARGUMENT, "pop two items, push a tuple of them"},
     {TUPLE3, "TUPLE3", NO_ARGUMENT, "pop three items, push a tuple of them"},
     {APPEND, "APPEND", NO_ARGUMENT, "pop an item, append it to the list below"},
-    {APPENDS, "APPENDS", NO_ARGUMENT, "pop the items above the mark, append them to the list below"},
+    {APPENDS, "APPENDS", NO_ARGUMENT,
+     "pop the items above the mark, append them to the list below"},
     {SETITEM, "SETITEM", NO_ARGUMENT, "pop key and value, put them into the dict below"},
-    {SETITEMS, "SETITEMS", NO_ARGUMENT, "pop keys and values above the mark, put them into the dict below"},
+    {SETITEMS, "SETITEMS", NO_ARGUMENT,
+     "pop keys and values above the mark, put them into the dict below"},
     {BINPUT, "BINPUT", UNSIGNED_1, "remember the top of the stack under this number"},
     {LONG_BINPUT, "LONG_BINPUT", UNSIGNED_4, "remember the top of the stack under this number"},
     {BINGET, "BINGET", UNSIGNED_1, "push what is remembered under this number"},
@@ -481,18 +523,22 @@ static const Opcode opcodes[] = {
     {REDUCE, "REDUCE", NO_ARGUMENT, "pop arguments and a callable, push what the call returns"},
     {NEWOBJ, "NEWOBJ", NO_ARGUMENT, "pop arguments and a class, push a new object of it"},
     {BUILD, "BUILD", NO_ARGUMENT, "pop a state, give it to the object below"},
-    {BINPERSID, "BINPERSID", NO_ARGUMENT, "pop an id, push what the file has under it outside of the pickle"},
-    /* So that a refusal can name them: those of older and newer protocols, or never written by torch. */
+    {BINPERSID, "BINPERSID", NO_ARGUMENT,
+     "pop an id, push what the file has under it outside of the pickle"},
+    /* So that a refusal can name them: those of older and newer protocols, or never written by
+     * torch. */
 #define REFUSED(code, name) {code, name, NO_ARGUMENT, NULL}
-    REFUSED('0', "POP"), REFUSED('1', "POP_MARK"), REFUSED('2', "DUP"), REFUSED('F', "FLOAT"), REFUSED('I', "INT"),
-    REFUSED('L', "LONG"), REFUSED('P', "PERSID"), REFUSED('S', "STRING"), REFUSED('T', "BINSTRING"),
-    REFUSED('U', "SHORT_BINSTRING"), REFUSED('V', "UNICODE"), REFUSED('d', "DICT"), REFUSED('g', "GET"),
-    REFUSED('i', "INST"), REFUSED('l', "LIST"), REFUSED('o', "OBJ"), REFUSED('p', "PUT"), REFUSED(0x82, "EXT1"),
-    REFUSED(0x83, "EXT2"), REFUSED(0x84, "EXT4"), REFUSED(0x8B, "LONG4"), REFUSED('B', "BINBYTES"),
+    REFUSED('0', "POP"), REFUSED('1', "POP_MARK"), REFUSED('2', "DUP"), REFUSED('F', "FLOAT"),
+    REFUSED('I', "INT"), REFUSED('L', "LONG"), REFUSED('P', "PERSID"), REFUSED('S', "STRING"),
+    REFUSED('T', "BINSTRING"), REFUSED('U', "SHORT_BINSTRING"), REFUSED('V', "UNICODE"),
+    REFUSED('d', "DICT"), REFUSED('g', "GET"), REFUSED('i', "INST"), REFUSED('l', "LIST"),
+    REFUSED('o', "OBJ"), REFUSED('p', "PUT"), REFUSED(0x82, "EXT1"), REFUSED(0x83, "EXT2"),
+    REFUSED(0x84, "EXT4"), REFUSED(0x8B, "LONG4"), REFUSED('B', "BINBYTES"),
     REFUSED('C', "SHORT_BINBYTES"), REFUSED(0x8C, "SHORT_BINUNICODE"), REFUSED(0x8D, "BINUNICODE8"),
-    REFUSED(0x8E, "BINBYTES8"), REFUSED(0x8F, "EMPTY_SET"), REFUSED(0x90, "ADDITEMS"), REFUSED(0x91, "FROZENSET"),
-    REFUSED(0x92, "NEWOBJ_EX"), REFUSED(0x93, "STACK_GLOBAL"), REFUSED(0x94, "MEMOIZE"), REFUSED(0x95, "FRAME"),
-    REFUSED(0x96, "BYTEARRAY8"), REFUSED(0x97, "NEXT_BUFFER"), REFUSED(0x98, "READONLY_BUFFER"),
+    REFUSED(0x8E, "BINBYTES8"), REFUSED(0x8F, "EMPTY_SET"), REFUSED(0x90, "ADDITEMS"),
+    REFUSED(0x91, "FROZENSET"), REFUSED(0x92, "NEWOBJ_EX"), REFUSED(0x93, "STACK_GLOBAL"),
+    REFUSED(0x94, "MEMOIZE"), REFUSED(0x95, "FRAME"), REFUSED(0x96, "BYTEARRAY8"),
+    REFUSED(0x97, "NEXT_BUFFER"), REFUSED(0x98, "READONLY_BUFFER"),
 #undef REFUSED
 };
 enum { N_OPCODES = sizeof opcodes / sizeof *opcodes };
@@ -512,14 +558,15 @@ static const Opcode *find_opcode(const Pickle *p, int code)
     while (op < opcodes + N_OPCODES && op->code != code) op++;
     int known = op < opcodes + N_OPCODES;
     if (known && op->effect) return op;
-    bad_pickle(p, "instruction 0x%02x (%s) is none that torch.save writes in protocol 2", (unsigned)code,
-               known ? op->name : "unknown");
+    bad_pickle(p, "instruction 0x%02x (%s) is none that torch.save writes in protocol 2",
+               (unsigned)code, known ? op->name : "unknown");
 }
 
 /* The next n bytes. */
 static const char *take(Pickle *p, size_t n)
 {
-    if (n > p->map.size - p->at) bad_pickle(p, "%zu more bytes are announced, %zu are left", n, p->map.size - p->at);
+    if (n > p->map.size - p->at)
+        bad_pickle(p, "%zu more bytes are announced, %zu are left", n, p->map.size - p->at);
     p->at += n;
     return p->map.data + p->at - n;
 }
@@ -527,7 +574,8 @@ static const char *take(Pickle *p, size_t n)
 /* A line of visible characters. */
 static size_t take_line(Pickle *p)
 {
-    const char *start = p->map.data + p->at, *end = (const char *)memchr(start, '\n', p->map.size - p->at);
+    const char *start = p->map.data + p->at,
+               *end = (const char *)memchr(start, '\n', p->map.size - p->at);
     size_t n = end ? (size_t)(end - start) : 0;
     for (size_t i = 0; i < n; i++)
         if (start[i] <= ' ' || start[i] > '~') n = 0;
@@ -576,7 +624,8 @@ static void list_instruction(const Pickle *p, size_t at, const Instruction *in)
 {
     FILE *f = p->listing;
     fprintf(f, "%9zu  %-11s ", at, in->op->name);
-    if (in->op->argument == BYTES_4) fputc('"', f), print_bytes(f, in->bytes, in->length, 60), fputc('"', f);
+    if (in->op->argument == BYTES_4)
+        fputc('"', f), print_bytes(f, in->bytes, in->length, 60), fputc('"', f);
     else if (in->op->argument == LINES) print_bytes(f, in->bytes, in->length, 120);
     else if (in->op->argument == BIG_ENDIAN_REAL) fprintf(f, "%.12g", in->real);
     else if (in->op->argument == LONG) fprintf(f, "(%zu bytes)", in->length);
@@ -584,11 +633,12 @@ static void list_instruction(const Pickle *p, size_t at, const Instruction *in)
     fprintf(f, "%s%s", in->op->argument == NO_ARGUMENT ? "" : "   ", in->op->effect);
 }
 
-/* ---- Objects --------------------------------------------------------------------------------------------------- */
+/* ---- Objects --------------------------------------------------------------------------------- */
 
 static Ref new_node(Pickle *p, NodeType type)
 {
-    if (p->nodes >= MAX_NODES || p->storages >= MAX_NODES) bad_pickle(p, "it builds more than %d objects", MAX_NODES);
+    if (p->nodes >= MAX_NODES || p->storages >= MAX_NODES)
+        bad_pickle(p, "it builds more than %d objects", MAX_NODES);
     pay(p->reading, p->path, 1, sizeof *p->node);
     p->node = (Node *)grow(p->node, p->nodes, &p->node_room, sizeof *p->node);
     memset(&p->node[p->nodes], 0, sizeof *p->node);
@@ -641,7 +691,8 @@ static void append(Pickle *p, Ref container, Ref value)
     c->last = (uint32_t)p->cells++;
 }
 
-/* Moves the top n items into a container. A value that is opaque swallows them; only a dict has keys. */
+/* Moves the top n items into a container. A value that is opaque swallows them; only a dict has
+ * keys. */
 static void move_items(Pickle *p, Ref container, NodeType wanted, size_t n)
 {
     NodeType type = p->node[container].type;
@@ -708,19 +759,21 @@ static void memo_put(Pickle *p, size_t index, Ref value)
 
 static Ref memo_get(const Pickle *p, size_t index)
 {
-    if (index >= p->memo_room || !p->memo[index]) bad_pickle(p, "nothing is remembered under number %zu", index);
+    if (index >= p->memo_room || !p->memo[index])
+        bad_pickle(p, "nothing is remembered under number %zu", index);
     return p->memo[index];
 }
 
-/* ---- Storages and tensors, as far as the pickle describes them ------------------------------------------------- */
+/* ---- Storages and tensors, as far as the pickle describes them ------------------------------- */
 
-/* A tensor in a file. Element (i, j, ..) is element i * stride[0] + j * stride[1] + .. of t.data: a transposed matrix
- * has the strides of its original exchanged, a slice of a larger one its strides, and neither has been copied. */
+/* A tensor in a file. Element (i, j, ..) is element i * stride[0] + j * stride[1] + .. of t.data: a
+ * transposed matrix has the strides of its original exchanged, a slice of a larger one its strides,
+ * and neither has been copied. */
 typedef struct {
     StoredTensor t;
     size_t stride[MAX_DIMS]; /* elements */
     size_t storage, offset;  /* number of the storage; element of it that comes first */
-    const Spec *spec;        /* which tensor of a GPT-2 it is, by its name (chapter 5); NULL: none */
+    const Spec *spec;        /* which tensor of a GPT-2 it is (chapter 5); NULL: none */
     size_t layer;
     int era;
 } View;
@@ -738,7 +791,8 @@ static const struct {
 static size_t size_of_node(const Pickle *p, Ref ref, const char *what)
 {
     const Node *n = &p->node[ref];
-    if (!ref || n->type != N_INTEGER || n->is.integer < 0) bad_pickle(p, "%s is no whole number from 0 up", what);
+    if (!ref || n->type != N_INTEGER || n->is.integer < 0)
+        bad_pickle(p, "%s is no whole number from 0 up", what);
     return (size_t)n->is.integer;
 }
 
@@ -752,26 +806,31 @@ static Dtype storage_dtype(const Pickle *p, Ref name)
     bad_pickle(p, "a storage is of an unknown type");
 }
 
-/* ('storage', torch.HalfStorage, key, 'cuda:0', elements[, view]): where it was does not matter any more. */
+/* ('storage', torch.HalfStorage, key, 'cuda:0', elements[, view]): where it was does not matter any
+ * more. */
 static Ref new_storage(Pickle *p, Ref id)
 {
     TorchStorage s;
     Ref key = item_at(p, id, 2), view = item_at(p, id, 5);
     size_t bytes, n = p->node[id].length;
     memset(&s, 0, sizeof s);
-    if (p->node[id].type != N_TUPLE || n < 5 || n > 6 || !is_string(p, item_at(p, id, 0), N_STRING, "storage") ||
-        p->node[key].type != N_STRING || p->node[key].length > 32 /* they are small numbers */ ||
+    if (p->node[id].type != N_TUPLE || n < 5 || n > 6 ||
+        !is_string(p, item_at(p, id, 0), N_STRING, "storage") || p->node[key].type != N_STRING ||
+        p->node[key].length > 32 /* they are small numbers */ ||
         p->node[item_at(p, id, 3)].type != N_STRING)
         bad_pickle(p, "a persistent id is not ('storage', type, key, location, elements)");
     s.key = p->node[key].is.string;
     s.key_length = p->node[key].length;
     s.dtype = storage_dtype(p, item_at(p, id, 1));
     s.n = s.view_n = size_of_node(p, item_at(p, id, 4), "the size of a storage");
-    if (__builtin_mul_overflow(s.n, dtype_size[s.dtype], &bytes)) bad_pickle(p, "a storage has more than 2^64 bytes");
-    if (n == 6 && p->node[view].type != N_NONE) { /* (key, offset, elements): a slice of a root storage */
+    if (__builtin_mul_overflow(s.n, dtype_size[s.dtype], &bytes))
+        bad_pickle(p, "a storage has more than 2^64 bytes");
+    /* (key, offset, elements): a slice of a root storage */
+    if (n == 6 && p->node[view].type != N_NONE) {
         s.view = size_of_node(p, item_at(p, view, 1), "the offset of a storage's view");
         s.view_n = size_of_node(p, item_at(p, view, 2), "the size of a storage's view");
-        if (s.view > s.n || s.view_n > s.n - s.view) bad_pickle(p, "the view of a storage reaches beyond it");
+        if (s.view > s.n || s.view_n > s.n - s.view)
+            bad_pickle(p, "the view of a storage reaches beyond it");
     }
     Ref ref = new_node(p, N_STORAGE);
     p->node[ref].is.integer = (long long)p->storages;
@@ -781,14 +840,15 @@ static Ref new_storage(Pickle *p, Ref id)
     return ref;
 }
 
-/* The view that _rebuild_tensor_v2(storage, offset, size, stride, ..) makes, without its data; dies unless all of it
- * lies in the storage. */
+/* The view that _rebuild_tensor_v2(storage, offset, size, stride, ..) makes, without its data; dies
+ * unless all of it lies in the storage. */
 static View describe_tensor(const Pickle *p, Ref args)
 {
     View v;
     Ref storage = item_at(p, args, 0), size = item_at(p, args, 2), stride = item_at(p, args, 3);
     memset(&v, 0, sizeof v);
-    if (p->node[storage].type != N_STORAGE || p->node[size].type != N_TUPLE || p->node[stride].type != N_TUPLE)
+    if (p->node[storage].type != N_STORAGE || p->node[size].type != N_TUPLE ||
+        p->node[stride].type != N_TUPLE)
         bad_pickle(p, "a tensor is not made of storage, offset, size and stride");
     v.storage = (size_t)p->node[storage].is.integer;
     const TorchStorage *s = &p->storage[v.storage];
@@ -796,7 +856,8 @@ static View describe_tensor(const Pickle *p, Ref args)
     v.t.path = p->path;
     v.t.dtype = s->dtype;
     v.t.dims = p->node[size].length;
-    if (v.t.dims > MAX_DIMS) bad_pickle(p, "a tensor has %zu dimensions: %d at most are possible", v.t.dims, MAX_DIMS);
+    if (v.t.dims > MAX_DIMS)
+        bad_pickle(p, "a tensor has %zu dimensions: %d at most are possible", v.t.dims, MAX_DIMS);
     if (v.t.dims != p->node[stride].length)
         bad_pickle(p, "a tensor has %zu sizes but %u strides", v.t.dims, p->node[stride].length);
     size_t last = v.offset, step;
@@ -805,24 +866,27 @@ static View describe_tensor(const Pickle *p, Ref args)
     for (size_t i = 0; i < v.t.dims; i++) {
         v.t.shape[i] = size_of_node(p, item_at(p, size, i), "the size of a tensor");
         v.stride[i] = size_of_node(p, item_at(p, stride, i), "the stride of a tensor");
-        wrong |= __builtin_mul_overflow(v.t.n, v.t.shape[i], &v.t.n) || (v.t.shape[i] > 1 && !v.stride[i]);
+        wrong |= __builtin_mul_overflow(v.t.n, v.t.shape[i], &v.t.n) ||
+                 (v.t.shape[i] > 1 && !v.stride[i]);
         if (!v.t.shape[i]) continue;
-        wrong |=
-            __builtin_mul_overflow(v.t.shape[i] - 1, v.stride[i], &step) || __builtin_add_overflow(last, step, &last);
+        wrong |= __builtin_mul_overflow(v.t.shape[i] - 1, v.stride[i], &step) ||
+                 __builtin_add_overflow(last, step, &last);
     }
     if (wrong || v.t.n > s->view_n || (v.t.n ? last >= s->view_n : v.offset > s->view_n))
-        bad_pickle(p, "a tensor reaches beyond the %zu elements of its storage, or overlaps itself", s->view_n);
+        bad_pickle(p, "a tensor reaches beyond the %zu elements of its storage, or overlaps itself",
+                   s->view_n);
     v.offset += s->view;
     v.t.bytes = v.t.n * dtype_size[v.t.dtype];
     return v;
 }
 
-/* ---- The machine ----------------------------------------------------------------------------------------------- */
+/* ---- The machine ----------------------------------------------------------------------------- */
 
 /* What a call returns. */
 static Ref call(Pickle *p, Ref callable, Ref args)
 {
-    static const char *const rebuilds[] = {"torch._utils\n_rebuild_tensor_v2", "torch._utils\n_rebuild_tensor"};
+    static const char *const rebuilds[] = {"torch._utils\n_rebuild_tensor_v2",
+                                           "torch._utils\n_rebuild_tensor"};
     static const char *const wraps[] = {"torch._utils\n_rebuild_parameter",
                                         "torch._utils\n_rebuild_parameter_with_state"};
     if (p->node[callable].type != N_GLOBAL && p->node[callable].type != N_OPAQUE)
@@ -835,17 +899,22 @@ static Ref call(Pickle *p, Ref callable, Ref args)
             p->node[tensor].first = args;
             return tensor;
         }
-        if (is_string(p, callable, N_GLOBAL, wraps[i]) && p->node[item_at(p, args, 0)].type == N_TENSOR)
+        if (is_string(p, callable, N_GLOBAL, wraps[i]) &&
+            p->node[item_at(p, args, 0)].type == N_TENSOR)
             return item_at(p, args, 0);
     }
     int empty = !p->node[args].length;
-    if (empty && is_string(p, callable, N_GLOBAL, "collections\nOrderedDict")) return new_node(p, N_DICT);
-    if (empty && is_string(p, callable, N_GLOBAL, "types\nSimpleNamespace")) return new_node(p, N_NAMESPACE);
-    if (empty && is_string(p, callable, N_GLOBAL, "argparse\nNamespace")) return new_node(p, N_NAMESPACE);
+    if (empty && is_string(p, callable, N_GLOBAL, "collections\nOrderedDict"))
+        return new_node(p, N_DICT);
+    if (empty && is_string(p, callable, N_GLOBAL, "types\nSimpleNamespace"))
+        return new_node(p, N_NAMESPACE);
+    if (empty && is_string(p, callable, N_GLOBAL, "argparse\nNamespace"))
+        return new_node(p, N_NAMESPACE);
     return new_node(p, N_OPAQUE);
 }
 
-/* A namespace is its __dict__; what else is told to a dict (its _metadata) or an opaque value is not needed. */
+/* A namespace is its __dict__; what else is told to a dict (its _metadata) or an opaque value is
+ * not needed. */
 static void build(Pickle *p, Ref state, Ref object)
 {
     Node *o = &p->node[object];
@@ -854,7 +923,8 @@ static void build(Pickle *p, Ref state, Ref object)
         o->last = p->node[state].last;
         o->length = p->node[state].length;
     } else if (o->type != N_OPAQUE && o->type != N_DICT && o->type != N_TENSOR)
-        bad_pickle(p, "a %s gets a %s as its state", node_name[o->type], node_name[p->node[state].type]);
+        bad_pickle(p, "a %s gets a %s as its state", node_name[o->type],
+                   node_name[p->node[state].type]);
 }
 
 static void push_literal(Pickle *p, const Instruction *in)
@@ -874,12 +944,14 @@ static void push_literal(Pickle *p, const Instruction *in)
     case LONG1: /* more than 64 bits: no number that we could need */
         n.type = in->length > 8 ? N_OPAQUE : N_INTEGER;
         if (n.type == N_INTEGER) n.is.integer = (long long)number_at(in->bytes, (int)in->length);
-        if (in->length && in->length < 8 && in->bytes[in->length - 1] & 0x80) n.is.integer -= 1LL << 8 * in->length;
+        if (in->length && in->length < 8 && in->bytes[in->length - 1] & 0x80)
+            n.is.integer -= 1LL << 8 * in->length;
         break;
     case BINUNICODE:
         n.type = N_STRING, n.is.string = in->bytes, n.length = (uint32_t)in->length;
         for (size_t i = 0, step; i < in->length; i += step)
-            if (!(step = utf8_length(in->bytes + i, in->length - i))) bad_pickle(p, "a string is not UTF-8");
+            if (!(step = utf8_length(in->bytes + i, in->length - i)))
+                bad_pickle(p, "a string is not UTF-8");
         break;
     default: n.type = N_INTEGER; /* BININT, BININT1, BININT2 */
     }
@@ -904,7 +976,8 @@ static void execute(Pickle *p, const Instruction *in)
     size_t n;
     switch (in->op->code) {
     case PROTO:
-        if (in->integer != 2) bad_pickle(p, "it is written in protocol %lld, not in torch.save's 2", in->integer);
+        if (in->integer != 2)
+            bad_pickle(p, "it is written in protocol %lld, not in torch.save's 2", in->integer);
         break;
     case STOP: break;
     case MARK: push(p, 0); break;
@@ -949,7 +1022,8 @@ static int compare_keys(const void *a, const void *b)
     const Node *x = *(const Node *const *)a, *y = *(const Node *const *)b;
     int order = (x->type > y->type) - (x->type < y->type);
     if (order) return order;
-    if (x->type < N_STRING) return (x->is.integer > y->is.integer) - (x->is.integer < y->is.integer);
+    if (x->type < N_STRING)
+        return (x->is.integer > y->is.integer) - (x->is.integer < y->is.integer);
     if (x->type != N_STRING) return (x > y) - (x < y);
     order = memcmp(x->is.string, y->is.string, min_size(x->length, y->length));
     return order ? order : (x->length > y->length) - (x->length < y->length);
@@ -969,13 +1043,15 @@ static void refuse_duplicate_keys(const Pickle *p, Ref dict)
     qsort(key, n, sizeof *key, compare_keys);
     for (size_t i = 1; i < n; i++)
         if (!compare_keys(&key[i - 1], &key[i])) {
-            if (key[i]->type != N_STRING) bad_pickle(p, "a dict has one %s twice as a key", node_name[key[i]->type]);
+            if (key[i]->type != N_STRING)
+                bad_pickle(p, "a dict has one %s twice as a key", node_name[key[i]->type]);
             bad_pickle(p, "a dict has the key %.*s twice", SHOW(key[i]));
         }
     free(key);
 }
 
-/* Runs the program at p->at, which builds `what`; returns its result. The objects of earlier programs stay. */
+/* Runs the program at p->at, which builds `what`; returns its result. The objects of earlier
+ * programs stay. */
 static Ref run_pickle(Pickle *p, const char *what)
 {
     Instruction in;
@@ -986,7 +1062,8 @@ static Ref run_pickle(Pickle *p, const char *what)
     do {
         size_t at = p->at;
         in = next_instruction(p);
-        if ((in.op->code == PROTO) != (at == p->start)) bad_pickle(p, "PROTO belongs at the start, and only there");
+        if ((in.op->code == PROTO) != (at == p->start))
+            bad_pickle(p, "PROTO belongs at the start, and only there");
         if (p->listing) list_instruction(p, at, &in);
         execute(p, &in);
         if (p->listing) fputc('\n', p->listing);
@@ -1007,19 +1084,21 @@ static void pickle_free(Pickle *p)
     memset(p, 0, sizeof *p);
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 3. torch.save: a pickle and storages
  *
- * The numbers are not in the pickle. They lie beside it as storages, plain little-endian arrays, each under a key.
- * The pickle holds an id for each, and tensors are views of them, with offset, size and strides in elements:
+ * The numbers are not in the pickle. They lie beside it as storages, plain little-endian arrays,
+ * each under a key. The pickle holds an id for each, and tensors are views of them, with offset,
+ * size and strides in elements:
  *
  *     storage '7'  a b c d e f g h i j k l
  *     a matrix             size (3, 4)  stride (4, 1)  offset 0     a b c d / e f g h / i j k l
  *     its transpose        size (4, 3)  stride (1, 4)  offset 0     a e i / b f j / c g k / d h l
  *     its right half       size (3, 2)  stride (4, 1)  offset 2     c d / g h / k l
  *
- * One storage may serve several tensors, and be larger than they: the reader must follow the strides. The program for a
- * matrix of 16 x 8, as `convert inspect FILE --pickle` lists it, without the words behind each line:
+ * One storage may serve several tensors, and be larger than they: the reader must follow the
+ * strides. The program for a matrix of 16 x 8, as `convert inspect FILE --pickle` lists it, without
+ * the words behind each line:
  *
  *     GLOBAL      torch._utils._rebuild_tensor_v2     what will be called ..
  *     MARK                                            .. with these arguments:
@@ -1035,18 +1114,18 @@ static void pickle_free(Pickle *p)
  *     BININT1     16, BININT1 8, TUPLE2               size
  *     BININT1     8, BININT1 1, TUPLE2                stride
  *     NEWFALSE                                        no gradient is wanted
- *     GLOBAL      collections.OrderedDict             no hooks: an empty dictionary is made by a call, too
+ *     GLOBAL      collections.OrderedDict             no hooks: a call makes an empty dict, too
  *     EMPTY_TUPLE, REDUCE
  *     TUPLE                                           all arguments
  *     REDUCE                                          the call
  *
  * There are two containers. Until torch 1.5 a file was five pickles and the storages, back to back:
  *
- *     | a magic number | 1001 | {little_endian: ..} | the object | [keys] | count, numbers | count, numbers | ..
+ *     | magic number | 1001 | {little_endian: ..} | the object | [keys] | count, numbers | ..
  *
- * Since torch 1.6 it is a zip archive NAME/data.pkl, NAME/data/0, NAME/data/1, .., NAME/version; newer versions add
- * NAME/byteorder and more.
- * ============================================================================================================= */
+ * Since torch 1.6 it is a zip archive NAME/data.pkl, NAME/data/0, NAME/data/1, .., NAME/version;
+ * newer versions add NAME/byteorder and more.
+ * ============================================================================================== */
 
 enum { MAX_TENSORS = 1 << 16 };
 
@@ -1062,11 +1141,15 @@ typedef struct {
     size_t views, view_room;
 } Shard;
 
-/* protocol 2, a long integer of 10 bytes, the magic number, stop: the first pickle of a legacy file */
+/* protocol 2, a long integer of 10 bytes, the magic number, stop: the first pickle of a legacy
+ * file */
 static const char legacy_start[] = "\x80\x02\x8A\x0A\x6C\xFC\x9C\x46\xF9\x20\x6A\xA8\x50\x19.";
 enum { LEGACY_START = sizeof legacy_start - 1 };
 
-static int is_legacy(Map map) { return map.size >= LEGACY_START && !memcmp(map.data, legacy_start, LEGACY_START); }
+static int is_legacy(Map map)
+{
+    return map.size >= LEGACY_START && !memcmp(map.data, legacy_start, LEGACY_START);
+}
 
 static int compare_storages(const void *a, const void *b)
 {
@@ -1075,7 +1158,8 @@ static int compare_storages(const void *a, const void *b)
     return order ? order : (x->key_length > y->key_length) - (x->key_length < y->key_length);
 }
 
-/* A storage is named once for each tensor. Lists them by key, and checks that equal keys mean the same. */
+/* A storage is named once for each tensor. Lists them by key, and checks that equal keys mean the
+ * same. */
 static TorchStorage **sort_storages(const Pickle *p)
 {
     TorchStorage **list = (TorchStorage **)xcalloc(p->storages, sizeof *list);
@@ -1100,14 +1184,15 @@ static void place_storage(Pickle *p, TorchStorage *const *list, const Node *name
     if ((*at)->data) die("%s: storage %.*s is listed twice", p->path, SHOW(name));
     size_t count = (size_t)number_at(take(p, 8), 8), bytes = (*at)->n * dtype_size[(*at)->dtype];
     if (count != (*at)->n)
-        die("%s: storage %.*s begins with a count of %zu elements, but its tensors ask for %zu", p->path, SHOW(name),
-            count, (*at)->n);
+        die("%s: storage %.*s begins with a count of %zu elements, but its tensors ask for %zu",
+            p->path, SHOW(name), count, (*at)->n);
     if (bytes > p->map.size - p->at)
-        die("%s: storage %.*s needs %zu bytes, but the file ends after %zu: it is cut short", p->path, SHOW(name),
-            bytes, p->map.size - p->at);
+        die("%s: storage %.*s needs %zu bytes, but the file ends after %zu: it is cut short",
+            p->path, SHOW(name), bytes, p->map.size - p->at);
     const char *data = take(p, bytes);
     while (at > list && !compare_storages(at - 1, &wanted)) at--;
-    for (; at < list + p->storages && !compare_storages(at, &wanted); at++) ((TorchStorage *)*at)->data = data;
+    for (; at < list + p->storages && !compare_storages(at, &wanted); at++)
+        ((TorchStorage *)*at)->data = data;
 }
 
 static void open_legacy(Shard *s)
@@ -1127,7 +1212,8 @@ static void open_legacy(Shard *s)
     for (uint32_t cell = p->node[keys].first; cell; cell = p->cell[cell].next)
         place_storage(p, list, &p->node[p->cell[cell].value]);
     for (size_t i = 0; i < p->storages; i++)
-        if (!p->storage[i].data) die("%s: a tensor's storage is not in the list of storages", s->path);
+        if (!p->storage[i].data)
+            die("%s: a tensor's storage is not in the list of storages", s->path);
     free(list); /* bytes behind the last storage are allowed, as torch does */
 }
 
@@ -1165,7 +1251,9 @@ static void open_container(Shard *s)
     Pickle *p = &s->pickle;
     Member *order = torch_member(s, "byteorder");
     if (torch_member(s, "constants.pkl"))
-        die("%s is a TorchScript archive, a program: a checkpoint written by torch.save is expected", s->path);
+        die("%s is a TorchScript archive, a program: a checkpoint written by torch.save is "
+            "expected",
+            s->path);
     if (order) {
         Map map = zip_read(&s->zip, order);
         if (map.size != 6 || memcmp(map.data, "little", 6))
@@ -1173,15 +1261,16 @@ static void open_container(Shard *s)
     }
     p->map = zip_read(&s->zip, torch_member(s, "data.pkl"));
     s->root = run_pickle(p, "the object");
-    if (p->at < p->map.size) die("%s: %zu bytes follow its pickle's end", s->path, p->map.size - p->at);
+    if (p->at < p->map.size)
+        die("%s: %zu bytes follow its pickle's end", s->path, p->map.size - p->at);
     free(sort_storages(p));
     for (size_t i = 0; i < p->storages; i++) {
         const TorchStorage *storage = &p->storage[i];
         const Member *m = storage_member(s, storage);
         if (!m) die("%s: the member that is storage %zu of its tensors is missing", s->path, i);
         if (m->size != storage->n * dtype_size[storage->dtype])
-            die("%s: member %s has %zu bytes, but its tensors ask for %zu", s->path, m->name, m->size,
-                storage->n * dtype_size[storage->dtype]);
+            die("%s: member %s has %zu bytes, but its tensors ask for %zu", s->path, m->name,
+                m->size, storage->n * dtype_size[storage->dtype]);
     }
 }
 
@@ -1205,22 +1294,26 @@ static View *add_view(Shard *s, const char *name)
     return v;
 }
 
-/* Collects the tensors of a state dict and the dicts in it; their keys, joined by dots, are the tensors' names. */
+/* Collects the tensors of a state dict and the dicts in it; their keys, joined by dots, are the
+ * tensors' names. */
 static void collect_tensors(Shard *s, Ref dict, char name[MAX_NAME], int depth, size_t *steps)
 {
     const Pickle *p = &s->pickle;
     size_t start = strlen(name);
     if (depth >= MAX_DEPTH)
-        die("%s: its dicts are more than %d levels deep, or one contains itself", s->path, MAX_DEPTH);
+        die("%s: its dicts are more than %d levels deep, or one contains itself", s->path,
+            MAX_DEPTH);
     for (uint32_t cell = p->node[dict].first, value; cell; cell = p->cell[value].next) {
         const Node *key = &p->node[p->cell[cell].value];
         value = p->cell[cell].next;
         if (key->type != N_STRING)
-            die("%s: a %s is the name of a tensor in %s", s->path, node_name[key->type], start ? name : "it");
+            die("%s: a %s is the name of a tensor in %s", s->path, node_name[key->type],
+                start ? name : "it");
         if (++*steps > p->nodes) die("%s: its dicts contain one another too often", s->path);
         if (start + key->length + 2 > MAX_NAME || memchr(key->is.string, 0, key->length))
             die("%s: the name %.*s of a tensor is too long", s->path, SHOW(key));
-        snprintf(name + start, MAX_NAME - start, "%s%.*s", start ? "." : "", (int)key->length, key->is.string);
+        snprintf(name + start, MAX_NAME - start, "%s%.*s", start ? "." : "", (int)key->length,
+                 key->is.string);
         const Node *node = &p->node[p->cell[value].value];
         size_t n = strlen(name), extra = sizeof "_extra_state" - 1;
         if (n >= extra && !strcmp(name + n - extra, "_extra_state"))
@@ -1231,13 +1324,14 @@ static void collect_tensors(Shard *s, Ref dict, char name[MAX_NAME], int depth, 
             described.t.name = v->t.name;
             *v = described;
         } else
-            die("%s: under the name %.120s a tensor is expected, not a value of type %s", s->path, name,
-                node_name[node->type]);
+            die("%s: under the name %.120s a tensor is expected, not a value of type %s", s->path,
+                name, node_name[node->type]);
     }
     name[start] = 0;
 }
 
-/* Opens a file that torch.save has written: s has its path and its map, which stay their owner's. */
+/* Opens a file that torch.save has written: s has its path and its map, which stay their
+ * owner's. */
 static void shard_open(Shard *s, Reading *reading)
 {
     const char *path = s->path;
@@ -1253,17 +1347,21 @@ static void shard_open(Shard *s, Reading *reading)
                     ? "; it is a git-lfs pointer: fetch the file itself with git lfs pull"
                     : "");
         s->zip = zip_open(path, s->map, reading);
-        if (!find_torch_name(s->name, &s->zip)) die("%s is a zip archive without a pickle data.pkl", path);
+        if (!find_torch_name(s->name, &s->zip))
+            die("%s is a zip archive without a pickle data.pkl", path);
         open_container(s);
     }
     char name[MAX_NAME] = "";
     size_t steps = 0;
     Ref model = dict_get(&s->pickle, s->root, "model");
     if (dict_get(&s->pickle, s->root, "model0"))
-        die("%s holds parts of a virtual pipeline (model0, ..): load and save it in Megatron without one", path);
+        die("%s holds parts of a virtual pipeline (model0, ..): load and save it in Megatron "
+            "without one",
+            path);
     if (!model) model = s->root; /* pytorch_model.bin is nothing but a state dict */
     if (s->pickle.node[model].type != N_DICT)
-        die("%s: a dict of tensors is expected, not a %s", path, node_name[s->pickle.node[model].type]);
+        die("%s: a dict of tensors is expected, not a %s", path,
+            node_name[s->pickle.node[model].type]);
     collect_tensors(s, model, name, 0, &steps);
     for (size_t i = 0; i < s->views; i++) {
         const TorchStorage *storage = &s->pickle.storage[s->view[i].storage];
@@ -1274,8 +1372,10 @@ static void shard_open(Shard *s, Reading *reading)
         if (s->zip.member[i].wanted) zip_read(&s->zip, &s->zip.member[i]);
     size_t all = 0, there = s->zip.members ? 0 : s->map.size;
     for (size_t i = 0; i < s->views; i++) find_data(s, &s->view[i]), all += s->view[i].t.bytes;
-    for (size_t i = 0; i < s->zip.members; i++) there += s->zip.member[i].wanted ? s->zip.member[i].size : 0;
-    if (all > 4 * there) /* tied weights are there twice; 65536 views of one storage would keep us busy for hours */
+    for (size_t i = 0; i < s->zip.members; i++)
+        there += s->zip.member[i].wanted ? s->zip.member[i].size : 0;
+    /* tied weights are there twice; 65536 views of one storage would keep us busy for hours */
+    if (all > 4 * there)
         die("%s: its tensors have %zu bytes, but are views of only %zu", path, all, there);
 }
 
@@ -1300,18 +1400,19 @@ static void shard_close(Shard *s)
     free((void *)s->path);
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 4. Slices: a file for each rank, and how to find them (chapter 7 joins them)
  *
  *     ROOT/latest_checkpointed_iteration.txt          "release", or the number of an iteration
  *     ROOT/release/                                   or iter_0500000/
- *         mp_rank_00/model_optim_rng.pt               tensor rank 0; with stages mp_rank_00_000, rank 0 of stage 0
+ *         mp_rank_00/model_optim_rng.pt               tensor rank 0; with stages mp_rank_00_000
  *         mp_rank_01/model_optim_rng.pt
  *
- * The same tree may stand in a zip archive, as NVIDIA distributes it, and any part of the path may be named instead
- * of the root. From 2022 to 2023 the file was called model_rng.pt if the optimizer was distributed, and lay among
- * folders mp_rank_00_000 of data ranks with an optim.pt each: the file's name tells who is who, not the folder's.
- * ============================================================================================================= */
+ * The same tree may stand in a zip archive, as NVIDIA distributes it, and any part of the path may
+ * be named instead of the root. From 2022 to 2023 the file was called model_rng.pt if the optimizer
+ * was distributed, and lay among folders mp_rank_00_000 of data ranks with an optim.pt each: the
+ * file's name tells who is who, not the folder's.
+ * ============================================================================================== */
 
 static const char tracker[] = "latest_checkpointed_iteration.txt";
 enum { MAX_SHARDS = 4096, MAX_TRACKER = 64 };
@@ -1334,7 +1435,8 @@ static int is_iteration(const char *name)
            (!strncmp(name, "iter_", 5) && name[5] && !name[5 + strspn(name + 5, "0123456789")]);
 }
 
-/* The numbers in mp_rank_00 or mp_rank_00_000; returns how many there are, 0 if this is another name. */
+/* The numbers in mp_rank_00 or mp_rank_00_000; returns how many there are, 0 if this is another
+ * name. */
 static int rank_numbers(const char *name, size_t number[3])
 {
     int n = 0;
@@ -1357,7 +1459,8 @@ static void list_folder(Paths *list, const char *root, const char *below, int de
     if (!stream && !depth) die("cannot open the folder %s: %s", root, strerror(errno));
     for (struct dirent *entry; stream && (entry = readdir(stream));) {
         const char *name = entry->d_name;
-        if (snprintf(path, sizeof path, "%s%s", below, name) >= PATH_MAX - 1) die("a path in %s is too long", root);
+        if (snprintf(path, sizeof path, "%s%s", below, name) >= PATH_MAX - 1)
+            die("a path in %s is too long", root);
         list_path(list, path);
         if (depth == 2 || (!is_iteration(name) && !rank_numbers(name, number))) continue;
         strcat(path, "/");
@@ -1366,16 +1469,21 @@ static void list_folder(Paths *list, const char *root, const char *below, int de
     if (stream) closedir(stream);
 }
 
-static const char *base_name(const char *path) { return strrchr(path, '/') ? strrchr(path, '/') + 1 : path; }
+static const char *base_name(const char *path)
+{
+    return strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
+}
 
 /* The bytes of a file below a folder, or in an archive if there is one. */
 static Map read_below(const char *folder, Zip *archive, const char *name)
 {
     char path[PATH_MAX];
-    return archive->members ? zip_read(archive, zip_find(archive, name)) : map_file(join_path(path, folder, name));
+    return archive->members ? zip_read(archive, zip_find(archive, name))
+                            : map_file(join_path(path, folder, name));
 }
 
-/* Reads a tracker: a word that becomes part of a path, so nothing but the two forms is let through. */
+/* Reads a tracker: a word that becomes part of a path, so nothing but the two forms is let
+ * through. */
 static void read_tracker(char iteration[MAX_TRACKER], const char *path, Map map)
 {
     char word[MAX_TRACKER] = "";
@@ -1384,26 +1492,31 @@ static void read_tracker(char iteration[MAX_TRACKER], const char *path, Map map)
     while (n && strchr(" \r\n", word[n - 1])) word[--n] = 0;
     size_t digits = strspn(word, "0123456789");
     int release = !strcmp(word, "release");
-    if (map.size >= MAX_TRACKER || strlen(word) != n || (!release && (!n || digits < n || n > 9 || !atoi(word))))
-        die("%s: %s holds neither \"release\" nor the number of an iteration from 1 up", path, tracker);
+    if (map.size >= MAX_TRACKER || strlen(word) != n ||
+        (!release && (!n || digits < n || n > 9 || !atoi(word))))
+        die("%s: %s holds neither \"release\" nor the number of an iteration from 1 up", path,
+            tracker);
     snprintf(iteration, MAX_TRACKER, "iter_%07d", release ? 0 : atoi(word));
     if (release) memcpy(iteration, word, sizeof word);
 }
 
 /* The folder that the outermost tracker names, with a slash; "" if there is no tracker. */
-static void follow_tracker(char iteration[PATH_MAX], const Paths *list, const char *folder, Zip *archive)
+static void follow_tracker(char iteration[PATH_MAX], const Paths *list, const char *folder,
+                           Zip *archive)
 {
     const char *found = NULL;
     char name[MAX_TRACKER];
     for (size_t i = 0; i < list->n; i++)
-        if (!strcmp(base_name(list->path[i]), tracker) && (!found || strlen(list->path[i]) < strlen(found)))
+        if (!strcmp(base_name(list->path[i]), tracker) &&
+            (!found || strlen(list->path[i]) < strlen(found)))
             found = list->path[i];
     *iteration = 0;
     if (!found) return;
     Map map = read_below(folder, archive, found);
     read_tracker(name, folder, map);
     if (!archive->members) unmap_file(map);
-    if (snprintf(iteration, PATH_MAX, "%.*s%s/", (int)(base_name(found) - found), found, name) >= PATH_MAX)
+    if (snprintf(iteration, PATH_MAX, "%.*s%s/", (int)(base_name(found) - found), found, name) >=
+        PATH_MAX)
         die("a path in %s is too long", folder);
 }
 
@@ -1432,17 +1545,21 @@ static int find_rank(RankFile *file, const char *path)
     return 1;
 }
 
-__attribute__((noreturn)) static void no_checkpoint(const Paths *list, const char *folder, const char *iteration)
+__attribute__((noreturn)) static void no_checkpoint(const Paths *list, const char *folder,
+                                                    const char *iteration)
 {
     for (size_t i = 0; i < list->n; i++)
         if (strstr(list->path[i], ".distcp") || !strcmp(base_name(list->path[i]), "metadata.json"))
-            die("%s is a torch_dist checkpoint: load it in Megatron, and save it with --ckpt-format torch", folder);
-    die("%s: no mp_rank_.. folder%s%s holds a model_optim_rng.pt or model_rng.pt: it is no checkpoint", folder,
-        *iteration ? " in " : "", iteration);
+            die("%s is a torch_dist checkpoint: load it in Megatron, and save it with "
+                "--ckpt-format torch",
+                folder);
+    die("%s: no mp_rank_.. folder%s%s holds a model_optim_rng.pt or model_rng.pt: it is no "
+        "checkpoint",
+        folder, *iteration ? " in " : "", iteration);
 }
 
-/* The ranks' files of a checkpoint, in the order of ranks: all tensor ranks of stage 0 come first. The caller frees the
- * list. */
+/* The ranks' files of a checkpoint, in the order of ranks: all tensor ranks of stage 0 come first.
+ * The caller frees the list. */
 static const char **find_ranks(const Paths *list, Layout *layout, const char *folder, Zip *archive)
 {
     char iteration[PATH_MAX];
@@ -1450,19 +1567,23 @@ static const char **find_ranks(const Paths *list, Layout *layout, const char *fo
     RankFile *file = (RankFile *)xcalloc(list->n, sizeof *file);
     follow_tracker(iteration, list, folder, archive);
     for (size_t i = 0; i < list->n; i++)
-        if (!strncmp(list->path[i], iteration, strlen(iteration))) n += (size_t)find_rank(&file[n], list->path[i]);
+        if (!strncmp(list->path[i], iteration, strlen(iteration)))
+            n += (size_t)find_rank(&file[n], list->path[i]);
     if (!n) no_checkpoint(list, folder, iteration);
     for (size_t i = 0; i < n; i++) {
         tp = max_size(tp, file[i].tp + 1), pp = max_size(pp, file[i].pp + 1);
-        if (file[i].iteration != file[0].iteration || strncmp(file[i].path, file[0].path, file[0].iteration))
-            die("%s holds several iterations, of %s and of %s, and no %s: name one of them", folder, file[0].path,
-                file[i].path, tracker);
+        if (file[i].iteration != file[0].iteration ||
+            strncmp(file[i].path, file[0].path, file[0].iteration))
+            die("%s holds several iterations, of %s and of %s, and no %s: name one of them", folder,
+                file[0].path, file[i].path, tracker);
         if (file[i].numbers == 3 || file[i].numbers != file[0].numbers)
-            die("%s: %s does not fit its neighbours: all mp_rank_00 or all mp_rank_00_000 is expected", folder,
-                file[i].path);
+            die("%s: %s does not fit its neighbours: all mp_rank_00 or all mp_rank_00_000 is "
+                "expected",
+                folder, file[i].path);
     }
     if (n > MAX_SHARDS || tp * pp > n)
-        die("%s: the folders' numbers go up to %zu tensor ranks x %zu stages, but %zu have a model", folder, tp, pp, n);
+        die("%s: the folders' numbers go up to %zu tensor ranks x %zu stages, but %zu have a model",
+            folder, tp, pp, n);
     const char **ordered = (const char **)xcalloc(tp * pp, sizeof *ordered);
     for (size_t i = 0; i < n; i++) {
         const char **slot = &ordered[file[i].pp * tp + file[i].tp];
@@ -1474,9 +1595,10 @@ static const char **find_ranks(const Paths *list, Layout *layout, const char *fo
     return ordered;
 }
 
-/* ---- The input, whatever it is --------------------------------------------------------------------------------- */
+/* ---- The input, whatever it is --------------------------------------------------------------- */
 
-/* Its files of tensors: one for each rank of Megatron's, or all that Hugging Face cut a model into. */
+/* Its files of tensors: one for each rank of Megatron's, or all that Hugging Face cut a model
+ * into. */
 typedef struct {
     const char *path;
     const char *container; /* in words */
@@ -1559,12 +1681,13 @@ static void open_bins(Source *s)
 /* A folder of Hugging Face's holds config.json and weights. Returns 0 if this is another one. */
 static int open_hugging_face(Source *s)
 {
-    static const char *const weights[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                                          "pytorch_model.bin.index.json"};
+    static const char *const weights[] = {"model.safetensors", "model.safetensors.index.json",
+                                          "pytorch_model.bin", "pytorch_model.bin.index.json"};
     int found = 0;
     while (found < 4 && !file_exists(s->path, weights[found])) found++;
     if (found == 4) return 0;
-    if (!file_exists(s->path, "config.json")) die("%s holds %s, but no config.json", s->path, weights[found]);
+    if (!file_exists(s->path, "config.json"))
+        die("%s holds %s, but no config.json", s->path, weights[found]);
     s->folder = 1;
     if (found < 2) {
         Map none = {"", 0};
@@ -1586,15 +1709,17 @@ static void open_ranks(Source *s)
     const char **file = find_ranks(&list, &s->layout, s->path, &s->archive);
     for (int i = 0; i < s->layout.tp * s->layout.pp; i++) {
         join_path(path, s->path, file[i]);
-        add_shard(s, path, s->archive.members ? read_below(s->path, &s->archive, file[i]) : map_input(s, path));
+        add_shard(s, path,
+                  s->archive.members ? read_below(s->path, &s->archive, file[i])
+                                     : map_input(s, path));
     }
     for (size_t i = 0; i < list.n; i++) free(list.path[i]);
     free(list.path), free(file);
     open_all(s);
 }
 
-/* Opens what path names, recognised by content. scratch: a folder for what must be inflated; listing: where pickles
- * are listed as they run, or NULL. */
+/* Opens what path names, recognised by content. scratch: a folder for what must be inflated;
+ * listing: where pickles are listed as they run, or NULL. */
 static void source_open(Source *s, const char *path, const char *scratch, FILE *listing)
 {
     struct stat st;
@@ -1623,7 +1748,8 @@ static void source_open(Source *s, const char *path, const char *scratch, FILE *
 static void source_close(Source *s)
 {
     for (size_t i = 0; i < s->shards; i++) {
-        if (!s->map.size) unmap_file(s->shard[i].map); /* else it is in the archive, or is the file itself */
+        /* else it is in the archive, or is the file itself */
+        if (!s->map.size) unmap_file(s->shard[i].map);
         shard_close(&s->shard[i]);
     }
     zip_close(&s->archive);
@@ -1632,23 +1758,24 @@ static void source_close(Source *s)
     free(s->shard);
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 5. Eras: what Megatron called its tensors
  *
- * The model has not changed since 2019; its names have, five times. The columns follow the table of chapter 4 of
- * megatron_gpt2.c: "weight" or "bias" is added to each name. TransformerEngine fuses a LayerNorm with the matrix
- * behind it, so that the LayerNorm's parameters bear the matrix's name.
+ * The model has not changed since 2019; its names have, five times. The columns follow the table of
+ * chapter 4 of megatron_gpt2.c: "weight" or "bias" is added to each name. TransformerEngine fuses a
+ * LayerNorm with the matrix behind it, so that the LayerNorm's parameters bear the matrix's name.
  *
- * The names tell nothing of the order of the rows of Q, K and V: that is the checkpoint's version (chapter 7).
- * ============================================================================================================= */
+ * The names tell nothing of the order of the rows of Q, K and V: that is the checkpoint's version
+ * (chapter 7).
+ * ============================================================================================== */
 
 enum { N_STEMS = 9 };
 
 /* The tensors by their Hugging Face names. */
 /* clang-format off */
 static const char *const stems[N_STEMS] = {
-    "wte.", "wpe.", "h.%zu.ln_1.", "h.%zu.attn.c_attn.", "h.%zu.attn.c_proj.", "h.%zu.ln_2.", "h.%zu.mlp.c_fc.",
-    "h.%zu.mlp.c_proj.", "ln_f."};
+    "wte.", "wpe.", "h.%zu.ln_1.", "h.%zu.attn.c_attn.", "h.%zu.attn.c_proj.", "h.%zu.ln_2.",
+    "h.%zu.mlp.c_fc.", "h.%zu.mlp.c_proj.", "ln_f."};
 /* clang-format on */
 
 typedef struct {
@@ -1667,25 +1794,25 @@ static const Era eras[] = {
       "attention.dense.", "post_attention_layernorm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.",
       "final_layernorm."}},
     {"January 2021, encoder", "language_model.embedding.", "language_model.encoder.",
-     {"word_embeddings.", "position_embeddings.", "input_layernorm.", "self_attention.query_key_value.",
-      "self_attention.dense.", "post_attention_layernorm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.",
-      "final_layernorm."}},
+     {"word_embeddings.", "position_embeddings.", "input_layernorm.",
+      "self_attention.query_key_value.", "self_attention.dense.", "post_attention_layernorm.",
+      "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.", "final_layernorm."}},
     {"September 2023, encoder", "language_model.embedding.", "language_model.encoder.",
      {"word_embeddings.", "position_embeddings.", "input_norm.", "self_attention.query_key_value.",
       "self_attention.dense.", "post_attention_norm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.",
       "final_norm."}},
     {"2023, encoder with TransformerEngine", "language_model.embedding.", "language_model.encoder.",
      {"word_embeddings.", "position_embeddings.", "self_attention.layernorm_qkv.layer_norm_",
-      "self_attention.layernorm_qkv.", "self_attention.proj.", "layernorm_mlp.layer_norm_", "layernorm_mlp.fc1_",
-      "layernorm_mlp.fc2_", "final_layernorm."}},
+      "self_attention.layernorm_qkv.", "self_attention.proj.", "layernorm_mlp.layer_norm_",
+      "layernorm_mlp.fc1_", "layernorm_mlp.fc2_", "final_layernorm."}},
     {"Megatron-Core", "embedding.", "decoder.",
      {"word_embeddings.", "position_embeddings.", "input_layernorm.", "self_attention.linear_qkv.",
       "self_attention.linear_proj.", "pre_mlp_layernorm.", "mlp.linear_fc1.", "mlp.linear_fc2.",
       "final_layernorm."}},
     {"Megatron-Core with TransformerEngine", "embedding.", "decoder.",
      {"word_embeddings.", "position_embeddings.", "self_attention.linear_qkv.layer_norm_",
-      "self_attention.linear_qkv.", "self_attention.linear_proj.", "mlp.linear_fc1.layer_norm_", "mlp.linear_fc1.",
-      "mlp.linear_fc2.", "final_layernorm."}},
+      "self_attention.linear_qkv.", "self_attention.linear_proj.", "mlp.linear_fc1.layer_norm_",
+      "mlp.linear_fc1.", "mlp.linear_fc2.", "final_layernorm."}},
 };
 /* clang-format on */
 enum { N_ERAS = sizeof eras / sizeof *eras, HUGGING_FACE = N_ERAS, WRITTEN_ERA = 2 };
@@ -1695,7 +1822,8 @@ static char *era_name(char name[MAX_NAME], const Era *era, const Spec *spec, siz
 {
     int stem = 0;
     while (strncmp(stems[stem], spec->name, strlen(stems[stem]))) stem++;
-    const char *last = spec->name + strlen(stems[stem]), *own = era->name[stem]; /* "weight" or "bias" */
+    const char *last = spec->name + strlen(stems[stem]); /* "weight" or "bias" */
+    const char *own = era->name[stem];
     if (spec->in_layer) snprintf(name, MAX_NAME, "%slayers.%zu.%s%s", era->body, layer, own, last);
     else snprintf(name, MAX_NAME, "%s%s%s", stem < 2 ? era->embedding : era->body, own, last);
     return name;
@@ -1738,8 +1866,8 @@ static void identify_all(Source *s)
         for (size_t j = 0; j < s->shard[i].views; j++) identify(&s->shard[i].view[j]);
 }
 
-/* Copies of the word embedding, which makes the logits too [§3]: on the last of several stages, and where a tool has
- * written one although nobody needs it. */
+/* Copies of the word embedding, which makes the logits too [§3]: on the last of several stages, and
+ * where a tool has written one although nobody needs it. */
 static int is_head(const char *name)
 {
     static const char *const names[] = {"word_embeddings_for_head.weight", "output_layer.weight",
@@ -1749,12 +1877,13 @@ static int is_head(const char *name)
     return 0;
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 6. The shape of the model
  *
- * Checkpoints since March 2020 hold the arguments of the training run; older ones do not even tell the number of
- * heads, which no tensor shows. Then a config.json says what to expect, or the shape is one of the paper's.
- * ============================================================================================================= */
+ * Checkpoints since March 2020 hold the arguments of the training run; older ones do not even tell
+ * the number of heads, which no tensor shows. Then a config.json says what to expect, or the shape
+ * is one of the paper's.
+ * ============================================================================================== */
 
 /* The command line; chapter 12 fills it. */
 typedef struct {
@@ -1771,7 +1900,8 @@ typedef struct {
 static Ref find_argument(const Shard *s, const char *name)
 {
     const Pickle *p = &s->pickle;
-    Ref args = p->nodes ? dict_get(p, s->root, "args") : 0, value = args ? dict_get(p, args, name) : 0;
+    Ref args = p->nodes ? dict_get(p, s->root, "args") : 0,
+        value = args ? dict_get(p, args, name) : 0;
     return value && p->node[value].type != N_NONE ? value : 0;
 }
 
@@ -1787,20 +1917,23 @@ static size_t count_argument(const Shard *s, const char *name, size_t most, size
     return (size_t)n->is.integer;
 }
 
-static double real_argument(const Shard *s, const char *name, double low, double high, double fallback)
+static double real_argument(const Shard *s, const char *name, double low, double high,
+                            double fallback)
 {
     Ref ref = find_argument(s, name);
     const Node *n = &s->pickle.node[ref];
     if (!ref) return fallback;
     double x = n->type == N_REAL ? n->is.real : n->type == N_INTEGER ? (double)n->is.integer : NAN;
-    if (!(x >= low && x <= high)) die("%s: args.%s is no number from %g to %g", s->path, name, low, high);
+    if (!(x >= low && x <= high))
+        die("%s: args.%s is no number from %g to %g", s->path, name, low, high);
     return x;
 }
 
 static int flag_argument(const Shard *s, const char *name)
 {
     Ref ref = find_argument(s, name);
-    if (ref && s->pickle.node[ref].type != N_FLAG) die("%s: args.%s is neither True nor False", s->path, name);
+    if (ref && s->pickle.node[ref].type != N_FLAG)
+        die("%s: args.%s is neither True nor False", s->path, name);
     return ref && s->pickle.node[ref].is.integer;
 }
 
@@ -1817,7 +1950,8 @@ static void refuse_other_models(const Shard *s)
                                            {"normalization", "LayerNorm"}};
     static const char *const counts[] = {"num_experts", "virtual_pipeline_model_parallel_size"};
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
-        if (flag_argument(s, flags[i])) die("%s: args.%s is True: this is no GPT-2", s->path, flags[i]);
+        if (flag_argument(s, flags[i]))
+            die("%s: args.%s is True: this is no GPT-2", s->path, flags[i]);
     for (size_t i = 0; i < 2; i++) {
         Ref ref = find_argument(s, words[i][0]);
         if (ref && !is_string(&s->pickle, ref, N_STRING, words[i][1]))
@@ -1827,16 +1961,20 @@ static void refuse_other_models(const Shard *s)
     }
 }
 
-/* What config.json calls the activation. Until April 2020 there was only the tanh formula, and no argument for it. */
+/* What config.json calls the activation. Until April 2020 there was only the tanh formula, and no
+ * argument for it. */
 static const char *activation_argument(const Shard *s)
 {
-    if (flag_argument(s, "bias_gelu_fusion")) return "gelu_fast"; /* the same formula, fused with the bias */
-    return flag_argument(s, "openai_gelu") || !find_argument(s, "openai_gelu") ? "gelu_new" : "gelu";
+    /* the same formula, fused with the bias */
+    if (flag_argument(s, "bias_gelu_fusion")) return "gelu_fast";
+    return flag_argument(s, "openai_gelu") || !find_argument(s, "openai_gelu") ? "gelu_new"
+                                                                               : "gelu";
 }
 
 static Config config_from_arguments(const Shard *s)
 {
-    size_t C = count_argument(s, "hidden_size", 1 << 17, 0), H = count_argument(s, "num_attention_heads", 1 << 12, 0);
+    size_t C = count_argument(s, "hidden_size", 1 << 17, 0),
+           H = count_argument(s, "num_attention_heads", 1 << 12, 0);
     Config c = make_config(count_argument(s, "num_layers", 1 << 12, 0), C, H,
                            count_argument(s, "max_position_embeddings", 1 << 20, 0), 1);
     c.F = count_argument(s, "ffn_hidden_size", 1 << 20, 4 * C);
@@ -1844,7 +1982,9 @@ static Config config_from_arguments(const Shard *s)
     c.attn_pdrop = (real)real_argument(s, "attention_dropout", 0, 0.99, 0.1);
     c.embd_pdrop = c.resid_pdrop = (real)real_argument(s, "hidden_dropout", 0, 0.99, 0.1);
     find_gelu(&c.gelu, activation_argument(s));
-    if (C % H) die("%s: args.hidden_size %zu is no multiple of args.num_attention_heads %zu", s->path, C, H);
+    if (C % H)
+        die("%s: args.hidden_size %zu is no multiple of args.num_attention_heads %zu", s->path, C,
+            H);
     if (count_argument(s, "kv_channels", 1 << 17, C / H) != C / H)
         die("%s: args.kv_channels is not hidden_size / num_attention_heads, as in GPT-2", s->path);
     return c;
@@ -1854,7 +1994,8 @@ static Config config_from_arguments(const Shard *s)
 static const View *find_view(const Shard *s, const char *name)
 {
     for (size_t i = 0; i < s->views; i++)
-        if (s->view[i].spec && !s->view[i].layer && !strcmp(s->view[i].spec->name, name)) return &s->view[i];
+        if (s->view[i].spec && !s->view[i].layer && !strcmp(s->view[i].spec->name, name))
+            return &s->view[i];
     return NULL;
 }
 
@@ -1877,29 +2018,31 @@ static Config config_from_shapes(const Shard *s, Layout layout)
         else H = presets[i].H;
     }
     if (!H || H == SIZE_MAX || T > 1 << 20)
-        die("%s: it has no args, and its shape (%zu layers, %zu channels) does not tell the number of heads; give "
+        die("%s: it has no args, and its shape (%zu layers, %zu channels) does not tell the number "
+            "of heads; give "
             "--config FILE",
             s->path, L, C);
     return make_config(L, C, H, T, 1);
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 7. Where the rows of Q, K and V are, and where the model's tensors
  *
- * The weight of Q, K and V is one matrix of 3C rows, and over the years its rows have been stored in three orders.
- * With s = 0, 1, 2 for Q, K, V, head h of H, and row j of the D rows of a head, row s H D + h D + j of [Q; K; V] is
- * stored as row
+ * The weight of Q, K and V is one matrix of 3C rows, and over the years its rows have been stored
+ * in three orders. With s = 0, 1, 2 for Q, K, V, head h of H, and row j of the D rows of a head,
+ * row s H D + h D + j of [Q; K; V] is stored as row
  *
- *     version 0   (s H + h) D + j          version 1   (h D + j) 3 + s          version 2, 3   (h 3 + s) D + j
+ *     version 0   (s H + h) D + j    version 1   (h D + j) 3 + s    version 2, 3   (h 3 + s) D + j
  *
  * For two heads of two rows each, q01 being row 1 of head 0's Q:
  *
- *     version 0   q00 q01 q10 q11  k00 k01 k10 k11  v00 v01 v10 v11    all of Q, of K, of V: Hugging Face's order too
+ *     version 0   q00 q01 q10 q11  k00 k01 k10 k11  v00 v01 v10 v11    as Hugging Face: Q, K, V
  *     version 1   q00 k00 v00  q01 k01 v01  q10 k10 v10  q11 k11 v11   row by row
- *     version 2   q00 q01 k00 k01 v00 v01  q10 q11 k10 k11 v10 v11     head by head; version 3 as well
+ *     version 2   q00 q01 k00 k01 v00 v01  q10 q11 k10 k11 v10 v11     head by head; 3 as well
  *
- * A rank owns whole heads, with all three parts of them. So version 0 cannot be joined by putting the ranks' matrices
- * one above the other; their parts must be. In versions 1 and 2 a head's parts are together, and it is that easy:
+ * A rank owns whole heads, with all three parts of them. So version 0 cannot be joined by putting
+ * the ranks' matrices one above the other; their parts must be. In versions 1 and 2 a head's parts
+ * are together, and it is that easy:
  *
  *     version 0   rank 0: q00 q01 k00 k01 v00 v01     rank 1: q10 q11 k10 k11 v10 v11
  *                 joined: q00 q01 q10 q11  k00 k01 k10 k11  v00 v01 v10 v11
@@ -1908,8 +2051,9 @@ static Config config_from_shapes(const Shard *s, Layout layout)
  *
  * A file that is read in the wrong order has all the right shapes, and the model says garbage.
  *
- * The other tensors are cut as the paper cuts them [§3]: the table says COLUMN_PARALLEL (h_to_4h and the word embedding) or ROW_PARALLEL
- * (dense and 4h_to_h); what is WHOLE every rank has, and all must agree. For two ranks:
+ * The other tensors are cut as the paper cuts them [§3]: the table says COLUMN_PARALLEL (h_to_4h and the word
+ * embedding) or ROW_PARALLEL (dense and 4h_to_h); what is WHOLE every rank has, and all must agree. For two
+ * ranks:
  *
  *            rank 0   rank 1   joined                       rank 0   rank 1   joined
  *     COLUMN_PARALLEL     a b      e f      a b                  ROW_PARALLEL     a b      c d      a b c d
@@ -1917,19 +2061,21 @@ static Config config_from_shapes(const Shard *s, Layout layout)
  *                                e f
  *                                g h
  *
- * The vocabulary is padded to a multiple of 128 t, with rows that no token uses. They are the last: of 380 tokens on
- * two ranks, rank 0 holds 0 .. 255, and rank 1 holds 256 .. 379 and 132 rows of padding.
- * ============================================================================================================= */
+ * The vocabulary is padded to a multiple of 128 t, with rows that no token uses. They are the last:
+ * of 380 tokens on two ranks, rank 0 holds 0 .. 255, and rank 1 holds 256 .. 379 and 132 rows of
+ * padding.
+ * ============================================================================================== */
 
 /* How a model is laid out in files. */
 typedef struct {
     Layout layout;
     int version;      /* order of the rows of Q, K, V */
-    int hugging_face; /* one file of all, where a Conv1D's matrices are stored [in, out]; else Megatron's */
+    int hugging_face; /* one file of all, with the matrices of Conv1D [in, out]; else Megatron's */
     size_t padded;    /* rows of the word embedding, on all tensor ranks together */
 } Arrangement;
 
-/* Row of a rank's stored matrix that is row i of its [Q; K; V]; it has `heads` heads of D rows each. */
+/* Row of a rank's stored matrix that is row i of its [Q; K; V]; it has `heads` heads of D rows
+ * each. */
 static size_t qkv_row(int version, size_t heads, size_t D, size_t i)
 {
     size_t s = i / (heads * D), h = i / D % heads, j = i % D; /* part, head, row of the head */
@@ -1937,8 +2083,9 @@ static size_t qkv_row(int version, size_t heads, size_t D, size_t i)
     return version == 1 ? (h * D + j) * 3 + s : (h * 3 + s) * D + j;
 }
 
-/* And the other way: row of [Q; K; V] that is row i of the stored matrix. With two heads of two rows, row 4 of version
- * 2 is v00, row 8 of [Q; K; V]: i / D % 3 = 2 is the part, i / (3 D) = 0 the head, i % D = 0 the row. */
+/* And the other way: row of [Q; K; V] that is row i of the stored matrix. With two heads of two
+ * rows, row 4 of version 2 is v00, row 8 of [Q; K; V]: i / D % 3 = 2 is the part, i / (3 D) = 0 the
+ * head, i % D = 0 the row. */
 static size_t qkv_row_stored(int version, size_t heads, size_t D, size_t i)
 {
     if (version == 0) return i;
@@ -1973,8 +2120,8 @@ static Tensor *list_rank(size_t *n, const Config *c, const Arrangement *a, int r
     return list;
 }
 
-/* What a rank holds. The word embedding is tensor 0 of the first and the last stage, the position embedding tensor 1 of
- * the first: the table begins with them. */
+/* What a rank holds. The word embedding is tensor 0 of the first and the last stage, the position
+ * embedding tensor 1 of the first: the table begins with them. */
 typedef struct {
     Tensor *tensor;
     const View **view; /* of each */
@@ -1998,7 +2145,9 @@ static size_t find_tensor(const Part *part, const Spec *spec, size_t layer)
     for (int j = 0; j < N_SPECS; j++) in_layer += (size_t)specs[j].in_layer;
     while (i < part->tensors && part->tensor[i].spec != spec) i++; /* in the rank's first layer */
     if (i < part->tensors) i += (layer - part->tensor[i].layer) * in_layer;
-    return i < part->tensors && part->tensor[i].spec == spec && part->tensor[i].layer == layer ? i : part->tensors;
+    return i < part->tensors && part->tensor[i].spec == spec && part->tensor[i].layer == layer
+               ? i
+               : part->tensors;
 }
 
 /* Strides of the rows and columns of [out, in]. */
@@ -2011,14 +2160,16 @@ static void view_strides(size_t *row, size_t *col, const View *v, const Tensor *
 static void check_shape(const View *v, const Tensor *t, int hugging_face)
 {
     int turned = hugging_face && t->spec->conv1d;
-    size_t shape[2] = {turned ? t->local_cols : t->local_rows, turned ? t->local_rows : t->local_cols};
+    size_t shape[2] = {turned ? t->local_cols : t->local_rows,
+                       turned ? t->local_rows : t->local_cols};
     size_t dims = t->spec->cols == ONE ? 1 : 2;
     char seen[SHAPE_TEXT], wanted[SHAPE_TEXT];
     if (v->t.dims != dims || memcmp(v->t.shape, shape, dims * sizeof *shape))
         die("%s: tensor %.120s is %s, but the model's shape asks for %s", v->t.path, v->t.name,
             shape_text(seen, v->t.dims, v->t.shape), shape_text(wanted, dims, shape));
     if (v->t.dtype > BF16)
-        die("%s: tensor %.120s is of type %s: real numbers are expected", v->t.path, v->t.name, dtype_name[v->t.dtype]);
+        die("%s: tensor %.120s is of type %s: real numbers are expected", v->t.path, v->t.name,
+            dtype_name[v->t.dtype]);
 }
 
 /* Are two views equal, bit for bit? */
@@ -2031,7 +2182,8 @@ static int same_values(const View *a, const View *b)
     for (size_t i = 0; i < a->t.n; i += width) {
         size_t row = i / cols, col = i % cols;
         const char *x = a->t.data + (row * a->stride[0] + col * a->stride[1]) * size;
-        if (memcmp(x, b->t.data + (row * b->stride[0] + col * b->stride[1]) * size, width * size)) return 0;
+        if (memcmp(x, b->t.data + (row * b->stride[0] + col * b->stride[1]) * size, width * size))
+            return 0;
     }
     return 1;
 }
@@ -2039,7 +2191,8 @@ static int same_values(const View *a, const View *b)
 static void refuse_difference(const View *a, const View *b, const char *why)
 {
     if (a && b && a != b && !same_values(a, b))
-        die("%s: tensor %.120s differs from %.120s of %s: %s", a->t.path, a->t.name, b->t.name, b->t.path, why);
+        die("%s: tensor %.120s differs from %.120s of %s: %s", a->t.path, a->t.name, b->t.name,
+            b->t.path, why);
 }
 
 /* Finds a tensor for every view of a shard that belongs to this rank. */
@@ -2060,7 +2213,8 @@ static void place_views(Model *m, int rank, const Shard *s)
         } else if (at == part->tensors)
             die("%s: tensor %.120s has no place in a GPT-2 of this shape", s->path, v->t.name);
         else if (part->view[at])
-            die("%s: tensor %.120s is there twice, also as %.120s", s->path, v->t.name, part->view[at]->t.name);
+            die("%s: tensor %.120s is there twice, also as %.120s", s->path, v->t.name,
+                part->view[at]->t.name);
         else part->view[at] = v;
     }
 }
@@ -2080,7 +2234,8 @@ static void check_heads(Model *m)
     }
 }
 
-/* Every tensor must be there, with the shape that the model asks for, and be the same on all ranks that repeat it. */
+/* Every tensor must be there, with the shape that the model asks for, and be the same on all ranks
+ * that repeat it. */
 static void check_parts(const Model *m, const Source *source)
 {
     Layout s = m->how.layout;
@@ -2097,27 +2252,32 @@ static void check_parts(const Model *m, const Source *source)
             if (v->t.dtype != other->t.dtype)
                 die("%s: tensor %.120s is of type %s, but of type %s in %s", v->t.path, v->t.name,
                     dtype_name[v->t.dtype], dtype_name[other->t.dtype], other->t.path);
-            if (t->spec->split == WHOLE) refuse_difference(v, other, "these are shards of different checkpoints");
+            if (t->spec->split == WHOLE)
+                refuse_difference(v, other, "these are shards of different checkpoints");
         }
     }
 }
 
-/* ---- Opening --------------------------------------------------------------------------------------------------- */
+/* ---- Opening --------------------------------------------------------------------------------- */
 
-/* The version tells the order of the rows of Q, K, V. Absent, it is 0, except that code of September 2020 wrote
- * versions 1 and 2 without saying so: its args have a bias_gelu_fusion. */
+/* The version tells the order of the rows of Q, K, V. Absent, it is 0, except that code of
+ * September 2020 wrote versions 1 and 2 without saying so: its args have a bias_gelu_fusion. */
 static int find_version(const Shard *s, double chosen)
 {
     const Pickle *p = &s->pickle;
     Ref ref = dict_get(p, s->root, "checkpoint_version");
     const Node *n = &p->node[ref];
-    double version = !ref ? -1 : n->type == N_INTEGER ? (double)n->is.integer : n->type == N_REAL ? n->is.real : NAN;
+    double version = !ref                   ? -1
+                     : n->type == N_INTEGER ? (double)n->is.integer
+                     : n->type == N_REAL    ? n->is.real
+                                            : NAN;
     if (ref && version != 0 && version != 1 && version != 2 && version != 3)
         die("%s: its checkpoint_version is none of 0, 1, 2, 3", s->path);
     if (ref && chosen >= 0 && version != chosen)
         die("%s: its checkpoint_version is %g, not %g", s->path, version, chosen);
     if (!ref && chosen < 0 && find_argument(s, "bias_gelu_fusion"))
-        die("%s: it has no checkpoint_version, and is of a time when the order of its Q, K, V changed: give "
+        die("%s: it has no checkpoint_version, and is of a time when the order of its Q, K, V "
+            "changed: give "
             "--checkpoint-version 0, 1 or 2",
             s->path);
     return (int)(ref ? version : fmax(chosen, 0));
@@ -2128,7 +2288,8 @@ static int same_nodes(const Pickle *p, Ref a, const Pickle *q, Ref b)
 {
     const Node *x = &p->node[a], *y = &q->node[b];
     if (!a || !b || x->type != y->type) return !a && !b;
-    return (x->type != N_INTEGER && x->type != N_REAL) || x->is.integer == y->is.integer; /* one union: bit for bit */
+    /* one union: bit for bit */
+    return (x->type != N_INTEGER && x->type != N_REAL) || x->is.integer == y->is.integer;
 }
 
 static int compare_files(const void *a, const void *b)
@@ -2144,7 +2305,8 @@ static void refuse_copies(const Source *m)
     qsort(list, m->shards, sizeof *list, compare_files);
     for (size_t i = 1; i < m->shards; i++)
         if (!compare_files(&list[i - 1], &list[i]))
-            die("%s is a copy of %s, although ranks hold different parts", list[i]->path, list[i - 1]->path);
+            die("%s is a copy of %s, although ranks hold different parts", list[i]->path,
+                list[i - 1]->path);
     free(list);
 }
 
@@ -2153,8 +2315,8 @@ static void check_agreement(const Source *m)
 {
     /* clang-format off */
     static const char *const names[] = {
-        "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "ffn_hidden_size",
-        "layernorm_epsilon", "make_vocab_size_divisible_by", "orig_vocab_size"};
+        "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings",
+        "ffn_hidden_size", "layernorm_epsilon", "make_vocab_size_divisible_by", "orig_vocab_size"};
     /* clang-format on */
     const Shard *first = &m->shard[0];
     const Pickle *p = &first->pickle;
@@ -2162,14 +2324,18 @@ static void check_agreement(const Source *m)
         const Shard *s = &m->shard[rank];
         const Pickle *q = &s->pickle;
         const char *differs = NULL;
-        if (!same_nodes(p, dict_get(p, first->root, "iteration"), q, dict_get(q, s->root, "iteration")))
+        if (!same_nodes(p, dict_get(p, first->root, "iteration"), q,
+                        dict_get(q, s->root, "iteration")))
             differs = "iteration";
         if (!same_nodes(p, dict_get(p, first->root, "checkpoint_version"), q,
                         dict_get(q, s->root, "checkpoint_version")))
             differs = "checkpoint_version";
         for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-            if (!same_nodes(p, find_argument(first, names[i]), q, find_argument(s, names[i]))) differs = names[i];
-        if (differs) die("%s and %s disagree on %s: they are of different checkpoints", first->path, s->path, differs);
+            if (!same_nodes(p, find_argument(first, names[i]), q, find_argument(s, names[i])))
+                differs = names[i];
+        if (differs)
+            die("%s and %s disagree on %s: they are of different checkpoints", first->path, s->path,
+                differs);
     }
 }
 
@@ -2179,11 +2345,13 @@ static void check_ranks(const Source *m)
     size_t tp = (size_t)m->layout.tp, pp = (size_t)m->layout.pp;
     for (size_t rank = 0; rank < m->shards; rank++) {
         const Shard *s = &m->shard[rank];
-        size_t told_tp = count_argument(s, "model_parallel_size", 1 << 20, tp); /* its name until October 2020 */
+        /* its name until October 2020 */
+        size_t told_tp = count_argument(s, "model_parallel_size", 1 << 20, tp);
         told_tp = count_argument(s, "tensor_model_parallel_size", 1 << 20, told_tp);
         size_t told_pp = count_argument(s, "pipeline_model_parallel_size", 1 << 20, pp);
         if (told_tp != tp || told_pp != pp)
-            die("%s: its args tell of %zu tensor ranks x %zu stages, but here are %zu x %zu; name the folder that "
+            die("%s: its args tell of %zu tensor ranks x %zu stages, but here are %zu x %zu; name "
+                "the folder that "
                 "holds all",
                 s->path, told_tp, told_pp, tp, pp);
         /* Hugging Face's script says rank 0 in every shard, but tells of no world */
@@ -2202,8 +2370,8 @@ static Config read_shape(Model *m, const char *path, int *tied)
     return c;
 }
 
-/* The shape from --config, the folder's config.json, the args, or the tensors. Returns how many tokens there are
- * without padding, or SIZE_MAX if nothing tells. */
+/* The shape from --config, the folder's config.json, the args, or the tensors. Returns how many
+ * tokens there are without padding, or SIZE_MAX if nothing tells. */
 static size_t find_shape(Model *m, const Source *source, const Choices *o)
 {
     const Shard *s = &source->shard[0];
@@ -2211,7 +2379,8 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
     char path[PATH_MAX];
     for (size_t i = 0; i < source->shards; i++) refuse_other_models(&source->shard[i]);
     if (o->config || source->folder) {
-        m->config = read_shape(m, o->config ? o->config : join_path(path, source->path, "config.json"), &tied);
+        m->config = read_shape(
+            m, o->config ? o->config : join_path(path, source->path, "config.json"), &tied);
         if (!tied && !m->how.hugging_face)
             die("%s: \"tie_word_embeddings\" is false, but Megatron's GPT-2 ties them", o->config);
         m->untied = !tied;
@@ -2224,21 +2393,26 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
         die("%s: its shape is not that of the args in %s", o->config, s->path);
     size_t tp = (size_t)source->layout.tp, pp = (size_t)source->layout.pp;
     if (c->H % tp || c->F % tp || c->L % pp)
-        die("%s: %zu heads, an MLP of width %zu and %zu layers cannot have been cut for %zu tensor ranks x %zu "
+        die("%s: %zu heads, an MLP of width %zu and %zu layers cannot have been cut for %zu tensor "
+            "ranks x %zu "
             "stages",
             m->path, c->H, c->F, c->L, tp, pp);
-    return o->config || source->folder ? c->V : count_argument(s, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
+    return o->config || source->folder
+               ? c->V
+               : count_argument(s, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
 }
 
-/* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to another model.
- * `told` is what the input tells of their number, or SIZE_MAX. */
+/* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to
+ * another model. `told` is what the input tells of their number, or SIZE_MAX. */
 static size_t count_tokens(const Shard *s, const Model *m, size_t told, const char *folder)
 {
     Tokenizer *t = tokenizer_open(folder);
-    size_t V = t->vocabulary, multiple = count_argument(s, "make_vocab_size_divisible_by", 1 << 20, 128);
+    size_t V = t->vocabulary,
+           multiple = count_argument(s, "make_vocab_size_divisible_by", 1 << 20, 128);
     multiple *= (size_t)m->how.layout.tp;
     if (told != V && round_up(V, multiple) != m->how.padded)
-        die("%s: there are %zu rows for tokens, but the tokenizer's %zu would be padded to a multiple of %zu: give "
+        die("%s: there are %zu rows for tokens, but the tokenizer's %zu would be padded to a "
+            "multiple of %zu: give "
             "--vocab-size N",
             m->path, m->how.padded, V, multiple);
     tokenizer_close(t);
@@ -2248,15 +2422,20 @@ static size_t count_tokens(const Shard *s, const Model *m, size_t told, const ch
 /* How many rows of the word embedding are tokens; `told` by the input, or SIZE_MAX. */
 static size_t find_vocabulary(const Shard *s, const Model *m, size_t told, const Choices *o)
 {
-    size_t padded = m->how.padded, V = o->keep_padding ? padded : o->vocab_size ? o->vocab_size : told;
-    size_t tokens = o->tokenizer && !o->vocab_size ? count_tokens(s, m, told, o->tokenizer) : SIZE_MAX;
+    size_t padded = m->how.padded, V = o->keep_padding ? padded
+                                       : o->vocab_size ? o->vocab_size
+                                                       : told;
+    size_t tokens =
+        o->tokenizer && !o->vocab_size ? count_tokens(s, m, told, o->tokenizer) : SIZE_MAX;
     if (V == SIZE_MAX) V = tokens;
     if (V == SIZE_MAX && padded == padded_vocab(50257, m->how.layout.tp)) V = 50257; /* GPT-2's */
     if (V == SIZE_MAX)
-        die("%s: %zu tokens with padding, and how many are real is not told: give --vocab-size N, --tokenizer DIR or "
+        die("%s: %zu tokens with padding, and how many are real is not told: give --vocab-size N, "
+            "--tokenizer DIR or "
             "--keep-padding",
             m->path, padded);
-    if (V > padded) die("%s: there are %zu tokens, fewer than the %zu that are asked for", m->path, padded, V);
+    if (V > padded)
+        die("%s: there are %zu tokens, fewer than the %zu that are asked for", m->path, padded, V);
     return V;
 }
 
@@ -2290,35 +2469,40 @@ static void model_open(Model *m, Source *source, const Choices *o)
     for (size_t rank = 0; rank < ranks; rank++) {
         size_t wanted = list_tensors(NULL, NULL, &m->config, m->how.layout, (int)rank),
                views = source->shard[rank].views;
-        if (!m->how.hugging_face && 2 * views + 64 < wanted) /* so that a few bytes cannot ask for a long list */
-            die("%s: it holds %zu tensors, but the shape of the model asks for %zu", source->shard[rank].path, views,
-                wanted);
+        /* so that a few bytes cannot ask for a long list */
+        if (!m->how.hugging_face && 2 * views + 64 < wanted)
+            die("%s: it holds %zu tensors, but the shape of the model asks for %zu",
+                source->shard[rank].path, views, wanted);
         m->part[rank].tensor = list_rank(&m->part[rank].tensors, &m->config, &m->how, (int)rank);
-        m->part[rank].view = (const View **)xcalloc(m->part[rank].tensors, sizeof *m->part[rank].view);
+        m->part[rank].view =
+            (const View **)xcalloc(m->part[rank].tensors, sizeof *m->part[rank].view);
     }
-    for (size_t i = 0; i < source->shards; i++) place_views(m, m->how.hugging_face ? 0 : (int)i, &source->shard[i]);
+    for (size_t i = 0; i < source->shards; i++)
+        place_views(m, m->how.hugging_face ? 0 : (int)i, &source->shard[i]);
     check_heads(m);
     check_parts(m, source);
     if (m->untied && !m->part[0].head)
         die("%s: \"tie_word_embeddings\" is false, but lm_head.weight is missing", m->path);
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 8. The arithmetic of all conversions
  *
- * Every arrangement answers one question: where is element (row, column) of the whole matrix [out, in], with Q, K, V
- * in Hugging Face's order? On which rank, in which row and column there, at which address? To convert is to ask it
- * twice, for the output and for the input. So one function serves both directions, any split, any version.
+ * Every arrangement answers one question: where is element (row, column) of the whole matrix [out,
+ * in], with Q, K, V in Hugging Face's order? On which rank, in which row and column there, at which
+ * address? To convert is to ask it twice, for the output and for the input. So one function serves
+ * both directions, any split, any version.
  *
- * Why are Hugging Face's matrices transposed? OpenAI wrote the layer as a convolution of width 1, y = x W with W
- * [in, out]; Megatron as PyTorch's Linear, y = x W^T with W [out, in]. The numbers are the same, the other way round:
+ * Why are Hugging Face's matrices transposed? OpenAI wrote the layer as a convolution of width 1, y
+ * = x W with W [in, out]; Megatron as PyTorch's Linear, y = x W^T with W [out, in]. The numbers are
+ * the same, the other way round:
  *
- *     [out, in] = [2, 3]   a b c     in memory a b c d e f     to go on by an output: 3 elements, by an input: 1
+ *     [out, in] = [2, 3]   a b c     in memory a b c d e f     to the next output 3, input 1
  *                          d e f
- *     [in, out] = [3, 2]   a d       in memory a d b e c f     by an output: 1, by an input: 2
+ *     [in, out] = [3, 2]   a d       in memory a d b e c f     to the next output 1, input 2
  *                          b e
  *                          c f
- * ============================================================================================================= */
+ * ============================================================================================== */
 
 static uint16_t float_to_bf16(float x) /* to nearest, ties to even; what is not finite stays so */
 {
@@ -2338,12 +2522,13 @@ static uint16_t float_to_half(float x) /* the same */
         rest = bits + 0xFFF + (bits >> 13 & 1);
         return (uint16_t)(sign | (rest - 0x38000000) >> 13);
     }
-    float scaled = fabsf(x) * 0x1p24f + 0x1p23f; /* adding 2^23 rounds to whole multiples of 2^-24 */
+    float scaled = fabsf(x) * 0x1p24f + 0x1p23f; /* adding 2^23 rounds to multiples of 2^-24 */
     memcpy(&bits, &scaled, 4);
     return (uint16_t)(sign | (bits & 0x7FFFFF));
 }
 
-/* A double as a float whose last bit says whether something was cut off: rounding that again is rounding once. */
+/* A double as a float whose last bit says whether something was cut off: rounding that again is
+ * rounding once. */
 static float round_to_odd(double x)
 {
     float y = (float)x;
@@ -2382,28 +2567,33 @@ typedef struct {
     const Spec *spec;
 } Input;
 
-static const View *input_view(const Input *in, int r) { return in->m->part[in->first + r].view[in->index]; }
+static const View *input_view(const Input *in, int r)
+{
+    return in->m->part[in->first + r].view[in->index];
+}
 
 static Input find_input(const Model *m, const Tensor *t)
 {
     size_t depth = m->config.L / (size_t)m->how.layout.pp, stage = t->layer / depth;
-    if (!t->spec->in_layer) stage = on_stage(t->spec, 0, m->how.layout.pp) ? 0 : (size_t)m->how.layout.pp - 1;
+    if (!t->spec->in_layer)
+        stage = on_stage(t->spec, 0, m->how.layout.pp) ? 0 : (size_t)m->how.layout.pp - 1;
     int first = (int)stage * m->how.layout.tp;
     Input in = {m, first, find_tensor(&m->part[first], t->spec, t->layer), t->spec};
     return in;
 }
 
-enum { SIDE = 64 }; /* of a block: what it touches in the input and in the output fits into the first cache */
+/* Of a block: what it touches in the input and in the output fits into the first cache. */
+enum { SIDE = 64 };
 
-/* A block of the output: element (i, j) comes from element row[i] + j * step of a tensor of the input, and goes to
- * element i * to_row + j * to_col. */
+/* A block of the output: element (i, j) comes from element row[i] + j * step of a tensor of the
+ * input, and goes to element i * to_row + j * to_col. */
 typedef struct {
     size_t rows, cols, to_row, to_col;
     size_t row[SIDE], step;
 } Block;
 
-/* Any block, in tiles of 16 x 16, which stay in the first cache even where rows are a multiple of a page apart. The
- * inner loop writes neighbours. */
+/* Any block, in tiles of 16 x 16, which stay in the first cache even where rows are a multiple of a
+ * page apart. The inner loop writes neighbours. */
 static inline void move_block(char *to, const char *from, const Block *b, size_t size)
 {
     enum { TILE = 16 };
@@ -2413,30 +2603,35 @@ static inline void move_block(char *to, const char *from, const Block *b, size_t
             if (b->to_row == 1)
                 for (size_t j = left; j < right; j++)
                     for (size_t i = top; i < bottom; i++)
-                        memcpy(to + (i + j * b->to_col) * size, from + (b->row[i] + j * b->step) * size, size);
+                        memcpy(to + (i + j * b->to_col) * size,
+                               from + (b->row[i] + j * b->step) * size, size);
             else
                 for (size_t i = top; i < bottom; i++)
                     for (size_t j = left; j < right; j++)
-                        memcpy(to + (i * b->to_row + j) * size, from + (b->row[i] + j * b->step) * size, size);
+                        memcpy(to + (i * b->to_row + j) * size,
+                               from + (b->row[i] + j * b->step) * size, size);
         }
 }
 
 static void copy_block(char *to, const char *from, const Block *b, size_t size)
 {
     if (b->to_col == 1 && b->step == 1)
-        for (size_t i = 0; i < b->rows; i++) memcpy(to + i * b->to_row * size, from + b->row[i] * size, b->cols * size);
+        for (size_t i = 0; i < b->rows; i++)
+            memcpy(to + i * b->to_row * size, from + b->row[i] * size, b->cols * size);
     else if (size == 2) move_block(to, from, b, 2);
     else if (size == 4) move_block(to, from, b, 4);
     else move_block(to, from, b, 8);
 }
 
-/* Copies columns col .. col + n - 1 of some rows of the whole tensor. Ranks share rows or columns, never both. */
-static void gather_rows(char *to, const Input *in, const size_t *row, size_t rows, size_t to_row, size_t to_col,
-                        size_t col, size_t n)
+/* Copies columns col .. col + n - 1 of some rows of the whole tensor. Ranks share rows or columns,
+ * never both. */
+static void gather_rows(char *to, const Input *in, const size_t *row, size_t rows, size_t to_row,
+                        size_t to_col, size_t col, size_t n)
 {
     const Model *m = in->m;
     const Tensor *t = &m->part[in->first].tensor[in->index];
-    size_t heads = m->config.H / (size_t)m->how.layout.tp, size = dtype_size[input_view(in, 0)->t.dtype], row_stride;
+    size_t heads = m->config.H / (size_t)m->how.layout.tp,
+           size = dtype_size[input_view(in, 0)->t.dtype], row_stride;
     Block b = {0, 0, to_row, to_col, {0}, 0};
     for (size_t i = 0; i < rows; i += b.rows)
         for (size_t done = 0; done < n; done += b.cols) {
@@ -2451,7 +2646,8 @@ static void gather_rows(char *to, const Input *in, const size_t *row, size_t row
             for (b.rows = 0; i + b.rows < rows; b.rows++) {
                 size_t local = local_row(t, row[i + b.rows], &other);
                 if (t->spec->split != ROW_PARALLEL && other != rank) break;
-                if (t->spec->split == QKV) local = qkv_row(m->how.version, heads, m->config.C / m->config.H, local);
+                if (t->spec->split == QKV)
+                    local = qkv_row(m->how.version, heads, m->config.C / m->config.H, local);
                 b.row[b.rows] = local * row_stride + x * b.step;
             }
             copy_block(to + (i * to_row + done * to_col) * size, v->t.data, &b, size);
@@ -2468,32 +2664,38 @@ static int all_finite(const char *data, Dtype dtype, size_t n)
     if (dtype_size[dtype] == 2)
         for (size_t i = 0; i < n; i++) memcpy(&half, data + 2 * i, 2), bad |= (half & mask) == mask;
     else if (dtype == F32)
-        for (size_t i = 0; i < n; i++) memcpy(&bits, data + 4 * i, 4), bad |= (bits & 0x7F800000) == 0x7F800000;
+        for (size_t i = 0; i < n; i++)
+            memcpy(&bits, data + 4 * i, 4), bad |= (bits & 0x7F800000) == 0x7F800000;
     else
         for (size_t i = 0; i < n; i++) memcpy(&x, data + 8 * i, 8), bad |= !isfinite(x);
     return !bad;
 }
 
-/* Fills rows first .. last - 1 of what tensor rank r of an arrangement stores of a tensor. Padding of the vocabulary
- * repeats the last token, as Hugging Face's script does: <|endoftext|>, which is improbable within a text. Zeros
- * would be worse: they make logits of 0, GPT-2's are far below, and Megatron's softmax sees the padding. */
-static void fill_rows(char *to, const Input *in, const Tensor *t, const Arrangement *a, int r, size_t first,
-                      size_t last)
+/* Fills rows first .. last - 1 of what tensor rank r of an arrangement stores of a tensor. Padding
+ * of the vocabulary repeats the last token, as Hugging Face's script does: <|endoftext|>, which is
+ * improbable within a text. Zeros would be worse: they make logits of 0, GPT-2's are far below, and
+ * Megatron's softmax sees the padding. */
+static void fill_rows(char *to, const Input *in, const Tensor *t, const Arrangement *a, int r,
+                      size_t first, size_t last)
 {
     int turned = a->hugging_face && t->spec->conv1d;
-    size_t heads = in->m->config.H / (size_t)a->layout.tp, D = in->m->config.C / in->m->config.H, row[SIDE];
+    size_t heads = in->m->config.H / (size_t)a->layout.tp, D = in->m->config.C / in->m->config.H,
+           row[SIDE];
     size_t size = dtype_size[input_view(in, 0)->t.dtype];
     size_t begin = turned ? 0 : first, end = turned ? t->local_rows : last;
     for (size_t top = begin; top < end; top += SIDE) {
         size_t n = min_size(SIDE, end - top);
         for (size_t i = 0; i < n; i++) {
-            size_t local = t->spec->split == QKV ? qkv_row_stored(a->version, heads, D, top + i) : top + i;
+            size_t local =
+                t->spec->split == QKV ? qkv_row_stored(a->version, heads, D, top + i) : top + i;
             row[i] = min_size(whole_row(t, r, local), t->rows - 1);
         }
-        if (turned) gather_rows(to + top * size, in, row, n, 1, t->local_rows, whole_col(t, r) + first, last - first);
+        if (turned)
+            gather_rows(to + top * size, in, row, n, 1, t->local_rows, whole_col(t, r) + first,
+                        last - first);
         else
-            gather_rows(to + (top - begin) * t->local_cols * size, in, row, n, t->local_cols, 1, whole_col(t, r),
-                        t->local_cols);
+            gather_rows(to + (top - begin) * t->local_cols * size, in, row, n, t->local_cols, 1,
+                        whole_col(t, r), t->local_cols);
     }
 }
 
@@ -2513,17 +2715,21 @@ static void write_at(const char *path, int fd, const char *data, size_t n, size_
     }
 }
 
-/* Writes what tensor rank r of an arrangement stores of a tensor, some rows at a time, so that they stay cached. */
-static void write_tensor(const char *path, int fd, Output *out, const Tensor *t, const Arrangement *a, int r,
-                         const Model *m, int want_crc)
+/* Writes what tensor rank r of an arrangement stores of a tensor, some rows at a time, so that they
+ * stay cached. */
+static void write_tensor(const char *path, int fd, Output *out, const Tensor *t,
+                         const Arrangement *a, int r, const Model *m, int want_crc)
 {
     Input in = find_input(m, t);
     StoredTensor from = input_view(&in, 0)->t;
     Dtype dtype = out->dtype;
     int turned = a->hugging_face && t->spec->conv1d;
-    size_t rows = turned ? t->local_cols : t->local_rows, cols = turned ? t->local_rows : t->local_cols;
-    size_t row_size = cols * dtype_size[dtype], step = min_size(rows, max_size((1 << 19) / row_size, 16));
-    char *values = (char *)xcalloc(step * cols, dtype_size[from.dtype]), *bytes = values, name[NAME_SIZE];
+    size_t rows = turned ? t->local_cols : t->local_rows,
+           cols = turned ? t->local_rows : t->local_cols;
+    size_t row_size = cols * dtype_size[dtype],
+           step = min_size(rows, max_size((1 << 19) / row_size, 16));
+    char *values = (char *)xcalloc(step * cols, dtype_size[from.dtype]), *bytes = values,
+         name[NAME_SIZE];
     if (dtype != from.dtype) bytes = (char *)xcalloc(step, row_size);
     from.data = values;
     for (size_t first = 0; first < rows; first += step) {
@@ -2531,8 +2737,8 @@ static void write_tensor(const char *path, int fd, Output *out, const Tensor *t,
         fill_rows(values, &in, t, a, r, first, first + n);
         if (bytes != values) store_values(bytes, dtype, &from, n * cols);
         if (!all_finite(bytes, dtype, n * cols))
-            die("%s: %s has a value that is NaN, infinite or too large for %s", from.path, tensor_name(name, t),
-                dtype_name[dtype]);
+            die("%s: %s has a value that is NaN, infinite or too large for %s", from.path,
+                tensor_name(name, t), dtype_name[dtype]);
         if (want_crc) out->crc = (uint32_t)crc32_z(out->crc, (const Bytef *)bytes, n * row_size);
         write_at(path, fd, bytes, n * row_size, out->at + first * row_size);
     }
@@ -2541,18 +2747,20 @@ static void write_tensor(const char *path, int fd, Output *out, const Tensor *t,
 }
 
 /* Writes n tensors to their places in a file, each by one core. */
-static void write_tensors(const char *path, FILE *f, Output *out, const Tensor *list, size_t n, const Arrangement *a,
-                          int r, const Model *m, int want_crc)
+static void write_tensors(const char *path, FILE *f, Output *out, const Tensor *list, size_t n,
+                          const Arrangement *a, int r, const Model *m, int want_crc)
 {
 #pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < n; i++) write_tensor(path, fileno(f), &out[i], &list[i], a, r, m, want_crc);
+    for (size_t i = 0; i < n; i++)
+        write_tensor(path, fileno(f), &out[i], &list[i], a, r, m, want_crc);
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 9. Writing a folder of Hugging Face's
- * ============================================================================================================= */
+ * ============================================================================================== */
 
-/* A full disk shows here. Nobody waits for the disk: unlike a run's checkpoint, a conversion can be repeated. */
+/* A full disk shows here. Nobody waits for the disk: unlike a run's checkpoint, a conversion can be
+ * repeated. */
 static void close_file(FILE *f, const char *path)
 {
     int failed = ferror(f);
@@ -2589,24 +2797,26 @@ typedef struct {
 } Written;
 
 /* Writes n tensors, whose types `out` tells, into one safetensors file. */
-static void write_safetensors(const char *path, const Tensor *list, Output *out, size_t n, const Arrangement *a,
-                              const Model *m)
+static void write_safetensors(const char *path, const Tensor *list, Output *out, size_t n,
+                              const Arrangement *a, const Model *m)
 {
     char *header = NULL, shape_shown[SHAPE_TEXT], key[NAME_SIZE];
     size_t size = 0, begin = 0;
     FILE *text = open_memory(&header, &size), *f = create_file(path);
     fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (size_t i = 0; i < n; i++) {
-        size_t shape[2], dims = stored_shape(shape, &list[i]), end = begin + list[i].n * dtype_size[out[i].dtype];
+        size_t shape[2], dims = stored_shape(shape, &list[i]),
+                         end = begin + list[i].n * dtype_size[out[i].dtype];
         fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
-                stored_name(key, WEIGHTS, &list[i]), dtype_name[out[i].dtype], shape_text(shape_shown, dims, shape),
-                begin, end);
+                stored_name(key, WEIGHTS, &list[i]), dtype_name[out[i].dtype],
+                shape_text(shape_shown, dims, shape), begin, end);
         out[i].at = begin;
         begin = end;
     }
     fputc('}', text);
     fflush(text);
-    fprintf(text, "%*s", (int)((64 - (8 + size) % 64) % 64), ""); /* so that the tensors start on a cache line */
+    /* so that the tensors start on a cache line */
+    fprintf(text, "%*s", (int)((64 - (8 + size) % 64) % 64), "");
     if (fclose(text)) die("out of memory");
     uint64_t length = size;
     fwrite(&length, 8, 1, f);
@@ -2617,8 +2827,9 @@ static void write_safetensors(const char *path, const Tensor *list, Output *out,
     close_file(f, path);
 }
 
-/* config.json and model.safetensors; or, if that would be too large, several files and an index of the tensors in them.
- * The type of the word embedding, the first tensor, stands for that of the model. */
+/* config.json and model.safetensors; or, if that would be too large, several files and an index of
+ * the tensors in them. The type of the word embedding, the first tensor, stands for that of the
+ * model. */
 static Written write_hugging_face(const char *folder, const Model *m, const Choices *o)
 {
     static const Layout one = {1, 1, 1};
@@ -2628,7 +2839,8 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
     char *text = NULL, path[PATH_MAX], name[64], key[NAME_SIZE];
     Tensor *list = list_rank(&w.tensors, &m->config, &a, 0);
     Output *out = (Output *)xcalloc(w.tensors, sizeof *out);
-    size_t *first = (size_t *)xcalloc(w.tensors + 1, sizeof *first); /* tensor of each file; at last, their number */
+    /* tensor of each file; at last, their number */
+    size_t *first = (size_t *)xcalloc(w.tensors + 1, sizeof *first);
     for (size_t i = 0; i < w.tensors; i++) {
         out[i].dtype = output_dtype(o, m, &list[i]);
         size_t bytes = list[i].n * dtype_size[out[i].dtype];
@@ -2637,18 +2849,21 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
     }
     first[w.files] = w.tensors;
 
-    int end_of_text = m->config.V > 50256 ? 50256 : -1; /* GPT-2's; of another vocabulary we do not know */
-    char *config = config_text_as(&size, &m->config, m->gelu, type_names[out[0].dtype].torch, end_of_text);
+    /* GPT-2's; of another vocabulary we do not know */
+    int end_of_text = m->config.V > 50256 ? 50256 : -1;
+    char *config =
+        config_text_as(&size, &m->config, m->gelu, type_names[out[0].dtype].torch, end_of_text);
     write_text(folder, "config.json", config);
     FILE *index = open_memory(&text, &size);
     fprintf(index, "{\"metadata\": {\"total_size\": %zu}, \"weight_map\": {", w.bytes);
     for (size_t i = 0; i < w.files; i++) {
         if (w.files == 1) snprintf(name, sizeof name, "model.safetensors");
         else snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", i + 1, w.files);
-        write_safetensors(join_path(path, folder, name), list + first[i], out + first[i], first[i + 1] - first[i], &a,
-                          m);
+        write_safetensors(join_path(path, folder, name), list + first[i], out + first[i],
+                          first[i + 1] - first[i], &a, m);
         for (size_t j = first[i]; j < first[i + 1]; j++)
-            fprintf(index, "%s\"%s\": \"%s\"", j ? ", " : "", stored_name(key, WEIGHTS, &list[j]), name);
+            fprintf(index, "%s\"%s\": \"%s\"", j ? ", " : "", stored_name(key, WEIGHTS, &list[j]),
+                    name);
     }
     fputs("}}\n", index);
     if (fclose(index)) die("out of memory");
@@ -2657,19 +2872,20 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
     return w;
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 10. Writing a checkpoint of Megatron's
  *
- * What torch.save would write: for each rank a zip container whose pickle is the program that builds
+ * What torch.save would write: for each rank a zip container whose pickle is the program that
+ * builds
  *
  *     {'args': Namespace(..), 'checkpoint_version': 3.0, 'iteration': 0,
  *      'model': {'language_model': {'embedding': {'word_embeddings': {'weight': tensor}, ..},
  *                                   'encoder': {'layers.0.input_layernorm.weight': tensor, ..}},
  *                'word_embeddings_for_head': {'weight': tensor}}}
  *
- * The names are those of January 2021. The last of several stages holds the copy of the word embedding. Under
- * `release` Megatron looks for no optimizer.
- * ============================================================================================================= */
+ * The names are those of January 2021. The last of several stages holds the copy of the word
+ * embedding. Under `release` Megatron looks for no optimizer.
+ * ============================================================================================== */
 
 static void put_string(FILE *f, const char *s)
 {
@@ -2697,7 +2913,8 @@ static void put_global(FILE *f, const char *module, const char *name)
     fprintf(f, "%c%s\n%s\n", GLOBAL, module, name);
 }
 
-/* _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks): contiguous, a storage of its own */
+/* _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks): contiguous, a storage of
+ * its own */
 static void put_tensor(FILE *f, size_t key, Dtype dtype, const Tensor *t)
 {
     char name[32], number[32];
@@ -2705,30 +2922,37 @@ static void put_tensor(FILE *f, size_t key, Dtype dtype, const Tensor *t)
     snprintf(number, sizeof number, "%zu", key);
     put_global(f, "torch._utils", "_rebuild_tensor_v2");
     fputc(MARK, f), fputc(MARK, f);
-    put_string(f, "storage"), put_global(f, "torch", name), put_string(f, number), put_string(f, "cpu"),
-        put_integer(f, t->n);
+    put_string(f, "storage"), put_global(f, "torch", name), put_string(f, number),
+        put_string(f, "cpu"), put_integer(f, t->n);
     fputc(TUPLE, f), fputc(BINPERSID, f);
     put_integer(f, 0);
     put_integer(f, t->local_rows);
     if (t->spec->cols != ONE)
-        put_integer(f, t->local_cols), fputc(TUPLE2, f), put_integer(f, t->local_cols), put_integer(f, 1),
-            fputc(TUPLE2, f);
+        put_integer(f, t->local_cols), fputc(TUPLE2, f), put_integer(f, t->local_cols),
+            put_integer(f, 1), fputc(TUPLE2, f);
     else fputc(TUPLE1, f), put_integer(f, 1), fputc(TUPLE1, f);
     fputc(NEWFALSE, f);
     put_global(f, "collections", "OrderedDict");
     fputc(EMPTY_TUPLE, f), fputc(REDUCE, f), fputc(TUPLE, f), fputc(REDUCE, f);
 }
 
-static void put_flag(FILE *f, const char *key, int value) { put_string(f, key), fputc(value ? NEWTRUE : NEWFALSE, f); }
-static void put_count(FILE *f, const char *key, size_t value) { put_string(f, key), put_integer(f, value); }
+static void put_flag(FILE *f, const char *key, int value)
+{
+    put_string(f, key), fputc(value ? NEWTRUE : NEWFALSE, f);
+}
+static void put_count(FILE *f, const char *key, size_t value)
+{
+    put_string(f, key), put_integer(f, value);
+}
 static void put_fraction(FILE *f, const char *key, real value)
 {
     char text[32];
-    put_string(f, key), put_real(f, strtod(real_text(text, value), NULL)); /* 0.1, not the float next to it */
+    /* 0.1, not the float next to it */
+    put_string(f, key), put_real(f, strtod(real_text(text, value), NULL));
 }
 
-/* What Megatron compares with its own arguments on loading, and what we need to find the way back. Version 0 is of a
- * time before bias_gelu_fusion; later, the activation is told by two flags:
+/* What Megatron compares with its own arguments on loading, and what we need to find the way back.
+ * Version 0 is of a time before bias_gelu_fusion; later, the activation is told by two flags:
  *
  *     gelu_new    openai_gelu       the tanh formula
  *     gelu_fast   bias_gelu_fusion  the same, fused with the bias
@@ -2741,17 +2965,22 @@ static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int ran
     int fused = !strcmp(m->gelu, "gelu_fast");
     put_global(f, "argparse", "Namespace");
     fputc(EMPTY_TUPLE, f), fputc(NEWOBJ, f), fputc(EMPTY_DICT, f), fputc(MARK, f);
-    put_count(f, "num_layers", c->L), put_count(f, "hidden_size", c->C), put_count(f, "num_attention_heads", c->H);
+    put_count(f, "num_layers", c->L), put_count(f, "hidden_size", c->C),
+        put_count(f, "num_attention_heads", c->H);
     put_count(f, "ffn_hidden_size", c->F), put_count(f, "kv_channels", c->C / c->H);
     put_count(f, "max_position_embeddings", c->P), put_count(f, "seq_length", c->P);
     put_count(f, "make_vocab_size_divisible_by", 128), put_count(f, "padded_vocab_size", a->padded);
-    put_count(f, "orig_vocab_size",
-              c->V); /* not Megatron's own, but Hugging Face's script's: how many tokens are real */
+    /* not Megatron's own, but Hugging Face's script's: how many tokens are real */
+    put_count(f, "orig_vocab_size", c->V);
     put_string(f, "tokenizer_type"), put_string(f, "GPT2BPETokenizer");
-    put_count(f, "tensor_model_parallel_size", tp), put_count(f, "pipeline_model_parallel_size", pp);
-    put_count(f, "data_parallel_size", 1), put_count(f, "world_size", tp * pp), put_count(f, "rank", (size_t)rank);
-    put_fraction(f, "layernorm_epsilon", c->eps), put_fraction(f, "attention_dropout", c->attn_pdrop);
-    put_fraction(f, "hidden_dropout", c->resid_pdrop), put_fraction(f, "init_method_std", (real)0.02);
+    put_count(f, "tensor_model_parallel_size", tp),
+        put_count(f, "pipeline_model_parallel_size", pp);
+    put_count(f, "data_parallel_size", 1), put_count(f, "world_size", tp * pp),
+        put_count(f, "rank", (size_t)rank);
+    put_fraction(f, "layernorm_epsilon", c->eps),
+        put_fraction(f, "attention_dropout", c->attn_pdrop);
+    put_fraction(f, "hidden_dropout", c->resid_pdrop),
+        put_fraction(f, "init_method_std", (real)0.02);
     put_flag(f, "apply_residual_connection_post_layernorm", 0);
     put_flag(f, "openai_gelu", c->gelu == GELU_TANH && !(fused && a->version));
     if (a->version) put_flag(f, "bias_gelu_fusion", fused);
@@ -2771,8 +3000,8 @@ static void put_model(FILE *f, const Part *part, const Output *out, int stage)
         put_string(f, "embedding"), fputc(EMPTY_DICT, f);
         for (; i < 2; i++) { /* wte, wpe */
             put_string(f, i ? "position_embeddings" : "word_embeddings");
-            fputc(EMPTY_DICT, f), put_string(f, "weight"), put_tensor(f, i, out[i].dtype, &part->tensor[i]),
-                fputc(SETITEM, f);
+            fputc(EMPTY_DICT, f), put_string(f, "weight"),
+                put_tensor(f, i, out[i].dtype, &part->tensor[i]), fputc(SETITEM, f);
             fputc(SETITEM, f);
         }
         fputc(SETITEM, f);
@@ -2781,7 +3010,8 @@ static void put_model(FILE *f, const Part *part, const Output *out, int stage)
     size_t first = part->tensor[i].layer; /* each stage counts from 0 */
     for (; i < part->tensors; i++) {
         const Tensor *t = &part->tensor[i];
-        put_string(f, era_name(name, era, t->spec, t->spec->in_layer ? t->layer - first : 0) + prefix);
+        put_string(f,
+                   era_name(name, era, t->spec, t->spec->in_layer ? t->layer - first : 0) + prefix);
         put_tensor(f, i, out[i].dtype, t);
     }
     fputc(SETITEMS, f), fputc(SETITEM, f), fputc(SETITEM, f);
@@ -2792,7 +3022,7 @@ static void put_model(FILE *f, const Part *part, const Output *out, int stage)
     }
 }
 
-/* ---- Writing zip archives -------------------------------------------------------------------------------------- */
+/* ---- Writing zip archives -------------------------------------------------------------------- */
 
 typedef struct {
     FILE *f, *directory;
@@ -2811,7 +3041,8 @@ static size_t put_wide_fields(char extra[28], const uint64_t *field, int n)
     return length ? 4 + length : 0;
 }
 
-/* Where the data of a stored member of n bytes starts, if its local header starts at offset: at a multiple of 64. */
+/* Where the data of a stored member of n bytes starts, if its local header starts at offset: at a
+ * multiple of 64. */
 static size_t zip_data(size_t offset, const char *name, size_t n)
 {
     return round_up(offset + 30 + strlen(name) + (n >= 0xFFFFFFFF ? 20 : 0) + 4, 64);
@@ -2822,23 +3053,27 @@ static void zip_add(ZipWriter *z, const char *name, size_t n, uint32_t crc)
 {
     char extra[28];
     uint64_t field[3] = {n, n, z->offset};
-    size_t data = zip_data(z->offset, name, n), length = strlen(name), wide = put_wide_fields(extra, field, 2);
+    size_t data = zip_data(z->offset, name, n), length = strlen(name),
+           wide = put_wide_fields(extra, field, 2);
     size_t gap = data - (z->offset + 30 + length + wide + 4);
     FILE *f = z->f, *d = z->directory;
     fseeko(f, (off_t)z->offset, SEEK_SET);
     fputs("PK\3\4", f);
-    put(f, 45, 2), put(f, 0x0800, 2), put(f, 0, 2); /* needs version 4.5 of the format; UTF-8; stored */
+    put(f, 45, 2), put(f, 0x0800, 2), put(f, 0, 2); /* version 4.5 of the format; UTF-8; stored */
     put(f, 0, 2), put(f, 0x21, 2), put(f, crc, 4);  /* midnight of 1980-01-01; checksum */
     put(f, min_size(n, 0xFFFFFFFF), 4), put(f, min_size(n, 0xFFFFFFFF), 4);
     put(f, length, 2), put(f, wide + 4 + gap, 2);
     fputs(name, f);
     fwrite(extra, 1, wide, f);
-    fputs("FB", f), put(f, gap, 2), fprintf(f, "%*s", (int)gap, ""); /* what torch calls its padding */
+    /* what torch calls its padding */
+    fputs("FB", f), put(f, gap, 2), fprintf(f, "%*s", (int)gap, "");
     wide = put_wide_fields(extra, field, 3);
     fputs("PK\1\2", d);
-    put(d, 45, 2), put(d, 45, 2), put(d, 0x0800, 2), put(d, 0, 2), put(d, 0, 2), put(d, 0x21, 2), put(d, crc, 4);
+    put(d, 45, 2), put(d, 45, 2), put(d, 0x0800, 2), put(d, 0, 2), put(d, 0, 2), put(d, 0x21, 2),
+        put(d, crc, 4);
     put(d, min_size(n, 0xFFFFFFFF), 4), put(d, min_size(n, 0xFFFFFFFF), 4);
-    put(d, length, 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2), put(d, min_size(z->offset, 0xFFFFFFFF), 4);
+    put(d, length, 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2),
+        put(d, min_size(z->offset, 0xFFFFFFFF), 4);
     fputs(name, d);
     fwrite(extra, 1, wide, d);
     z->count++;
@@ -2862,7 +3097,8 @@ static void zip_finish(ZipWriter *z, const char *path)
     fputs("PK\6\7", z->f), put(z->f, 0, 4), put(z->f, z->offset + z->size, 8), put(z->f, 1, 4);
     size_t count = min_size(z->count, 0xFFFF);
     fputs("PK\5\6", z->f), put(z->f, 0, 4), put(z->f, count, 2), put(z->f, count, 2);
-    put(z->f, min_size(z->size, 0xFFFFFFFF), 4), put(z->f, min_size(z->offset, 0xFFFFFFFF), 4), put(z->f, 0, 2);
+    put(z->f, min_size(z->size, 0xFFFFFFFF), 4), put(z->f, min_size(z->offset, 0xFFFFFFFF), 4),
+        put(z->f, 0, 2);
     close_file(z->f, path);
     free(z->entries);
 }
@@ -2874,7 +3110,8 @@ static char *storage_path(char path[40], size_t key)
 }
 
 /* One rank's file, into a folder that is there. */
-static void write_rank(Written *w, const char *folder, const Model *m, const Arrangement *a, int rank, const Choices *o)
+static void write_rank(Written *w, const char *folder, const Model *m, const Arrangement *a,
+                       int rank, const Choices *o)
 {
     char path[PATH_MAX], member[40], *program = NULL;
     size_t size = 0;
@@ -2886,7 +3123,8 @@ static void write_rank(Written *w, const char *folder, const Model *m, const Arr
     for (size_t i = 0; i < part.tensors; i++) out[i].dtype = output_dtype(o, m, &part.tensor[i]);
     FILE *f = open_memory(&program, &size);
     fputc(PROTO, f), fputc(2, f), fputc(EMPTY_DICT, f), fputc(MARK, f);
-    put_string(f, "args"), put_arguments(f, m, a, rank, out[0].dtype); /* the first tensor's type is the model's */
+    /* the first tensor's type is the model's */
+    put_string(f, "args"), put_arguments(f, m, a, rank, out[0].dtype);
     if (a->version) put_string(f, "checkpoint_version"), put_real(f, a->version);
     put_count(f, "iteration", 0);
     put_string(f, "model"), put_model(f, &part, out, pp_rank(a->layout, rank));
@@ -2905,7 +3143,8 @@ static void write_rank(Written *w, const char *folder, const Model *m, const Arr
     }
     write_tensors(path, z.f, out, part.tensor, part.tensors, a, tp_rank(a->layout, rank), m, 1);
     for (size_t i = 0; i < part.tensors; i++)
-        zip_add(&z, storage_path(member, i), part.tensor[i].n * dtype_size[out[i].dtype], out[i].crc);
+        zip_add(&z, storage_path(member, i), part.tensor[i].n * dtype_size[out[i].dtype],
+                out[i].crc);
     zip_add_bytes(&z, "archive/version", "3\n", 2);
     zip_finish(&z, path);
     w->files++;
@@ -2923,15 +3162,16 @@ static Written write_megatron(const char *folder, const Model *m, const Choices 
         char name[64] = "release", path[PATH_MAX];
         if (rank >= 0) snprintf(name, sizeof name, "release/mp_rank_%02d", tp_rank(s, rank));
         if (rank >= 0 && s.pp > 1) snprintf(name + strlen(name), 16, "_%03d", pp_rank(s, rank));
-        if (mkdir(join_path(path, folder, name), 0777)) die("cannot create %s: %s", path, strerror(errno));
+        if (mkdir(join_path(path, folder, name), 0777))
+            die("cannot create %s: %s", path, strerror(errno));
         if (rank >= 0) write_rank(&w, path, m, &a, rank, o);
     }
     return w;
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 11. What is in a file
- * ============================================================================================================= */
+ * ============================================================================================== */
 
 /* CRC-32 of a tensor's values, row by row, whatever its strides. */
 static uint32_t checksum(const View *v, size_t dim, size_t at, uint32_t crc)
@@ -2940,7 +3180,8 @@ static uint32_t checksum(const View *v, size_t dim, size_t at, uint32_t crc)
     const Bytef *data = (const Bytef *)v->t.data + at * size;
     if (dim == v->t.dims) return (uint32_t)crc32_z(crc, data, size);
     if (dim + 1 == v->t.dims && v->stride[dim] == 1) return (uint32_t)crc32_z(crc, data, n * size);
-    for (size_t i = 0; v->t.n && i < n; i++) crc = checksum(v, dim + 1, at + i * v->stride[dim], crc);
+    for (size_t i = 0; v->t.n && i < n; i++)
+        crc = checksum(v, dim + 1, at + i * v->stride[dim], crc);
     return crc;
 }
 
@@ -2949,7 +3190,8 @@ static const char *find_era(const Source *s)
     int era = -1; /* eras share names: the latest one that is needed is the one */
     for (size_t i = 0; i < s->shards; i++)
         for (size_t j = 0; j < s->shard[i].views; j++)
-            if (s->shard[i].view[j].spec && s->shard[i].view[j].era > era) era = s->shard[i].view[j].era;
+            if (s->shard[i].view[j].spec && s->shard[i].view[j].era > era)
+                era = s->shard[i].view[j].era;
     return era < 0 ? "unknown" : era == HUGGING_FACE ? "Hugging Face" : eras[era].when;
 }
 
@@ -2962,7 +3204,8 @@ static void print_node(const Pickle *p, Ref ref)
     else if (n->type == N_REAL && isfinite(n->is.real)) printf("%.12g", n->is.real);
     else if (n->type == N_FLAG) printf(n->is.integer ? "true" : "false");
     else if (n->type == N_STRING) json_write_string(stdout, n->is.string, n->length);
-    else if (n->type == N_GLOBAL) putchar('"'), print_bytes(stdout, n->is.string, n->length, 120), putchar('"');
+    else if (n->type == N_GLOBAL)
+        putchar('"'), print_bytes(stdout, n->is.string, n->length, 120), putchar('"');
     else printf("\"(%s)\"", node_name[n->type]);
 }
 
@@ -2996,13 +3239,14 @@ static void print_views(const Shard *s, int json)
         if (!json) {
             size_t n = strlen(v->t.name);
             printf("  "), print_bytes(stdout, v->t.name, n, 160);
-            printf("%*s %-4s %-14s strides %-12s crc32 %08x\n", n < 72 ? (int)(72 - n) : 0, "", dtype, shape, stride,
-                   sum);
+            printf("%*s %-4s %-14s strides %-12s crc32 %08x\n", n < 72 ? (int)(72 - n) : 0, "",
+                   dtype, shape, stride, sum);
             continue;
         }
         printf(i ? ", {\"name\": " : "{\"name\": ");
         json_write_string(stdout, v->t.name, strlen(v->t.name));
-        printf(", \"dtype\": \"%s\", \"shape\": %s, \"strides\": %s, \"crc32\": \"%08x\"}", dtype, shape, stride, sum);
+        printf(", \"dtype\": \"%s\", \"shape\": %s, \"strides\": %s, \"crc32\": \"%08x\"}", dtype,
+               shape, stride, sum);
     }
 }
 
@@ -3010,19 +3254,22 @@ static void inspect(const Choices *o)
 {
     Source s;
     const char *scratch = getenv("TMPDIR");
-    source_open(&s, o->operand[0], scratch && *scratch ? scratch : "/tmp", o->pickle ? stdout : NULL);
+    source_open(&s, o->operand[0], scratch && *scratch ? scratch : "/tmp",
+                o->pickle ? stdout : NULL);
     identify_all(&s);
     const Shard *first = &s.shard[0];
     const Pickle *p = &first->pickle;
     Ref version = p->nodes ? dict_get(p, first->root, "checkpoint_version") : 0;
     Ref iteration = p->nodes ? dict_get(p, first->root, "iteration") : 0;
     if (o->json)
-        printf("{\"container\": \"%s\", \"archive\": %s, \"names\": \"%s\", \"tp\": %d, \"pp\": %d, "
-               "\"checkpoint_version\": ",
-               s.container, s.archive.members ? "true" : "false", find_era(&s), s.layout.tp, s.layout.pp);
+        printf(
+            "{\"container\": \"%s\", \"archive\": %s, \"names\": \"%s\", \"tp\": %d, \"pp\": %d, "
+            "\"checkpoint_version\": ",
+            s.container, s.archive.members ? "true" : "false", find_era(&s), s.layout.tp,
+            s.layout.pp);
     else
-        printf("%s, names of %s; %d tensor ranks x %d stages; checkpoint_version ", s.container, find_era(&s),
-               s.layout.tp, s.layout.pp);
+        printf("%s, names of %s; %d tensor ranks x %d stages; checkpoint_version ", s.container,
+               find_era(&s), s.layout.tp, s.layout.pp);
     print_node(p, version);
     printf(o->json ? ", \"iteration\": " : ", iteration ");
     print_node(p, iteration);
@@ -3042,12 +3289,13 @@ static void inspect(const Choices *o)
     source_close(&s);
 }
 
-/* ================================================================================================================
+/* =================================================================================================
  * Chapter 12. Command line
  *
- * The work is done by a child process in a new folder beside OUT, which takes OUT's name when it is whole. However
- * the child ends before that - bad input, a full disk, Ctrl-C, no memory - its parent is left to clear the folder away.
- * ============================================================================================================= */
+ * The work is done by a child process in a new folder beside OUT, which takes OUT's name when it is
+ * whole. However the child ends before that - bad input, a full disk, Ctrl-C, no memory - its
+ * parent is left to clear the folder away.
+ * ============================================================================================== */
 
 /* What an option is for; the last three are conversions of a certain kind. */
 enum { CONVERT = 1, INSPECT = 2, TO_MEGATRON = 5, TO_HF = 9, FROM_MEGATRON = 17 };
@@ -3091,7 +3339,8 @@ enum { N_CHOICES = sizeof choices / sizeof *choices };
 __attribute__((noreturn)) static void print_usage(void)
 {
     printf("GPT-2 checkpoints: Megatron-LM's to Hugging Face's, and back.\n\n"
-           "  convert IN OUT [options]             IN: a .zip, a .pt, a folder of either kind; OUT: a new folder\n"
+           "  convert IN OUT [options]             IN: a .zip, a .pt, a folder of either kind; "
+           "OUT: a new folder\n"
            "  convert inspect IN [--pickle]        what is in it\n\n");
     print_options(choices, N_CHOICES, CONVERT | INSPECT, 24);
     exit(0);
@@ -3105,7 +3354,8 @@ static int is_one_of(const char *word, const char *const *words)
 
 static void parse_choices(Choices *o, int argc, char **argv)
 {
-    static const char *const formats[] = {"hf", "megatron", NULL}, *const types[] = {"keep", "fp32", "fp16", "bf16",
+    static const char *const formats[] = {"hf", "megatron", NULL}, *const types[] = {"keep", "fp32",
+                                                                                     "fp16", "bf16",
                                                                                      NULL};
     memset(o, 0, sizeof *o);
     o->checkpoint_version = -1;
@@ -3115,43 +3365,57 @@ static void parse_choices(Choices *o, int argc, char **argv)
     for (int i = 1 + o->inspect; i < argc; i++) {
         if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) print_usage();
         if (argv[i][0] == '-')
-            i = parse_option(o, o->given, choices, N_CHOICES, o->inspect ? "inspect" : "a conversion",
+            i = parse_option(o, o->given, choices, N_CHOICES,
+                             o->inspect ? "inspect" : "a conversion",
                              o->inspect ? INSPECT : CONVERT, argc, argv, i);
-        else if (o->operands == (o->inspect ? 1 : 2)) usage_error("%s is one argument too many", argv[i]);
+        else if (o->operands == (o->inspect ? 1 : 2))
+            usage_error("%s is one argument too many", argv[i]);
         else o->operand[o->operands++] = argv[i];
     }
     if (argc < 2) print_usage();
-    if (o->operands < (o->inspect ? 1 : 2)) usage_error(o->inspect ? "inspect needs IN" : "IN and OUT are needed");
-    if (o->to && !is_one_of(o->to, formats)) usage_error("--to %s: hf or megatron is expected", o->to);
-    if (!is_one_of(o->dtype, types)) usage_error("--dtype %s: keep, fp32, fp16 or bf16 is expected", o->dtype);
-    if (o->qkv_version != floor(o->qkv_version) || o->checkpoint_version != floor(o->checkpoint_version))
+    if (o->operands < (o->inspect ? 1 : 2))
+        usage_error(o->inspect ? "inspect needs IN" : "IN and OUT are needed");
+    if (o->to && !is_one_of(o->to, formats))
+        usage_error("--to %s: hf or megatron is expected", o->to);
+    if (!is_one_of(o->dtype, types))
+        usage_error("--dtype %s: keep, fp32, fp16 or bf16 is expected", o->dtype);
+    if (o->qkv_version != floor(o->qkv_version) ||
+        o->checkpoint_version != floor(o->checkpoint_version))
         usage_error("--qkv-version and --checkpoint-version are 0, 1, 2 or 3");
     if (o->pickle && o->json) usage_error("--pickle and --json exclude each other");
-    if (o->vocab_size && o->keep_padding) usage_error("--vocab-size and --keep-padding exclude each other");
+    if (o->vocab_size && o->keep_padding)
+        usage_error("--vocab-size and --keep-padding exclude each other");
 }
 
-/* ---- The folder OUT -------------------------------------------------------------------------------------------- */
+/* ---- The folder OUT -------------------------------------------------------------------------- */
 
 static void check_output(const SavePaths *out, const Choices *o)
 {
     const char *name = o->operand[1];
     struct stat st;
     if (!o->force && !lstat(out->dir, &st))
-        die("%s exists already: choose another name, or give --force, which moves it to %s", name, out->old);
-    if (o->force && !lstat(out->dir, &st) && !file_exists(out->dir, "config.json") && !file_exists(out->dir, tracker))
-        die("%s holds neither config.json nor %s, so it is no model to replace: choose another name", name, tracker);
-    if (o->force && !lstat(out->old, &st)) die("%s is there, but --force needs the name: move it away", out->old);
+        die("%s exists already: choose another name, or give --force, which moves it to %s", name,
+            out->old);
+    if (o->force && !lstat(out->dir, &st) && !file_exists(out->dir, "config.json") &&
+        !file_exists(out->dir, tracker))
+        die("%s holds neither config.json nor %s, so it is no model to replace: choose another "
+            "name",
+            name, tracker);
+    if (o->force && !lstat(out->old, &st))
+        die("%s is there, but --force needs the name: move it away", out->old);
 }
 
-/* The new folder takes its name. Nothing is deleted: what --force replaces becomes OUT.old, and rename() replaces no
- * folder that holds something, in case another program has made OUT meanwhile. */
+/* The new folder takes its name. Nothing is deleted: what --force replaces becomes OUT.old, and
+ * rename() replaces no folder that holds something, in case another program has made OUT
+ * meanwhile. */
 static void put_output(const char *temporary, const SavePaths *out, int force)
 {
     mode_t mask = umask(0);
     umask(mask);
     chmod(temporary, 0777 & ~mask);
     int moved = force && !rename(out->dir, out->old);
-    if (force && !moved && errno != ENOENT) die("cannot rename %s to %s: %s", out->dir, out->old, strerror(errno));
+    if (force && !moved && errno != ENOENT)
+        die("cannot rename %s to %s: %s", out->dir, out->old, strerror(errno));
     if (!rename(temporary, out->dir)) return;
     int error = errno;
     if (moved) rename(out->old, out->dir);
@@ -3164,31 +3428,37 @@ static int remove_entry(const char *path, const struct stat *st, int type, struc
     return remove(path);
 }
 
-/* ---- The work -------------------------------------------------------------------------------------------------- */
+/* ---- The work -------------------------------------------------------------------------------- */
 
-static void print_result(const Choices *o, const Source *s, const Model *m, const char *to, const Written *w)
+static void print_result(const Choices *o, const Source *s, const Model *m, const char *to,
+                         const Written *w)
 {
     const Config *c = &m->config;
     char shape[256];
-    snprintf(shape, sizeof shape,
-             o->json ? "\"layers\": %zu, \"hidden\": %zu, \"heads\": %zu, \"positions\": %zu, \"vocab\": %zu"
-                     : "%zu layers, hidden size %zu, %zu heads, %zu positions, %zu tokens",
-             c->L, c->C, c->H, c->P, c->V);
+    snprintf(
+        shape, sizeof shape,
+        o->json
+            ? "\"layers\": %zu, \"hidden\": %zu, \"heads\": %zu, \"positions\": %zu, \"vocab\": %zu"
+            : "%zu layers, hidden size %zu, %zu heads, %zu positions, %zu tokens",
+        c->L, c->C, c->H, c->P, c->V);
     if (o->json) {
-        printf("{\"from\": \"%s\", \"container\": \"%s\", \"names\": \"%s\", \"tp\": %d, \"pp\": %d, \"version\": "
+        printf("{\"from\": \"%s\", \"container\": \"%s\", \"names\": \"%s\", \"tp\": %d, \"pp\": "
+               "%d, \"version\": "
                "%d, %s, ",
-               m->how.hugging_face ? "hf" : "megatron", s->container, find_era(s), s->layout.tp, s->layout.pp,
-               m->how.version, shape);
-        printf("\"parameters\": %zu, \"to\": \"%s\", \"files\": %zu, \"tensors\": %zu, \"bytes\": %zu}\n",
+               m->how.hugging_face ? "hf" : "megatron", s->container, find_era(s), s->layout.tp,
+               s->layout.pp, m->how.version, shape);
+        printf("\"parameters\": %zu, \"to\": \"%s\", \"files\": %zu, \"tensors\": %zu, \"bytes\": "
+               "%zu}\n",
                count_parameters(c), to, w->files, w->tensors, w->bytes);
     } else {
-        printf("read: %s, names of %s, %d x %d ranks%s\n", s->container, find_era(s), s->layout.tp, s->layout.pp,
+        printf("read: %s, names of %s, %d x %d ranks%s\n", s->container, find_era(s), s->layout.tp,
+               s->layout.pp,
                m->how.hugging_face   ? ""
                : m->how.version == 0 ? ", Q K V of version 0"
                : m->how.version == 1 ? ", Q K V of version 1"
                                      : ", Q K V of version 2 or 3");
-        printf("GPT-2: %s; %zu parameters\nwritten: %s, %zu tensors in %zu files, %zu bytes\n", shape,
-               count_parameters(c), o->operand[1], w->tensors, w->files, w->bytes);
+        printf("GPT-2: %s; %zu parameters\nwritten: %s, %zu tensors in %zu files, %zu bytes\n",
+               shape, count_parameters(c), o->operand[1], w->tensors, w->files, w->bytes);
     }
 }
 
@@ -3196,7 +3466,8 @@ static void convert(const Choices *o, const char *folder, const SavePaths *out)
 {
     Source source;
     Model model;
-    if (o->tokenizer && !file_exists(o->tokenizer, "vocab.json") && !file_exists(o->tokenizer, "encoder.json"))
+    if (o->tokenizer && !file_exists(o->tokenizer, "vocab.json") &&
+        !file_exists(o->tokenizer, "encoder.json"))
         die("--tokenizer %s: this folder holds no vocab.json", o->tokenizer);
     source_open(&source, o->operand[0], folder, NULL);
     model_open(&model, &source, o);
@@ -3211,7 +3482,8 @@ static void convert(const Choices *o, const char *folder, const SavePaths *out)
         if (only == FROM_MEGATRON && model.how.hugging_face)
             usage_error("%s is for reading a checkpoint of Megatron's", choices[i].name);
     }
-    Written w = megatron ? write_megatron(folder, &model, o) : write_hugging_face(folder, &model, o);
+    Written w =
+        megatron ? write_megatron(folder, &model, o) : write_hugging_face(folder, &model, o);
     if (o->tokenizer) copy_tokenizer(folder, o->tokenizer);
     put_output(folder, out, o->force);
     print_result(o, &source, &model, to, &w);
@@ -3241,7 +3513,8 @@ int CONVERT_MAIN(int argc, char **argv)
     sigemptyset(&blocked);
     for (int i = 0; i < STOPS; i++) sigaddset(&blocked, stops[i]);
     sigprocmask(SIG_BLOCK, &blocked, &before);
-    signal(SIGCHLD, SIG_DFL); /* ignored, as it may have been, it would keep the child's fate from us */
+    /* ignored, as it may have been, it would keep the child's fate from us */
+    signal(SIGCHLD, SIG_DFL);
     snprintf(temporary, sizeof temporary, "%.*s.XXXXXX", PATH_MAX - 8, out.dir);
     if (!mkdtemp(temporary)) die("cannot create a folder beside %s: %s", out.dir, strerror(errno));
     fflush(stdout);
@@ -3259,6 +3532,7 @@ int CONVERT_MAIN(int argc, char **argv)
     int unfinished = !access(temporary, F_OK);
     if (unfinished) nftw(temporary, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
     if (child < 0) die("cannot start another process: %s", strerror(error));
-    if (WIFSIGNALED(status) && unfinished) die("stopped by signal %d; nothing is written", WTERMSIG(status));
+    if (WIFSIGNALED(status) && unfinished)
+        die("stopped by signal %d; nothing is written", WTERMSIG(status));
     return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
 }

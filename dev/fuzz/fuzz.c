@@ -1,14 +1,18 @@
-/* fuzz.c - all readers against any bytes. libFuzzer alters an input again and again, and keeps what reaches new code.
+/* fuzz.c - all readers against any bytes. libFuzzer alters an input again and again, and keeps what
+ * reaches new code.
  *
- *     make fuzz                                                   every target for FUZZ_SECONDS
- *     FUZZ_TARGET=json FUZZ_SHOW=1 fuzz_scratch/fuzz FILE         one input again, with what the programs say
+ *     make fuzz                                             every target for FUZZ_SECONDS
+ *     FUZZ_TARGET=json FUZZ_SHOW=1 fuzz_scratch/fuzz FILE   one input again, with its messages
  *
- * Both programs are included whole, and a target goes the whole way: from files, through all checks, to the last value
- * of the last tensor. Three things are replaced by macros, so that a million inputs can follow each other in a process:
+ * Both programs are included whole, and a target goes the whole way: from files, through all
+ * checks, to the last value of the last tensor. Three things are replaced by macros, so that a
+ * million inputs can follow each other in a process:
  *
  *     _exit, by which die() ends the program, jumps back instead
- *     memory is listed, so that what die() leaves behind can be freed, and counted: more than MOST bytes are a finding
- *     a mapped file becomes a copy of exactly its size, so that the address sanitizer sees the byte behind it
+ *     memory is listed, so that what die() leaves behind can be freed, and counted: more than MOST
+ *         bytes are a finding
+ *     a mapped file becomes a copy of exactly its size, so that the address sanitizer sees the byte
+ *         behind it
  *
  * An input may stand for several files: a line "%%" separates them. */
 
@@ -24,7 +28,7 @@
 #include <unistd.h>
 #include <zlib.h>
 
-/* ---- What is replaced ------------------------------------------------------------------------------------------ */
+/* ---- What is replaced ------------------------------------------------------------------------ */
 
 enum { MOST = 200 << 20, MOST_BLOCKS = 1 << 20 };
 
@@ -90,7 +94,8 @@ static char *fuzz_strdup(const char *s) { return strcpy(fuzz_calloc(strlen(s) + 
 static void *fuzz_mmap(size_t n, int protection, int fd)
 {
     char *p = fuzz_calloc(n, 1);
-    if (!(protection & PROT_WRITE) && pread(fd, p, n, 0) != (ssize_t)n) fuzz_finding("an input cannot be read");
+    if (!(protection & PROT_WRITE) && pread(fd, p, n, 0) != (ssize_t)n)
+        fuzz_finding("an input cannot be read");
     return p; /* what is mapped to be written is new, and full of zeros */
 }
 
@@ -128,12 +133,15 @@ static int fuzz_inflate(z_stream *s, int flush)
 #define CONVERT_MAIN convert_main
 #include "../../convert.c"
 
-/* ---- Readers --------------------------------------------------------------------------------------------------- */
+/* ---- Readers --------------------------------------------------------------------------------- */
 
 static FILE *nowhere;
 static char scratch_folder[64], shape[PATH_MAX];
 
-static char *scratch_path(char path[PATH_MAX], const char *name) { return join_path(path, scratch_folder, name); }
+static char *scratch_path(char path[PATH_MAX], const char *name)
+{
+    return join_path(path, scratch_folder, name);
+}
 
 static void promise(int kept, const char *what)
 {
@@ -159,7 +167,8 @@ static void check_zip(const Zip *z)
 {
     for (size_t i = 0; i < z->members; i++) {
         const Member *m = &z->member[i];
-        promise((size_t)(m->end - z->map.data) < z->map.size && m->packed < (size_t)(m->end - m->start),
+        promise((size_t)(m->end - z->map.data) < z->map.size &&
+                    m->packed < (size_t)(m->end - m->start),
                 "a member is not in its archive");
     }
 }
@@ -170,11 +179,13 @@ static void check_views(const Shard *s)
         const View *v = &s->view[i];
         size_t last = v->offset;
         for (size_t d = 0; d < v->t.dims; d++) last += (v->t.shape[d] - 1) * v->stride[d];
-        promise(!v->t.n || last < s->pickle.storage[v->storage].n, "a tensor is not in its storage");
+        promise(!v->t.n || last < s->pickle.storage[v->storage].n,
+                "a tensor is not in its storage");
     }
 }
 
-/* A checkpoint of any kind: inspected, then converted, back into Megatron's form for up to 2 x 2 ranks too. */
+/* A checkpoint of any kind: inspected, then converted, back into Megatron's form for up to 2 x 2
+ * ranks too. */
 static void read_checkpoint(const char *path)
 {
     Source s;
@@ -211,7 +222,7 @@ static void read_model(const char *path)
     char name[NAME_SIZE];
     for (size_t i = 0; i < n; i++) {
         real *slice = (real *)xcalloc(list[i].n, sizeof *slice);
-        read_slice(slice, find_stored(&s, stored_name(name, WEIGHTS, &list[i])), &list[i], 0);
+        copy_slice(slice, find_stored(&s, stored_name(name, WEIGHTS, &list[i])), NULL, &list[i], 0);
         free(slice);
     }
     if (file_exists(path, "trainer.safetensors")) {
@@ -228,7 +239,8 @@ static void read_info(const char *path) { print_info(path, 1); }
 /* Writes a value as JSON; returns the index behind it. */
 static size_t write_json(FILE *f, const Json *json, size_t i)
 {
-    static const char *const words[] = {[JSON_NULL] = "null", [JSON_TRUE] = "true", [JSON_FALSE] = "false"};
+    static const char *const words[] = {
+        [JSON_NULL] = "null", [JSON_TRUE] = "true", [JSON_FALSE] = "false"};
     const JsonValue *v = &json->value[i];
     if (v->type == JSON_STRING) json_write_string(f, v->string, v->length);
     else if (v->type == JSON_NUMBER) fprintf(f, "%.17g", v->number);
@@ -238,7 +250,8 @@ static size_t write_json(FILE *f, const Json *json, size_t i)
         for (size_t at = i + 1; at < v->end;) {
             if (at > i + 1) fputc(',', f);
             if (v->type == JSON_OBJECT)
-                json_write_string(f, json->value[at].key, strlen(json->value[at].key)), fputc(':', f);
+                json_write_string(f, json->value[at].key, strlen(json->value[at].key)),
+                    fputc(':', f);
             at = write_json(f, json, at);
         }
         fputc(v->type == JSON_ARRAY ? ']' : '}', f);
@@ -261,7 +274,8 @@ static void read_json(const char *path)
     f = open_memstream(&text[1], &size[1]);
     write_json(f, &second, 0);
     fclose(f);
-    promise(size[0] == size[1] && !memcmp(text[0], text[1], size[0]), "JSON that we have written reads otherwise");
+    promise(size[0] == size[1] && !memcmp(text[0], text[1], size[0]),
+            "JSON that we have written reads otherwise");
     free(text[0]), free(text[1]);
     json_free(&first), json_free(&second);
     unmap_file(map);
@@ -275,7 +289,9 @@ static void read_shape_of(const char *path)
     char *text[2];
     size_t size[2];
     Config c = read_config_file(path, &tied);
-    promise(count_parameters(&c) < 1ull << 51 && list_tensors(NULL, NULL, &c, one, 0) == 12 * c.L + 4, "its size");
+    promise(count_parameters(&c) < 1ull << 51 &&
+                list_tensors(NULL, NULL, &c, one, 0) == 12 * c.L + 4,
+            "its size");
     text[0] = config_text(&size[0], &c, -1);
     fuzz_promise = "a config.json that we have written is refused";
     FILE *f = fopen(path, "wb");
@@ -298,7 +314,8 @@ static void read_tokenizer(const char *folder)
     size_t at = 0, n;
     for (size_t i = 0; i < tokens.n; at += n, i++) {
         const char *bytes = decode(&n, t, tokens.id[i]);
-        promise(n && n <= text.size - at && !memcmp(bytes, text.data + at, n), "tokens do not make their text");
+        promise(n && n <= text.size - at && !memcmp(bytes, text.data + at, n),
+                "tokens do not make their text");
     }
     promise(at == text.size, "tokens do not make all of their text");
     free(tokens.id);
@@ -327,14 +344,16 @@ static void read_corpus(const char *path)
     read_all(&tokens[0], path, t);
     fuzz_promise = "a dataset that we have written is refused";
     read_all(&tokens[1], copy, t);
-    promise(tokens[0].n == tokens[1].n && !memcmp(tokens[0].id, tokens[1].id, tokens[0].n * sizeof(int)),
+    promise(tokens[0].n == tokens[1].n &&
+                !memcmp(tokens[0].id, tokens[1].id, tokens[0].n * sizeof(int)),
             "a dataset that we have written reads otherwise");
     fuzz_promise = NULL;
     for (int held_out = 0; held_out < 2; held_out++) {
         Dataset *d = dataset_open(c, 40, held_out, T, 1);
         for (size_t n = 0; n < 2 * d->samples; n += 1 + d->samples / 64) { /* two epochs */
             dataset_sample(d, n, sample);
-            for (int i = 0; i <= T; i++) promise((size_t)sample[i] < t->vocabulary, "a sample of no tokens");
+            for (int i = 0; i <= T; i++)
+                promise((size_t)sample[i] < t->vocabulary, "a sample of no tokens");
         }
         dataset_close(d);
     }
@@ -366,7 +385,7 @@ static void read_wikitext(const char *path)
     unmap_file(map);
 }
 
-/* ---- Targets --------------------------------------------------------------------------------------------------- */
+/* ---- Targets --------------------------------------------------------------------------------- */
 
 enum { PARTS = 4, READERS = 3 };
 
@@ -389,7 +408,8 @@ static const Files models[PARTS] = {
     {"run", {"run/config.json", "run/model.safetensors", "run/trainer.safetensors"}},
     {"cut", {"cut/config.json", "cut/model.safetensors.index.json", "cut/a", "cut/b"}}};
 static const Files single[PARTS] = {{"one", {"one"}}};
-static const Files tokenizers[PARTS] = {[2] = {"bpe", {"bpe/vocab.json", "bpe/merges.txt", "bpe/text"}}};
+static const Files tokenizers[PARTS] = {
+    [2] = {"bpe", {"bpe/vocab.json", "bpe/merges.txt", "bpe/text"}}};
 static const Files datasets[PARTS] = {{"text", {"text"}}, {"data", {"data.idx", "data.bin"}}};
 
 static const struct {
@@ -411,15 +431,17 @@ enum { N_TARGETS = sizeof targets / sizeof *targets };
 static size_t target;
 
 /* The shape of the models in corpus/, for those that do not tell it. */
-static const char shape_text_of_seeds[] = "{\"model_type\": \"gpt2\", \"n_ctx\": 3, \"n_layer\": 1, \"n_embd\": 4, "
-                                          "\"n_head\": 2, \"n_inner\": 8, \"vocab_size\": 5}";
+static const char shape_text_of_seeds[] =
+    "{\"model_type\": \"gpt2\", \"n_ctx\": 3, \"n_layer\": 1, \"n_embd\": 4, "
+    "\"n_head\": 2, \"n_inner\": 8, \"vocab_size\": 5}";
 
 /* Makes the folders above a file. */
 static void make_folders(const char *name)
 {
     char path[PATH_MAX];
     scratch_path(path, name);
-    for (char *c = path + strlen(scratch_folder) + 1; (c = strchr(c, '/')); *c++ = '/') *c = 0, mkdir(path, 0700);
+    for (char *c = path + strlen(scratch_folder) + 1; (c = strchr(c, '/')); *c++ = '/')
+        *c = 0, mkdir(path, 0700);
 }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv)
@@ -435,7 +457,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
         fprintf(stderr, ", and TMPDIR to a folder\n");
         exit(1);
     }
-    if (!getenv("FUZZ_SHOW")) stdout = stderr = nowhere; /* not libFuzzer's output, which goes to file 2 by itself */
+    /* not libFuzzer's output, which goes to file 2 by itself */
+    if (!getenv("FUZZ_SHOW")) stdout = stderr = nowhere;
     write_text(scratch_folder, "shape.json", shape_text_of_seeds);
     scratch_path(shape, "shape.json");
     for (int i = 0; i < PARTS; i++)
@@ -466,10 +489,12 @@ static void run_reader(void (*reader)(const char *path), const char *path)
     while (fuzz_blocks) fuzz_free(fuzz_block[fuzz_blocks - 1].p);
 }
 
-size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most); /* libFuzzer's own: several changes of any kind */
+/* libFuzzer's own: several changes of any kind. */
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
 
-/* Every other input differs from the one that it is made from in one byte only, and mostly by 1. Sizes and offsets
- * that are wrong look like that, and libFuzzer alone hardly ever leaves all else as it was. */
+/* Every other input differs from the one that it is made from in one byte only, and mostly by 1.
+ * Sizes and offsets that are wrong look like that, and libFuzzer alone hardly ever leaves all else
+ * as it was. */
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed)
 {
     uint64_t draw = seed * 0x9E3779B97F4A7C15;
