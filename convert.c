@@ -3,7 +3,7 @@
  *
  *     gcc -O3 -march=native -fopenmp convert.c -o convert -lz -lm -lpthread
  *     convert megatron_lm_345m_v0.0.zip gpt2-345m            a folder as Hugging Face's
- *     convert gpt2-345m shards --tp 2 --pp 4                 a Megatron checkpoint for eight GPUs
+ *     convert gpt2-345m ranks --tp 2 --pp 4                  a Megatron checkpoint for eight GPUs
  *     convert inspect megatron_lm_345m_v0.0.zip [--pickle]   what is in it, down to instructions
  *
  * A checkpoint is read through five layers, each with its chapter. Whoever knows the first three
@@ -12,7 +12,7 @@
  *     1 zip       an archive of files, with its table of contents at the end
  *     2 pickle    a program for a stack machine that builds Python objects
  *     3 storages  what torch puts beside the pickle: plain numbers, and views of them with strides
- *     4 shards    a folder for each rank of a training run
+ *     4 ranks     a folder and a file for each rank of a training run
  *     5 eras      what Megatron called its tensors, and when
  *
  * Chapter 6 learns the shape of the model, 7 places every tensor in it, 8 is the arithmetic of all
@@ -62,18 +62,21 @@ static char *keep_string(const char *s, size_t length)
 typedef struct {
     const char *scratch; /* folder for what must be inflated */
     FILE *listing;       /* where pickles are listed as they run, or NULL */
-    size_t objects;      /* bytes of memory for what the files describe */
-    long long inflated;  /* bytes to inflate: weights shrink by a tenth, a 20th is no model */
+    /* Bytes of memory that the objects which the files describe may still take, and bytes that may
+     * still be inflated: weights compress by about a tenth; what inflates twentyfold is no
+     * model. */
+    size_t objects_left;
+    long long inflation_left;
 } Reading;
 
-enum { MAX_OBJECTS = 1 << 27, MAX_INFLATION = 20, MIN_INFLATED = 1 << 26 };
+enum { MAX_OBJECT_BYTES = 1 << 27, MAX_INFLATION = 20, MIN_INFLATED = 1 << 26 };
 
 /* Takes n objects of some size from what objects may cost. */
-static void pay(Reading *r, const char *path, size_t n, size_t size)
+static void charge(Reading *r, const char *path, size_t n, size_t size)
 {
-    if (n > r->objects / size)
+    if (n > r->objects_left / size)
         die("%s describes more objects than any checkpoint has: it is damaged or hostile", path);
-    r->objects -= n * size;
+    r->objects_left -= n * size;
 }
 
 /* =================================================================================================
@@ -251,8 +254,8 @@ static Zip zip_open(const char *path, Map map, Reading *reading)
 {
     Zip z = {path, map, reading, NULL, 0};
     Directory d = find_directory(&z);
-    pay(reading, path, d.count, sizeof *z.member);
-    pay(reading, path, d.size, 1); /* for the names */
+    charge(reading, path, d.count, sizeof *z.member);
+    charge(reading, path, d.size, 1); /* for the names */
     const char *at = map.data + d.offset, *end = at + d.size;
     z.member = (Member *)xcalloc(d.count, sizeof *z.member);
     for (; z.members < d.count; z.members++)
@@ -308,7 +311,7 @@ static Map inflate_member(const Zip *z, const Member *m)
     char none;
     z_stream s;
     if (m->size / 1032 > m->packed) bad_zip(z, m->name, "claims to inflate to more than it can");
-    if (__atomic_sub_fetch(&z->reading->inflated, (long long)m->size, __ATOMIC_RELAXED) < 0)
+    if (__atomic_sub_fetch(&z->reading->inflation_left, (long long)m->size, __ATOMIC_RELAXED) < 0)
         bad_zip(z, m->name, "would inflate to far more bytes than a model has");
     Map map = scratch_memory(z->reading->scratch, m->size);
     memset(&s, 0, sizeof s);
@@ -639,7 +642,7 @@ static Ref new_node(Pickle *p, NodeType type)
 {
     if (p->nodes >= MAX_NODES || p->storages >= MAX_NODES)
         bad_pickle(p, "it builds more than %d objects", MAX_NODES);
-    pay(p->reading, p->path, 1, sizeof *p->node);
+    charge(p->reading, p->path, 1, sizeof *p->node);
     p->node = (Node *)grow(p->node, p->nodes, &p->node_room, sizeof *p->node);
     memset(&p->node[p->nodes], 0, sizeof *p->node);
     p->node[p->nodes].type = type;
@@ -682,7 +685,7 @@ static void append(Pickle *p, Ref container, Ref value)
     Cell cell = {value, 0};
     if (!p->cells) p->cells = 1; /* 0 is none */
     if (p->cells >= MAX_NODES) bad_pickle(p, "its containers have more than %d items", MAX_NODES);
-    pay(p->reading, p->path, 1, sizeof *p->cell);
+    charge(p->reading, p->path, 1, sizeof *p->cell);
     p->cell = (Cell *)grow(p->cell, p->cells, &p->cell_room, sizeof *p->cell);
     p->cell[p->cells] = cell;
     Node *c = &p->node[container];
@@ -834,7 +837,7 @@ static Ref new_storage(Pickle *p, Ref id)
     }
     Ref ref = new_node(p, N_STORAGE);
     p->node[ref].is.integer = (long long)p->storages;
-    pay(p->reading, p->path, 1, sizeof s);
+    charge(p->reading, p->path, 1, sizeof s);
     p->storage = (TorchStorage *)grow(p->storage, p->storages, &p->storage_room, sizeof s);
     p->storage[p->storages++] = s;
     return ref;
@@ -1139,7 +1142,7 @@ typedef struct {
     Ref root;   /* the object */
     View *view; /* the tensors of the model, in the pickle's order, with full names */
     size_t views, view_room;
-} Shard;
+} TensorFile;
 
 /* protocol 2, a long integer of 10 bytes, the magic number, stop: the first pickle of a legacy
  * file */
@@ -1195,41 +1198,42 @@ static void place_storage(Pickle *p, TorchStorage *const *list, const Node *name
         ((TorchStorage *)*at)->data = data;
 }
 
-static void open_legacy(Shard *s)
+static void open_legacy(TensorFile *file)
 {
-    Pickle *p = &s->pickle;
+    Pickle *p = &file->pickle;
     run_pickle(p, "the magic number");
     Ref version = run_pickle(p, "the version of the protocol"), system;
     if (p->node[version].type != N_INTEGER || p->node[version].is.integer != 1001)
-        die("%s: its protocol is not 1001, the only one that torch.save has written", s->path);
+        die("%s: its protocol is not 1001, the only one that torch.save has written", file->path);
     system = dict_get(p, run_pickle(p, "what is known of the machine"), "little_endian");
     if (p->node[system].type != N_FLAG || !p->node[system].is.integer)
-        die("%s: it does not say that it is little-endian: only such files can be read", s->path);
-    s->root = run_pickle(p, "the object");
+        die("%s: it does not say that it is little-endian: only such files can be read",
+            file->path);
+    file->root = run_pickle(p, "the object");
     Ref keys = run_pickle(p, "the list of storages");
-    if (p->node[keys].type != N_LIST) die("%s: its list of storages is missing", s->path);
+    if (p->node[keys].type != N_LIST) die("%s: its list of storages is missing", file->path);
     TorchStorage **list = sort_storages(p);
     for (uint32_t cell = p->node[keys].first; cell; cell = p->cell[cell].next)
         place_storage(p, list, &p->node[p->cell[cell].value]);
     for (size_t i = 0; i < p->storages; i++)
         if (!p->storage[i].data)
-            die("%s: a tensor's storage is not in the list of storages", s->path);
+            die("%s: a tensor's storage is not in the list of storages", file->path);
     free(list); /* bytes behind the last storage are allowed, as torch does */
 }
 
 /* Member NAME/what of a zip container, or NULL. */
-static Member *torch_member(const Shard *s, const char *what)
+static Member *torch_member(const TensorFile *file, const char *what)
 {
     char path[512];
-    snprintf(path, sizeof path, "%s/%.200s", s->name, what);
-    return zip_find(&s->zip, path);
+    snprintf(path, sizeof path, "%s/%.200s", file->name, what);
+    return zip_find(&file->zip, path);
 }
 
-static Member *storage_member(const Shard *s, const TorchStorage *storage)
+static Member *storage_member(const TensorFile *file, const TorchStorage *storage)
 {
     char path[SHOWN];
     snprintf(path, sizeof path, "data/%.*s", (int)storage->key_length, storage->key);
-    return torch_member(s, path);
+    return torch_member(file, path);
 }
 
 /* Is this a zip container? Finds its NAME: the folder of its only data.pkl. */
@@ -1246,162 +1250,166 @@ static int find_torch_name(char name[256], const Zip *z)
     return found;
 }
 
-static void open_container(Shard *s)
+static void open_container(TensorFile *file)
 {
-    Pickle *p = &s->pickle;
-    Member *order = torch_member(s, "byteorder");
-    if (torch_member(s, "constants.pkl"))
+    Pickle *p = &file->pickle;
+    Member *order = torch_member(file, "byteorder");
+    if (torch_member(file, "constants.pkl"))
         die("%s is a TorchScript archive, a program: a checkpoint written by torch.save is "
             "expected",
-            s->path);
+            file->path);
     if (order) {
-        Map map = zip_read(&s->zip, order);
+        Map map = zip_read(&file->zip, order);
         if (map.size != 6 || memcmp(map.data, "little", 6))
-            die("%s: its byteorder is not little: it cannot be read", s->path);
+            die("%s: its byteorder is not little: it cannot be read", file->path);
     }
-    p->map = zip_read(&s->zip, torch_member(s, "data.pkl"));
-    s->root = run_pickle(p, "the object");
+    p->map = zip_read(&file->zip, torch_member(file, "data.pkl"));
+    file->root = run_pickle(p, "the object");
     if (p->at < p->map.size)
-        die("%s: %zu bytes follow its pickle's end", s->path, p->map.size - p->at);
+        die("%s: %zu bytes follow its pickle's end", file->path, p->map.size - p->at);
     free(sort_storages(p));
     for (size_t i = 0; i < p->storages; i++) {
         const TorchStorage *storage = &p->storage[i];
-        const Member *m = storage_member(s, storage);
-        if (!m) die("%s: the member that is storage %zu of its tensors is missing", s->path, i);
+        const Member *m = storage_member(file, storage);
+        if (!m) die("%s: the member that is storage %zu of its tensors is missing", file->path, i);
         if (m->size != storage->n * dtype_size[storage->dtype])
-            die("%s: member %s has %zu bytes, but its tensors ask for %zu", s->path, m->name,
+            die("%s: member %s has %zu bytes, but its tensors ask for %zu", file->path, m->name,
                 m->size, storage->n * dtype_size[storage->dtype]);
     }
 }
 
 /* The numbers of a view. */
-static void find_data(Shard *s, View *v)
+static void find_data(TensorFile *file, View *v)
 {
-    TorchStorage *storage = &s->pickle.storage[v->storage];
-    if (!storage->data) storage->data = zip_read(&s->zip, storage_member(s, storage)).data;
+    TorchStorage *storage = &file->pickle.storage[v->storage];
+    if (!storage->data) storage->data = zip_read(&file->zip, storage_member(file, storage)).data;
     v->t.data = storage->data + v->offset * dtype_size[v->t.dtype];
 }
 
-static View *add_view(Shard *s, const char *name)
+static View *add_view(TensorFile *file, const char *name)
 {
-    if (s->views >= MAX_TENSORS) die("%s holds more than %d tensors", s->path, MAX_TENSORS);
-    if (s->pickle.reading) pay(s->pickle.reading, s->path, 1, sizeof *s->view + strlen(name));
-    s->view = (View *)grow(s->view, s->views, &s->view_room, sizeof *s->view);
-    View *v = &s->view[s->views++];
+    if (file->views >= MAX_TENSORS) die("%s holds more than %d tensors", file->path, MAX_TENSORS);
+    if (file->pickle.reading)
+        charge(file->pickle.reading, file->path, 1, sizeof *file->view + strlen(name));
+    file->view = (View *)grow(file->view, file->views, &file->view_room, sizeof *file->view);
+    View *v = &file->view[file->views++];
     memset(v, 0, sizeof *v);
     v->t.name = keep_string(name, strlen(name));
-    v->t.path = s->path;
+    v->t.path = file->path;
     return v;
 }
 
 /* Collects the tensors of a state dict and the dicts in it; their keys, joined by dots, are the
  * tensors' names. */
-static void collect_tensors(Shard *s, Ref dict, char name[MAX_NAME], int depth, size_t *steps)
+static void collect_tensors(TensorFile *file, Ref dict, char name[MAX_NAME], int depth,
+                            size_t *steps)
 {
-    const Pickle *p = &s->pickle;
+    const Pickle *p = &file->pickle;
     size_t start = strlen(name);
     if (depth >= MAX_DEPTH)
-        die("%s: its dicts are more than %d levels deep, or one contains itself", s->path,
+        die("%s: its dicts are more than %d levels deep, or one contains itself", file->path,
             MAX_DEPTH);
     for (uint32_t cell = p->node[dict].first, value; cell; cell = p->cell[value].next) {
         const Node *key = &p->node[p->cell[cell].value];
         value = p->cell[cell].next;
         if (key->type != N_STRING)
-            die("%s: a %s is the name of a tensor in %s", s->path, node_name[key->type],
+            die("%s: a %s is the name of a tensor in %s", file->path, node_name[key->type],
                 start ? name : "it");
-        if (++*steps > p->nodes) die("%s: its dicts contain one another too often", s->path);
+        if (++*steps > p->nodes) die("%s: its dicts contain one another too often", file->path);
         if (start + key->length + 2 > MAX_NAME || memchr(key->is.string, 0, key->length))
-            die("%s: the name %.*s of a tensor is too long", s->path, SHOW(key));
+            die("%s: the name %.*s of a tensor is too long", file->path, SHOW(key));
         snprintf(name + start, MAX_NAME - start, "%s%.*s", start ? "." : "", (int)key->length,
                  key->is.string);
         const Node *node = &p->node[p->cell[value].value];
         size_t n = strlen(name), extra = sizeof "_extra_state" - 1;
         if (n >= extra && !strcmp(name + n - extra, "_extra_state"))
             continue; /* TransformerEngine's, of FP8 training */
-        if (node->type == N_DICT) collect_tensors(s, p->cell[value].value, name, depth + 1, steps);
+        if (node->type == N_DICT)
+            collect_tensors(file, p->cell[value].value, name, depth + 1, steps);
         else if (node->type == N_TENSOR) {
-            View *v = add_view(s, name), described = describe_tensor(p, node->first);
+            View *v = add_view(file, name), described = describe_tensor(p, node->first);
             described.t.name = v->t.name;
             *v = described;
         } else
-            die("%s: under the name %.120s a tensor is expected, not a value of type %s", s->path,
-                name, node_name[node->type]);
+            die("%s: under the name %.120s a tensor is expected, not a value of type %s",
+                file->path, name, node_name[node->type]);
     }
     name[start] = 0;
 }
 
 /* Opens a file that torch.save has written: s has its path and its map, which stay their
  * owner's. */
-static void shard_open(Shard *s, Reading *reading)
+static void tensor_file_open(TensorFile *file, Reading *reading)
 {
-    const char *path = s->path;
-    s->pickle.path = path;
-    s->pickle.map = s->map;
-    s->pickle.reading = reading;
-    s->pickle.listing = reading->listing;
-    if (is_legacy(s->map)) open_legacy(s);
+    const char *path = file->path;
+    file->pickle.path = path;
+    file->pickle.map = file->map;
+    file->pickle.reading = reading;
+    file->pickle.listing = reading->listing;
+    if (is_legacy(file->map)) open_legacy(file);
     else {
-        if (!is_zip(s->map))
+        if (!is_zip(file->map))
             die("%s is neither a zip archive nor written by torch.save%s", path,
-                s->map.size > 20 && !memcmp(s->map.data, "version https://git-", 20)
+                file->map.size > 20 && !memcmp(file->map.data, "version https://git-", 20)
                     ? "; it is a git-lfs pointer: fetch the file itself with git lfs pull"
                     : "");
-        s->zip = zip_open(path, s->map, reading);
-        if (!find_torch_name(s->name, &s->zip))
+        file->zip = zip_open(path, file->map, reading);
+        if (!find_torch_name(file->name, &file->zip))
             die("%s is a zip archive without a pickle data.pkl", path);
-        open_container(s);
+        open_container(file);
     }
     char name[MAX_NAME] = "";
     size_t steps = 0;
-    Ref model = dict_get(&s->pickle, s->root, "model");
-    if (dict_get(&s->pickle, s->root, "model0"))
+    Ref model = dict_get(&file->pickle, file->root, "model");
+    if (dict_get(&file->pickle, file->root, "model0"))
         die("%s holds parts of a virtual pipeline (model0, ..): load and save it in Megatron "
             "without one",
             path);
-    if (!model) model = s->root; /* pytorch_model.bin is nothing but a state dict */
-    if (s->pickle.node[model].type != N_DICT)
+    if (!model) model = file->root; /* pytorch_model.bin is nothing but a state dict */
+    if (file->pickle.node[model].type != N_DICT)
         die("%s: a dict of tensors is expected, not a %s", path,
-            node_name[s->pickle.node[model].type]);
-    collect_tensors(s, model, name, 0, &steps);
-    for (size_t i = 0; i < s->views; i++) {
-        const TorchStorage *storage = &s->pickle.storage[s->view[i].storage];
-        if (!storage->data) storage_member(s, storage)->wanted = 1;
+            node_name[file->pickle.node[model].type]);
+    collect_tensors(file, model, name, 0, &steps);
+    for (size_t i = 0; i < file->views; i++) {
+        const TorchStorage *storage = &file->pickle.storage[file->view[i].storage];
+        if (!storage->data) storage_member(file, storage)->wanted = 1;
     }
 #pragma omp parallel for schedule(dynamic) /* the time goes into inflating and checking */
-    for (size_t i = 0; i < s->zip.members; i++)
-        if (s->zip.member[i].wanted) zip_read(&s->zip, &s->zip.member[i]);
-    size_t all = 0, there = s->zip.members ? 0 : s->map.size;
-    for (size_t i = 0; i < s->views; i++) find_data(s, &s->view[i]), all += s->view[i].t.bytes;
-    for (size_t i = 0; i < s->zip.members; i++)
-        there += s->zip.member[i].wanted ? s->zip.member[i].size : 0;
+    for (size_t i = 0; i < file->zip.members; i++)
+        if (file->zip.member[i].wanted) zip_read(&file->zip, &file->zip.member[i]);
+    size_t all = 0, there = file->zip.members ? 0 : file->map.size;
+    for (size_t i = 0; i < file->views; i++)
+        find_data(file, &file->view[i]), all += file->view[i].t.bytes;
+    for (size_t i = 0; i < file->zip.members; i++)
+        there += file->zip.member[i].wanted ? file->zip.member[i].size : 0;
     /* tied weights are there twice; 65536 views of one storage would keep us busy for hours */
     if (all > 4 * there)
         die("%s: its tensors have %zu bytes, but are views of only %zu", path, all, there);
 }
 
 /* A file of safetensors, or a folder of them, as the same thing. */
-static void shard_from_safetensors(Shard *s, const Safetensors *file)
+static void add_safetensors(TensorFile *file, const Safetensors *from)
 {
-    for (size_t i = 0; i < file->tensors; i++) {
-        View *v = add_view(s, file->tensor[i].name);
+    for (size_t i = 0; i < from->tensors; i++) {
+        View *v = add_view(file, from->tensor[i].name);
         const char *name = v->t.name;
-        v->t = file->tensor[i];
+        v->t = from->tensor[i];
         v->t.name = name;
         for (size_t d = v->t.dims, step = 1; d-- > 0; step *= v->t.shape[d]) v->stride[d] = step;
     }
 }
 
-static void shard_close(Shard *s)
+static void tensor_file_close(TensorFile *file)
 {
-    for (size_t i = 0; i < s->views; i++) free((void *)s->view[i].t.name);
-    free(s->view);
-    pickle_free(&s->pickle);
-    zip_close(&s->zip);
-    free((void *)s->path);
+    for (size_t i = 0; i < file->views; i++) free((void *)file->view[i].t.name);
+    free(file->view);
+    pickle_free(&file->pickle);
+    zip_close(&file->zip);
+    free((void *)file->path);
 }
 
 /* =================================================================================================
- * Chapter 4. Slices: a file for each rank, and how to find them (chapter 7 joins them)
+ * Chapter 4. Rank files: how to find the file of each rank (chapter 7 joins them)
  *
  *     ROOT/latest_checkpointed_iteration.txt          "release", or the number of an iteration
  *     ROOT/release/                                   or iter_0500000/
@@ -1415,7 +1423,7 @@ static void shard_close(Shard *s)
  * ============================================================================================== */
 
 static const char tracker[] = "latest_checkpointed_iteration.txt";
-enum { MAX_SHARDS = 4096, MAX_TRACKER = 64 };
+enum { MAX_RANK_FILES = 4096, MAX_TRACKER = 64 };
 
 /* The paths in a folder or an archive. */
 typedef struct {
@@ -1529,7 +1537,7 @@ typedef struct {
 } RankFile;
 
 /* Is this a rank's model? Those of another name are the optimizer's, of data ranks. */
-static int find_rank(RankFile *file, const char *path)
+static int is_rank_file(RankFile *file, const char *path)
 {
     const char *base = base_name(path), *parent = base;
     size_t number[3] = {0, 0, 0};
@@ -1560,7 +1568,8 @@ __attribute__((noreturn)) static void no_checkpoint(const Paths *list, const cha
 
 /* The ranks' files of a checkpoint, in the order of ranks: all tensor ranks of stage 0 come first.
  * The caller frees the list. */
-static const char **find_ranks(const Paths *list, Layout *layout, const char *folder, Zip *archive)
+static const char **find_rank_files(const Paths *list, Layout *layout, const char *folder,
+                                    Zip *archive)
 {
     char iteration[PATH_MAX];
     size_t n = 0, tp = 1, pp = 1;
@@ -1568,7 +1577,7 @@ static const char **find_ranks(const Paths *list, Layout *layout, const char *fo
     follow_tracker(iteration, list, folder, archive);
     for (size_t i = 0; i < list->n; i++)
         if (!strncmp(list->path[i], iteration, strlen(iteration)))
-            n += (size_t)find_rank(&file[n], list->path[i]);
+            n += (size_t)is_rank_file(&file[n], list->path[i]);
     if (!n) no_checkpoint(list, folder, iteration);
     for (size_t i = 0; i < n; i++) {
         tp = max_size(tp, file[i].tp + 1), pp = max_size(pp, file[i].pp + 1);
@@ -1581,7 +1590,7 @@ static const char **find_ranks(const Paths *list, Layout *layout, const char *fo
                 "expected",
                 folder, file[i].path);
     }
-    if (n > MAX_SHARDS || tp * pp > n)
+    if (n > MAX_RANK_FILES || tp * pp > n)
         die("%s: the folders' numbers go up to %zu tensor ranks x %zu stages, but %zu have a model",
             folder, tp, pp, n);
     const char **ordered = (const char **)xcalloc(tp * pp, sizeof *ordered);
@@ -1608,31 +1617,31 @@ typedef struct {
     Safetensors safetensors;
     Layout layout;
     int folder; /* of Hugging Face's: it has a config.json */
-    size_t shards, room;
-    Shard *shard;
+    size_t files, room;
+    TensorFile *file;
 } Source;
 
 /* Adds a file of tensors, still to be opened. */
-static void add_shard(Source *s, const char *path, Map map)
+static void add_file(Source *s, const char *path, Map map)
 {
-    s->shard = (Shard *)grow(s->shard, s->shards, &s->room, sizeof *s->shard);
-    Shard *shard = &s->shard[s->shards++];
-    memset(shard, 0, sizeof *shard);
-    shard->path = keep_string(path, strlen(path));
-    shard->map = map;
+    s->file = (TensorFile *)grow(s->file, s->files, &s->room, sizeof *s->file);
+    TensorFile *file = &s->file[s->files++];
+    memset(file, 0, sizeof *file);
+    file->path = keep_string(path, strlen(path));
+    file->map = map;
 }
 
 static Map map_input(Source *s, const char *path)
 {
     Map map = map_file(path);
-    s->reading.inflated += MAX_INFLATION * (long long)map.size;
+    s->reading.inflation_left += MAX_INFLATION * (long long)map.size;
     return map;
 }
 
 static void open_all(Source *s)
 {
-    for (size_t i = 0; i < s->shards; i++) shard_open(&s->shard[i], &s->reading);
-    s->container = is_legacy(s->shard[0].map) ? "torch.save, legacy" : "torch.save, zip";
+    for (size_t i = 0; i < s->files; i++) tensor_file_open(&s->file[i], &s->reading);
+    s->container = is_legacy(s->file[0].map) ? "torch.save, legacy" : "torch.save, zip";
 }
 
 /* Every tensor must be in the file where the index says, and in no other. */
@@ -1640,11 +1649,11 @@ static void check_bin_index(const Source *s, const Json *index, const JsonValue 
 {
     Safetensors all = {NULL, 0, NULL, 0};
     size_t room = 0;
-    for (size_t i = 0; i < s->shards; i++)
-        for (size_t j = 0; j < s->shard[i].views; j++) {
+    for (size_t i = 0; i < s->files; i++)
+        for (size_t j = 0; j < s->file[i].views; j++) {
             all.tensor = (StoredTensor *)grow(all.tensor, all.tensors, &room, sizeof *all.tensor);
-            all.tensor[all.tensors] = s->shard[i].view[j].t;
-            all.tensor[all.tensors++].name = strip_prefix(s->shard[i].view[j].t.name);
+            all.tensor[all.tensors] = s->file[i].view[j].t;
+            all.tensor[all.tensors++].name = strip_prefix(s->file[i].view[j].t.name);
         }
     if (all.tensors) qsort(all.tensor, all.tensors, sizeof *all.tensor, compare_names);
     check_index(&all, s->path, index, map);
@@ -1659,7 +1668,7 @@ static void open_bins(Source *s)
     size_t n;
     if (file_exists(s->path, whole)) {
         join_path(path, s->path, whole);
-        add_shard(s, path, map_input(s, path));
+        add_file(s, path, map_input(s, path));
         open_all(s);
         return;
     }
@@ -1669,7 +1678,7 @@ static void open_bins(Source *s)
     const char **name = indexed_files(&n, &index, map);
     for (size_t i = 0; i < n; i++) {
         join_path(path, s->path, name[i]);
-        add_shard(s, path, map_input(s, path));
+        add_file(s, path, map_input(s, path));
     }
     open_all(s);
     check_bin_index(s, &index, map);
@@ -1693,25 +1702,25 @@ static int open_hugging_face(Source *s)
         Map none = {"", 0};
         s->safetensors = safetensors_open(s->path);
         s->container = "safetensors";
-        add_shard(s, s->path, none);
-        shard_from_safetensors(&s->shard[0], &s->safetensors);
+        add_file(s, s->path, none);
+        add_safetensors(&s->file[0], &s->safetensors);
     } else open_bins(s);
     return 1;
 }
 
 /* A checkpoint's folder, or an archive of it. */
-static void open_ranks(Source *s)
+static void open_rank_files(Source *s)
 {
     char path[PATH_MAX];
     Paths list = {NULL, 0, 0};
     for (size_t i = 0; i < s->archive.members; i++) list_path(&list, s->archive.member[i].name);
     if (!s->archive.members) list_folder(&list, s->path, "", 0);
-    const char **file = find_ranks(&list, &s->layout, s->path, &s->archive);
+    const char **file = find_rank_files(&list, &s->layout, s->path, &s->archive);
     for (int i = 0; i < s->layout.tp * s->layout.pp; i++) {
         join_path(path, s->path, file[i]);
-        add_shard(s, path,
-                  s->archive.members ? read_below(s->path, &s->archive, file[i])
-                                     : map_input(s, path));
+        add_file(s, path,
+                 s->archive.members ? read_below(s->path, &s->archive, file[i])
+                                    : map_input(s, path));
     }
     for (size_t i = 0; i < list.n; i++) free(list.path[i]);
     free(list.path), free(file);
@@ -1728,34 +1737,34 @@ static void source_open(Source *s, const char *path, const char *scratch, FILE *
     s->path = path;
     s->layout.tp = s->layout.pp = s->layout.dp = 1;
     s->reading.scratch = scratch, s->reading.listing = listing;
-    s->reading.objects = MAX_OBJECTS, s->reading.inflated = MIN_INFLATED;
+    s->reading.objects_left = MAX_OBJECT_BYTES, s->reading.inflation_left = MIN_INFLATED;
     if (stat(path, &st)) die("cannot open %s: %s", path, strerror(errno));
     if (S_ISDIR(st.st_mode)) {
-        if (!open_hugging_face(s)) open_ranks(s);
+        if (!open_hugging_face(s)) open_rank_files(s);
         return;
     }
     s->map = map_input(s, path);
     if (is_zip(s->map)) s->archive = zip_open(path, s->map, &s->reading);
     if (s->archive.members && !find_torch_name(name, &s->archive)) {
-        open_ranks(s);
+        open_rank_files(s);
         return;
     }
     zip_close(&s->archive);
-    add_shard(s, path, s->map);
+    add_file(s, path, s->map);
     open_all(s);
 }
 
 static void source_close(Source *s)
 {
-    for (size_t i = 0; i < s->shards; i++) {
+    for (size_t i = 0; i < s->files; i++) {
         /* else it is in the archive, or is the file itself */
-        if (!s->map.size) unmap_file(s->shard[i].map);
-        shard_close(&s->shard[i]);
+        if (!s->map.size) unmap_file(s->file[i].map);
+        tensor_file_close(&s->file[i]);
     }
     zip_close(&s->archive);
     unmap_file(s->map);
     if (s->safetensors.file) safetensors_close(&s->safetensors);
-    free(s->shard);
+    free(s->file);
 }
 
 /* =================================================================================================
@@ -1862,8 +1871,8 @@ static void identify(View *v)
 
 static void identify_all(Source *s)
 {
-    for (size_t i = 0; i < s->shards; i++)
-        for (size_t j = 0; j < s->shard[i].views; j++) identify(&s->shard[i].view[j]);
+    for (size_t i = 0; i < s->files; i++)
+        for (size_t j = 0; j < s->file[i].views; j++) identify(&s->file[i].view[j]);
 }
 
 /* Copies of the word embedding, which makes the logits too [§3]: on the last of several stages, and
@@ -1897,48 +1906,48 @@ typedef struct {
 } Choices;
 
 /* An argument of the training run; 0: it has none of this name, or None. */
-static Ref find_argument(const Shard *s, const char *name)
+static Ref find_argument(const TensorFile *file, const char *name)
 {
-    const Pickle *p = &s->pickle;
-    Ref args = p->nodes ? dict_get(p, s->root, "args") : 0,
+    const Pickle *p = &file->pickle;
+    Ref args = p->nodes ? dict_get(p, file->root, "args") : 0,
         value = args ? dict_get(p, args, name) : 0;
     return value && p->node[value].type != N_NONE ? value : 0;
 }
 
 /* A whole number from 1 up; the fallback where it is absent, death if that is 0. */
-static size_t count_argument(const Shard *s, const char *name, size_t most, size_t fallback)
+static size_t count_argument(const TensorFile *file, const char *name, size_t most, size_t fallback)
 {
-    Ref ref = find_argument(s, name);
-    const Node *n = &s->pickle.node[ref];
+    Ref ref = find_argument(file, name);
+    const Node *n = &file->pickle.node[ref];
     if (!ref && fallback) return fallback;
-    if (!ref) die("%s: its args have no %s; give --config FILE", s->path, name);
+    if (!ref) die("%s: its args have no %s; give --config FILE", file->path, name);
     if (n->type != N_INTEGER || n->is.integer < 1 || (unsigned long long)n->is.integer > most)
-        die("%s: args.%s is no whole number from 1 to %zu", s->path, name, most);
+        die("%s: args.%s is no whole number from 1 to %zu", file->path, name, most);
     return (size_t)n->is.integer;
 }
 
-static double real_argument(const Shard *s, const char *name, double low, double high,
+static double real_argument(const TensorFile *file, const char *name, double low, double high,
                             double fallback)
 {
-    Ref ref = find_argument(s, name);
-    const Node *n = &s->pickle.node[ref];
+    Ref ref = find_argument(file, name);
+    const Node *n = &file->pickle.node[ref];
     if (!ref) return fallback;
     double x = n->type == N_REAL ? n->is.real : n->type == N_INTEGER ? (double)n->is.integer : NAN;
     if (!(x >= low && x <= high))
-        die("%s: args.%s is no number from %g to %g", s->path, name, low, high);
+        die("%s: args.%s is no number from %g to %g", file->path, name, low, high);
     return x;
 }
 
-static int flag_argument(const Shard *s, const char *name)
+static int flag_argument(const TensorFile *file, const char *name)
 {
-    Ref ref = find_argument(s, name);
-    if (ref && s->pickle.node[ref].type != N_FLAG)
-        die("%s: args.%s is neither True nor False", s->path, name);
-    return ref && s->pickle.node[ref].is.integer;
+    Ref ref = find_argument(file, name);
+    if (ref && file->pickle.node[ref].type != N_FLAG)
+        die("%s: args.%s is neither True nor False", file->path, name);
+    return ref && file->pickle.node[ref].is.integer;
 }
 
 /* Models that have GPT-2's tensors, or more, but not its arithmetic. */
-static void refuse_other_models(const Shard *s)
+static void refuse_other_models(const TensorFile *file)
 {
     /* clang-format off */
     static const char *const flags[] = {
@@ -1950,79 +1959,81 @@ static void refuse_other_models(const Shard *s)
                                            {"normalization", "LayerNorm"}};
     static const char *const counts[] = {"num_experts", "virtual_pipeline_model_parallel_size"};
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
-        if (flag_argument(s, flags[i]))
-            die("%s: args.%s is True: this is no GPT-2", s->path, flags[i]);
+        if (flag_argument(file, flags[i]))
+            die("%s: args.%s is True: this is no GPT-2", file->path, flags[i]);
     for (size_t i = 0; i < 2; i++) {
-        Ref ref = find_argument(s, words[i][0]);
-        if (ref && !is_string(&s->pickle, ref, N_STRING, words[i][1]))
-            die("%s: args.%s is not %s: this is no GPT-2", s->path, words[i][0], words[i][1]);
-        if (find_argument(s, counts[i]) && count_argument(s, counts[i], SIZE_MAX / 2, 1) > 1)
-            die("%s: args.%s is more than 1, which is not supported", s->path, counts[i]);
+        Ref ref = find_argument(file, words[i][0]);
+        if (ref && !is_string(&file->pickle, ref, N_STRING, words[i][1]))
+            die("%s: args.%s is not %s: this is no GPT-2", file->path, words[i][0], words[i][1]);
+        if (find_argument(file, counts[i]) && count_argument(file, counts[i], SIZE_MAX / 2, 1) > 1)
+            die("%s: args.%s is more than 1, which is not supported", file->path, counts[i]);
     }
 }
 
 /* What config.json calls the activation. Until April 2020 there was only the tanh formula, and no
  * argument for it. */
-static const char *activation_argument(const Shard *s)
+static const char *activation_argument(const TensorFile *file)
 {
     /* the same formula, fused with the bias */
-    if (flag_argument(s, "bias_gelu_fusion")) return "gelu_fast";
-    return flag_argument(s, "openai_gelu") || !find_argument(s, "openai_gelu") ? "gelu_new"
-                                                                               : "gelu";
+    if (flag_argument(file, "bias_gelu_fusion")) return "gelu_fast";
+    return flag_argument(file, "openai_gelu") || !find_argument(file, "openai_gelu") ? "gelu_new"
+                                                                                     : "gelu";
 }
 
-static Config config_from_arguments(const Shard *s)
+static Config config_from_arguments(const TensorFile *file)
 {
-    size_t C = count_argument(s, "hidden_size", 1 << 17, 0),
-           H = count_argument(s, "num_attention_heads", 1 << 12, 0);
-    Config c = make_config(count_argument(s, "num_layers", 1 << 12, 0), C, H,
-                           count_argument(s, "max_position_embeddings", 1 << 20, 0), 1);
-    c.F = count_argument(s, "ffn_hidden_size", 1 << 20, 4 * C);
-    c.eps = (real)real_argument(s, "layernorm_epsilon", 1e-12, 1, 1e-5);
-    c.attn_pdrop = (real)real_argument(s, "attention_dropout", 0, 0.99, 0.1);
-    c.embd_pdrop = c.resid_pdrop = (real)real_argument(s, "hidden_dropout", 0, 0.99, 0.1);
-    find_gelu(&c.gelu, activation_argument(s));
+    size_t C = count_argument(file, "hidden_size", 1 << 17, 0),
+           H = count_argument(file, "num_attention_heads", 1 << 12, 0);
+    Config c = make_config(count_argument(file, "num_layers", 1 << 12, 0), C, H,
+                           count_argument(file, "max_position_embeddings", 1 << 20, 0), 1);
+    c.F = count_argument(file, "ffn_hidden_size", 1 << 20, 4 * C);
+    c.eps = (real)real_argument(file, "layernorm_epsilon", 1e-12, 1, 1e-5);
+    c.attn_pdrop = (real)real_argument(file, "attention_dropout", 0, 0.99, 0.1);
+    c.embd_pdrop = c.resid_pdrop = (real)real_argument(file, "hidden_dropout", 0, 0.99, 0.1);
+    find_gelu(&c.gelu, activation_argument(file));
     if (C % H)
-        die("%s: args.hidden_size %zu is no multiple of args.num_attention_heads %zu", s->path, C,
-            H);
-    if (count_argument(s, "kv_channels", 1 << 17, C / H) != C / H)
-        die("%s: args.kv_channels is not hidden_size / num_attention_heads, as in GPT-2", s->path);
+        die("%s: args.hidden_size %zu is no multiple of args.num_attention_heads %zu", file->path,
+            C, H);
+    if (count_argument(file, "kv_channels", 1 << 17, C / H) != C / H)
+        die("%s: args.kv_channels is not hidden_size / num_attention_heads, as in GPT-2",
+            file->path);
     return c;
 }
 
-/* The first view of a tensor in a shard, by its name in the table; NULL if there is none. */
-static const View *find_view(const Shard *s, const char *name)
+/* The first view of a tensor in a file, by its name in the table; NULL if there is none. */
+static const View *find_view(const TensorFile *file, const char *name)
 {
-    for (size_t i = 0; i < s->views; i++)
-        if (s->view[i].spec && !s->view[i].layer && !strcmp(s->view[i].spec->name, name))
-            return &s->view[i];
+    for (size_t i = 0; i < file->views; i++)
+        if (file->view[i].spec && !file->view[i].layer && !strcmp(file->view[i].spec->name, name))
+            return &file->view[i];
     return NULL;
 }
 
-static size_t rows_of(const Shard *s, const char *name)
+static size_t rows_of(const TensorFile *file, const char *name)
 {
-    const View *v = find_view(s, name);
-    if (!v || !v->t.dims) die("%s: it has no tensor that could be a GPT-2's %.20s", s->path, name);
+    const View *v = find_view(file, name);
+    if (!v || !v->t.dims)
+        die("%s: it has no tensor that could be a GPT-2's %.20s", file->path, name);
     return v->t.shape[0];
 }
 
-/* From the shapes of the first shard, if one of the presets has as many layers and channels. */
-static Config config_from_shapes(const Shard *s, Layout layout)
+/* From the shapes of the first file, if one of the presets has as many layers and channels. */
+static Config config_from_shapes(const TensorFile *file, Layout layout)
 {
-    size_t L = 0, T = rows_of(s, "wpe.weight"), C = rows_of(s, "h.%zu.ln_1.weight"), H = 0;
-    for (size_t i = 0; i < s->views; i++)
-        if (s->view[i].spec) L = max_size(L, (s->view[i].layer + 1) * (size_t)layout.pp);
+    size_t L = 0, P = rows_of(file, "wpe.weight"), C = rows_of(file, "h.%zu.ln_1.weight"), H = 0;
+    for (size_t i = 0; i < file->views; i++)
+        if (file->view[i].spec) L = max_size(L, (file->view[i].layer + 1) * (size_t)layout.pp);
     for (int i = 0; i < N_PRESETS; i++) {
         if (presets[i].L != L || presets[i].C != C || i == 0) continue;
         if (H && H != presets[i].H) H = SIZE_MAX;
         else H = presets[i].H;
     }
-    if (!H || H == SIZE_MAX || T > 1 << 20)
+    if (!H || H == SIZE_MAX || P > 1 << 20)
         die("%s: it has no args, and its shape (%zu layers, %zu channels) does not tell the number "
             "of heads; give "
             "--config FILE",
-            s->path, L, C);
-    return make_config(L, C, H, T, 1);
+            file->path, L, C);
+    return make_config(L, C, H, P, 1);
 }
 
 /* =================================================================================================
@@ -2153,15 +2164,15 @@ static size_t find_tensor(const Part *part, const Spec *spec, size_t layer)
 /* Strides of the rows and columns of [out, in]. */
 static void view_strides(size_t *row, size_t *col, const View *v, const Tensor *t, int hugging_face)
 {
-    int turned = hugging_face && t->spec->conv1d;
-    *row = v->stride[turned], *col = v->t.dims == 2 ? v->stride[!turned] : 0;
+    int transposed = hugging_face && t->spec->conv1d;
+    *row = v->stride[transposed], *col = v->t.dims == 2 ? v->stride[!transposed] : 0;
 }
 
 static void check_shape(const View *v, const Tensor *t, int hugging_face)
 {
-    int turned = hugging_face && t->spec->conv1d;
-    size_t shape[2] = {turned ? t->local_cols : t->local_rows,
-                       turned ? t->local_rows : t->local_cols};
+    int transposed = hugging_face && t->spec->conv1d;
+    size_t shape[2] = {transposed ? t->local_cols : t->local_rows,
+                       transposed ? t->local_rows : t->local_cols};
     size_t dims = t->spec->cols == ONE ? 1 : 2;
     char seen[SHAPE_TEXT], wanted[SHAPE_TEXT];
     if (v->t.dims != dims || memcmp(v->t.shape, shape, dims * sizeof *shape))
@@ -2195,14 +2206,14 @@ static void refuse_difference(const View *a, const View *b, const char *why)
             b->t.path, why);
 }
 
-/* Finds a tensor for every view of a shard that belongs to this rank. */
-static void place_views(Model *m, int rank, const Shard *s)
+/* Finds the tensor of this rank for every view of a file. */
+static void place_views(Model *m, int rank, const TensorFile *file)
 {
     Part *part = &m->part[rank];
     Layout layout = m->how.layout;
     size_t first = (size_t)pp_rank(layout, rank) * (m->config.L / (size_t)layout.pp);
-    for (size_t i = 0; i < s->views; i++) {
-        const View *v = &s->view[i];
+    for (size_t i = 0; i < file->views; i++) {
+        const View *v = &file->view[i];
         size_t at = part->tensors;
         if (v->spec && (v->era == HUGGING_FACE) == m->how.hugging_face)
             at = find_tensor(part, v->spec, v->spec->in_layer ? first + v->layer : 0);
@@ -2211,9 +2222,9 @@ static void place_views(Model *m, int rank, const Shard *s)
             refuse_difference(v, part->head, "both would make the logits");
             part->head = v;
         } else if (at == part->tensors)
-            die("%s: tensor %.120s has no place in a GPT-2 of this shape", s->path, v->t.name);
+            die("%s: tensor %.120s has no place in a GPT-2 of this shape", file->path, v->t.name);
         else if (part->view[at])
-            die("%s: tensor %.120s is there twice, also as %.120s", s->path, v->t.name,
+            die("%s: tensor %.120s is there twice, also as %.120s", file->path, v->t.name,
                 part->view[at]->t.name);
         else part->view[at] = v;
     }
@@ -2247,7 +2258,7 @@ static void check_parts(const Model *m, const Source *source)
             const View *v = part->view[i], *other = first->view[i];
             if (!v)
                 die("%s: the tensor that Hugging Face calls %s is missing",
-                    m->how.hugging_face ? m->path : source->shard[rank].path, tensor_name(name, t));
+                    m->how.hugging_face ? m->path : source->file[rank].path, tensor_name(name, t));
             check_shape(v, t, m->how.hugging_face);
             if (v->t.dtype != other->t.dtype)
                 die("%s: tensor %.120s is of type %s, but of type %s in %s", v->t.path, v->t.name,
@@ -2262,28 +2273,28 @@ static void check_parts(const Model *m, const Source *source)
 
 /* The version tells the order of the rows of Q, K, V. Absent, it is 0, except that code of
  * September 2020 wrote versions 1 and 2 without saying so: its args have a bias_gelu_fusion. */
-static int find_version(const Shard *s, double chosen)
+static int find_version(const TensorFile *file, double chosen)
 {
-    const Pickle *p = &s->pickle;
-    Ref ref = dict_get(p, s->root, "checkpoint_version");
+    const Pickle *p = &file->pickle;
+    Ref ref = dict_get(p, file->root, "checkpoint_version");
     const Node *n = &p->node[ref];
     double version = !ref                   ? -1
                      : n->type == N_INTEGER ? (double)n->is.integer
                      : n->type == N_REAL    ? n->is.real
                                             : NAN;
     if (ref && version != 0 && version != 1 && version != 2 && version != 3)
-        die("%s: its checkpoint_version is none of 0, 1, 2, 3", s->path);
+        die("%s: its checkpoint_version is none of 0, 1, 2, 3", file->path);
     if (ref && chosen >= 0 && version != chosen)
-        die("%s: its checkpoint_version is %g, not %g", s->path, version, chosen);
-    if (!ref && chosen < 0 && find_argument(s, "bias_gelu_fusion"))
+        die("%s: its checkpoint_version is %g, not %g", file->path, version, chosen);
+    if (!ref && chosen < 0 && find_argument(file, "bias_gelu_fusion"))
         die("%s: it has no checkpoint_version, and is of a time when the order of its Q, K, V "
             "changed: give "
             "--checkpoint-version 0, 1 or 2",
-            s->path);
+            file->path);
     return (int)(ref ? version : fmax(chosen, 0));
 }
 
-/* Is a value in two shards the same? Only numbers are compared. */
+/* Is a value in two rank files the same? Only numbers are compared. */
 static int same_nodes(const Pickle *p, Ref a, const Pickle *q, Ref b)
 {
     const Node *x = &p->node[a], *y = &q->node[b];
@@ -2294,23 +2305,23 @@ static int same_nodes(const Pickle *p, Ref a, const Pickle *q, Ref b)
 
 static int compare_files(const void *a, const void *b)
 {
-    Map x = (*(const Shard *const *)a)->map, y = (*(const Shard *const *)b)->map;
+    Map x = (*(const TensorFile *const *)a)->map, y = (*(const TensorFile *const *)b)->map;
     return x.size == y.size ? memcmp(x.data, y.data, x.size) : x.size > y.size ? 1 : -1;
 }
 
 static void refuse_copies(const Source *m)
 {
-    const Shard **list = (const Shard **)xcalloc(m->shards, sizeof *list);
-    for (size_t i = 0; i < m->shards; i++) list[i] = &m->shard[i];
-    qsort(list, m->shards, sizeof *list, compare_files);
-    for (size_t i = 1; i < m->shards; i++)
+    const TensorFile **list = (const TensorFile **)xcalloc(m->files, sizeof *list);
+    for (size_t i = 0; i < m->files; i++) list[i] = &m->file[i];
+    qsort(list, m->files, sizeof *list, compare_files);
+    for (size_t i = 1; i < m->files; i++)
         if (!compare_files(&list[i - 1], &list[i]))
             die("%s is a copy of %s, although ranks hold different parts", list[i]->path,
                 list[i - 1]->path);
     free(list);
 }
 
-/* All shards must be of one run, of one iteration, and each in its place. */
+/* All rank files must be of one run, of one iteration, and each in its place. */
 static void check_agreement(const Source *m)
 {
     /* clang-format off */
@@ -2318,47 +2329,47 @@ static void check_agreement(const Source *m)
         "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings",
         "ffn_hidden_size", "layernorm_epsilon", "make_vocab_size_divisible_by", "orig_vocab_size"};
     /* clang-format on */
-    const Shard *first = &m->shard[0];
+    const TensorFile *first = &m->file[0];
     const Pickle *p = &first->pickle;
-    for (size_t rank = 0; rank < m->shards; rank++) {
-        const Shard *s = &m->shard[rank];
-        const Pickle *q = &s->pickle;
+    for (size_t rank = 0; rank < m->files; rank++) {
+        const TensorFile *file = &m->file[rank];
+        const Pickle *q = &file->pickle;
         const char *differs = NULL;
         if (!same_nodes(p, dict_get(p, first->root, "iteration"), q,
-                        dict_get(q, s->root, "iteration")))
+                        dict_get(q, file->root, "iteration")))
             differs = "iteration";
         if (!same_nodes(p, dict_get(p, first->root, "checkpoint_version"), q,
-                        dict_get(q, s->root, "checkpoint_version")))
+                        dict_get(q, file->root, "checkpoint_version")))
             differs = "checkpoint_version";
         for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-            if (!same_nodes(p, find_argument(first, names[i]), q, find_argument(s, names[i])))
+            if (!same_nodes(p, find_argument(first, names[i]), q, find_argument(file, names[i])))
                 differs = names[i];
         if (differs)
-            die("%s and %s disagree on %s: they are of different checkpoints", first->path, s->path,
-                differs);
+            die("%s and %s disagree on %s: they are of different checkpoints", first->path,
+                file->path, differs);
     }
 }
 
-/* The args of every shard must fit to where it lies. */
+/* The args of every rank file must fit to where it lies. */
 static void check_ranks(const Source *m)
 {
     size_t tp = (size_t)m->layout.tp, pp = (size_t)m->layout.pp;
-    for (size_t rank = 0; rank < m->shards; rank++) {
-        const Shard *s = &m->shard[rank];
+    for (size_t rank = 0; rank < m->files; rank++) {
+        const TensorFile *file = &m->file[rank];
         /* its name until October 2020 */
-        size_t told_tp = count_argument(s, "model_parallel_size", 1 << 20, tp);
-        told_tp = count_argument(s, "tensor_model_parallel_size", 1 << 20, told_tp);
-        size_t told_pp = count_argument(s, "pipeline_model_parallel_size", 1 << 20, pp);
+        size_t told_tp = count_argument(file, "model_parallel_size", 1 << 20, tp);
+        told_tp = count_argument(file, "tensor_model_parallel_size", 1 << 20, told_tp);
+        size_t told_pp = count_argument(file, "pipeline_model_parallel_size", 1 << 20, pp);
         if (told_tp != tp || told_pp != pp)
             die("%s: its args tell of %zu tensor ranks x %zu stages, but here are %zu x %zu; name "
                 "the folder that "
                 "holds all",
-                s->path, told_tp, told_pp, tp, pp);
-        /* Hugging Face's script says rank 0 in every shard, but tells of no world */
-        Ref own = find_argument(s, "world_size") ? find_argument(s, "rank") : 0;
-        if (own && size_of_node(&s->pickle, own, "args.rank") % tp != rank % tp)
-            die("%s: its args are of rank %lld: it does not belong into this folder", s->path,
-                s->pickle.node[own].is.integer);
+                file->path, told_tp, told_pp, tp, pp);
+        /* Hugging Face's script says rank 0 in every file, but tells of no world */
+        Ref own = find_argument(file, "world_size") ? find_argument(file, "rank") : 0;
+        if (own && size_of_node(&file->pickle, own, "args.rank") % tp != rank % tp)
+            die("%s: its args are of rank %lld: it does not belong into this folder", file->path,
+                file->pickle.node[own].is.integer);
     }
 }
 
@@ -2374,10 +2385,10 @@ static Config read_shape(Model *m, const char *path, int *tied)
  * tokens there are without padding, or SIZE_MAX if nothing tells. */
 static size_t find_shape(Model *m, const Source *source, const Choices *o)
 {
-    const Shard *s = &source->shard[0];
-    int has_args = find_argument(s, "num_layers") != 0, tied = 1;
+    const TensorFile *first = &source->file[0];
+    int has_args = find_argument(first, "num_layers") != 0, tied = 1;
     char path[PATH_MAX];
-    for (size_t i = 0; i < source->shards; i++) refuse_other_models(&source->shard[i]);
+    for (size_t i = 0; i < source->files; i++) refuse_other_models(&source->file[i]);
     if (o->config || source->folder) {
         m->config = read_shape(
             m, o->config ? o->config : join_path(path, source->path, "config.json"), &tied);
@@ -2385,12 +2396,13 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
             die("%s: \"tie_word_embeddings\" is false, but Megatron's GPT-2 ties them", o->config);
         m->untied = !tied;
     } else {
-        m->config = has_args ? config_from_arguments(s) : config_from_shapes(s, source->layout);
-        m->gelu = activation_argument(s);
+        m->config =
+            has_args ? config_from_arguments(first) : config_from_shapes(first, source->layout);
+        m->gelu = activation_argument(first);
     }
-    Config *c = &m->config, a = has_args ? config_from_arguments(s) : *c;
+    Config *c = &m->config, a = has_args ? config_from_arguments(first) : *c;
     if (a.L != c->L || a.C != c->C || a.H != c->H || a.F != c->F || a.P != c->P)
-        die("%s: its shape is not that of the args in %s", o->config, s->path);
+        die("%s: its shape is not that of the args in %s", o->config, first->path);
     size_t tp = (size_t)source->layout.tp, pp = (size_t)source->layout.pp;
     if (c->H % tp || c->F % tp || c->L % pp)
         die("%s: %zu heads, an MLP of width %zu and %zu layers cannot have been cut for %zu tensor "
@@ -2399,16 +2411,16 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
             m->path, c->H, c->F, c->L, tp, pp);
     return o->config || source->folder
                ? c->V
-               : count_argument(s, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
+               : count_argument(first, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
 }
 
 /* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to
  * another model. `told` is what the input tells of their number, or SIZE_MAX. */
-static size_t count_tokens(const Shard *s, const Model *m, size_t told, const char *folder)
+static size_t count_tokens(const TensorFile *file, const Model *m, size_t told, const char *folder)
 {
     Tokenizer *t = tokenizer_open(folder);
     size_t V = t->vocabulary,
-           multiple = count_argument(s, "make_vocab_size_divisible_by", 1 << 20, 128);
+           multiple = count_argument(file, "make_vocab_size_divisible_by", 1 << 20, 128);
     multiple *= (size_t)m->how.layout.tp;
     if (told != V && round_up(V, multiple) != m->how.padded)
         die("%s: there are %zu rows for tokens, but the tokenizer's %zu would be padded to a "
@@ -2420,13 +2432,13 @@ static size_t count_tokens(const Shard *s, const Model *m, size_t told, const ch
 }
 
 /* How many rows of the word embedding are tokens; `told` by the input, or SIZE_MAX. */
-static size_t find_vocabulary(const Shard *s, const Model *m, size_t told, const Choices *o)
+static size_t find_vocabulary(const TensorFile *file, const Model *m, size_t told, const Choices *o)
 {
     size_t padded = m->how.padded, V = o->keep_padding ? padded
                                        : o->vocab_size ? o->vocab_size
                                                        : told;
     size_t tokens =
-        o->tokenizer && !o->vocab_size ? count_tokens(s, m, told, o->tokenizer) : SIZE_MAX;
+        o->tokenizer && !o->vocab_size ? count_tokens(file, m, told, o->tokenizer) : SIZE_MAX;
     if (V == SIZE_MAX) V = tokens;
     if (V == SIZE_MAX && padded == padded_vocab(50257, m->how.layout.tp)) V = 50257; /* GPT-2's */
     if (V == SIZE_MAX)
@@ -2449,36 +2461,37 @@ static void model_close(Model *m)
 /* Finds the model in the input, and checks all of it but the values. */
 static void model_open(Model *m, Source *source, const Choices *o)
 {
-    Shard *s = &source->shard[0];
+    TensorFile *first = &source->file[0];
     memset(m, 0, sizeof *m);
     identify_all(source);
-    const View *wte = find_view(s, "wte.weight");
+    const View *wte = find_view(first, "wte.weight");
     m->path = source->path;
     m->how.layout = source->layout;
     m->how.hugging_face = source->folder || (wte && wte->era == HUGGING_FACE);
     if (!m->how.hugging_face) {
-        m->how.version = find_version(s, o->checkpoint_version);
+        m->how.version = find_version(first, o->checkpoint_version);
         check_agreement(source);
         refuse_copies(source);
         check_ranks(source);
     }
     size_t told = find_shape(m, source, o), ranks = (size_t)(source->layout.tp * source->layout.pp);
-    m->how.padded = source->folder ? told : rows_of(s, "wte.weight") * (size_t)source->layout.tp;
-    m->config.V = find_vocabulary(s, m, told, o);
+    m->how.padded =
+        source->folder ? told : rows_of(first, "wte.weight") * (size_t)source->layout.tp;
+    m->config.V = find_vocabulary(first, m, told, o);
     m->part = (Part *)xcalloc(ranks, sizeof *m->part);
     for (size_t rank = 0; rank < ranks; rank++) {
         size_t wanted = list_tensors(NULL, NULL, &m->config, m->how.layout, (int)rank),
-               views = source->shard[rank].views;
+               views = source->file[rank].views;
         /* so that a few bytes cannot ask for a long list */
         if (!m->how.hugging_face && 2 * views + 64 < wanted)
             die("%s: it holds %zu tensors, but the shape of the model asks for %zu",
-                source->shard[rank].path, views, wanted);
+                source->file[rank].path, views, wanted);
         m->part[rank].tensor = list_rank(&m->part[rank].tensors, &m->config, &m->how, (int)rank);
         m->part[rank].view =
             (const View **)xcalloc(m->part[rank].tensors, sizeof *m->part[rank].view);
     }
-    for (size_t i = 0; i < source->shards; i++)
-        place_views(m, m->how.hugging_face ? 0 : (int)i, &source->shard[i]);
+    for (size_t i = 0; i < source->files; i++)
+        place_views(m, m->how.hugging_face ? 0 : (int)i, &source->file[i]);
     check_heads(m);
     check_parts(m, source);
     if (m->untied && !m->part[0].head)
@@ -2678,11 +2691,11 @@ static int all_finite(const char *data, Dtype dtype, size_t n)
 static void fill_rows(char *to, const Input *in, const Tensor *t, const Arrangement *a, int r,
                       size_t first, size_t last)
 {
-    int turned = a->hugging_face && t->spec->conv1d;
+    int transposed = a->hugging_face && t->spec->conv1d;
     size_t heads = in->m->config.H / (size_t)a->layout.tp, D = in->m->config.C / in->m->config.H,
            row[SIDE];
     size_t size = dtype_size[input_view(in, 0)->t.dtype];
-    size_t begin = turned ? 0 : first, end = turned ? t->local_rows : last;
+    size_t begin = transposed ? 0 : first, end = transposed ? t->local_rows : last;
     for (size_t top = begin; top < end; top += SIDE) {
         size_t n = min_size(SIDE, end - top);
         for (size_t i = 0; i < n; i++) {
@@ -2690,7 +2703,7 @@ static void fill_rows(char *to, const Input *in, const Tensor *t, const Arrangem
                 t->spec->split == QKV ? qkv_row_stored(a->version, heads, D, top + i) : top + i;
             row[i] = min_size(whole_row(t, r, local), t->rows - 1);
         }
-        if (turned)
+        if (transposed)
             gather_rows(to + top * size, in, row, n, 1, t->local_rows, whole_col(t, r) + first,
                         last - first);
         else
@@ -2723,9 +2736,9 @@ static void write_tensor(const char *path, int fd, Output *out, const Tensor *t,
     Input in = find_input(m, t);
     StoredTensor from = input_view(&in, 0)->t;
     Dtype dtype = out->dtype;
-    int turned = a->hugging_face && t->spec->conv1d;
-    size_t rows = turned ? t->local_cols : t->local_rows,
-           cols = turned ? t->local_rows : t->local_cols;
+    int transposed = a->hugging_face && t->spec->conv1d;
+    size_t rows = transposed ? t->local_cols : t->local_rows,
+           cols = transposed ? t->local_rows : t->local_cols;
     size_t row_size = cols * dtype_size[dtype],
            step = min_size(rows, max_size((1 << 19) / row_size, 16));
     char *values = (char *)xcalloc(step * cols, dtype_size[from.dtype]), *bytes = values,
@@ -3188,10 +3201,10 @@ static uint32_t checksum(const View *v, size_t dim, size_t at, uint32_t crc)
 static const char *find_era(const Source *s)
 {
     int era = -1; /* eras share names: the latest one that is needed is the one */
-    for (size_t i = 0; i < s->shards; i++)
-        for (size_t j = 0; j < s->shard[i].views; j++)
-            if (s->shard[i].view[j].spec && s->shard[i].view[j].era > era)
-                era = s->shard[i].view[j].era;
+    for (size_t i = 0; i < s->files; i++)
+        for (size_t j = 0; j < s->file[i].views; j++)
+            if (s->file[i].view[j].spec && s->file[i].view[j].era > era)
+                era = s->file[i].view[j].era;
     return era < 0 ? "unknown" : era == HUGGING_FACE ? "Hugging Face" : eras[era].when;
 }
 
@@ -3209,10 +3222,10 @@ static void print_node(const Pickle *p, Ref ref)
     else printf("\"(%s)\"", node_name[n->type]);
 }
 
-static void print_arguments(const Shard *s, int json)
+static void print_arguments(const TensorFile *file, int json)
 {
-    const Pickle *p = &s->pickle;
-    Ref args = p->nodes ? dict_get(p, s->root, "args") : 0;
+    const Pickle *p = &file->pickle;
+    Ref args = p->nodes ? dict_get(p, file->root, "args") : 0;
     int printed = 0;
     printf(json ? "\"args\": {" : args ? "args:" : "");
     for (uint32_t cell = args ? p->node[args].first : 0, value; cell; cell = p->cell[value].next) {
@@ -3227,11 +3240,11 @@ static void print_arguments(const Shard *s, int json)
     printf(json ? "}, " : args ? "\n" : "");
 }
 
-static void print_views(const Shard *s, int json)
+static void print_views(const TensorFile *file, int json)
 {
     char shape[SHAPE_TEXT], stride[SHAPE_TEXT];
-    for (size_t i = 0; i < s->views; i++) {
-        const View *v = &s->view[i];
+    for (size_t i = 0; i < file->views; i++) {
+        const View *v = &file->view[i];
         const char *dtype = dtype_name[v->t.dtype];
         unsigned sum = (unsigned)checksum(v, 0, 0, 0);
         shape_text(shape, v->t.dims, v->t.shape);
@@ -3257,7 +3270,7 @@ static void inspect(const Choices *o)
     source_open(&s, o->operand[0], scratch && *scratch ? scratch : "/tmp",
                 o->pickle ? stdout : NULL);
     identify_all(&s);
-    const Shard *first = &s.shard[0];
+    const TensorFile *first = &s.file[0];
     const Pickle *p = &first->pickle;
     Ref version = p->nodes ? dict_get(p, first->root, "checkpoint_version") : 0;
     Ref iteration = p->nodes ? dict_get(p, first->root, "iteration") : 0;
@@ -3276,13 +3289,13 @@ static void inspect(const Choices *o)
     printf(o->json ? ", " : "\n");
     print_arguments(first, o->json);
     if (o->json) printf("\"files\": [");
-    for (size_t i = 0; i < s.shards; i++) {
+    for (size_t i = 0; i < s.files; i++) {
         if (o->json) {
             printf(i ? ", {\"path\": " : "{\"path\": ");
-            json_write_string(stdout, s.shard[i].path, strlen(s.shard[i].path));
+            json_write_string(stdout, s.file[i].path, strlen(s.file[i].path));
             printf(", \"tensors\": [");
-        } else printf("%s\n", s.shard[i].path);
-        print_views(&s.shard[i], o->json);
+        } else printf("%s\n", s.file[i].path);
+        print_views(&s.file[i], o->json);
         if (o->json) printf("]}");
     }
     if (o->json) printf("]}\n");

@@ -173,13 +173,13 @@ static void check_zip(const Zip *z)
     }
 }
 
-static void check_views(const Shard *s)
+static void check_views(const TensorFile *file)
 {
-    for (size_t i = 0; i < s->views && s->pickle.storages; i++) {
-        const View *v = &s->view[i];
+    for (size_t i = 0; i < file->views && file->pickle.storages; i++) {
+        const View *v = &file->view[i];
         size_t last = v->offset;
         for (size_t d = 0; d < v->t.dims; d++) last += (v->t.shape[d] - 1) * v->stride[d];
-        promise(!v->t.n || last < s->pickle.storage[v->storage].n,
+        promise(!v->t.n || last < file->pickle.storage[v->storage].n,
                 "a tensor is not in its storage");
     }
 }
@@ -197,10 +197,10 @@ static void read_checkpoint(const char *path)
     source_open(&s, path, scratch_folder, stat(path, &st) || st.st_size % 4 ? NULL : nowhere);
     identify_all(&s);
     check_zip(&s.archive);
-    for (size_t i = 0; i < s.shards; i++) check_zip(&s.shard[i].zip), check_views(&s.shard[i]);
-    if (!s.folder && !find_argument(&s.shard[0], "num_layers")) o.config = shape;
-    print_arguments(&s.shard[0], 1);
-    for (size_t i = 0; i < s.shards; i++) print_views(&s.shard[i], 1);
+    for (size_t i = 0; i < s.files; i++) check_zip(&s.file[i].zip), check_views(&s.file[i]);
+    if (!s.folder && !find_argument(&s.file[0], "num_layers")) o.config = shape;
+    print_arguments(&s.file[0], 1);
+    for (size_t i = 0; i < s.files; i++) print_views(&s.file[i], 1);
     model_open(&m, &s, &o);
     int tp = m.config.H % 2 || m.config.F % 2 ? 1 : 2, pp = m.config.L % 2 ? 1 : 2;
     Arrangement hugging_face = {{1, 1, 1}, 0, 1, m.config.V};
