@@ -181,7 +181,10 @@ static void read_wide_fields(uint64_t *field, int n, const char *extra, size_t l
         if (length > left - 4) return;
         if (number_at(extra, 2) != 1) continue;
         for (size_t i = 0, at = 0; i < (size_t)n && at + 8 <= length; i++)
-            if (field[i] == 0xFFFFFFFF) field[i] = number_at(extra + 4 + at, 8), at += 8;
+            if (field[i] == 0xFFFFFFFF) {
+                field[i] = number_at(extra + 4 + at, 8);
+                at += 8;
+            }
         return;
     }
 }
@@ -206,8 +209,8 @@ static const char *read_member(Member *m, const Zip *z, const char *at, const ch
     enum { ENCRYPTED = 1, UNIX = 3 };
     if (end - at < 46 || memcmp(at, "PK\1\2", 4))
         bad_zip(z, "", "an entry of its directory is missing");
-    size_t name = number_at(at + 28, 2), extra = number_at(at + 30, 2),
-           comment = number_at(at + 32, 2);
+    size_t name = number_at(at + 28, 2), extra = number_at(at + 30, 2);
+    size_t comment = number_at(at + 32, 2);
     if ((size_t)(end - at) < 46 + name + extra + comment)
         bad_zip(z, "", "an entry of its directory is cut short");
     uint64_t field[3] = {number_at(at + 24, 4), number_at(at + 20, 4), number_at(at + 42, 4)};
@@ -215,7 +218,8 @@ static const char *read_member(Member *m, const Zip *z, const char *at, const ch
     m->name = keep_string(at + 46, name);
     m->method = (int)number_at(at + 10, 2);
     m->crc = (uint32_t)number_at(at + 16, 4);
-    m->size = field[0], m->packed = field[1];
+    m->size = field[0];
+    m->packed = field[1];
     if (strlen(m->name) != name || is_unsafe_name(m->name))
         bad_zip(z, m->name, "is the name of a member, which could lead out of a folder");
     if (number_at(at + 4, 2) >> 8 == UNIX && S_ISLNK(number_at(at + 40, 2)))
@@ -291,9 +295,10 @@ static Map scratch_memory(const char *folder, size_t n)
     unlink(path);
     int error = reserve(fd, n);
     if (error) die("cannot inflate %zu bytes into a file in %s: %s", n, folder, strerror(error));
-    if (n)
-        map.data =
-            (const char *)mmap(NULL, map.size = n, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (n) {
+        map.size = n;
+        map.data = (const char *)mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    }
     if (map.data == (const char *)MAP_FAILED)
         die("cannot map a file in %s: %s", folder, strerror(errno));
     close(fd);
@@ -319,11 +324,13 @@ static Map inflate_member(const Zip *z, const Member *m)
     for (s.next_out = (Bytef *)&none; status == Z_OK; status = inflate(&s, Z_NO_FLUSH)) {
         if (!s.avail_in && in < m->packed) {
             s.next_in = (Bytef *)(m->data + in);
-            in += s.avail_in = (uInt)min_size(STEP, m->packed - in);
+            s.avail_in = (uInt)min_size(STEP, m->packed - in);
+            in += s.avail_in;
         }
         if (!s.avail_out && out < m->size) {
             s.next_out = (Bytef *)(map.data + out);
-            out += s.avail_out = (uInt)min_size(STEP, m->size - out);
+            s.avail_out = (uInt)min_size(STEP, m->size - out);
+            out += s.avail_out;
         }
     }
     int whole =
@@ -369,7 +376,8 @@ static void zip_close(Zip *z)
         free(z->member[i].name);
     }
     free(z->member);
-    z->member = NULL, z->members = 0;
+    z->member = NULL;
+    z->members = 0;
 }
 
 /* =================================================================================================
@@ -618,21 +626,33 @@ static Instruction next_instruction(Pickle *p)
 /* Prints a string or name from a file, at most `most` bytes of it, on one line. */
 static void print_bytes(FILE *f, const char *s, size_t length, size_t most)
 {
-    for (size_t i = 0; i < min_size(length, most); i++)
-        fputc(s[i] == '\n' ? '.' : s[i] < ' ' || s[i] > '~' ? '?' : s[i], f);
+    for (size_t i = 0; i < min_size(length, most); i++) {
+        int visible = s[i] >= ' ' && s[i] <= '~';
+        if (s[i] == '\n') fputc('.', f);
+        else fputc(visible ? s[i] : '?', f);
+    }
     if (length > most) fputs("..", f);
+}
+
+static void print_quoted(FILE *f, const char *s, size_t length, size_t most)
+{
+    fputc('"', f);
+    print_bytes(f, s, length, most);
+    fputc('"', f);
 }
 
 static void list_instruction(const Pickle *p, size_t at, const Instruction *in)
 {
     FILE *f = p->listing;
     fprintf(f, "%9zu  %-11s ", at, in->op->name);
-    if (in->op->argument == BYTES_4)
-        fputc('"', f), print_bytes(f, in->bytes, in->length, 60), fputc('"', f);
-    else if (in->op->argument == LINES) print_bytes(f, in->bytes, in->length, 120);
-    else if (in->op->argument == BIG_ENDIAN_REAL) fprintf(f, "%.12g", in->real);
-    else if (in->op->argument == LONG) fprintf(f, "(%zu bytes)", in->length);
-    else if (in->op->argument != NO_ARGUMENT) fprintf(f, "%lld", in->integer);
+    switch (in->op->argument) {
+    case NO_ARGUMENT: break;
+    case BYTES_4: print_quoted(f, in->bytes, in->length, 60); break;
+    case LINES: print_bytes(f, in->bytes, in->length, 120); break;
+    case BIG_ENDIAN_REAL: fprintf(f, "%.12g", in->real); break;
+    case LONG: fprintf(f, "(%zu bytes)", in->length); break;
+    default: fprintf(f, "%lld", in->integer);
+    }
     fprintf(f, "%s%s", in->op->argument == NO_ARGUMENT ? "" : "   ", in->op->effect);
 }
 
@@ -689,9 +709,11 @@ static void append(Pickle *p, Ref container, Ref value)
     p->cell = (Cell *)grow(p->cell, p->cells, &p->cell_room, sizeof *p->cell);
     p->cell[p->cells] = cell;
     Node *c = &p->node[container];
-    if (c->length++) p->cell[c->last].next = (uint32_t)p->cells;
+    if (c->length) p->cell[c->last].next = (uint32_t)p->cells;
     else c->first = (uint32_t)p->cells;
-    c->last = (uint32_t)p->cells++;
+    c->last = (uint32_t)p->cells;
+    c->length++;
+    p->cells++;
 }
 
 /* Moves the top n items into a container. A value that is opaque swallows them; only a dict has
@@ -930,33 +952,55 @@ static void build(Pickle *p, Ref state, Ref object)
                    node_name[p->node[state].type]);
 }
 
+/* Two's complement, low byte first. More than 64 bits are no number that we could need. */
+static void read_long(Node *n, const Instruction *in)
+{
+    n->type = in->length > 8 ? N_OPAQUE : N_INTEGER;
+    if (n->type == N_OPAQUE) return;
+    n->is.integer = (long long)number_at(in->bytes, (int)in->length);
+    if (in->length && in->length < 8 && in->bytes[in->length - 1] & 0x80)
+        n->is.integer -= 1LL << 8 * in->length;
+}
+
+static int is_utf8(const char *s, size_t n)
+{
+    while (n) {
+        size_t step = utf8_length(s, n);
+        if (!step) return 0;
+        s += step;
+        n -= step;
+    }
+    return 1;
+}
+
 static void push_literal(Pickle *p, const Instruction *in)
 {
     Node n;
     memset(&n, 0, sizeof n);
+    n.type = N_INTEGER; /* BININT, BININT1, BININT2 */
     n.is.integer = in->integer;
     switch (in->op->code) {
     case NONE: n.type = N_NONE; break;
-    case NEWTRUE: n.type = N_FLAG, n.is.integer = 1; break;
-    case NEWFALSE: n.type = N_FLAG; break;
+    case NEWTRUE:
+    case NEWFALSE:
+        n.type = N_FLAG;
+        n.is.integer = in->op->code == NEWTRUE;
+        break;
     case EMPTY_DICT: n.type = N_DICT; break;
     case EMPTY_LIST: n.type = N_LIST; break;
     case EMPTY_TUPLE: n.type = N_TUPLE; break;
-    case BINFLOAT: n.type = N_REAL, n.is.real = in->real; break;
-    case GLOBAL: n.type = N_GLOBAL, n.is.string = in->bytes, n.length = (uint32_t)in->length; break;
-    case LONG1: /* more than 64 bits: no number that we could need */
-        n.type = in->length > 8 ? N_OPAQUE : N_INTEGER;
-        if (n.type == N_INTEGER) n.is.integer = (long long)number_at(in->bytes, (int)in->length);
-        if (in->length && in->length < 8 && in->bytes[in->length - 1] & 0x80)
-            n.is.integer -= 1LL << 8 * in->length;
+    case BINFLOAT:
+        n.type = N_REAL;
+        n.is.real = in->real;
         break;
+    case LONG1: read_long(&n, in); break;
+    case GLOBAL:
     case BINUNICODE:
-        n.type = N_STRING, n.is.string = in->bytes, n.length = (uint32_t)in->length;
-        for (size_t i = 0, step; i < in->length; i += step)
-            if (!(step = utf8_length(in->bytes + i, in->length - i)))
-                bad_pickle(p, "a string is not UTF-8");
-        break;
-    default: n.type = N_INTEGER; /* BININT, BININT1, BININT2 */
+        n.type = in->op->code == GLOBAL ? N_GLOBAL : N_STRING;
+        n.is.string = in->bytes;
+        n.length = (uint32_t)in->length;
+        if (n.type == N_STRING && !is_utf8(in->bytes, in->length))
+            bad_pickle(p, "a string is not UTF-8");
     }
     Ref ref = new_node(p, n.type);
     p->node[ref] = n;
@@ -985,9 +1029,10 @@ static void execute(Pickle *p, const Instruction *in)
     case STOP: break;
     case MARK: push(p, 0); break;
     case TUPLE:
-        n = count_marked(p);
-        push_tuple(p, n);
-        top = pop(p), p->depth--, push(p, top); /* the mark under the tuple goes */
+        push_tuple(p, count_marked(p));
+        top = pop(p);
+        p->depth--; /* the mark under the tuple */
+        push(p, top);
         break;
     case TUPLE1: push_tuple(p, 1); break;
     case TUPLE2: push_tuple(p, 2); break;
@@ -1006,7 +1051,9 @@ static void execute(Pickle *p, const Instruction *in)
     case LONG_BINGET: push(p, memo_get(p, (size_t)in->integer)); break;
     case REDUCE:
     case NEWOBJ:
-        top = pop(p), callable = pop(p), result = call(p, callable, top);
+        top = pop(p);
+        callable = pop(p);
+        result = call(p, callable, top);
         list_call(p, callable, result);
         push(p, result);
         break;
@@ -1014,7 +1061,10 @@ static void execute(Pickle *p, const Instruction *in)
         top = pop(p);
         build(p, top, peek(p, 0));
         break;
-    case BINPERSID: top = pop(p), push(p, new_storage(p, top)); break;
+    case BINPERSID:
+        top = pop(p);
+        push(p, new_storage(p, top));
+        break;
     default: push_literal(p, in);
     }
 }
@@ -1075,15 +1125,18 @@ static Ref run_pickle(Pickle *p, const char *what)
     if (p->depth) bad_pickle(p, "%zu items are left on its stack", p->depth);
     for (size_t i = first; i < p->nodes; i++)
         if (p->node[i].type == N_DICT) refuse_duplicate_keys(p, (Ref)i);
-    free(p->stack), free(p->memo);
-    p->stack = NULL, p->memo = NULL;
+    free(p->stack);
+    free(p->memo);
+    p->stack = p->memo = NULL;
     p->stack_room = p->memo_room = 0;
     return result;
 }
 
 static void pickle_free(Pickle *p)
 {
-    free(p->node), free(p->cell), free(p->storage);
+    free(p->node);
+    free(p->cell);
+    free(p->storage);
     memset(p, 0, sizeof *p);
 }
 
@@ -1179,7 +1232,8 @@ static TorchStorage **sort_storages(const Pickle *p)
 static void place_storage(Pickle *p, TorchStorage *const *list, const Node *name)
 {
     TorchStorage key, *wanted = &key;
-    key.key = name->is.string, key.key_length = name->length;
+    key.key = name->is.string;
+    key.key_length = name->length;
     if (name->type != N_STRING) die("%s: a key of its list of storages is no string", p->path);
     TorchStorage *const *at =
         (TorchStorage *const *)bsearch(&wanted, list, p->storages, sizeof *list, compare_storages);
@@ -1202,11 +1256,12 @@ static void open_legacy(TensorFile *file)
 {
     Pickle *p = &file->pickle;
     run_pickle(p, "the magic number");
-    Ref version = run_pickle(p, "the version of the protocol"), system;
+    Ref version = run_pickle(p, "the version of the protocol");
     if (p->node[version].type != N_INTEGER || p->node[version].is.integer != 1001)
         die("%s: its protocol is not 1001, the only one that torch.save has written", file->path);
-    system = dict_get(p, run_pickle(p, "what is known of the machine"), "little_endian");
-    if (p->node[system].type != N_FLAG || !p->node[system].is.integer)
+    Ref machine = run_pickle(p, "what is known of the machine");
+    const Node *little = &p->node[dict_get(p, machine, "little_endian")];
+    if (little->type != N_FLAG || !little->is.integer)
         die("%s: it does not say that it is little-endian: only such files can be read",
             file->path);
     file->root = run_pickle(p, "the object");
@@ -1244,7 +1299,8 @@ static int find_torch_name(char name[256], const Zip *z)
     for (size_t i = 0; i < z->members; i++) {
         const char *member = z->member[i].name, *slash = strchr(member, '/');
         if (!slash || strcmp(slash, pickle) || slash - member >= 256) continue;
-        if (found++) die("%s holds two pickles, %s%s and %s", z->path, name, pickle, member);
+        if (found) die("%s holds two pickles, %s%s and %s", z->path, name, pickle, member);
+        found = 1;
         snprintf(name, 256, "%.*s", (int)(slash - member), member);
     }
     return found;
@@ -1315,7 +1371,8 @@ static void collect_tensors(TensorFile *file, Ref dict, char name[MAX_NAME], int
         if (key->type != N_STRING)
             die("%s: a %s is the name of a tensor in %s", file->path, node_name[key->type],
                 start ? name : "it");
-        if (++*steps > p->nodes) die("%s: its dicts contain one another too often", file->path);
+        ++*steps;
+        if (*steps > p->nodes) die("%s: its dicts contain one another too often", file->path);
         if (start + key->length + 2 > MAX_NAME || memchr(key->is.string, 0, key->length))
             die("%s: the name %.*s of a tensor is too long", file->path, SHOW(key));
         snprintf(name + start, MAX_NAME - start, "%s%.*s", start ? "." : "", (int)key->length,
@@ -1378,10 +1435,12 @@ static void tensor_file_open(TensorFile *file, Reading *reading)
     for (size_t i = 0; i < file->zip.members; i++)
         if (file->zip.member[i].wanted) zip_read(&file->zip, &file->zip.member[i]);
     size_t all = 0, there = file->zip.members ? 0 : file->map.size;
-    for (size_t i = 0; i < file->views; i++)
-        find_data(file, &file->view[i]), all += file->view[i].t.bytes;
+    for (size_t i = 0; i < file->views; i++) {
+        find_data(file, &file->view[i]);
+        all += file->view[i].t.bytes;
+    }
     for (size_t i = 0; i < file->zip.members; i++)
-        there += file->zip.member[i].wanted ? file->zip.member[i].size : 0;
+        if (file->zip.member[i].wanted) there += file->zip.member[i].size;
     /* tied weights are there twice; 65536 views of one storage would keep us busy for hours */
     if (all > 4 * there)
         die("%s: its tensors have %zu bytes, but are views of only %zu", path, all, there);
@@ -1450,7 +1509,8 @@ static int rank_numbers(const char *name, size_t number[3])
     int n = 0;
     if (strncmp(name, "mp_rank", 7)) return 0;
     for (name += 7; *name == '_' && n < 3; n++) {
-        size_t digits = strspn(++name, "0123456789");
+        name++;
+        size_t digits = strspn(name, "0123456789");
         if (digits < (n ? 3 : 2) || digits > 6) return 0;
         number[n] = (size_t)atoi(name);
         name += digits;
@@ -1580,7 +1640,8 @@ static const char **find_rank_files(const Paths *list, Layout *layout, const cha
             n += (size_t)is_rank_file(&file[n], list->path[i]);
     if (!n) no_checkpoint(list, folder, iteration);
     for (size_t i = 0; i < n; i++) {
-        tp = max_size(tp, file[i].tp + 1), pp = max_size(pp, file[i].pp + 1);
+        tp = max_size(tp, file[i].tp + 1);
+        pp = max_size(pp, file[i].pp + 1);
         if (file[i].iteration != file[0].iteration ||
             strncmp(file[i].path, file[0].path, file[0].iteration))
             die("%s holds several iterations, of %s and of %s, and no %s: name one of them", folder,
@@ -1600,7 +1661,8 @@ static const char **find_rank_files(const Paths *list, Layout *layout, const cha
         *slot = file[i].path;
     }
     free(file);
-    layout->tp = (int)tp, layout->pp = (int)pp;
+    layout->tp = (int)tp;
+    layout->pp = (int)pp;
     return ordered;
 }
 
@@ -1723,7 +1785,8 @@ static void open_rank_files(Source *s)
                                     : map_input(s, path));
     }
     for (size_t i = 0; i < list.n; i++) free(list.path[i]);
-    free(list.path), free(file);
+    free(list.path);
+    free(file);
     open_all(s);
 }
 
@@ -1736,8 +1799,10 @@ static void source_open(Source *s, const char *path, const char *scratch, FILE *
     memset(s, 0, sizeof *s);
     s->path = path;
     s->layout.tp = s->layout.pp = s->layout.dp = 1;
-    s->reading.scratch = scratch, s->reading.listing = listing;
-    s->reading.objects_left = MAX_OBJECT_BYTES, s->reading.inflation_left = MIN_INFLATED;
+    s->reading.scratch = scratch;
+    s->reading.listing = listing;
+    s->reading.objects_left = MAX_OBJECT_BYTES;
+    s->reading.inflation_left = MIN_INFLATED;
     if (stat(path, &st)) die("cannot open %s: %s", path, strerror(errno));
     if (S_ISDIR(st.st_mode)) {
         if (!open_hugging_face(s)) open_rank_files(s);
@@ -1855,14 +1920,16 @@ static void identify(View *v)
     char candidate[MAX_NAME];
     Tensor t;
     memset(&t, 0, sizeof t);
-    t.layer = v->layer = layer_in_name(name);
+    v->layer = layer_in_name(name);
+    t.layer = v->layer;
     for (v->era = 0; v->era <= N_ERAS; v->era++)
         for (int i = 0; i < N_SPECS; i++) {
             const Era *era = v->era < N_ERAS ? &eras[v->era] : NULL;
             if (era && strncmp(name, era->body, strlen(era->body)) &&
                 strncmp(name, era->embedding, strlen(era->embedding)))
                 break;
-            t.spec = v->spec = &specs[i];
+            v->spec = &specs[i];
+            t.spec = v->spec;
             if (v->era == HUGGING_FACE && !strcmp(plain, tensor_name(candidate, &t))) return;
             if (era && !strcmp(name, era_name(candidate, era, &specs[i], v->layer))) return;
         }
@@ -1909,8 +1976,8 @@ typedef struct {
 static Ref find_argument(const TensorFile *file, const char *name)
 {
     const Pickle *p = &file->pickle;
-    Ref args = p->nodes ? dict_get(p, file->root, "args") : 0,
-        value = args ? dict_get(p, args, name) : 0;
+    Ref args = p->nodes ? dict_get(p, file->root, "args") : 0;
+    Ref value = args ? dict_get(p, args, name) : 0;
     return value && p->node[value].type != N_NONE ? value : 0;
 }
 
@@ -1926,13 +1993,19 @@ static size_t count_argument(const TensorFile *file, const char *name, size_t mo
     return (size_t)n->is.integer;
 }
 
+/* The value of a number, NaN for anything else. */
+static double node_value(const Node *n)
+{
+    if (n->type == N_INTEGER) return (double)n->is.integer;
+    return n->type == N_REAL ? n->is.real : NAN;
+}
+
 static double real_argument(const TensorFile *file, const char *name, double low, double high,
                             double fallback)
 {
     Ref ref = find_argument(file, name);
-    const Node *n = &file->pickle.node[ref];
     if (!ref) return fallback;
-    double x = n->type == N_REAL ? n->is.real : n->type == N_INTEGER ? (double)n->is.integer : NAN;
+    double x = node_value(&file->pickle.node[ref]);
     if (!(x >= low && x <= high))
         die("%s: args.%s is no number from %g to %g", file->path, name, low, high);
     return x;
@@ -1974,16 +2047,16 @@ static void refuse_other_models(const TensorFile *file)
  * argument for it. */
 static const char *activation_argument(const TensorFile *file)
 {
+    int tanh_formula = flag_argument(file, "openai_gelu") || !find_argument(file, "openai_gelu");
     /* the same formula, fused with the bias */
     if (flag_argument(file, "bias_gelu_fusion")) return "gelu_fast";
-    return flag_argument(file, "openai_gelu") || !find_argument(file, "openai_gelu") ? "gelu_new"
-                                                                                     : "gelu";
+    return tanh_formula ? "gelu_new" : "gelu";
 }
 
 static Config config_from_arguments(const TensorFile *file)
 {
-    size_t C = count_argument(file, "hidden_size", 1 << 17, 0),
-           H = count_argument(file, "num_attention_heads", 1 << 12, 0);
+    size_t C = count_argument(file, "hidden_size", 1 << 17, 0);
+    size_t H = count_argument(file, "num_attention_heads", 1 << 12, 0);
     Config c = make_config(count_argument(file, "num_layers", 1 << 12, 0), C, H,
                            count_argument(file, "max_position_embeddings", 1 << 20, 0), 1);
     c.F = count_argument(file, "ffn_hidden_size", 1 << 20, 4 * C);
@@ -2156,16 +2229,16 @@ static size_t find_tensor(const Part *part, const Spec *spec, size_t layer)
     for (int j = 0; j < N_SPECS; j++) in_layer += (size_t)specs[j].in_layer;
     while (i < part->tensors && part->tensor[i].spec != spec) i++; /* in the rank's first layer */
     if (i < part->tensors) i += (layer - part->tensor[i].layer) * in_layer;
-    return i < part->tensors && part->tensor[i].spec == spec && part->tensor[i].layer == layer
-               ? i
-               : part->tensors;
+    if (i >= part->tensors || part->tensor[i].spec != spec) return part->tensors;
+    return part->tensor[i].layer == layer ? i : part->tensors;
 }
 
 /* Strides of the rows and columns of [out, in]. */
 static void view_strides(size_t *row, size_t *col, const View *v, const Tensor *t, int hugging_face)
 {
     int transposed = hugging_face && t->spec->conv1d;
-    *row = v->stride[transposed], *col = v->t.dims == 2 ? v->stride[!transposed] : 0;
+    *row = v->stride[transposed];
+    *col = v->t.dims == 2 ? v->stride[!transposed] : 0;
 }
 
 static void check_shape(const View *v, const Tensor *t, int hugging_face)
@@ -2277,11 +2350,7 @@ static int find_version(const TensorFile *file, double chosen)
 {
     const Pickle *p = &file->pickle;
     Ref ref = dict_get(p, file->root, "checkpoint_version");
-    const Node *n = &p->node[ref];
-    double version = !ref                   ? -1
-                     : n->type == N_INTEGER ? (double)n->is.integer
-                     : n->type == N_REAL    ? n->is.real
-                                            : NAN;
+    double version = node_value(&p->node[ref]);
     if (ref && version != 0 && version != 1 && version != 2 && version != 3)
         die("%s: its checkpoint_version is none of 0, 1, 2, 3", file->path);
     if (ref && chosen >= 0 && version != chosen)
@@ -2306,7 +2375,8 @@ static int same_nodes(const Pickle *p, Ref a, const Pickle *q, Ref b)
 static int compare_files(const void *a, const void *b)
 {
     Map x = (*(const TensorFile *const *)a)->map, y = (*(const TensorFile *const *)b)->map;
-    return x.size == y.size ? memcmp(x.data, y.data, x.size) : x.size > y.size ? 1 : -1;
+    if (x.size == y.size) return memcmp(x.data, y.data, x.size);
+    return x.size > y.size ? 1 : -1;
 }
 
 static void refuse_copies(const Source *m)
@@ -2409,9 +2479,8 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
             "ranks x %zu "
             "stages",
             m->path, c->H, c->F, c->L, tp, pp);
-    return o->config || source->folder
-               ? c->V
-               : count_argument(first, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
+    if (o->config || source->folder) return c->V;
+    return count_argument(first, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
 }
 
 /* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to
@@ -2419,9 +2488,8 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
 static size_t count_tokens(const TensorFile *file, const Model *m, size_t told, const char *folder)
 {
     Tokenizer *t = tokenizer_open(folder);
-    size_t V = t->vocabulary,
-           multiple = count_argument(file, "make_vocab_size_divisible_by", 1 << 20, 128);
-    multiple *= (size_t)m->how.layout.tp;
+    size_t V = t->vocabulary, multiple = (size_t)m->how.layout.tp;
+    multiple *= count_argument(file, "make_vocab_size_divisible_by", 1 << 20, 128);
     if (told != V && round_up(V, multiple) != m->how.padded)
         die("%s: there are %zu rows for tokens, but the tokenizer's %zu would be padded to a "
             "multiple of %zu: give "
@@ -2434,11 +2502,10 @@ static size_t count_tokens(const TensorFile *file, const Model *m, size_t told, 
 /* How many rows of the word embedding are tokens; `told` by the input, or SIZE_MAX. */
 static size_t find_vocabulary(const TensorFile *file, const Model *m, size_t told, const Choices *o)
 {
-    size_t padded = m->how.padded, V = o->keep_padding ? padded
-                                       : o->vocab_size ? o->vocab_size
-                                                       : told;
-    size_t tokens =
-        o->tokenizer && !o->vocab_size ? count_tokens(file, m, told, o->tokenizer) : SIZE_MAX;
+    size_t padded = m->how.padded, V = told, tokens = SIZE_MAX;
+    if (o->vocab_size) V = o->vocab_size;
+    if (o->keep_padding) V = padded;
+    if (o->tokenizer && !o->vocab_size) tokens = count_tokens(file, m, told, o->tokenizer);
     if (V == SIZE_MAX) V = tokens;
     if (V == SIZE_MAX && padded == padded_vocab(50257, m->how.layout.tp)) V = 50257; /* GPT-2's */
     if (V == SIZE_MAX)
@@ -2453,8 +2520,10 @@ static size_t find_vocabulary(const TensorFile *file, const Model *m, size_t tol
 
 static void model_close(Model *m)
 {
-    for (int rank = 0; m->part && rank < m->how.layout.tp * m->how.layout.pp; rank++)
-        free(m->part[rank].tensor), free(m->part[rank].view);
+    for (int rank = 0; m->part && rank < m->how.layout.tp * m->how.layout.pp; rank++) {
+        free(m->part[rank].tensor);
+        free(m->part[rank].view);
+    }
     free(m->part);
 }
 
@@ -2474,21 +2543,21 @@ static void model_open(Model *m, Source *source, const Choices *o)
         refuse_copies(source);
         check_ranks(source);
     }
-    size_t told = find_shape(m, source, o), ranks = (size_t)(source->layout.tp * source->layout.pp);
-    m->how.padded =
-        source->folder ? told : rows_of(first, "wte.weight") * (size_t)source->layout.tp;
+    size_t told = find_shape(m, source, o), tp = (size_t)source->layout.tp;
+    size_t ranks = tp * (size_t)source->layout.pp;
+    m->how.padded = source->folder ? told : rows_of(first, "wte.weight") * tp;
     m->config.V = find_vocabulary(first, m, told, o);
     m->part = (Part *)xcalloc(ranks, sizeof *m->part);
     for (size_t rank = 0; rank < ranks; rank++) {
-        size_t wanted = list_tensors(NULL, NULL, &m->config, m->how.layout, (int)rank),
-               views = source->file[rank].views;
+        Part *part = &m->part[rank];
+        size_t wanted = list_tensors(NULL, NULL, &m->config, m->how.layout, (int)rank);
+        size_t views = source->file[rank].views;
         /* so that a few bytes cannot ask for a long list */
         if (!m->how.hugging_face && 2 * views + 64 < wanted)
             die("%s: it holds %zu tensors, but the shape of the model asks for %zu",
                 source->file[rank].path, views, wanted);
-        m->part[rank].tensor = list_rank(&m->part[rank].tensors, &m->config, &m->how, (int)rank);
-        m->part[rank].view =
-            (const View **)xcalloc(m->part[rank].tensors, sizeof *m->part[rank].view);
+        part->tensor = list_rank(&part->tensors, &m->config, &m->how, (int)rank);
+        part->view = (const View **)xcalloc(part->tensors, sizeof *part->view);
     }
     for (size_t i = 0; i < source->files; i++)
         place_views(m, m->how.hugging_face ? 0 : (int)i, &source->file[i]);
@@ -2558,16 +2627,17 @@ static float round_to_odd(double x)
 static void store_values(char *to, Dtype dtype, const StoredTensor *from, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        uint16_t half;
-        float x;
         double y;
         if (from->dtype == F64) memcpy(&y, from->data + 8 * i, 8);
         else y = (double)stored_value(from, i);
-        switch (dtype) {
-        case F64: memcpy(to + 8 * i, &y, 8); break;
-        case F32: x = (float)y, memcpy(to + 4 * i, &x, 4); break;
-        case F16: half = float_to_half(round_to_odd(y)), memcpy(to + 2 * i, &half, 2); break;
-        default: half = float_to_bf16(round_to_odd(y)), memcpy(to + 2 * i, &half, 2);
+        if (dtype == F64) memcpy(to + 8 * i, &y, 8);
+        else if (dtype == F32) {
+            float x = (float)y;
+            memcpy(to + 4 * i, &x, 4);
+        } else {
+            float x = round_to_odd(y);
+            uint16_t half = dtype == F16 ? float_to_half(x) : float_to_bf16(x);
+            memcpy(to + 2 * i, &half, 2);
         }
     }
 }
@@ -2643,8 +2713,8 @@ static void gather_rows(char *to, const Input *in, const size_t *row, size_t row
 {
     const Model *m = in->m;
     const Tensor *t = &m->part[in->first].tensor[in->index];
-    size_t heads = m->config.H / (size_t)m->how.layout.tp,
-           size = dtype_size[input_view(in, 0)->t.dtype], row_stride;
+    size_t heads = m->config.H / (size_t)m->how.layout.tp, row_stride;
+    size_t size = dtype_size[input_view(in, 0)->t.dtype];
     Block b = {0, 0, to_row, to_col, {0}, 0};
     for (size_t i = 0; i < rows; i += b.rows)
         for (size_t done = 0; done < n; done += b.cols) {
@@ -2667,21 +2737,26 @@ static void gather_rows(char *to, const Input *in, const size_t *row, size_t row
         }
 }
 
-/* Is every number finite? Those that are not have an exponent of all ones. */
-static int all_finite(const char *data, Dtype dtype, size_t n)
+/* Is every number of this size finite? Those that are not have an exponent of all ones. */
+static inline int all_finite_of(const char *data, size_t n, size_t size, uint64_t exponent)
 {
     int bad = 0;
-    uint16_t half, mask = dtype == F16 ? 0x7C00 : 0x7F80;
-    uint32_t bits;
-    double x;
-    if (dtype_size[dtype] == 2)
-        for (size_t i = 0; i < n; i++) memcpy(&half, data + 2 * i, 2), bad |= (half & mask) == mask;
-    else if (dtype == F32)
-        for (size_t i = 0; i < n; i++)
-            memcpy(&bits, data + 4 * i, 4), bad |= (bits & 0x7F800000) == 0x7F800000;
-    else
-        for (size_t i = 0; i < n; i++) memcpy(&x, data + 8 * i, 8), bad |= !isfinite(x);
+    for (size_t i = 0; i < n; i++) {
+        uint64_t bits = 0;
+        memcpy(&bits, data + size * i, size);
+        bad |= (bits & exponent) == exponent;
+    }
     return !bad;
+}
+
+static int all_finite(const char *data, Dtype dtype, size_t n)
+{
+    switch (dtype) {
+    case F64: return all_finite_of(data, n, 8, 0x7FF0000000000000);
+    case F32: return all_finite_of(data, n, 4, 0x7F800000);
+    case F16: return all_finite_of(data, n, 2, 0x7C00);
+    default: return all_finite_of(data, n, 2, 0x7F80);
+    }
 }
 
 /* Fills rows first .. last - 1 of what tensor rank r of an arrangement stores of a tensor. Padding
@@ -2692,15 +2767,15 @@ static void fill_rows(char *to, const Input *in, const Tensor *t, const Arrangem
                       size_t first, size_t last)
 {
     int transposed = a->hugging_face && t->spec->conv1d;
-    size_t heads = in->m->config.H / (size_t)a->layout.tp, D = in->m->config.C / in->m->config.H,
-           row[SIDE];
-    size_t size = dtype_size[input_view(in, 0)->t.dtype];
-    size_t begin = transposed ? 0 : first, end = transposed ? t->local_rows : last;
+    size_t heads = in->m->config.H / (size_t)a->layout.tp, D = in->m->config.C / in->m->config.H;
+    size_t row[SIDE], size = dtype_size[input_view(in, 0)->t.dtype];
+    size_t begin = transposed ? 0 : first;
+    size_t end = transposed ? t->local_rows : last;
     for (size_t top = begin; top < end; top += SIDE) {
         size_t n = min_size(SIDE, end - top);
         for (size_t i = 0; i < n; i++) {
-            size_t local =
-                t->spec->split == QKV ? qkv_row_stored(a->version, heads, D, top + i) : top + i;
+            size_t local = top + i;
+            if (t->spec->split == QKV) local = qkv_row_stored(a->version, heads, D, local);
             row[i] = min_size(whole_row(t, r, local), t->rows - 1);
         }
         if (transposed)
@@ -2724,7 +2799,10 @@ static void write_at(const char *path, int fd, const char *data, size_t n, size_
     while (n) {
         ssize_t written = pwrite(fd, data, n, (off_t)at);
         if (written < 0 && errno != EINTR) die("cannot write %s: %s", path, strerror(errno));
-        if (written > 0) data += written, at += (size_t)written, n -= (size_t)written;
+        if (written <= 0) continue;
+        data += written;
+        at += (size_t)written;
+        n -= (size_t)written;
     }
 }
 
@@ -2737,12 +2815,12 @@ static void write_tensor(const char *path, int fd, Output *out, const Tensor *t,
     StoredTensor from = input_view(&in, 0)->t;
     Dtype dtype = out->dtype;
     int transposed = a->hugging_face && t->spec->conv1d;
-    size_t rows = transposed ? t->local_cols : t->local_rows,
-           cols = transposed ? t->local_rows : t->local_cols;
-    size_t row_size = cols * dtype_size[dtype],
-           step = min_size(rows, max_size((1 << 19) / row_size, 16));
-    char *values = (char *)xcalloc(step * cols, dtype_size[from.dtype]), *bytes = values,
-         name[NAME_SIZE];
+    size_t rows = transposed ? t->local_cols : t->local_rows;
+    size_t cols = transposed ? t->local_rows : t->local_cols;
+    size_t row_size = cols * dtype_size[dtype];
+    size_t step = min_size(rows, max_size((1 << 19) / row_size, 16));
+    char *values = (char *)xcalloc(step * cols, dtype_size[from.dtype]), *bytes = values;
+    char name[NAME_SIZE];
     if (dtype != from.dtype) bytes = (char *)xcalloc(step, row_size);
     from.data = values;
     for (size_t first = 0; first < rows; first += step) {
@@ -2818,8 +2896,8 @@ static void write_safetensors(const char *path, const Tensor *list, Output *out,
     FILE *text = open_memory(&header, &size), *f = create_file(path);
     fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (size_t i = 0; i < n; i++) {
-        size_t shape[2], dims = stored_shape(shape, &list[i]),
-                         end = begin + list[i].n * dtype_size[out[i].dtype];
+        size_t shape[2], dims = stored_shape(shape, &list[i]);
+        size_t end = begin + list[i].n * dtype_size[out[i].dtype];
         fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
                 stored_name(key, WEIGHTS, &list[i]), dtype_name[out[i].dtype],
                 shape_text(shape_shown, dims, shape), begin, end);
@@ -2857,8 +2935,12 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
     for (size_t i = 0; i < w.tensors; i++) {
         out[i].dtype = output_dtype(o, m, &list[i]);
         size_t bytes = list[i].n * dtype_size[out[i].dtype];
-        if (!i || used + bytes > o->shard_size * 1000000) first[w.files++] = i, used = 0;
-        used += bytes, w.bytes += bytes;
+        if (!i || used + bytes > o->shard_size * 1000000) {
+            first[w.files++] = i;
+            used = 0;
+        }
+        used += bytes;
+        w.bytes += bytes;
     }
     first[w.files] = w.tensors;
 
@@ -2881,7 +2963,11 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
     fputs("}}\n", index);
     if (fclose(index)) die("out of memory");
     if (w.files > 1) write_text(folder, "model.safetensors.index.json", text);
-    free(config), free(text), free(first), free(out), free(list);
+    free(config);
+    free(text);
+    free(first);
+    free(out);
+    free(list);
     return w;
 }
 
@@ -2900,6 +2986,13 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
  * embedding. Under `release` Megatron looks for no optimizer.
  * ============================================================================================== */
 
+/* Writes instructions that have no argument. */
+#define PUT_CODES(f, ...)                                                                          \
+    do {                                                                                           \
+        const unsigned char codes[] = {__VA_ARGS__};                                               \
+        fwrite(codes, 1, sizeof codes, f);                                                         \
+    } while (0)
+
 static void put_string(FILE *f, const char *s)
 {
     fputc(BINUNICODE, f);
@@ -2909,8 +3002,10 @@ static void put_string(FILE *f, const char *s)
 
 static void put_integer(FILE *f, size_t x)
 {
-    if (x > INT32_MAX) fputc(LONG1, f), fputc(8, f), put(f, x, 8);
-    else fputc(BININT, f), put(f, x, 4);
+    int wide = x > INT32_MAX;
+    if (wide) PUT_CODES(f, LONG1, 8);
+    else PUT_CODES(f, BININT);
+    put(f, x, wide ? 8 : 4);
 }
 
 static void put_real(FILE *f, double x)
@@ -2931,37 +3026,46 @@ static void put_global(FILE *f, const char *module, const char *name)
 static void put_tensor(FILE *f, size_t key, Dtype dtype, const Tensor *t)
 {
     char name[32], number[32];
+    int matrix = t->spec->cols != ONE, tuple = matrix ? TUPLE2 : TUPLE1;
     snprintf(name, sizeof name, "%sStorage", type_names[dtype].storage);
     snprintf(number, sizeof number, "%zu", key);
     put_global(f, "torch._utils", "_rebuild_tensor_v2");
-    fputc(MARK, f), fputc(MARK, f);
-    put_string(f, "storage"), put_global(f, "torch", name), put_string(f, number),
-        put_string(f, "cpu"), put_integer(f, t->n);
-    fputc(TUPLE, f), fputc(BINPERSID, f);
-    put_integer(f, 0);
+    PUT_CODES(f, MARK, MARK);
+    put_string(f, "storage");
+    put_global(f, "torch", name);
+    put_string(f, number);
+    put_string(f, "cpu");
+    put_integer(f, t->n);
+    PUT_CODES(f, TUPLE, BINPERSID);
+    put_integer(f, 0); /* offset */
     put_integer(f, t->local_rows);
-    if (t->spec->cols != ONE)
-        put_integer(f, t->local_cols), fputc(TUPLE2, f), put_integer(f, t->local_cols),
-            put_integer(f, 1), fputc(TUPLE2, f);
-    else fputc(TUPLE1, f), put_integer(f, 1), fputc(TUPLE1, f);
+    if (matrix) put_integer(f, t->local_cols);
+    fputc(tuple, f); /* size */
+    if (matrix) put_integer(f, t->local_cols);
+    put_integer(f, 1);
+    fputc(tuple, f); /* stride */
     fputc(NEWFALSE, f);
     put_global(f, "collections", "OrderedDict");
-    fputc(EMPTY_TUPLE, f), fputc(REDUCE, f), fputc(TUPLE, f), fputc(REDUCE, f);
+    PUT_CODES(f, EMPTY_TUPLE, REDUCE, TUPLE, REDUCE);
 }
 
 static void put_flag(FILE *f, const char *key, int value)
 {
-    put_string(f, key), fputc(value ? NEWTRUE : NEWFALSE, f);
+    put_string(f, key);
+    fputc(value ? NEWTRUE : NEWFALSE, f);
 }
+
 static void put_count(FILE *f, const char *key, size_t value)
 {
-    put_string(f, key), put_integer(f, value);
+    put_string(f, key);
+    put_integer(f, value);
 }
+
 static void put_fraction(FILE *f, const char *key, real value)
 {
     char text[32];
-    /* 0.1, not the float next to it */
-    put_string(f, key), put_real(f, strtod(real_text(text, value), NULL));
+    put_string(f, key);
+    put_real(f, strtod(real_text(text, value), NULL)); /* 0.1, not the float next to it */
 }
 
 /* What Megatron compares with its own arguments on loading, and what we need to find the way back.
@@ -2977,29 +3081,47 @@ static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int ran
     size_t tp = (size_t)a->layout.tp, pp = (size_t)a->layout.pp;
     int fused = !strcmp(m->gelu, "gelu_fast");
     put_global(f, "argparse", "Namespace");
-    fputc(EMPTY_TUPLE, f), fputc(NEWOBJ, f), fputc(EMPTY_DICT, f), fputc(MARK, f);
-    put_count(f, "num_layers", c->L), put_count(f, "hidden_size", c->C),
-        put_count(f, "num_attention_heads", c->H);
-    put_count(f, "ffn_hidden_size", c->F), put_count(f, "kv_channels", c->C / c->H);
-    put_count(f, "max_position_embeddings", c->P), put_count(f, "seq_length", c->P);
-    put_count(f, "make_vocab_size_divisible_by", 128), put_count(f, "padded_vocab_size", a->padded);
+    PUT_CODES(f, EMPTY_TUPLE, NEWOBJ, EMPTY_DICT, MARK);
+    put_count(f, "num_layers", c->L);
+    put_count(f, "hidden_size", c->C);
+    put_count(f, "num_attention_heads", c->H);
+    put_count(f, "ffn_hidden_size", c->F);
+    put_count(f, "kv_channels", c->C / c->H);
+    put_count(f, "max_position_embeddings", c->P);
+    put_count(f, "seq_length", c->P);
+    put_count(f, "make_vocab_size_divisible_by", 128);
+    put_count(f, "padded_vocab_size", a->padded);
     /* not Megatron's own, but Hugging Face's script's: how many tokens are real */
     put_count(f, "orig_vocab_size", c->V);
-    put_string(f, "tokenizer_type"), put_string(f, "GPT2BPETokenizer");
-    put_count(f, "tensor_model_parallel_size", tp),
-        put_count(f, "pipeline_model_parallel_size", pp);
-    put_count(f, "data_parallel_size", 1), put_count(f, "world_size", tp * pp),
-        put_count(f, "rank", (size_t)rank);
-    put_fraction(f, "layernorm_epsilon", c->eps),
-        put_fraction(f, "attention_dropout", c->attn_pdrop);
-    put_fraction(f, "hidden_dropout", c->resid_pdrop),
-        put_fraction(f, "init_method_std", (real)0.02);
+    put_string(f, "tokenizer_type");
+    put_string(f, "GPT2BPETokenizer");
+    put_count(f, "tensor_model_parallel_size", tp);
+    put_count(f, "pipeline_model_parallel_size", pp);
+    put_count(f, "data_parallel_size", 1);
+    put_count(f, "world_size", tp * pp);
+    put_count(f, "rank", (size_t)rank);
+    put_fraction(f, "layernorm_epsilon", c->eps);
+    put_fraction(f, "attention_dropout", c->attn_pdrop);
+    put_fraction(f, "hidden_dropout", c->resid_pdrop);
+    put_fraction(f, "init_method_std", (real)0.02);
     put_flag(f, "apply_residual_connection_post_layernorm", 0);
     put_flag(f, "openai_gelu", c->gelu == GELU_TANH && !(fused && a->version));
     if (a->version) put_flag(f, "bias_gelu_fusion", fused);
-    put_flag(f, "fp16", dtype == F16), put_flag(f, "bf16", dtype == BF16);
-    put_string(f, "params_dtype"), put_global(f, "torch", type_names[dtype].torch);
-    fputc(SETITEMS, f), fputc(BUILD, f);
+    put_flag(f, "fp16", dtype == F16);
+    put_flag(f, "bf16", dtype == BF16);
+    put_string(f, "params_dtype");
+    put_global(f, "torch", type_names[dtype].torch);
+    PUT_CODES(f, SETITEMS, BUILD);
+}
+
+/* {'weight': tensor}, under a key of the dict below. */
+static void put_weight(FILE *f, const char *key, size_t i, Dtype dtype, const Tensor *t)
+{
+    put_string(f, key);
+    fputc(EMPTY_DICT, f);
+    put_string(f, "weight");
+    put_tensor(f, i, dtype, t);
+    PUT_CODES(f, SETITEM, SETITEM);
 }
 
 /* The nested dicts of one rank's model; storages are numbered in the order of its tensors. */
@@ -3007,32 +3129,30 @@ static void put_model(FILE *f, const Part *part, const Output *out, int stage)
 {
     char name[MAX_NAME];
     const Era *era = &eras[WRITTEN_ERA];
-    size_t prefix = strlen(era->body), i = 0;
-    fputc(EMPTY_DICT, f), put_string(f, "language_model"), fputc(EMPTY_DICT, f);
+    const Tensor *t = part->tensor;
+    int has_wte = t->spec->rows == DIM_V;
+    size_t prefix = strlen(era->body), i = (size_t)has_wte;
+    fputc(EMPTY_DICT, f);
+    put_string(f, "language_model");
+    fputc(EMPTY_DICT, f);
     if (stage == 0) {
-        put_string(f, "embedding"), fputc(EMPTY_DICT, f);
-        for (; i < 2; i++) { /* wte, wpe */
-            put_string(f, i ? "position_embeddings" : "word_embeddings");
-            fputc(EMPTY_DICT, f), put_string(f, "weight"),
-                put_tensor(f, i, out[i].dtype, &part->tensor[i]), fputc(SETITEM, f);
-            fputc(SETITEM, f);
-        }
+        put_string(f, "embedding");
+        fputc(EMPTY_DICT, f);
+        put_weight(f, "word_embeddings", 0, out[0].dtype, &t[0]);
+        put_weight(f, "position_embeddings", 1, out[1].dtype, &t[1]);
         fputc(SETITEM, f);
-    } else i = part->tensor[0].spec->rows == DIM_V;
-    put_string(f, "encoder"), fputc(EMPTY_DICT, f), fputc(MARK, f);
-    size_t first = part->tensor[i].layer; /* each stage counts from 0 */
+        i = 2;
+    }
+    put_string(f, "encoder");
+    PUT_CODES(f, EMPTY_DICT, MARK);
+    size_t first = t[i].layer; /* each stage counts from 0 */
     for (; i < part->tensors; i++) {
-        const Tensor *t = &part->tensor[i];
-        put_string(f,
-                   era_name(name, era, t->spec, t->spec->in_layer ? t->layer - first : 0) + prefix);
-        put_tensor(f, i, out[i].dtype, t);
+        size_t layer = t[i].spec->in_layer ? t[i].layer - first : 0;
+        put_string(f, era_name(name, era, t[i].spec, layer) + prefix);
+        put_tensor(f, i, out[i].dtype, &t[i]);
     }
-    fputc(SETITEMS, f), fputc(SETITEM, f), fputc(SETITEM, f);
-    if (stage > 0 && part->tensor[0].spec->rows == DIM_V) {
-        put_string(f, "word_embeddings_for_head"), fputc(EMPTY_DICT, f), put_string(f, "weight");
-        put_tensor(f, 0, out[0].dtype, &part->tensor[0]);
-        fputc(SETITEM, f), fputc(SETITEM, f);
-    }
+    PUT_CODES(f, SETITEMS, SETITEM, SETITEM);
+    if (stage > 0 && has_wte) put_weight(f, "word_embeddings_for_head", 0, out[0].dtype, &t[0]);
 }
 
 /* ---- Writing zip archives -------------------------------------------------------------------- */
@@ -3044,14 +3164,35 @@ typedef struct {
 } ZipWriter;
 
 /* Extra field 1, with the numbers that need more than 32 bits. */
-static size_t put_wide_fields(char extra[28], const uint64_t *field, int n)
+static size_t wide_fields(char extra[28], const uint64_t *field, int n)
 {
     size_t length = 0;
-    for (int i = 0; i < n; i++)
-        if (field[i] >= 0xFFFFFFFF) memcpy(extra + 4 + length, &field[i], 8), length += 8;
+    for (int i = 0; i < n; i++) {
+        if (field[i] < 0xFFFFFFFF) continue;
+        memcpy(extra + 4 + length, &field[i], 8);
+        length += 8;
+    }
     uint16_t head[2] = {1, (uint16_t)length};
     memcpy(extra, head, 4);
     return length ? 4 + length : 0;
+}
+
+/* A number of 32 bits; all ones if it needs more, and stands in extra field 1. */
+static void put_narrow(FILE *f, uint64_t x) { put(f, min_size(x, 0xFFFFFFFF), 4); }
+
+/* What a local header and an entry of the directory have in common. */
+static void put_member(FILE *f, const char *name, size_t n, uint32_t crc, size_t extra)
+{
+    put(f, 45, 2);     /* needs version 4.5 of the format */
+    put(f, 0x0800, 2); /* the name is UTF-8 */
+    put(f, 0, 2);      /* stored */
+    put(f, 0, 2);      /* midnight */
+    put(f, 0x21, 2);   /* of 1980-01-01 */
+    put(f, crc, 4);
+    put_narrow(f, n);
+    put_narrow(f, n);
+    put(f, strlen(name), 2);
+    put(f, extra, 2);
 }
 
 /* Where the data of a stored member of n bytes starts, if its local header starts at offset: at a
@@ -3066,27 +3207,25 @@ static void zip_add(ZipWriter *z, const char *name, size_t n, uint32_t crc)
 {
     char extra[28];
     uint64_t field[3] = {n, n, z->offset};
-    size_t data = zip_data(z->offset, name, n), length = strlen(name),
-           wide = put_wide_fields(extra, field, 2);
-    size_t gap = data - (z->offset + 30 + length + wide + 4);
     FILE *f = z->f, *d = z->directory;
+    size_t data = zip_data(z->offset, name, n), wide = wide_fields(extra, field, 2);
+    size_t gap = data - (z->offset + 30 + strlen(name) + wide + 4);
     fseeko(f, (off_t)z->offset, SEEK_SET);
     fputs("PK\3\4", f);
-    put(f, 45, 2), put(f, 0x0800, 2), put(f, 0, 2); /* version 4.5 of the format; UTF-8; stored */
-    put(f, 0, 2), put(f, 0x21, 2), put(f, crc, 4);  /* midnight of 1980-01-01; checksum */
-    put(f, min_size(n, 0xFFFFFFFF), 4), put(f, min_size(n, 0xFFFFFFFF), 4);
-    put(f, length, 2), put(f, wide + 4 + gap, 2);
+    put_member(f, name, n, crc, wide + 4 + gap);
     fputs(name, f);
     fwrite(extra, 1, wide, f);
-    /* what torch calls its padding */
-    fputs("FB", f), put(f, gap, 2), fprintf(f, "%*s", (int)gap, "");
-    wide = put_wide_fields(extra, field, 3);
+    fputs("FB", f); /* what torch calls its padding */
+    put(f, gap, 2);
+    fprintf(f, "%*s", (int)gap, "");
+
+    wide = wide_fields(extra, field, 3);
     fputs("PK\1\2", d);
-    put(d, 45, 2), put(d, 45, 2), put(d, 0x0800, 2), put(d, 0, 2), put(d, 0, 2), put(d, 0x21, 2),
-        put(d, crc, 4);
-    put(d, min_size(n, 0xFFFFFFFF), 4), put(d, min_size(n, 0xFFFFFFFF), 4);
-    put(d, length, 2), put(d, wide, 2), put(d, 0, 8), put(d, 0, 2),
-        put(d, min_size(z->offset, 0xFFFFFFFF), 4);
+    put(d, 45, 2); /* made by version 4.5 */
+    put_member(d, name, n, crc, wide);
+    put(d, 0, 8); /* no comment, the first disk, no attributes */
+    put(d, 0, 2);
+    put_narrow(d, z->offset);
     fputs(name, d);
     fwrite(extra, 1, wide, d);
     z->count++;
@@ -3102,17 +3241,32 @@ static void zip_add_bytes(ZipWriter *z, const char *name, const char *data, size
 /* The directory, and the three records that lead to it. */
 static void zip_finish(ZipWriter *z, const char *path)
 {
-    if (fclose(z->directory)) die("out of memory");
-    fseeko(z->f, (off_t)z->offset, SEEK_SET);
-    fwrite(z->entries, 1, z->size, z->f);
-    fputs("PK\6\6", z->f), put(z->f, 44, 8), put(z->f, 45, 2), put(z->f, 45, 2), put(z->f, 0, 8);
-    put(z->f, z->count, 8), put(z->f, z->count, 8), put(z->f, z->size, 8), put(z->f, z->offset, 8);
-    fputs("PK\6\7", z->f), put(z->f, 0, 4), put(z->f, z->offset + z->size, 8), put(z->f, 1, 4);
+    FILE *f = z->f;
     size_t count = min_size(z->count, 0xFFFF);
-    fputs("PK\5\6", z->f), put(z->f, 0, 4), put(z->f, count, 2), put(z->f, count, 2);
-    put(z->f, min_size(z->size, 0xFFFFFFFF), 4), put(z->f, min_size(z->offset, 0xFFFFFFFF), 4),
-        put(z->f, 0, 2);
-    close_file(z->f, path);
+    if (fclose(z->directory)) die("out of memory");
+    fseeko(f, (off_t)z->offset, SEEK_SET);
+    fwrite(z->entries, 1, z->size, f);
+    fputs("PK\6\6", f); /* zip64 end record, of 44 bytes more */
+    put(f, 44, 8);
+    put(f, 45, 2); /* made by and needs version 4.5 */
+    put(f, 45, 2);
+    put(f, 0, 8); /* the first disk */
+    put(f, z->count, 8);
+    put(f, z->count, 8);
+    put(f, z->size, 8);
+    put(f, z->offset, 8);
+    fputs("PK\6\7", f); /* locator: disk and place of that record, number of disks */
+    put(f, 0, 4);
+    put(f, z->offset + z->size, 8);
+    put(f, 1, 4);
+    fputs("PK\5\6", f); /* end record: the same in short, and no comment */
+    put(f, 0, 4);
+    put(f, count, 2);
+    put(f, count, 2);
+    put_narrow(f, z->size);
+    put_narrow(f, z->offset);
+    put(f, 0, 2);
+    close_file(f, path);
     free(z->entries);
 }
 
@@ -3120,6 +3274,25 @@ static char *storage_path(char path[40], size_t key)
 {
     snprintf(path, 40, "archive/data/%zu", key);
     return path;
+}
+
+/* The program that builds a rank's object. */
+static void put_pickle(char **program, size_t *size, const Model *m, const Arrangement *a, int rank,
+                       const Part *part, const Output *out)
+{
+    FILE *f = open_memory(program, size);
+    PUT_CODES(f, PROTO, 2, EMPTY_DICT, MARK);
+    put_string(f, "args");
+    put_arguments(f, m, a, rank, out[0].dtype); /* the first tensor's type is the model's */
+    if (a->version) {
+        put_string(f, "checkpoint_version");
+        put_real(f, a->version);
+    }
+    put_count(f, "iteration", 0);
+    put_string(f, "model");
+    put_model(f, part, out, pp_rank(a->layout, rank));
+    PUT_CODES(f, SETITEMS, STOP);
+    if (fclose(f)) die("out of memory");
 }
 
 /* One rank's file, into a folder that is there. */
@@ -3130,19 +3303,12 @@ static void write_rank(Written *w, const char *folder, const Model *m, const Arr
     size_t size = 0;
     ZipWriter z;
     Part part;
-    memset(&z, 0, sizeof z), memset(&part, 0, sizeof part);
+    memset(&z, 0, sizeof z);
+    memset(&part, 0, sizeof part);
     part.tensor = list_rank(&part.tensors, &m->config, a, rank);
     Output *out = (Output *)xcalloc(part.tensors, sizeof *out);
     for (size_t i = 0; i < part.tensors; i++) out[i].dtype = output_dtype(o, m, &part.tensor[i]);
-    FILE *f = open_memory(&program, &size);
-    fputc(PROTO, f), fputc(2, f), fputc(EMPTY_DICT, f), fputc(MARK, f);
-    /* the first tensor's type is the model's */
-    put_string(f, "args"), put_arguments(f, m, a, rank, out[0].dtype);
-    if (a->version) put_string(f, "checkpoint_version"), put_real(f, a->version);
-    put_count(f, "iteration", 0);
-    put_string(f, "model"), put_model(f, &part, out, pp_rank(a->layout, rank));
-    fputc(SETITEMS, f), fputc(STOP, f);
-    if (fclose(f)) die("out of memory");
+    put_pickle(&program, &size, m, a, rank, &part, out);
     z.f = create_file(join_path(path, folder, "model_optim_rng.pt"));
     z.directory = open_memory(&z.entries, &z.size);
     zip_add_bytes(&z, "archive/data.pkl", program, size);
@@ -3152,8 +3318,9 @@ static void write_rank(Written *w, const char *folder, const Model *m, const Arr
         size_t bytes = part.tensor[i].n * dtype_size[out[i].dtype];
         out[i].at = zip_data(at, storage_path(member, i), bytes);
         at = out[i].at + bytes;
-        w->bytes += bytes, w->tensors++;
+        w->bytes += bytes;
     }
+    w->tensors += part.tensors;
     write_tensors(path, z.f, out, part.tensor, part.tensors, a, tp_rank(a->layout, rank), m, 1);
     for (size_t i = 0; i < part.tensors; i++)
         zip_add(&z, storage_path(member, i), part.tensor[i].n * dtype_size[out[i].dtype],
@@ -3161,7 +3328,9 @@ static void write_rank(Written *w, const char *folder, const Model *m, const Arr
     zip_add_bytes(&z, "archive/version", "3\n", 2);
     zip_finish(&z, path);
     w->files++;
-    free(program), free(out), free(part.tensor);
+    free(program);
+    free(out);
+    free(part.tensor);
 }
 
 static Written write_megatron(const char *folder, const Model *m, const Choices *o)
@@ -3205,7 +3374,8 @@ static const char *find_era(const Source *s)
         for (size_t j = 0; j < s->file[i].views; j++)
             if (s->file[i].view[j].spec && s->file[i].view[j].era > era)
                 era = s->file[i].view[j].era;
-    return era < 0 ? "unknown" : era == HUGGING_FACE ? "Hugging Face" : eras[era].when;
+    if (era < 0) return "unknown";
+    return era == HUGGING_FACE ? "Hugging Face" : eras[era].when;
 }
 
 /* A value of the args, or of the top level; as JSON where it has a form there. */
@@ -3217,8 +3387,7 @@ static void print_node(const Pickle *p, Ref ref)
     else if (n->type == N_REAL && isfinite(n->is.real)) printf("%.12g", n->is.real);
     else if (n->type == N_FLAG) printf(n->is.integer ? "true" : "false");
     else if (n->type == N_STRING) json_write_string(stdout, n->is.string, n->length);
-    else if (n->type == N_GLOBAL)
-        putchar('"'), print_bytes(stdout, n->is.string, n->length, 120), putchar('"');
+    else if (n->type == N_GLOBAL) print_quoted(stdout, n->is.string, n->length, 120);
     else printf("\"(%s)\"", node_name[n->type]);
 }
 
@@ -3226,18 +3395,27 @@ static void print_arguments(const TensorFile *file, int json)
 {
     const Pickle *p = &file->pickle;
     Ref args = p->nodes ? dict_get(p, file->root, "args") : 0;
-    int printed = 0;
-    printf(json ? "\"args\": {" : args ? "args:" : "");
+    const char *between = "";
+    if (json) printf("\"args\": {");
+    else if (args) printf("args:");
     for (uint32_t cell = args ? p->node[args].first : 0, value; cell; cell = p->cell[value].next) {
         const Node *key = &p->node[p->cell[cell].value];
         value = p->cell[cell].next;
         if (key->type != N_STRING) continue;
-        if (json && printed++) printf(", ");
-        if (json) json_write_string(stdout, key->is.string, key->length), printf(": ");
-        else putchar(' '), print_bytes(stdout, key->is.string, key->length, 120), putchar('=');
+        if (json) {
+            printf("%s", between);
+            json_write_string(stdout, key->is.string, key->length);
+            printf(": ");
+            between = ", ";
+        } else {
+            putchar(' ');
+            print_bytes(stdout, key->is.string, key->length, 120);
+            putchar('=');
+        }
         print_node(p, p->cell[value].value);
     }
-    printf(json ? "}, " : args ? "\n" : "");
+    if (json) printf("}, ");
+    else if (args) printf("\n");
 }
 
 static void print_views(const TensorFile *file, int json)
@@ -3251,7 +3429,8 @@ static void print_views(const TensorFile *file, int json)
         shape_text(stride, v->t.dims, v->stride);
         if (!json) {
             size_t n = strlen(v->t.name);
-            printf("  "), print_bytes(stdout, v->t.name, n, 160);
+            printf("  ");
+            print_bytes(stdout, v->t.name, n, 160);
             printf("%*s %-4s %-14s strides %-12s crc32 %08x\n", n < 72 ? (int)(72 - n) : 0, "",
                    dtype, shape, stride, sum);
             continue;
@@ -3367,9 +3546,8 @@ static int is_one_of(const char *word, const char *const *words)
 
 static void parse_choices(Choices *o, int argc, char **argv)
 {
-    static const char *const formats[] = {"hf", "megatron", NULL}, *const types[] = {"keep", "fp32",
-                                                                                     "fp16", "bf16",
-                                                                                     NULL};
+    static const char *const formats[] = {"hf", "megatron", NULL};
+    static const char *const types[] = {"keep", "fp32", "fp16", "bf16", NULL};
     memset(o, 0, sizeof *o);
     o->checkpoint_version = -1;
     for (int i = 0; i < N_CHOICES; i++)
@@ -3437,7 +3615,9 @@ static void put_output(const char *temporary, const SavePaths *out, int force)
 
 static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *place)
 {
-    (void)st, (void)type, (void)place;
+    (void)st;
+    (void)type;
+    (void)place;
     return remove(path);
 }
 
@@ -3447,6 +3627,9 @@ static void print_result(const Choices *o, const Source *s, const Model *m, cons
                          const Written *w)
 {
     const Config *c = &m->config;
+    static const char *const orders[] = {", Q K V of version 0", ", Q K V of version 1",
+                                         ", Q K V of version 2 or 3"};
+    const char *order = m->how.hugging_face ? "" : orders[min_size((size_t)m->how.version, 2)];
     char shape[256];
     snprintf(
         shape, sizeof shape,
@@ -3465,11 +3648,7 @@ static void print_result(const Choices *o, const Source *s, const Model *m, cons
                count_parameters(c), to, w->files, w->tensors, w->bytes);
     } else {
         printf("read: %s, names of %s, %d x %d ranks%s\n", s->container, find_era(s), s->layout.tp,
-               s->layout.pp,
-               m->how.hugging_face   ? ""
-               : m->how.version == 0 ? ", Q K V of version 0"
-               : m->how.version == 1 ? ", Q K V of version 1"
-                                     : ", Q K V of version 2 or 3");
+               s->layout.pp, order);
         printf("GPT-2: %s; %zu parameters\nwritten: %s, %zu tensors in %zu files, %zu bytes\n",
                shape, count_parameters(c), o->operand[1], w->tensors, w->files, w->bytes);
     }
@@ -3484,8 +3663,8 @@ static void convert(const Choices *o, const char *folder, const SavePaths *out)
         die("--tokenizer %s: this folder holds no vocab.json", o->tokenizer);
     source_open(&source, o->operand[0], folder, NULL);
     model_open(&model, &source, o);
-    const char *to = o->to ? o->to : model.how.hugging_face ? "megatron" : "hf";
-    int megatron = !strcmp(to, "megatron");
+    int megatron = o->to ? !strcmp(o->to, "megatron") : model.how.hugging_face;
+    const char *to = megatron ? "megatron" : "hf";
     for (int i = 0; i < N_CHOICES; i++) {
         const int only = choices[i].commands;
         if (!o->given[i]) continue;

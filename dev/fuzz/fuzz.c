@@ -193,16 +193,22 @@ static void read_checkpoint(const char *path)
     Choices o;
     struct stat st;
     memset(&o, 0, sizeof o);
-    o.dtype = "keep", o.keep_padding = 1, o.checkpoint_version = -1;
+    o.dtype = "keep";
+    o.keep_padding = 1;
+    o.checkpoint_version = -1;
     source_open(&s, path, scratch_folder, stat(path, &st) || st.st_size % 4 ? NULL : nowhere);
     identify_all(&s);
     check_zip(&s.archive);
-    for (size_t i = 0; i < s.files; i++) check_zip(&s.file[i].zip), check_views(&s.file[i]);
+    for (size_t i = 0; i < s.files; i++) {
+        check_zip(&s.file[i].zip);
+        check_views(&s.file[i]);
+    }
     if (!s.folder && !find_argument(&s.file[0], "num_layers")) o.config = shape;
     print_arguments(&s.file[0], 1);
     for (size_t i = 0; i < s.files; i++) print_views(&s.file[i], 1);
     model_open(&m, &s, &o);
-    int tp = m.config.H % 2 || m.config.F % 2 ? 1 : 2, pp = m.config.L % 2 ? 1 : 2;
+    int tp = m.config.H % 2 || m.config.F % 2 ? 1 : 2;
+    int pp = m.config.L % 2 ? 1 : 2;
     Arrangement hugging_face = {{1, 1, 1}, 0, 1, m.config.V};
     Arrangement megatron = {{tp, pp, 1}, 1, 0, padded_vocab(m.config.V, tp)};
     gather(&m, &o, &hugging_face);
@@ -249,9 +255,10 @@ static size_t write_json(FILE *f, const Json *json, size_t i)
         fputc(v->type == JSON_ARRAY ? '[' : '{', f);
         for (size_t at = i + 1; at < v->end;) {
             if (at > i + 1) fputc(',', f);
-            if (v->type == JSON_OBJECT)
-                json_write_string(f, json->value[at].key, strlen(json->value[at].key)),
-                    fputc(':', f);
+            if (v->type == JSON_OBJECT) {
+                json_write_string(f, json->value[at].key, strlen(json->value[at].key));
+                fputc(':', f);
+            }
             at = write_json(f, json, at);
         }
         fputc(v->type == JSON_ARRAY ? ']' : '}', f);
@@ -276,8 +283,10 @@ static void read_json(const char *path)
     fclose(f);
     promise(size[0] == size[1] && !memcmp(text[0], text[1], size[0]),
             "JSON that we have written reads otherwise");
-    free(text[0]), free(text[1]);
-    json_free(&first), json_free(&second);
+    free(text[0]);
+    free(text[1]);
+    json_free(&first);
+    json_free(&second);
     unmap_file(map);
 }
 
@@ -300,7 +309,8 @@ static void read_shape_of(const char *path)
     c = read_config_file(path, &tied);
     text[1] = config_text(&size[1], &c, -1);
     promise(!strcmp(text[0], text[1]), "a config.json that we have written reads otherwise");
-    free(text[0]), free(text[1]);
+    free(text[0]);
+    free(text[1]);
 }
 
 /* Text is encoded, and its tokens make the same text again. */
@@ -357,7 +367,8 @@ static void read_corpus(const char *path)
         }
         dataset_close(d);
     }
-    free(tokens[0].id), free(tokens[1].id);
+    free(tokens[0].id);
+    free(tokens[1].id);
     corpus_close(c);
     tokenizer_close(t);
 }
@@ -440,14 +451,18 @@ static void make_folders(const char *name)
 {
     char path[PATH_MAX];
     scratch_path(path, name);
-    for (char *c = path + strlen(scratch_folder) + 1; (c = strchr(c, '/')); *c++ = '/')
-        *c = 0, mkdir(path, 0700);
+    for (char *c = strchr(path + strlen(scratch_folder) + 1, '/'); c; c = strchr(c + 1, '/')) {
+        *c = 0;
+        mkdir(path, 0700);
+        *c = '/';
+    }
 }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
     const char *name = getenv("FUZZ_TARGET"), *folder = getenv("TMPDIR");
-    (void)argc, (void)argv;
+    (void)argc;
+    (void)argv;
     while (target < N_TARGETS && (!name || strcmp(targets[target].name, name))) target++;
     snprintf(scratch_folder, sizeof scratch_folder, "%.40s/fuzz.XXXXXX", folder ? folder : "/tmp");
     nowhere = fopen("/dev/null", "w");
@@ -458,7 +473,10 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
         exit(1);
     }
     /* not libFuzzer's output, which goes to file 2 by itself */
-    if (!getenv("FUZZ_SHOW")) stdout = stderr = nowhere;
+    if (!getenv("FUZZ_SHOW")) {
+        stdout = nowhere;
+        stderr = nowhere;
+    }
     write_text(scratch_folder, "shape.json", shape_text_of_seeds);
     scratch_path(shape, "shape.json");
     for (int i = 0; i < PARTS; i++)
@@ -473,7 +491,8 @@ static size_t split(Map part[PARTS], const char *data, size_t size)
     size_t n = 0;
     for (const char *end = data + size, *line; n < PARTS; data = line + 4) {
         line = n + 1 < PARTS ? (const char *)memmem(data, (size_t)(end - data), "\n%%\n", 4) : NULL;
-        part[n].data = data, part[n++].size = (size_t)((line ? line : end) - data);
+        part[n].data = data;
+        part[n++].size = (size_t)((line ? line : end) - data);
         if (!line) break;
     }
     return n;
