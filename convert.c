@@ -38,20 +38,19 @@
 #define CONVERT_MAIN main
 #endif
 
-/* A little-endian number at p. */
-static uint64_t number_at(const char *p, int bytes)
-{
-    uint64_t x = 0;
-    while (bytes-- > 0) x = x << 8 | (unsigned char)p[bytes];
-    return x;
-}
-
 /* A string of its own, which the caller frees. */
 static char *keep_string(const char *s, size_t length)
 {
     char *copy = (char *)xcalloc(length + 1, 1);
     memcpy(copy, s, length);
     return copy;
+}
+
+/* Is the word in a list that ends with NULL? */
+static int is_one_of(const char *word, const char *const *words)
+{
+    while (*words && strcmp(word, *words)) words++;
+    return *words != NULL;
 }
 
 /* A string of a pickle, without a NUL at its end, for printf's %.*s: end_with() keeps a message on
@@ -146,19 +145,20 @@ static Directory find_directory(const Zip *z)
     /* a comment may follow */
     for (size_t back = 22; back <= min_size(z->map.size, 22 + 65535) && !end; back++) {
         const char *at = data + z->map.size - back;
-        if (!memcmp(at, "PK\5\6", 4) && 22 + number_at(at + 20, 2) == back) end = at;
+        if (!memcmp(at, "PK\5\6", 4) && 22 + little_endian(at + 20, 2) == back) end = at;
     }
     if (!end) bad_zip(z, "", "its end record is missing, so it is cut short or no zip archive");
-    Directory d = {number_at(end + 10, 2), number_at(end + 12, 4), number_at(end + 16, 4)};
+    Directory d = {little_endian(end + 10, 2), little_endian(end + 12, 4),
+                   little_endian(end + 16, 4)};
     size_t limit = (size_t)(end - data);
-    if (number_at(end + 4, 4) || number_at(end + 8, 2) != d.count)
+    if (little_endian(end + 4, 4) || little_endian(end + 8, 2) != d.count)
         bad_zip(z, "", "is one of several volumes");
     if (limit >= 20 && !memcmp(end - 20, "PK\6\7", 4)) {
-        uint64_t at = number_at(end - 12, 8);
+        uint64_t at = little_endian(end - 12, 8);
         if (at > limit - 20 || limit - 20 - at < 56 || memcmp(data + at, "PK\6\6", 4))
             bad_zip(z, "", "its zip64 end record is missing");
-        Directory wide = {number_at(data + at + 32, 8), number_at(data + at + 40, 8),
-                          number_at(data + at + 48, 8)};
+        Directory wide = {little_endian(data + at + 32, 8), little_endian(data + at + 40, 8),
+                          little_endian(data + at + 48, 8)};
         if ((d.count != 0xFFFF && d.count != wide.count) ||
             (d.size != 0xFFFFFFFF && d.size != wide.size) ||
             (d.offset != 0xFFFFFFFF && d.offset != wide.offset))
@@ -177,12 +177,12 @@ static Directory find_directory(const Zip *z)
 static void read_wide_fields(uint64_t *field, int n, const char *extra, size_t left)
 {
     for (size_t length; left >= 4; extra += 4 + length, left -= 4 + length) {
-        length = number_at(extra + 2, 2);
+        length = little_endian(extra + 2, 2);
         if (length > left - 4) return;
-        if (number_at(extra, 2) != 1) continue;
+        if (little_endian(extra, 2) != 1) continue;
         for (size_t i = 0, at = 0; i < (size_t)n && at + 8 <= length; i++)
             if (field[i] == 0xFFFFFFFF) {
-                field[i] = number_at(extra + 4 + at, 8);
+                field[i] = little_endian(extra + 4 + at, 8);
                 at += 8;
             }
         return;
@@ -209,32 +209,33 @@ static const char *read_member(Member *m, const Zip *z, const char *at, const ch
     enum { ENCRYPTED = 1, UNIX = 3 };
     if (end - at < 46 || memcmp(at, "PK\1\2", 4))
         bad_zip(z, "", "an entry of its directory is missing");
-    size_t name = number_at(at + 28, 2), extra = number_at(at + 30, 2);
-    size_t comment = number_at(at + 32, 2);
+    size_t name = little_endian(at + 28, 2), extra = little_endian(at + 30, 2);
+    size_t comment = little_endian(at + 32, 2);
     if ((size_t)(end - at) < 46 + name + extra + comment)
         bad_zip(z, "", "an entry of its directory is cut short");
-    uint64_t field[3] = {number_at(at + 24, 4), number_at(at + 20, 4), number_at(at + 42, 4)};
+    uint64_t field[3] = {little_endian(at + 24, 4), little_endian(at + 20, 4),
+                         little_endian(at + 42, 4)};
     read_wide_fields(field, 3, at + 46 + name, extra);
     m->name = keep_string(at + 46, name);
-    m->method = (int)number_at(at + 10, 2);
-    m->crc = (uint32_t)number_at(at + 16, 4);
+    m->method = (int)little_endian(at + 10, 2);
+    m->crc = (uint32_t)little_endian(at + 16, 4);
     m->size = field[0];
     m->packed = field[1];
     if (strlen(m->name) != name || is_unsafe_name(m->name))
         bad_zip(z, m->name, "is the name of a member, which could lead out of a folder");
-    if (number_at(at + 4, 2) >> 8 == UNIX && S_ISLNK(number_at(at + 40, 2)))
+    if (little_endian(at + 4, 2) >> 8 == UNIX && S_ISLNK(little_endian(at + 40, 2)))
         bad_zip(z, m->name, "is a symbolic link");
 
     if (field[2] > directory || directory - field[2] < 30)
         bad_zip(z, m->name, "would lie outside the file");
     const char *local = z->map.data + field[2];
-    size_t header = 30 + number_at(local + 26, 2) + number_at(local + 28, 2);
-    if (memcmp(local, "PK\3\4", 4) || number_at(local + 26, 2) != name ||
+    size_t header = 30 + little_endian(local + 26, 2) + little_endian(local + 28, 2);
+    if (memcmp(local, "PK\3\4", 4) || little_endian(local + 26, 2) != name ||
         directory - field[2] < header || memcmp(local + 30, m->name, name) ||
-        number_at(local + 8, 2) != (uint64_t)m->method)
+        little_endian(local + 8, 2) != (uint64_t)m->method)
         bad_zip(z, m->name, "is not what its entry in the directory points to");
     if (m->packed > directory - field[2] - header) bad_zip(z, m->name, "is longer than the file");
-    if ((number_at(at + 8, 2) | number_at(local + 6, 2)) & ENCRYPTED)
+    if ((little_endian(at + 8, 2) | little_endian(local + 6, 2)) & ENCRYPTED)
         bad_zip(z, m->name, "is encrypted");
     if (m->method == 0 && m->packed != m->size) bad_zip(z, m->name, "has two sizes");
     m->start = local;
@@ -597,10 +598,10 @@ static size_t take_line(Pickle *p)
 
 static Instruction next_instruction(Pickle *p)
 {
-    static const int widths[] = {0, 1, 2, 4, 4, 1, 8, 4, 0};
+    static const size_t widths[] = {0, 1, 2, 4, 4, 1, 8, 4, 0};
     Instruction in = {find_opcode(p, (unsigned char)*take(p, 1)), 0, 0, NULL, 0};
-    const char *bytes = take(p, (size_t)widths[in.op->argument]);
-    in.integer = (long long)number_at(bytes, widths[in.op->argument]);
+    size_t width = widths[in.op->argument];
+    in.integer = (long long)little_endian(take(p, width), width);
     switch (in.op->argument) {
     case SIGNED_4: in.integer = (int32_t)(uint32_t)in.integer; break;
     case BIG_ENDIAN_REAL: {
@@ -928,28 +929,26 @@ static Ref call(Pickle *p, Ref callable, Ref args)
             p->node[item_at(p, args, 0)].type == N_TENSOR)
             return item_at(p, args, 0);
     }
-    int empty = !p->node[args].length;
-    if (empty && is_string(p, callable, N_GLOBAL, "collections\nOrderedDict"))
-        return new_node(p, N_DICT);
-    if (empty && is_string(p, callable, N_GLOBAL, "types\nSimpleNamespace"))
-        return new_node(p, N_NAMESPACE);
-    if (empty && is_string(p, callable, N_GLOBAL, "argparse\nNamespace"))
-        return new_node(p, N_NAMESPACE);
-    return new_node(p, N_OPAQUE);
+    if (p->node[args].length) return new_node(p, N_OPAQUE);
+    if (is_string(p, callable, N_GLOBAL, "collections\nOrderedDict")) return new_node(p, N_DICT);
+    int is_namespace = is_string(p, callable, N_GLOBAL, "types\nSimpleNamespace") ||
+                       is_string(p, callable, N_GLOBAL, "argparse\nNamespace");
+    return new_node(p, is_namespace ? N_NAMESPACE : N_OPAQUE);
 }
 
 /* A namespace is its __dict__; what else is told to a dict (its _metadata) or an opaque value is
  * not needed. */
-static void build(Pickle *p, Ref state, Ref object)
+static void build(Pickle *p)
 {
-    Node *o = &p->node[object];
-    if (o->type == N_NAMESPACE && !o->length && p->node[state].type == N_DICT) {
-        o->first = p->node[state].first;
-        o->last = p->node[state].last;
-        o->length = p->node[state].length;
-    } else if (o->type != N_OPAQUE && o->type != N_DICT && o->type != N_TENSOR)
-        bad_pickle(p, "a %s gets a %s as its state", node_name[o->type],
-                   node_name[p->node[state].type]);
+    const Node *state = &p->node[pop(p)];
+    Node *object = &p->node[peek(p, 0)];
+    if (object->type == N_NAMESPACE && !object->length && state->type == N_DICT) {
+        object->first = state->first;
+        object->last = state->last;
+        object->length = state->length;
+    } else if (object->type != N_OPAQUE && object->type != N_DICT && object->type != N_TENSOR)
+        bad_pickle(p, "a %s gets a %s as its state", node_name[object->type],
+                   node_name[state->type]);
 }
 
 /* Two's complement, low byte first. More than 64 bits are no number that we could need. */
@@ -957,7 +956,7 @@ static void read_long(Node *n, const Instruction *in)
 {
     n->type = in->length > 8 ? N_OPAQUE : N_INTEGER;
     if (n->type == N_OPAQUE) return;
-    n->is.integer = (long long)number_at(in->bytes, (int)in->length);
+    n->is.integer = (long long)little_endian(in->bytes, in->length);
     if (in->length && in->length < 8 && in->bytes[in->length - 1] & 0x80)
         n->is.integer -= 1LL << 8 * in->length;
 }
@@ -1057,14 +1056,8 @@ static void execute(Pickle *p, const Instruction *in)
         list_call(p, callable, result);
         push(p, result);
         break;
-    case BUILD:
-        top = pop(p);
-        build(p, top, peek(p, 0));
-        break;
-    case BINPERSID:
-        top = pop(p);
-        push(p, new_storage(p, top));
-        break;
+    case BUILD: build(p); break;
+    case BINPERSID: push(p, new_storage(p, pop(p))); break;
     default: push_literal(p, in);
     }
 }
@@ -1239,7 +1232,8 @@ static void place_storage(Pickle *p, TorchStorage *const *list, const Node *name
         (TorchStorage *const *)bsearch(&wanted, list, p->storages, sizeof *list, compare_storages);
     if (!at) die("%s: storage %.*s is listed, but belongs to no tensor", p->path, SHOW(name));
     if ((*at)->data) die("%s: storage %.*s is listed twice", p->path, SHOW(name));
-    size_t count = (size_t)number_at(take(p, 8), 8), bytes = (*at)->n * dtype_size[(*at)->dtype];
+    size_t count = (size_t)little_endian(take(p, 8), 8),
+           bytes = (*at)->n * dtype_size[(*at)->dtype];
     if (count != (*at)->n)
         die("%s: storage %.*s begins with a count of %zu elements, but its tensors ask for %zu",
             p->path, SHOW(name), count, (*at)->n);
@@ -1394,6 +1388,28 @@ static void collect_tensors(TensorFile *file, Ref dict, char name[MAX_NAME], int
     name[start] = 0;
 }
 
+/* Finds the values of all tensors, in members that are inflated and checked in parallel. */
+static void find_values(TensorFile *file)
+{
+    for (size_t i = 0; i < file->views; i++) {
+        const TorchStorage *storage = &file->pickle.storage[file->view[i].storage];
+        if (!storage->data) storage_member(file, storage)->wanted = 1;
+    }
+#pragma omp parallel for schedule(dynamic) /* the time goes into inflating and checking */
+    for (size_t i = 0; i < file->zip.members; i++)
+        if (file->zip.member[i].wanted) zip_read(&file->zip, &file->zip.member[i]);
+    size_t all = 0, there = file->zip.members ? 0 : file->map.size;
+    for (size_t i = 0; i < file->views; i++) {
+        find_data(file, &file->view[i]);
+        all += file->view[i].t.bytes;
+    }
+    for (size_t i = 0; i < file->zip.members; i++)
+        if (file->zip.member[i].wanted) there += file->zip.member[i].size;
+    /* tied weights are there twice; 65536 views of one storage would keep us busy for hours */
+    if (all > 4 * there)
+        die("%s: its tensors have %zu bytes, but are views of only %zu", file->path, all, there);
+}
+
 /* Opens a file that torch.save has written: s has its path and its map, which stay their
  * owner's. */
 static void tensor_file_open(TensorFile *file, Reading *reading)
@@ -1427,23 +1443,7 @@ static void tensor_file_open(TensorFile *file, Reading *reading)
         die("%s: a dict of tensors is expected, not a %s", path,
             node_name[file->pickle.node[model].type]);
     collect_tensors(file, model, name, 0, &steps);
-    for (size_t i = 0; i < file->views; i++) {
-        const TorchStorage *storage = &file->pickle.storage[file->view[i].storage];
-        if (!storage->data) storage_member(file, storage)->wanted = 1;
-    }
-#pragma omp parallel for schedule(dynamic) /* the time goes into inflating and checking */
-    for (size_t i = 0; i < file->zip.members; i++)
-        if (file->zip.member[i].wanted) zip_read(&file->zip, &file->zip.member[i]);
-    size_t all = 0, there = file->zip.members ? 0 : file->map.size;
-    for (size_t i = 0; i < file->views; i++) {
-        find_data(file, &file->view[i]);
-        all += file->view[i].t.bytes;
-    }
-    for (size_t i = 0; i < file->zip.members; i++)
-        if (file->zip.member[i].wanted) there += file->zip.member[i].size;
-    /* tied weights are there twice; 65536 views of one storage would keep us busy for hours */
-    if (all > 4 * there)
-        die("%s: its tensors have %zu bytes, but are views of only %zu", path, all, there);
+    find_values(file);
 }
 
 /* A file of safetensors, or a folder of them, as the same thing. */
@@ -1700,6 +1700,15 @@ static Map map_input(Source *s, const char *path)
     return map;
 }
 
+/* Adds a file of the input, which is a folder or an archive. */
+static void add_named_file(Source *s, const char *name)
+{
+    char path[PATH_MAX];
+    join_path(path, s->path, name);
+    if (s->archive.members) add_file(s, path, read_below(s->path, &s->archive, name));
+    else add_file(s, path, map_input(s, path));
+}
+
 static void open_all(Source *s)
 {
     for (size_t i = 0; i < s->files; i++) tensor_file_open(&s->file[i], &s->reading);
@@ -1726,11 +1735,10 @@ static void check_bin_index(const Source *s, const Json *index, const JsonValue 
 static void open_bins(Source *s)
 {
     static const char whole[] = "pytorch_model.bin";
-    char path[PATH_MAX], what[PATH_MAX];
+    char what[PATH_MAX];
     size_t n;
     if (file_exists(s->path, whole)) {
-        join_path(path, s->path, whole);
-        add_file(s, path, map_input(s, path));
+        add_named_file(s, whole);
         open_all(s);
         return;
     }
@@ -1738,10 +1746,7 @@ static void open_bins(Source *s)
     Json index = json_parse(text.data, text.size, what);
     const JsonValue *map = json_get(&index, index.value, "weight_map");
     const char **name = indexed_files(&n, &index, map);
-    for (size_t i = 0; i < n; i++) {
-        join_path(path, s->path, name[i]);
-        add_file(s, path, map_input(s, path));
-    }
+    for (size_t i = 0; i < n; i++) add_named_file(s, name[i]);
     open_all(s);
     check_bin_index(s, &index, map);
     json_free(&index);
@@ -1773,17 +1778,11 @@ static int open_hugging_face(Source *s)
 /* A checkpoint's folder, or an archive of it. */
 static void open_rank_files(Source *s)
 {
-    char path[PATH_MAX];
     Paths list = {NULL, 0, 0};
     for (size_t i = 0; i < s->archive.members; i++) list_path(&list, s->archive.member[i].name);
     if (!s->archive.members) list_folder(&list, s->path, "", 0);
     const char **file = find_rank_files(&list, &s->layout, s->path, &s->archive);
-    for (int i = 0; i < s->layout.tp * s->layout.pp; i++) {
-        join_path(path, s->path, file[i]);
-        add_file(s, path,
-                 s->archive.members ? read_below(s->path, &s->archive, file[i])
-                                    : map_input(s, path));
-    }
+    for (int i = 0; i < s->layout.tp * s->layout.pp; i++) add_named_file(s, file[i]);
     for (size_t i = 0; i < list.n; i++) free(list.path[i]);
     free(list.path);
     free(file);
@@ -1843,18 +1842,9 @@ static void source_close(Source *s)
  * (chapter 7).
  * ============================================================================================== */
 
-enum { N_STEMS = 9 };
-
-/* The tensors by their Hugging Face names. */
-/* clang-format off */
-static const char *const stems[N_STEMS] = {
-    "wte.", "wpe.", "h.%zu.ln_1.", "h.%zu.attn.c_attn.", "h.%zu.attn.c_proj.", "h.%zu.ln_2.",
-    "h.%zu.mlp.c_fc.", "h.%zu.mlp.c_proj.", "ln_f."};
-/* clang-format on */
-
 typedef struct {
     const char *when, *embedding, *body; /* prefixes of the embeddings and of everything else */
-    const char *name[N_STEMS];
+    const char *name[9];                 /* of each pair of weight and bias, in the table's order */
 } Era;
 
 /* clang-format off */
@@ -1894,12 +1884,11 @@ enum { N_ERAS = sizeof eras / sizeof *eras, HUGGING_FACE = N_ERAS, WRITTEN_ERA =
 /* The name of a tensor in an era. */
 static char *era_name(char name[MAX_NAME], const Era *era, const Spec *spec, size_t layer)
 {
-    int stem = 0;
-    while (strncmp(stems[stem], spec->name, strlen(stems[stem]))) stem++;
-    const char *last = spec->name + strlen(stems[stem]); /* "weight" or "bias" */
-    const char *own = era->name[stem];
-    if (spec->in_layer) snprintf(name, MAX_NAME, "%slayers.%zu.%s%s", era->body, layer, own, last);
-    else snprintf(name, MAX_NAME, "%s%s%s", stem < 2 ? era->embedding : era->body, own, last);
+    const char *last = strrchr(spec->name, '.') + 1;                 /* "weight" or "bias" */
+    size_t i = (size_t)(spec - specs), pair = i < 2 ? i : i / 2 + 1; /* embeddings have no bias */
+    const char *own = era->name[pair], *prefix = i < 2 ? era->embedding : era->body;
+    if (spec->in_layer) snprintf(name, MAX_NAME, "%slayers.%zu.%s%s", prefix, layer, own, last);
+    else snprintf(name, MAX_NAME, "%s%s%s", prefix, own, last);
     return name;
 }
 
@@ -1947,10 +1936,9 @@ static void identify_all(Source *s)
 static int is_head(const char *name)
 {
     static const char *const names[] = {"word_embeddings_for_head.weight", "output_layer.weight",
-                                        "language_model.output_layer.weight", "lm_head.weight"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (!strcmp(name, names[i])) return 1;
-    return 0;
+                                        "language_model.output_layer.weight", "lm_head.weight",
+                                        NULL};
+    return is_one_of(name, names);
 }
 
 /* =================================================================================================
@@ -2102,9 +2090,8 @@ static Config config_from_shapes(const TensorFile *file, Layout layout)
         else H = presets[i].H;
     }
     if (!H || H == SIZE_MAX || P > 1 << 20)
-        die("%s: it has no args, and its shape (%zu layers, %zu channels) does not tell the number "
-            "of heads; give "
-            "--config FILE",
+        die("%s: it has no args, and its shape (%zu layers, %zu channels) does not tell the "
+            "number of heads; give --config FILE",
             file->path, L, C);
     return make_config(L, C, H, P, 1);
 }
@@ -2357,8 +2344,7 @@ static int find_version(const TensorFile *file, double chosen)
         die("%s: its checkpoint_version is %g, not %g", file->path, version, chosen);
     if (!ref && chosen < 0 && find_argument(file, "bias_gelu_fusion"))
         die("%s: it has no checkpoint_version, and is of a time when the order of its Q, K, V "
-            "changed: give "
-            "--checkpoint-version 0, 1 or 2",
+            "changed: give --checkpoint-version 0, 1 or 2",
             file->path);
     return (int)(ref ? version : fmax(chosen, 0));
 }
@@ -2399,18 +2385,17 @@ static void check_agreement(const Source *m)
         "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings",
         "ffn_hidden_size", "layernorm_epsilon", "make_vocab_size_divisible_by", "orig_vocab_size"};
     /* clang-format on */
+    static const char *const outside[] = {"iteration", "checkpoint_version"};
     const TensorFile *first = &m->file[0];
     const Pickle *p = &first->pickle;
     for (size_t rank = 0; rank < m->files; rank++) {
         const TensorFile *file = &m->file[rank];
         const Pickle *q = &file->pickle;
         const char *differs = NULL;
-        if (!same_nodes(p, dict_get(p, first->root, "iteration"), q,
-                        dict_get(q, file->root, "iteration")))
-            differs = "iteration";
-        if (!same_nodes(p, dict_get(p, first->root, "checkpoint_version"), q,
-                        dict_get(q, file->root, "checkpoint_version")))
-            differs = "checkpoint_version";
+        for (int i = 0; i < 2; i++)
+            if (!same_nodes(p, dict_get(p, first->root, outside[i]), q,
+                            dict_get(q, file->root, outside[i])))
+                differs = outside[i];
         for (size_t i = 0; i < sizeof names / sizeof *names; i++)
             if (!same_nodes(p, find_argument(first, names[i]), q, find_argument(file, names[i])))
                 differs = names[i];
@@ -2431,9 +2416,8 @@ static void check_ranks(const Source *m)
         told_tp = count_argument(file, "tensor_model_parallel_size", 1 << 20, told_tp);
         size_t told_pp = count_argument(file, "pipeline_model_parallel_size", 1 << 20, pp);
         if (told_tp != tp || told_pp != pp)
-            die("%s: its args tell of %zu tensor ranks x %zu stages, but here are %zu x %zu; name "
-                "the folder that "
-                "holds all",
+            die("%s: its args tell of %zu tensor ranks x %zu stages, but here are %zu x %zu; "
+                "name the folder that holds all",
                 file->path, told_tp, told_pp, tp, pp);
         /* Hugging Face's script says rank 0 in every file, but tells of no world */
         Ref own = find_argument(file, "world_size") ? find_argument(file, "rank") : 0;
@@ -2443,25 +2427,17 @@ static void check_ranks(const Source *m)
     }
 }
 
-/* config.json, and whether there is a separate matrix for the logits. */
-static Config read_shape(Model *m, const char *path, int *tied)
-{
-    Config c = read_config_file(path, tied);
-    m->gelu = c.gelu == GELU_ERF ? "gelu" : "gelu_new";
-    return c;
-}
-
 /* The shape from --config, the folder's config.json, the args, or the tensors. Returns how many
  * tokens there are without padding, or SIZE_MAX if nothing tells. */
 static size_t find_shape(Model *m, const Source *source, const Choices *o)
 {
     const TensorFile *first = &source->file[0];
     int has_args = find_argument(first, "num_layers") != 0, tied = 1;
-    char path[PATH_MAX];
     for (size_t i = 0; i < source->files; i++) refuse_other_models(&source->file[i]);
     if (o->config || source->folder) {
-        m->config = read_shape(
-            m, o->config ? o->config : join_path(path, source->path, "config.json"), &tied);
+        if (o->config) m->config = read_config_file(o->config, &tied);
+        else m->config = read_config(source->path, &tied);
+        m->gelu = m->config.gelu == GELU_ERF ? "gelu" : "gelu_new";
         if (!tied && !m->how.hugging_face)
             die("%s: \"tie_word_embeddings\" is false, but Megatron's GPT-2 ties them", o->config);
         m->untied = !tied;
@@ -2475,9 +2451,8 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
         die("%s: its shape is not that of the args in %s", o->config, first->path);
     size_t tp = (size_t)source->layout.tp, pp = (size_t)source->layout.pp;
     if (c->H % tp || c->F % tp || c->L % pp)
-        die("%s: %zu heads, an MLP of width %zu and %zu layers cannot have been cut for %zu tensor "
-            "ranks x %zu "
-            "stages",
+        die("%s: %zu heads, an MLP of width %zu and %zu layers cannot have been cut for "
+            "%zu tensor ranks x %zu stages",
             m->path, c->H, c->F, c->L, tp, pp);
     if (o->config || source->folder) return c->V;
     return count_argument(first, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
@@ -2492,8 +2467,7 @@ static size_t count_tokens(const TensorFile *file, const Model *m, size_t told, 
     multiple *= count_argument(file, "make_vocab_size_divisible_by", 1 << 20, 128);
     if (told != V && round_up(V, multiple) != m->how.padded)
         die("%s: there are %zu rows for tokens, but the tokenizer's %zu would be padded to a "
-            "multiple of %zu: give "
-            "--vocab-size N",
+            "multiple of %zu: give --vocab-size N",
             m->path, m->how.padded, V, multiple);
     tokenizer_close(t);
     return V;
@@ -2509,9 +2483,8 @@ static size_t find_vocabulary(const TensorFile *file, const Model *m, size_t tol
     if (V == SIZE_MAX) V = tokens;
     if (V == SIZE_MAX && padded == padded_vocab(50257, m->how.layout.tp)) V = 50257; /* GPT-2's */
     if (V == SIZE_MAX)
-        die("%s: %zu tokens with padding, and how many are real is not told: give --vocab-size N, "
-            "--tokenizer DIR or "
-            "--keep-padding",
+        die("%s: %zu tokens with padding, and how many are real is not told: give "
+            "--vocab-size N, --tokenizer DIR or --keep-padding",
             m->path, padded);
     if (V > padded)
         die("%s: there are %zu tokens, fewer than the %zu that are asked for", m->path, padded, V);
@@ -2647,7 +2620,6 @@ typedef struct {
     const Model *m;
     int first;
     size_t index;
-    const Spec *spec;
 } Input;
 
 static const View *input_view(const Input *in, int r)
@@ -2661,7 +2633,7 @@ static Input find_input(const Model *m, const Tensor *t)
     if (!t->spec->in_layer)
         stage = on_stage(t->spec, 0, m->how.layout.pp) ? 0 : (size_t)m->how.layout.pp - 1;
     int first = (int)stage * m->how.layout.tp;
-    Input in = {m, first, find_tensor(&m->part[first], t->spec, t->layer), t->spec};
+    Input in = {m, first, find_tensor(&m->part[first], t->spec, t->layer)};
     return in;
 }
 
@@ -2737,26 +2709,29 @@ static void gather_rows(char *to, const Input *in, const size_t *row, size_t row
         }
 }
 
-/* Is every number of this size finite? Those that are not have an exponent of all ones. */
-static inline int all_finite_of(const char *data, size_t n, size_t size, uint64_t exponent)
-{
-    int bad = 0;
-    for (size_t i = 0; i < n; i++) {
-        uint64_t bits = 0;
-        memcpy(&bits, data + size * i, size);
-        bad |= (bits & exponent) == exponent;
-    }
-    return !bad;
-}
-
+/* Is every number finite? Those that are not have an exponent of all ones. */
 static int all_finite(const char *data, Dtype dtype, size_t n)
 {
-    switch (dtype) {
-    case F64: return all_finite_of(data, n, 8, 0x7FF0000000000000);
-    case F32: return all_finite_of(data, n, 4, 0x7F800000);
-    case F16: return all_finite_of(data, n, 2, 0x7C00);
-    default: return all_finite_of(data, n, 2, 0x7F80);
-    }
+    int bad = 0;
+    uint16_t half, exponent = dtype == F16 ? 0x7C00 : 0x7F80;
+    uint32_t single;
+    double x;
+    if (dtype == F64)
+        for (size_t i = 0; i < n; i++) {
+            memcpy(&x, data + 8 * i, 8);
+            bad |= !isfinite(x);
+        }
+    else if (dtype == F32)
+        for (size_t i = 0; i < n; i++) {
+            memcpy(&single, data + 4 * i, 4);
+            bad |= (single & 0x7F800000) == 0x7F800000;
+        }
+    else
+        for (size_t i = 0; i < n; i++) {
+            memcpy(&half, data + 2 * i, 2);
+            bad |= (half & exponent) == exponent;
+        }
+    return !bad;
 }
 
 /* Fills rows first .. last - 1 of what tensor rank r of an arrangement stores of a tensor. Padding
@@ -2923,8 +2898,7 @@ static void write_safetensors(const char *path, const Tensor *list, Output *out,
  * model. */
 static Written write_hugging_face(const char *folder, const Model *m, const Choices *o)
 {
-    static const Layout one = {1, 1, 1};
-    Arrangement a = {one, 0, 1, m->config.V};
+    Arrangement a = {{1, 1, 1}, 0, 1, m->config.V};
     Written w = {0, 0, 0};
     size_t size, used = 0;
     char *text = NULL, path[PATH_MAX], name[64], key[NAME_SIZE];
@@ -2943,7 +2917,6 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
         w.bytes += bytes;
     }
     first[w.files] = w.tensors;
-
     /* GPT-2's; of another vocabulary we do not know */
     int end_of_text = m->config.V > 50256 ? 50256 : -1;
     char *config =
@@ -3538,12 +3511,6 @@ __attribute__((noreturn)) static void print_usage(void)
     exit(0);
 }
 
-static int is_one_of(const char *word, const char *const *words)
-{
-    while (*words && strcmp(word, *words)) words++;
-    return *words != NULL;
-}
-
 static void parse_choices(Choices *o, int argc, char **argv)
 {
     static const char *const formats[] = {"hf", "megatron", NULL};
@@ -3584,11 +3551,11 @@ static void check_output(const SavePaths *out, const Choices *o)
 {
     const char *name = o->operand[1];
     struct stat st;
-    if (!o->force && !lstat(out->dir, &st))
+    int exists = !lstat(out->dir, &st);
+    if (exists && !o->force)
         die("%s exists already: choose another name, or give --force, which moves it to %s", name,
             out->old);
-    if (o->force && !lstat(out->dir, &st) && !file_exists(out->dir, "config.json") &&
-        !file_exists(out->dir, tracker))
+    if (exists && !file_exists(out->dir, "config.json") && !file_exists(out->dir, tracker))
         die("%s holds neither config.json nor %s, so it is no model to replace: choose another "
             "name",
             name, tracker);
@@ -3638,9 +3605,8 @@ static void print_result(const Choices *o, const Source *s, const Model *m, cons
             : "%zu layers, hidden size %zu, %zu heads, %zu positions, %zu tokens",
         c->L, c->C, c->H, c->P, c->V);
     if (o->json) {
-        printf("{\"from\": \"%s\", \"container\": \"%s\", \"names\": \"%s\", \"tp\": %d, \"pp\": "
-               "%d, \"version\": "
-               "%d, %s, ",
+        printf("{\"from\": \"%s\", \"container\": \"%s\", \"names\": \"%s\", \"tp\": %d, "
+               "\"pp\": %d, \"version\": %d, %s, ",
                m->how.hugging_face ? "hf" : "megatron", s->container, find_era(s), s->layout.tp,
                s->layout.pp, m->how.version, shape);
         printf("\"parameters\": %zu, \"to\": \"%s\", \"files\": %zu, \"tensors\": %zu, \"bytes\": "
