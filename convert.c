@@ -2,12 +2,12 @@
  * without trust.
  *
  *     gcc -O3 -march=native -fopenmp convert.c -o convert -lz -lm -lpthread
- *     convert megatron_lm_345m_v0.0.zip gpt2-345m            a folder as Hugging Face's
- *     convert gpt2-345m ranks --tp 2 --pp 4                  a Megatron checkpoint for eight GPUs
- *     convert inspect megatron_lm_345m_v0.0.zip [--pickle]   what is in it, down to instructions
+ *     convert megatron_lm_345m_v0.0.zip gpt2-345m            makes a Hugging Face folder
+ *     convert gpt2-345m ranks --tp 2 --pp 4                  makes a Megatron checkpoint for 8 GPUs
+ *     convert inspect megatron_lm_345m_v0.0.zip [--pickle]   shows what is in it
  *
- * A checkpoint is read through five layers, each with its chapter. Whoever knows the first three
- * can read any .pt file:
+ * A checkpoint is read in five layers, one chapter each. The first three are enough to read any .pt
+ * file:
  *
  *     1 zip       an archive of files, with its table of contents at the end
  *     2 pickle    a program for a stack machine that builds Python objects
@@ -15,14 +15,14 @@
  *     4 ranks     a folder and a file for each rank of a training run
  *     5 eras      what Megatron called its tensors, and when
  *
- * Chapter 6 learns the shape of the model, 7 places every tensor in it, 8 is the arithmetic of all
- * conversions: where element (row, column) lies in each arrangement. 9 and 10 write, 11 inspects,
- * 12 is the command line.
+ * Chapter 6 finds the shape of the model, chapter 7 the place of every tensor in it. Chapter 8 is
+ * the arithmetic of all conversions: where element (row, column) lies in each arrangement. Chapters
+ * 9 and 10 write, 11 inspects, 12 is the command line.
  *
- * The input is mapped, not loaded; the output is written tensor by tensor. Nothing of a file is
- * believed before it is checked, and no size from it is used before it is compared with what is
- * really there. Tensors are those of the one table in chapter 4 of megatron_gpt2.c, which this file
- * includes: one text serves both programs. */
+ * The input is mapped, not loaded; the output is written tensor by tensor. No file is trusted: its
+ * contents are checked before they are used, and every size is compared with the bytes that are
+ * really there. This file includes megatron_gpt2.c, and uses its one table of tensors (chapter
+ * 4). */
 
 #define PROGRAM "convert"
 #define main megatron_gpt2_main
@@ -33,12 +33,12 @@
 #include <sys/wait.h>
 #include <zlib.h>
 
-/* What includes this file in its turn, as the fuzz targets do, has a main() of its own. */
+/* A file that includes this one, as dev/fuzz/fuzz.c does, has its own main(). */
 #ifndef CONVERT_MAIN
 #define CONVERT_MAIN main
 #endif
 
-/* A string of its own, which the caller frees. */
+/* A copy of a string; the caller frees it. */
 static char *keep_string(const char *s, size_t length)
 {
     char *copy = (char *)xcalloc(length + 1, 1);
@@ -53,24 +53,22 @@ static int is_one_of(const char *word, const char *const *words)
     return *words != NULL;
 }
 
-/* A string of a pickle, without a NUL at its end, for printf's %.*s: end_with() keeps a message on
- * one line. */
+/* A string of a pickle, for printf's %.*s: it does not end with NUL. die() keeps it on one line. */
 #define SHOW(node) (int)min_size((node)->length, 120), (node)->is.string
 
-/* How an input is read, and what that may still cost, whatever its files say of themselves. */
+/* How an input is read, and how much memory and work it may still take. */
 typedef struct {
     const char *scratch; /* folder for what must be inflated */
     FILE *listing;       /* where pickles are listed as they run, or NULL */
-    /* Bytes of memory that the objects which the files describe may still take, and bytes that may
-     * still be inflated: weights compress by about a tenth; what inflates twentyfold is no
-     * model. */
+    /* What is left of two limits: bytes of memory for the objects that the files describe, and
+     * bytes to inflate. Weights compress by about a tenth: what inflates twentyfold is no model. */
     size_t objects_left;
     long long inflation_left;
 } Reading;
 
 enum { MAX_OBJECT_BYTES = 1 << 27, MAX_INFLATION = 20, MIN_INFLATED = 1 << 26 };
 
-/* Takes n objects of some size from what objects may cost. */
+/* Counts n objects of some size; dies if an input describes too many. */
 static void charge(Reading *r, const char *path, size_t n, size_t size)
 {
     if (n > r->objects_left / size)
@@ -87,15 +85,15 @@ static void charge(Reading *r, const char *path, size_t n, size_t size)
  *             ^------------------^--------------------- entry, entry ..    ^---------'        |
  *                                                        ^------------------------------------'
  *
- * The end record says where the directory begins and how many entries it has; an entry has a
- * member's name, method (0 stored, 8 deflated), checksum, sizes, and where its local header is. The
- * numbers are 32 bits wide; one that does not fit is all ones, and its 64-bit value stands in the
- * zip64 end record, or for an entry in extra field number 1.
+ * The end record says where the directory begins and how many entries it has. An entry holds a
+ * member's name, method (0 stored, 8 deflated), checksum, sizes, and the place of its local header.
+ * The numbers have 32 bits. A number that does not fit is all ones; its 64-bit value is in the
+ * zip64 end record or, for an entry, in extra field number 1.
  *
- * A local header repeats the entry, but sizes and checksum are 0 there if the writer learnt them
- * too late, as with torch: only the directory counts. What the local header alone knows is where
- * the data begins, since its extra field has a length of its own: torch fills it so that data
- * starts at multiples of 64 bytes and can be used in place.
+ * A local header repeats the entry. But if the writer did not know sizes and checksum yet, as with
+ * torch, they are 0 there: only the directory counts. Only the local header tells where the data
+ * begins, because its extra field has its own length. torch fills that field so that the data
+ * starts at a multiple of 64 bytes and can be used in place.
  *
  * An entry of the directory, in two rows, and a local header; the numbers are bytes from its start:
  *
@@ -114,8 +112,8 @@ typedef struct {
     uint32_t crc;                   /* 0: unknown; torch can be told not to compute it */
     size_t packed, size;            /* bytes in the archive, and after inflating */
     const char *start, *data, *end; /* local header, data, and the byte behind it, in the map */
-    int wanted;                     /* some tensor lies in it */
-    Map opened;                     /* its bytes, once asked for */
+    int wanted;                     /* a tensor needs it */
+    Map opened;                     /* its bytes, once they were read */
 } Member;
 
 typedef struct {
@@ -142,7 +140,7 @@ typedef struct {
 static Directory find_directory(const Zip *z)
 {
     const char *data = z->map.data, *end = NULL;
-    /* a comment may follow */
+    /* a comment may follow the end record */
     for (size_t back = 22; back <= min_size(z->map.size, 22 + 65535) && !end; back++) {
         const char *at = data + z->map.size - back;
         if (!memcmp(at, "PK\5\6", 4) && 22 + little_endian(at + 20, 2) == back) end = at;
@@ -173,7 +171,7 @@ static Directory find_directory(const Zip *z)
     return d;
 }
 
-/* Replaces those of n fields that are all ones by their wide values in the extra field. */
+/* Of n fields, replaces each that is all ones by its 64-bit value in the extra field. */
 static void read_wide_fields(uint64_t *field, int n, const char *extra, size_t left)
 {
     for (size_t length; left >= 4; extra += 4 + length, left -= 4 + length) {
@@ -189,7 +187,7 @@ static void read_wide_fields(uint64_t *field, int n, const char *extra, size_t l
     }
 }
 
-/* We never create a file by a member's name; but an archive with such a one means no good. */
+/* No file is ever created under a member's name. But an archive with such a name is hostile. */
 static int is_unsafe_name(const char *name)
 {
     if (!*name || *name == '/' || strchr(name, '\\')) return 1;
@@ -285,8 +283,7 @@ static Member *zip_find(const Zip *z, const char *name)
     return (Member *)bsearch(&key, z->member, z->members, sizeof key, compare_members);
 }
 
-/* Memory of n bytes that the system may keep in a nameless file: a 345M model inflates to 700
- * MB. */
+/* Memory of n bytes in a nameless file, so that it can be paged out: 700 MB for a 345M model. */
 static Map scratch_memory(const char *folder, size_t n)
 {
     char path[PATH_MAX];
@@ -306,9 +303,8 @@ static Map scratch_memory(const char *folder, size_t n)
     return map;
 }
 
-/* Deflate makes at most 1032 bytes of one, so a size beyond that is a lie that costs nothing to
- * see. What is true may still be more than we pay for; and large, so that it goes where it can be
- * paged out. */
+/* Deflate expands one byte to at most 1032, so a larger size is false, and is refused before any
+ * work. A true size may still be more than is left for this input. */
 static Map inflate_member(const Zip *z, const Member *m)
 {
     enum { STEP = 1 << 30 }; /* zlib counts in 32 bits */
@@ -341,7 +337,7 @@ static Map inflate_member(const Zip *z, const Member *m)
     return map;
 }
 
-/* CRC-32 of n bytes, in parts on all cores: zlib makes one checksum of two. */
+/* CRC-32 of n bytes. All cores compute parts of it, which zlib combines. */
 static uint32_t crc_of(const char *data, size_t n)
 {
     enum { PARTS = 64 };
@@ -384,8 +380,9 @@ static void zip_close(Zip *z)
 /* =================================================================================================
  * Chapter 2. Pickle
  *
- * A pickle is not data but a program, one byte an instruction, for a machine with a stack and a
- * numbered memo. It builds an object from the inside out and leaves it on the stack:
+ * A pickle is a program, not data. It runs on a machine with a stack and a numbered memo; an
+ * instruction is one byte, and its argument. The program builds an object from the inside out and
+ * leaves it on the stack:
  *
  *                                                                     the stack, top on the right
  *     }                      EMPTY_DICT   push an empty dictionary      {}
@@ -394,26 +391,26 @@ static void zip_close(Zip *z)
  *     s                      SETITEM      put both in the dictionary    {"bias": 7}
  *
  * Two instructions make it dangerous. GLOBAL pushes anything that Python can import, by name;
- * REDUCE calls what lies on the stack. "os\nsystem" and a string are all that an attacker needs,
- * and torch.load would oblige. That is no accident: a tensor is stored as GLOBAL
- * torch._utils._rebuild_tensor_v2, its arguments, REDUCE.
+ * REDUCE calls it. With "os\nsystem" and a string, an attacker makes the reader run any command.
+ * But the format needs both: a tensor is stored as GLOBAL torch._utils._rebuild_tensor_v2, its
+ * arguments, REDUCE.
  *
- * This machine imports nothing and calls nothing. It knows a few names and what their calls mean;
- * any other name, and whatever is built with it, becomes an opaque node, which later instructions
- * may change without effect: checkpoints hold random states, enumerations, loss scalers, none of
- * which a model needs. Only where a weight or a number is looked for is an opaque node an error.
- * `convert inspect FILE --pickle` lists the program and says what each instruction does.
+ * This machine imports nothing and calls nothing. It knows a few names, and what a call of them
+ * would return. Any other name, and every object built with it, becomes an opaque node, and changes
+ * of an opaque node have no effect: checkpoints hold random states, enumerations and loss scalers,
+ * which a model does not need. An opaque node is an error only where a weight or a number is
+ * expected. `convert inspect FILE --pickle` lists the program and says what each instruction does.
  *
- * torch writes 32 different instructions, so no other is accepted. What is left to an attacker is
- * arithmetic and memory: every length is compared with the bytes that are there, every number of
- * objects is limited, every walk is bounded in depth and in steps, because a dictionary can hold
- * itself, or itself twice, and so on 30 times.
+ * torch writes 32 different instructions, so no other is accepted. An attacker can still lie about
+ * sizes, or ask for much memory and time. So every length is compared with the bytes that are
+ * there, the number of objects is limited, and every walk is bounded in depth and in steps: a
+ * dictionary can hold itself, or hold the next one twice, and so on for 30 levels.
  * ============================================================================================== */
 
 enum { MAX_NODES = 1 << 20, MAX_DEPTH = 40, MAX_NAME = 1024 };
 
-/* The number of a node. Node 0 is the mark, and stands for what is missing too: its type is none
- * that anyone looks for, so that what asks for item 3 of a tuple of 2 needs no test of its own. */
+/* The number of a node. Node 0 is the mark. Node 0 also means 'not found': no caller expects its
+ * type, so a caller that asks for item 3 of a tuple of 2 needs no separate test. */
 typedef uint32_t Ref;
 
 /* clang-format off */
@@ -428,8 +425,8 @@ static const char *const node_name[] = {
 
 typedef struct {
     NodeType type;
-    uint32_t length;      /* of a string, in bytes; of a container, in items: keys count, too */
-    uint32_t first, last; /* cells of a container; of a tensor, first is the tuple of its making */
+    uint32_t length;      /* of a string in bytes; of a container in items (keys are items) */
+    uint32_t first, last; /* cells of a container; first of a tensor: its arguments */
     union {
         long long integer; /* also a flag; of a storage its number */
         double real;
@@ -439,16 +436,16 @@ typedef struct {
 
 typedef struct {
     Ref value;
-    uint32_t next; /* cell; 0: none */
+    uint32_t next; /* number of a cell; 0: none */
 } Cell;
 
-/* What a persistent id stands for: numbers beside the pickle. */
+/* What a persistent id means: an array of numbers outside the pickle. */
 typedef struct {
     const char *key; /* not NUL-terminated */
     size_t key_length;
     Dtype dtype;
     size_t n;            /* elements */
-    size_t view, view_n; /* first element and number of the slice: in very old files not all */
+    size_t view, view_n; /* its slice that is used: first element, and number */
     const char *data;    /* NULL: not found yet */
 } TorchStorage;
 
@@ -537,8 +534,7 @@ static const Opcode opcodes[] = {
     {BUILD, "BUILD", NO_ARGUMENT, "pop a state, give it to the object below"},
     {BINPERSID, "BINPERSID", NO_ARGUMENT,
      "pop an id, push what the file has under it outside of the pickle"},
-    /* So that a refusal can name them: those of older and newer protocols, or never written by
-     * torch. */
+    /* Instructions of other protocols, or never written by torch: a refusal says their names. */
 #define REFUSED(code, name) {code, name, NO_ARGUMENT, NULL}
     REFUSED('0', "POP"), REFUSED('1', "POP_MARK"), REFUSED('2', "DUP"), REFUSED('F', "FLOAT"),
     REFUSED('I', "INT"), REFUSED('L', "LONG"), REFUSED('P', "PERSID"), REFUSED('S', "STRING"),
@@ -574,7 +570,7 @@ static const Opcode *find_opcode(const Pickle *p, int code)
                (unsigned)code, known ? op->name : "unknown");
 }
 
-/* The next n bytes. */
+/* Returns the next n bytes, and steps over them. */
 static const char *take(Pickle *p, size_t n)
 {
     if (n > p->map.size - p->at)
@@ -583,7 +579,7 @@ static const char *take(Pickle *p, size_t n)
     return p->map.data + p->at - n;
 }
 
-/* A line of visible characters. */
+/* Steps over a line of visible characters; returns its length. */
 static size_t take_line(Pickle *p)
 {
     const char *start = p->map.data + p->at,
@@ -677,7 +673,7 @@ static void push(Pickle *p, Ref ref)
     p->stack[p->depth++] = ref;
 }
 
-/* What lies `below` under the top; never a mark. */
+/* The item with `below` others above it on the stack; never a mark. */
 static Ref peek(const Pickle *p, size_t below)
 {
     if (p->depth <= below || !p->stack[p->depth - 1 - below])
@@ -692,7 +688,7 @@ static Ref pop(Pickle *p)
     return top;
 }
 
-/* Items above the topmost mark. */
+/* The number of items above the topmost mark. */
 static size_t count_marked(const Pickle *p)
 {
     size_t n = 0;
@@ -704,7 +700,7 @@ static size_t count_marked(const Pickle *p)
 static void append(Pickle *p, Ref container, Ref value)
 {
     Cell cell = {value, 0};
-    if (!p->cells) p->cells = 1; /* 0 is none */
+    if (!p->cells) p->cells = 1; /* 0 means none */
     if (p->cells >= MAX_NODES) bad_pickle(p, "its containers have more than %d items", MAX_NODES);
     charge(p->reading, p->path, 1, sizeof *p->cell);
     p->cell = (Cell *)grow(p->cell, p->cells, &p->cell_room, sizeof *p->cell);
@@ -717,8 +713,8 @@ static void append(Pickle *p, Ref container, Ref value)
     p->cells++;
 }
 
-/* Moves the top n items into a container. A value that is opaque swallows them; only a dict has
- * keys. */
+/* Moves the top n items into a container. In a dict, every other one is a key. An opaque value
+ * drops all. */
 static void move_items(Pickle *p, Ref container, NodeType wanted, size_t n)
 {
     NodeType type = p->node[container].type;
@@ -735,7 +731,7 @@ static void move_items(Pickle *p, Ref container, NodeType wanted, size_t n)
     p->depth -= n;
 }
 
-/* A tuple of the top n items takes their place. */
+/* Replaces the top n items by a tuple of them. */
 static void push_tuple(Pickle *p, size_t n)
 {
     Ref tuple = new_node(p, N_TUPLE);
@@ -772,7 +768,7 @@ static Ref dict_get(const Pickle *p, Ref dict, const char *key)
     return 0;
 }
 
-/* torch numbers what it remembers from 0 up. */
+/* torch numbers the objects that it remembers from 0 up: an array is enough. */
 static void memo_put(Pickle *p, size_t index, Ref value)
 {
     if (index >= MAX_NODES) bad_pickle(p, "it remembers more than %d objects", MAX_NODES);
@@ -792,9 +788,9 @@ static Ref memo_get(const Pickle *p, size_t index)
 
 /* ---- Storages and tensors, as far as the pickle describes them ------------------------------- */
 
-/* A tensor in a file. Element (i, j, ..) is element i * stride[0] + j * stride[1] + .. of t.data: a
- * transposed matrix has the strides of its original exchanged, a slice of a larger one its strides,
- * and neither has been copied. */
+/* A tensor in a file. Element (i, j, ..) is element i * stride[0] + j * stride[1] + .. of t.data.
+ * Nothing is copied: a transposed matrix has its two strides exchanged, and a slice of a larger
+ * matrix has the strides of that matrix. */
 typedef struct {
     StoredTensor t;
     size_t stride[MAX_DIMS]; /* elements */
@@ -804,7 +800,7 @@ typedef struct {
     int era;
 } View;
 
-/* What torch calls each type: in the name of a storage, in that of the type, and in short. */
+/* The name of each type: that of torch's storage, torch's own, and that for --dtype. */
 static const struct {
     const char *storage, *torch, *option;
 } type_names[N_DTYPES] = {{"Double", "float64", "fp64"}, {"Float", "float32", "fp32"},
@@ -832,8 +828,7 @@ static Dtype storage_dtype(const Pickle *p, Ref name)
     bad_pickle(p, "a storage is of an unknown type");
 }
 
-/* ('storage', torch.HalfStorage, key, 'cuda:0', elements[, view]): where it was does not matter any
- * more. */
+/* ('storage', torch.HalfStorage, key, 'cuda:0', elements[, view]): the device does not matter. */
 static Ref new_storage(Pickle *p, Ref id)
 {
     TorchStorage s;
@@ -842,7 +837,7 @@ static Ref new_storage(Pickle *p, Ref id)
     memset(&s, 0, sizeof s);
     if (p->node[id].type != N_TUPLE || n < 5 || n > 6 ||
         !is_string(p, item_at(p, id, 0), N_STRING, "storage") || p->node[key].type != N_STRING ||
-        p->node[key].length > 32 /* they are small numbers */ ||
+        p->node[key].length > 32 /* keys are small numbers */ ||
         p->node[item_at(p, id, 3)].type != N_STRING)
         bad_pickle(p, "a persistent id is not ('storage', type, key, location, elements)");
     s.key = p->node[key].is.string;
@@ -908,7 +903,7 @@ static View describe_tensor(const Pickle *p, Ref args)
 
 /* ---- The machine ----------------------------------------------------------------------------- */
 
-/* What a call returns. */
+/* The object that a call would return. */
 static Ref call(Pickle *p, Ref callable, Ref args)
 {
     static const char *const rebuilds[] = {"torch._utils\n_rebuild_tensor_v2",
@@ -936,8 +931,8 @@ static Ref call(Pickle *p, Ref callable, Ref args)
     return new_node(p, is_namespace ? N_NAMESPACE : N_OPAQUE);
 }
 
-/* A namespace is its __dict__; what else is told to a dict (its _metadata) or an opaque value is
- * not needed. */
+/* Gives the object on top of the stack its state. The state of a namespace is a dict of its fields.
+ * Other states are not needed: a dict's _metadata, or those of opaque values. */
 static void build(Pickle *p)
 {
     const Node *state = &p->node[pop(p)];
@@ -1062,7 +1057,7 @@ static void execute(Pickle *p, const Instruction *in)
     }
 }
 
-/* By type and value. What is neither a number nor a string is a key of its own. */
+/* Orders keys by type and value. A key that is neither a number nor a string equals only itself. */
 static int compare_keys(const void *a, const void *b)
 {
     const Node *x = *(const Node *const *)a, *y = *(const Node *const *)b;
@@ -1082,7 +1077,7 @@ static void refuse_duplicate_keys(const Pickle *p, Ref dict)
     const Node **key = (const Node **)xcalloc(p->node[dict].length, sizeof *key);
     for (uint32_t cell = p->node[dict].first; cell; cell = p->cell[p->cell[cell].next].next) {
         const Node *name = &p->node[p->cell[cell].value];
-        if (name->type == N_STRING && name->length > MAX_NAME) /* slow to compare */
+        if (name->type == N_STRING && name->length > MAX_NAME) /* it would be slow to compare */
             bad_pickle(p, "a dict has a key of %u bytes", name->length);
         key[n++] = name;
     }
@@ -1096,8 +1091,7 @@ static void refuse_duplicate_keys(const Pickle *p, Ref dict)
     free(key);
 }
 
-/* Runs the program at p->at, which builds `what`; returns its result. The objects of earlier
- * programs stay. */
+/* Runs the program at p->at, which builds `what`, and returns its result. Earlier objects stay. */
 static Ref run_pickle(Pickle *p, const char *what)
 {
     Instruction in;
@@ -1145,9 +1139,9 @@ static void pickle_free(Pickle *p)
  *     its transpose        size (4, 3)  stride (1, 4)  offset 0     a e i / b f j / c g k / d h l
  *     its right half       size (3, 2)  stride (4, 1)  offset 2     c d / g h / k l
  *
- * One storage may serve several tensors, and be larger than they: the reader must follow the
- * strides. The program for a matrix of 16 x 8, as `convert inspect FILE --pickle` lists it, without
- * the words behind each line:
+ * Several tensors may share a storage, and need not use all of it: the reader must follow the
+ * strides. This program builds a matrix of 16 x 8. `convert inspect FILE --pickle` lists it like
+ * this, with other words behind the lines:
  *
  *     GLOBAL      torch._utils._rebuild_tensor_v2     what will be called ..
  *     MARK                                            .. with these arguments:
@@ -1178,7 +1172,7 @@ static void pickle_free(Pickle *p)
 
 enum { MAX_TENSORS = 1 << 16 };
 
-/* A file of tensors. */
+/* A file of tensors: a rank file of Megatron's, or a file of Hugging Face's. */
 typedef struct {
     const char *path;
     Map map;
@@ -1190,8 +1184,8 @@ typedef struct {
     size_t views, view_room;
 } TensorFile;
 
-/* protocol 2, a long integer of 10 bytes, the magic number, stop: the first pickle of a legacy
- * file */
+/* The first pickle of a legacy file: protocol 2, an integer of 10 bytes (the magic number),
+ * stop. */
 static const char legacy_start[] = "\x80\x02\x8A\x0A\x6C\xFC\x9C\x46\xF9\x20\x6A\xA8\x50\x19.";
 enum { LEGACY_START = sizeof legacy_start - 1 };
 
@@ -1207,8 +1201,7 @@ static int compare_storages(const void *a, const void *b)
     return order ? order : (x->key_length > y->key_length) - (x->key_length < y->key_length);
 }
 
-/* A storage is named once for each tensor. Lists them by key, and checks that equal keys mean the
- * same. */
+/* Lists the storages by key. Tensors that share a storage each name it, and must agree on it. */
 static TorchStorage **sort_storages(const Pickle *p)
 {
     TorchStorage **list = (TorchStorage **)xcalloc(p->storages, sizeof *list);
@@ -1221,7 +1214,7 @@ static TorchStorage **sort_storages(const Pickle *p)
     return list;
 }
 
-/* Places the storages with this key at p->at, and steps over them. */
+/* Gives the storages with this key their data, which starts at p->at, and steps over it. */
 static void place_storage(Pickle *p, TorchStorage *const *list, const Node *name)
 {
     TorchStorage key, *wanted = &key;
@@ -1267,7 +1260,7 @@ static void open_legacy(TensorFile *file)
     for (size_t i = 0; i < p->storages; i++)
         if (!p->storage[i].data)
             die("%s: a tensor's storage is not in the list of storages", file->path);
-    free(list); /* bytes behind the last storage are allowed, as torch does */
+    free(list); /* bytes behind the last storage are allowed, as in torch */
 }
 
 /* Member NAME/what of a zip container, or NULL. */
@@ -1328,7 +1321,7 @@ static void open_container(TensorFile *file)
     }
 }
 
-/* The numbers of a view. */
+/* Gives a view its numbers. */
 static void find_data(TensorFile *file, View *v)
 {
     TorchStorage *storage = &file->pickle.storage[v->storage];
@@ -1349,8 +1342,8 @@ static View *add_view(TensorFile *file, const char *name)
     return v;
 }
 
-/* Collects the tensors of a state dict and the dicts in it; their keys, joined by dots, are the
- * tensors' names. */
+/* Collects the tensors of a state dict, and of the dicts in it. The keys that lead to a tensor,
+ * joined by dots, are its name. */
 static void collect_tensors(TensorFile *file, Ref dict, char name[MAX_NAME], int depth,
                             size_t *steps)
 {
@@ -1405,13 +1398,12 @@ static void find_values(TensorFile *file)
     }
     for (size_t i = 0; i < file->zip.members; i++)
         if (file->zip.member[i].wanted) there += file->zip.member[i].size;
-    /* tied weights are there twice; 65536 views of one storage would keep us busy for hours */
+    /* tied weights count twice; but with 65536 views of one storage we would be busy for hours */
     if (all > 4 * there)
         die("%s: its tensors have %zu bytes, but are views of only %zu", file->path, all, there);
 }
 
-/* Opens a file that torch.save has written: s has its path and its map, which stay their
- * owner's. */
+/* Opens a file of torch.save, whose path and map are set already. The caller unmaps it. */
 static void tensor_file_open(TensorFile *file, Reading *reading)
 {
     const char *path = file->path;
@@ -1446,7 +1438,7 @@ static void tensor_file_open(TensorFile *file, Reading *reading)
     find_values(file);
 }
 
-/* A file of safetensors, or a folder of them, as the same thing. */
+/* Lists the tensors of a safetensors file, or of a folder of them, in the same form. */
 static void add_safetensors(TensorFile *file, const Safetensors *from)
 {
     for (size_t i = 0; i < from->tensors; i++) {
@@ -1475,10 +1467,10 @@ static void tensor_file_close(TensorFile *file)
  *         mp_rank_00/model_optim_rng.pt               tensor rank 0; with stages mp_rank_00_000
  *         mp_rank_01/model_optim_rng.pt
  *
- * The same tree may stand in a zip archive, as NVIDIA distributes it, and any part of the path may
- * be named instead of the root. From 2022 to 2023 the file was called model_rng.pt if the optimizer
- * was distributed, and lay among folders mp_rank_00_000 of data ranks with an optim.pt each: the
- * file's name tells who is who, not the folder's.
+ * NVIDIA distributes this tree as a zip archive. A folder further down may be named instead of the
+ * root. From 2022 to 2023, if the optimizer was distributed, the file was called model_rng.pt, and
+ * beside its folder there were others with an optim.pt for each data rank, which were named
+ * mp_rank_00_000, too. So the name of the file decides, not the name of the folder.
  * ============================================================================================== */
 
 static const char tracker[] = "latest_checkpointed_iteration.txt";
@@ -1486,7 +1478,7 @@ enum { MAX_RANK_FILES = 4096, MAX_TRACKER = 64 };
 
 /* The paths in a folder or an archive. */
 typedef struct {
-    char **path; /* sorted */
+    char **path;
     size_t n, room;
 } Paths;
 
@@ -1502,8 +1494,7 @@ static int is_iteration(const char *name)
            (!strncmp(name, "iter_", 5) && name[5] && !name[5 + strspn(name + 5, "0123456789")]);
 }
 
-/* The numbers in mp_rank_00 or mp_rank_00_000; returns how many there are, 0 if this is another
- * name. */
+/* The numbers in mp_rank_00 or mp_rank_00_000. Returns how many there are, 0 in another name. */
 static int rank_numbers(const char *name, size_t number[3])
 {
     int n = 0;
@@ -1518,7 +1509,7 @@ static int rank_numbers(const char *name, size_t number[3])
     return *name && *name != '/' ? 0 : n;
 }
 
-/* Lists a folder, and those in it that a checkpoint consists of. below: "" or "release/", .. */
+/* Lists a folder, and the folders of iterations and ranks in it. below: "" or "release/", .. */
 static void list_folder(Paths *list, const char *root, const char *below, int depth)
 {
     char path[PATH_MAX];
@@ -1550,8 +1541,7 @@ static Map read_below(const char *folder, Zip *archive, const char *name)
                             : map_file(join_path(path, folder, name));
 }
 
-/* Reads a tracker: a word that becomes part of a path, so nothing but the two forms is let
- * through. */
+/* Reads a tracker. Its word becomes part of a path, so only the two forms are accepted. */
 static void read_tracker(char iteration[MAX_TRACKER], const char *path, Map map)
 {
     char word[MAX_TRACKER] = "";
@@ -1588,15 +1578,15 @@ static void follow_tracker(char iteration[PATH_MAX], const Paths *list, const ch
         die("a path in %s is too long", folder);
 }
 
-/* A rank's file. */
+/* A rank file. */
 typedef struct {
     const char *path;
     int numbers; /* in its folder's name; 0: it is no rank's folder */
     size_t tp, pp;
-    size_t iteration; /* bytes of the path that are the iteration's folder */
+    size_t iteration; /* length of its path, up to the iteration's folder */
 } RankFile;
 
-/* Is this a rank's model? Those of another name are the optimizer's, of data ranks. */
+/* Is this a rank file? Files of other names belong to the optimizer. */
 static int is_rank_file(RankFile *file, const char *path)
 {
     const char *base = base_name(path), *parent = base;
@@ -1626,8 +1616,7 @@ __attribute__((noreturn)) static void no_checkpoint(const Paths *list, const cha
         folder, *iteration ? " in " : "", iteration);
 }
 
-/* The ranks' files of a checkpoint, in the order of ranks: all tensor ranks of stage 0 come first.
- * The caller frees the list. */
+/* The rank files of a checkpoint, all tensor ranks of stage 0 first. The caller frees the list. */
 static const char **find_rank_files(const Paths *list, Layout *layout, const char *folder,
                                     Zip *archive)
 {
@@ -1668,8 +1657,7 @@ static const char **find_rank_files(const Paths *list, Layout *layout, const cha
 
 /* ---- The input, whatever it is --------------------------------------------------------------- */
 
-/* Its files of tensors: one for each rank of Megatron's, or all that Hugging Face cut a model
- * into. */
+/* The input, and its files of tensors: rank files, or the files of a Hugging Face model. */
 typedef struct {
     const char *path;
     const char *container; /* in words */
@@ -1678,7 +1666,7 @@ typedef struct {
     Zip archive; /* which may be a zip archive of a checkpoint */
     Safetensors safetensors;
     Layout layout;
-    int folder; /* of Hugging Face's: it has a config.json */
+    int folder; /* it is a Hugging Face folder, with a config.json */
     size_t files, room;
     TensorFile *file;
 } Source;
@@ -1715,7 +1703,7 @@ static void open_all(Source *s)
     s->container = is_legacy(s->file[0].map) ? "torch.save, legacy" : "torch.save, zip";
 }
 
-/* Every tensor must be in the file where the index says, and in no other. */
+/* Every tensor must be in the shard that the index names, and in no other. */
 static void check_bin_index(const Source *s, const Json *index, const JsonValue *map)
 {
     Safetensors all = {NULL, 0, NULL, 0};
@@ -1754,7 +1742,7 @@ static void open_bins(Source *s)
     free(name);
 }
 
-/* A folder of Hugging Face's holds config.json and weights. Returns 0 if this is another one. */
+/* Opens a Hugging Face folder: config.json and weights. Returns 0 if this is none. */
 static int open_hugging_face(Source *s)
 {
     static const char *const weights[] = {"model.safetensors", "model.safetensors.index.json",
@@ -1775,7 +1763,7 @@ static int open_hugging_face(Source *s)
     return 1;
 }
 
-/* A checkpoint's folder, or an archive of it. */
+/* Opens a checkpoint of Megatron's, a folder or an archive. */
 static void open_rank_files(Source *s)
 {
     Paths list = {NULL, 0, 0};
@@ -1789,8 +1777,8 @@ static void open_rank_files(Source *s)
     open_all(s);
 }
 
-/* Opens what path names, recognised by content. scratch: a folder for what must be inflated;
- * listing: where pickles are listed as they run, or NULL. */
+/* Opens a file or folder; its contents tell which kind it is. scratch: a folder for what must be
+ * inflated; listing: where pickles are listed as they run, or NULL. */
 static void source_open(Source *s, const char *path, const char *scratch, FILE *listing)
 {
     struct stat st;
@@ -1821,7 +1809,7 @@ static void source_open(Source *s, const char *path, const char *scratch, FILE *
 static void source_close(Source *s)
 {
     for (size_t i = 0; i < s->files; i++) {
-        /* else it is in the archive, or is the file itself */
+        /* otherwise it belongs to the archive, or is the input itself */
         if (!s->map.size) unmap_file(s->file[i].map);
         tensor_file_close(&s->file[i]);
     }
@@ -1834,17 +1822,18 @@ static void source_close(Source *s)
 /* =================================================================================================
  * Chapter 5. Eras: what Megatron called its tensors
  *
- * The model has not changed since 2019; its names have, five times. The columns follow the table of
- * chapter 4 of megatron_gpt2.c: "weight" or "bias" is added to each name. TransformerEngine fuses a
- * LayerNorm with the matrix behind it, so that the LayerNorm's parameters bear the matrix's name.
+ * The model has not changed since 2019, but the names of its tensors have. An era lists them in the
+ * order of the table in chapter 4 of megatron_gpt2.c, once for each weight and its bias: "weight"
+ * or "bias" is added. TransformerEngine fuses a LayerNorm with the matrix after it, so its
+ * parameters are named after that matrix.
  *
- * The names tell nothing of the order of the rows of Q, K and V: that is the checkpoint's version
- * (chapter 7).
+ * The names do not tell the order of the rows of Q, K and V; the checkpoint's version does (chapter
+ * 7).
  * ============================================================================================== */
 
 typedef struct {
     const char *when, *embedding, *body; /* prefixes of the embeddings and of everything else */
-    const char *name[9];                 /* of each pair of weight and bias, in the table's order */
+    const char *name[9];                 /* of each weight and its bias, in the table's order */
 } Era;
 
 /* clang-format off */
@@ -1892,7 +1881,7 @@ static char *era_name(char name[MAX_NAME], const Era *era, const Spec *spec, siz
     return name;
 }
 
-/* The number of the layer in a name: that between the first two dots that enclose one. */
+/* The number of the layer in a name: the first number between two dots, or 0. */
 static size_t layer_in_name(const char *name)
 {
     for (const char *dot = strchr(name, '.'); dot; dot = strchr(dot + 1, '.')) {
@@ -1931,8 +1920,8 @@ static void identify_all(Source *s)
         for (size_t j = 0; j < s->file[i].views; j++) identify(&s->file[i].view[j]);
 }
 
-/* Copies of the word embedding, which makes the logits too [§3]: on the last of several stages, and
- * where a tool has written one although nobody needs it. */
+/* Is it a copy of the word embedding, for the logits [§3]? The last of several stages holds one;
+ * some tools write one although it is not needed. */
 static int is_head(const char *name)
 {
     static const char *const names[] = {"word_embeddings_for_head.weight", "output_layer.weight",
@@ -1944,9 +1933,9 @@ static int is_head(const char *name)
 /* =================================================================================================
  * Chapter 6. The shape of the model
  *
- * Checkpoints since March 2020 hold the arguments of the training run; older ones do not even tell
- * the number of heads, which no tensor shows. Then a config.json says what to expect, or the shape
- * is one of the paper's.
+ * Checkpoints since March 2020 hold the arguments of the training run. Older ones do not tell the
+ * number of heads, and no tensor shows it. Then --config must name a config.json, unless the shape
+ * is that of a preset.
  * ============================================================================================== */
 
 /* The command line; chapter 12 fills it. */
@@ -1960,7 +1949,7 @@ typedef struct {
     unsigned char given[32];                /* by number in the table */
 } Choices;
 
-/* An argument of the training run; 0: it has none of this name, or None. */
+/* An argument of the training run; 0 if it is absent or None. */
 static Ref find_argument(const TensorFile *file, const char *name)
 {
     const Pickle *p = &file->pickle;
@@ -1969,7 +1958,7 @@ static Ref find_argument(const TensorFile *file, const char *name)
     return value && p->node[value].type != N_NONE ? value : 0;
 }
 
-/* A whole number from 1 up; the fallback where it is absent, death if that is 0. */
+/* A whole number from 1 to `most`; the fallback if it is absent, or death if that is 0. */
 static size_t count_argument(const TensorFile *file, const char *name, size_t most, size_t fallback)
 {
     Ref ref = find_argument(file, name);
@@ -2007,7 +1996,7 @@ static int flag_argument(const TensorFile *file, const char *name)
     return ref && file->pickle.node[ref].is.integer;
 }
 
-/* Models that have GPT-2's tensors, or more, but not its arithmetic. */
+/* Refuses models that have GPT-2's tensors, or more, but not its arithmetic. */
 static void refuse_other_models(const TensorFile *file)
 {
     /* clang-format off */
@@ -2031,12 +2020,11 @@ static void refuse_other_models(const TensorFile *file)
     }
 }
 
-/* What config.json calls the activation. Until April 2020 there was only the tanh formula, and no
- * argument for it. */
+/* The activation as config.json calls it. Until April 2020, all used the tanh formula, unsaid. */
 static const char *activation_argument(const TensorFile *file)
 {
     int tanh_formula = flag_argument(file, "openai_gelu") || !find_argument(file, "openai_gelu");
-    /* the same formula, fused with the bias */
+    /* the tanh formula, fused with the bias */
     if (flag_argument(file, "bias_gelu_fusion")) return "gelu_fast";
     return tanh_formula ? "gelu_new" : "gelu";
 }
@@ -2078,7 +2066,8 @@ static size_t rows_of(const TensorFile *file, const char *name)
     return v->t.shape[0];
 }
 
-/* From the shapes of the first file, if one of the presets has as many layers and channels. */
+/* The shape of the first file's tensors; a preset of as many layers and channels tells the
+ * heads. */
 static Config config_from_shapes(const TensorFile *file, Layout layout)
 {
     size_t L = 0, P = rows_of(file, "wpe.weight"), C = rows_of(file, "h.%zu.ln_1.weight"), H = 0;
@@ -2097,7 +2086,7 @@ static Config config_from_shapes(const TensorFile *file, Layout layout)
 }
 
 /* =================================================================================================
- * Chapter 7. Where the rows of Q, K and V are, and where the model's tensors
+ * Chapter 7. The order of the rows of Q, K and V, and the place of every tensor
  *
  * The weight of Q, K and V is one matrix of 3C rows, and over the years its rows have been stored
  * in three orders. With s = 0, 1, 2 for Q, K, V, head h of H, and row j of the D rows of a head,
@@ -2111,20 +2100,20 @@ static Config config_from_shapes(const TensorFile *file, Layout layout)
  *     version 1   q00 k00 v00  q01 k01 v01  q10 k10 v10  q11 k11 v11   row by row
  *     version 2   q00 q01 k00 k01 v00 v01  q10 q11 k10 k11 v10 v11     head by head; 3 as well
  *
- * A rank owns whole heads, with all three parts of them. So version 0 cannot be joined by putting
- * the ranks' matrices one above the other; their parts must be. In versions 1 and 2 a head's parts
- * are together, and it is that easy:
+ * A rank owns whole heads, with the three parts of each. In versions 1 to 3 the parts of a head are
+ * together: the whole matrix is rank 0's above rank 1's. In version 0 it is not: the parts Q of all
+ * ranks come first, then the parts K, then the parts V:
  *
  *     version 0   rank 0: q00 q01 k00 k01 v00 v01     rank 1: q10 q11 k10 k11 v10 v11
  *                 joined: q00 q01 q10 q11  k00 k01 k10 k11  v00 v01 v10 v11
  *     version 2   rank 0: q00 q01 k00 k01 v00 v01     rank 1: q10 q11 k10 k11 v10 v11
  *                 joined: q00 q01 k00 k01 v00 v01  q10 q11 k10 k11 v10 v11
  *
- * A file that is read in the wrong order has all the right shapes, and the model says garbage.
+ * If a file is read in the wrong order, all shapes are right, but the model writes garbage.
  *
- * The other tensors are cut as the paper cuts them [§3]: the table says COLUMN_PARALLEL (h_to_4h and the word
- * embedding) or ROW_PARALLEL (dense and 4h_to_h); what is WHOLE every rank has, and all must agree. For two
- * ranks:
+ * The other tensors are cut as in the paper [§3]. The table says how: by COLUMN_PARALLEL (h_to_4h and the word
+ * embedding) or by ROW_PARALLEL (dense and 4h_to_h). A WHOLE tensor is on every rank, and all copies must
+ * agree. For two ranks:
  *
  *            rank 0   rank 1   joined                       rank 0   rank 1   joined
  *     COLUMN_PARALLEL     a b      e f      a b                  ROW_PARALLEL     a b      c d      a b c d
@@ -2132,21 +2121,20 @@ static Config config_from_shapes(const TensorFile *file, Layout layout)
  *                                e f
  *                                g h
  *
- * The vocabulary is padded to a multiple of 128 t, with rows that no token uses. They are the last:
- * of 380 tokens on two ranks, rank 0 holds 0 .. 255, and rank 1 holds 256 .. 379 and 132 rows of
- * padding.
+ * The vocabulary is padded to a multiple of 128 t, with rows that no token uses. The padding comes
+ * last: of 380 tokens on two ranks, rank 0 holds 0 .. 255, and rank 1 holds 256 .. 379 and 132 rows
+ * of padding.
  * ============================================================================================== */
 
 /* How a model is laid out in files. */
 typedef struct {
     Layout layout;
     int version;      /* order of the rows of Q, K, V */
-    int hugging_face; /* one file of all, with the matrices of Conv1D [in, out]; else Megatron's */
+    int hugging_face; /* 1: one rank holds all, and Conv1D's matrices are [in, out] */
     size_t padded;    /* rows of the word embedding, on all tensor ranks together */
 } Arrangement;
 
-/* Row of a rank's stored matrix that is row i of its [Q; K; V]; it has `heads` heads of D rows
- * each. */
+/* The row of a rank's stored matrix, of `heads` heads of D rows, that holds row i of [Q; K; V]. */
 static size_t qkv_row(int version, size_t heads, size_t D, size_t i)
 {
     size_t s = i / (heads * D), h = i / D % heads, j = i % D; /* part, head, row of the head */
@@ -2154,7 +2142,7 @@ static size_t qkv_row(int version, size_t heads, size_t D, size_t i)
     return version == 1 ? (h * D + j) * 3 + s : (h * 3 + s) * D + j;
 }
 
-/* And the other way: row of [Q; K; V] that is row i of the stored matrix. With two heads of two
+/* The inverse: the row of [Q; K; V] that row i of the stored matrix holds. With two heads of two
  * rows, row 4 of version 2 is v00, row 8 of [Q; K; V]: i / D % 3 = 2 is the part, i / (3 D) = 0 the
  * head, i % D = 0 the row. */
 static size_t qkv_row_stored(int version, size_t heads, size_t D, size_t i)
@@ -2191,11 +2179,11 @@ static Tensor *list_rank(size_t *n, const Config *c, const Arrangement *a, int r
     return list;
 }
 
-/* What a rank holds. The word embedding is tensor 0 of the first and the last stage, the position
- * embedding tensor 1 of the first: the table begins with them. */
+/* The tensors of a rank. The table begins with the embeddings: the word embedding is tensor 0 of
+ * the first and the last stage, the position embedding is tensor 1 of the first. */
 typedef struct {
     Tensor *tensor;
-    const View **view; /* of each */
+    const View **view; /* of each, where the input has it */
     size_t tensors;
     const View *head; /* a copy of the word embedding, if there is one */
 } Part;
@@ -2209,7 +2197,7 @@ typedef struct {
     Part *part; /* of each rank */
 } Model;
 
-/* Number of a rank's tensor that belongs to this spec and layer; `tensors` if there is none. */
+/* The number of a rank's tensor of this spec and layer; part->tensors if there is none. */
 static size_t find_tensor(const Part *part, const Spec *spec, size_t layer)
 {
     size_t i = 0, in_layer = 0;
@@ -2220,7 +2208,7 @@ static size_t find_tensor(const Part *part, const Spec *spec, size_t layer)
     return part->tensor[i].layer == layer ? i : part->tensors;
 }
 
-/* Strides of the rows and columns of [out, in]. */
+/* The strides of a view's rows and columns as [out, in]. */
 static void view_strides(size_t *row, size_t *col, const View *v, const Tensor *t, int hugging_face)
 {
     int transposed = hugging_face && t->spec->conv1d;
@@ -2290,7 +2278,7 @@ static void place_views(Model *m, int rank, const TensorFile *file)
     }
 }
 
-/* The embedding and its copy: within a rank, and on the first and last stage. */
+/* The word embedding must equal its copies: those on the same rank, and that on the last stage. */
 static void check_heads(Model *m)
 {
     Layout s = m->how.layout;
@@ -2305,8 +2293,8 @@ static void check_heads(Model *m)
     }
 }
 
-/* Every tensor must be there, with the shape that the model asks for, and be the same on all ranks
- * that repeat it. */
+/* Every tensor must be there, have the shape that is asked for, and be the same on all its
+ * ranks. */
 static void check_parts(const Model *m, const Source *source)
 {
     Layout s = m->how.layout;
@@ -2331,8 +2319,8 @@ static void check_parts(const Model *m, const Source *source)
 
 /* ---- Opening --------------------------------------------------------------------------------- */
 
-/* The version tells the order of the rows of Q, K, V. Absent, it is 0, except that code of
- * September 2020 wrote versions 1 and 2 without saying so: its args have a bias_gelu_fusion. */
+/* The version tells the order of the rows of Q, K, V. If it is absent, it is 0. But Megatron of
+ * September 2020 wrote versions 1 and 2 without saying so; its args have a bias_gelu_fusion. */
 static int find_version(const TensorFile *file, double chosen)
 {
     const Pickle *p = &file->pickle;
@@ -2349,12 +2337,12 @@ static int find_version(const TensorFile *file, double chosen)
     return (int)(ref ? version : fmax(chosen, 0));
 }
 
-/* Is a value in two rank files the same? Only numbers are compared. */
+/* Is a value the same in two files? Values that are no numbers are not compared. */
 static int same_nodes(const Pickle *p, Ref a, const Pickle *q, Ref b)
 {
     const Node *x = &p->node[a], *y = &q->node[b];
     if (!a || !b || x->type != y->type) return !a && !b;
-    /* one union: bit for bit */
+    /* is.integer and is.real share their bits */
     return (x->type != N_INTEGER && x->type != N_REAL) || x->is.integer == y->is.integer;
 }
 
@@ -2377,7 +2365,7 @@ static void refuse_copies(const Source *m)
     free(list);
 }
 
-/* All rank files must be of one run, of one iteration, and each in its place. */
+/* All rank files must be of one run and of one iteration. */
 static void check_agreement(const Source *m)
 {
     /* clang-format off */
@@ -2405,21 +2393,21 @@ static void check_agreement(const Source *m)
     }
 }
 
-/* The args of every rank file must fit to where it lies. */
+/* The args of a rank file must agree with its place among the folders. */
 static void check_ranks(const Source *m)
 {
     size_t tp = (size_t)m->layout.tp, pp = (size_t)m->layout.pp;
     for (size_t rank = 0; rank < m->files; rank++) {
         const TensorFile *file = &m->file[rank];
-        /* its name until October 2020 */
-        size_t told_tp = count_argument(file, "model_parallel_size", 1 << 20, tp);
-        told_tp = count_argument(file, "tensor_model_parallel_size", 1 << 20, told_tp);
-        size_t told_pp = count_argument(file, "pipeline_model_parallel_size", 1 << 20, pp);
-        if (told_tp != tp || told_pp != pp)
+        /* the first is its name until October 2020 */
+        size_t stated_tp = count_argument(file, "model_parallel_size", 1 << 20, tp);
+        stated_tp = count_argument(file, "tensor_model_parallel_size", 1 << 20, stated_tp);
+        size_t stated_pp = count_argument(file, "pipeline_model_parallel_size", 1 << 20, pp);
+        if (stated_tp != tp || stated_pp != pp)
             die("%s: its args tell of %zu tensor ranks x %zu stages, but here are %zu x %zu; "
                 "name the folder that holds all",
-                file->path, told_tp, told_pp, tp, pp);
-        /* Hugging Face's script says rank 0 in every file, but tells of no world */
+                file->path, stated_tp, stated_pp, tp, pp);
+        /* Hugging Face's script writes rank 0 into every file, but no world_size */
         Ref own = find_argument(file, "world_size") ? find_argument(file, "rank") : 0;
         if (own && size_of_node(&file->pickle, own, "args.rank") % tp != rank % tp)
             die("%s: its args are of rank %lld: it does not belong into this folder", file->path,
@@ -2458,14 +2446,15 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
     return count_argument(first, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
 }
 
-/* As many tokens as a tokenizer has, if padding makes the model's rows of them: else it belongs to
- * another model. `told` is what the input tells of their number, or SIZE_MAX. */
-static size_t count_tokens(const TensorFile *file, const Model *m, size_t told, const char *folder)
+/* The number of a tokenizer's tokens. With padding, they must make the rows of the model: otherwise
+ * the tokenizer is of another model. stated: the number that the input states, or SIZE_MAX. */
+static size_t count_tokens(const TensorFile *file, const Model *m, size_t stated,
+                           const char *folder)
 {
     Tokenizer *t = tokenizer_open(folder);
     size_t V = t->vocabulary, multiple = (size_t)m->how.layout.tp;
     multiple *= count_argument(file, "make_vocab_size_divisible_by", 1 << 20, 128);
-    if (told != V && round_up(V, multiple) != m->how.padded)
+    if (stated != V && round_up(V, multiple) != m->how.padded)
         die("%s: there are %zu rows for tokens, but the tokenizer's %zu would be padded to a "
             "multiple of %zu: give --vocab-size N",
             m->path, m->how.padded, V, multiple);
@@ -2473,13 +2462,14 @@ static size_t count_tokens(const TensorFile *file, const Model *m, size_t told, 
     return V;
 }
 
-/* How many rows of the word embedding are tokens; `told` by the input, or SIZE_MAX. */
-static size_t find_vocabulary(const TensorFile *file, const Model *m, size_t told, const Choices *o)
+/* How many rows of the word embedding are tokens. stated: as above. */
+static size_t find_vocabulary(const TensorFile *file, const Model *m, size_t stated,
+                              const Choices *o)
 {
-    size_t padded = m->how.padded, V = told, tokens = SIZE_MAX;
+    size_t padded = m->how.padded, V = stated, tokens = SIZE_MAX;
     if (o->vocab_size) V = o->vocab_size;
     if (o->keep_padding) V = padded;
-    if (o->tokenizer && !o->vocab_size) tokens = count_tokens(file, m, told, o->tokenizer);
+    if (o->tokenizer && !o->vocab_size) tokens = count_tokens(file, m, stated, o->tokenizer);
     if (V == SIZE_MAX) V = tokens;
     if (V == SIZE_MAX && padded == padded_vocab(50257, m->how.layout.tp)) V = 50257; /* GPT-2's */
     if (V == SIZE_MAX)
@@ -2516,10 +2506,10 @@ static void model_open(Model *m, Source *source, const Choices *o)
         refuse_copies(source);
         check_ranks(source);
     }
-    size_t told = find_shape(m, source, o), tp = (size_t)source->layout.tp;
+    size_t stated = find_shape(m, source, o), tp = (size_t)source->layout.tp;
     size_t ranks = tp * (size_t)source->layout.pp;
-    m->how.padded = source->folder ? told : rows_of(first, "wte.weight") * tp;
-    m->config.V = find_vocabulary(first, m, told, o);
+    m->how.padded = source->folder ? stated : rows_of(first, "wte.weight") * tp;
+    m->config.V = find_vocabulary(first, m, stated, o);
     m->part = (Part *)xcalloc(ranks, sizeof *m->part);
     for (size_t rank = 0; rank < ranks; rank++) {
         Part *part = &m->part[rank];
@@ -2559,7 +2549,7 @@ static void model_open(Model *m, Source *source, const Choices *o)
  *                          c f
  * ============================================================================================== */
 
-static uint16_t float_to_bf16(float x) /* to nearest, ties to even; what is not finite stays so */
+static uint16_t float_to_bf16(float x) /* to nearest, ties to even; never finite if x is not */
 {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -2582,8 +2572,8 @@ static uint16_t float_to_half(float x) /* the same */
     return (uint16_t)(sign | (bits & 0x7FFFFF));
 }
 
-/* A double as a float whose last bit says whether something was cut off: rounding that again is
- * rounding once. */
+/* Rounds a double to a float, and sets the float's last bit if it is not exact. Rounding that float
+ * to 16 bits then gives the same as rounding the double once. */
 static float round_to_odd(double x)
 {
     float y = (float)x;
@@ -2615,7 +2605,7 @@ static void store_values(char *to, Dtype dtype, const StoredTensor *from, size_t
     }
 }
 
-/* The parts of one tensor of the input: number `index` on tensor ranks first, first + 1, .. */
+/* One tensor of the input, in parts: number `index` on ranks first, first + 1, .. */
 typedef struct {
     const Model *m;
     int first;
@@ -2637,7 +2627,7 @@ static Input find_input(const Model *m, const Tensor *t)
     return in;
 }
 
-/* Of a block: what it touches in the input and in the output fits into the first cache. */
+/* The side of a block: its elements in the input and in the output fit into the first cache. */
 enum { SIDE = 64 };
 
 /* A block of the output: element (i, j) comes from element row[i] + j * step of a tensor of the
@@ -2647,8 +2637,8 @@ typedef struct {
     size_t row[SIDE], step;
 } Block;
 
-/* Any block, in tiles of 16 x 16, which stay in the first cache even where rows are a multiple of a
- * page apart. The inner loop writes neighbours. */
+/* Copies a block in tiles of 16 x 16, which stay in the first cache even if rows are a multiple of
+ * a page apart. The inner loop writes to neighbouring addresses. */
 static inline void move_block(char *to, const char *from, const Block *b, size_t size)
 {
     enum { TILE = 16 };
@@ -2678,8 +2668,8 @@ static void copy_block(char *to, const char *from, const Block *b, size_t size)
     else move_block(to, from, b, 8);
 }
 
-/* Copies columns col .. col + n - 1 of some rows of the whole tensor. Ranks share rows or columns,
- * never both. */
+/* Copies columns col .. col + n - 1 of some rows of the whole tensor: it is cut by rows or by
+ * columns, not both. */
 static void gather_rows(char *to, const Input *in, const size_t *row, size_t rows, size_t to_row,
                         size_t to_col, size_t col, size_t n)
 {
@@ -2734,10 +2724,10 @@ static int all_finite(const char *data, Dtype dtype, size_t n)
     return !bad;
 }
 
-/* Fills rows first .. last - 1 of what tensor rank r of an arrangement stores of a tensor. Padding
- * of the vocabulary repeats the last token, as Hugging Face's script does: <|endoftext|>, which is
- * improbable within a text. Zeros would be worse: they make logits of 0, GPT-2's are far below, and
- * Megatron's softmax sees the padding. */
+/* Fills rows first .. last - 1 of the matrix that tensor rank r of an arrangement stores. Padding
+ * of the vocabulary repeats the last token, as in Hugging Face's script: <|endoftext|>, which is
+ * improbable within a text. Zeros would be worse, because Megatron's softmax includes the padding:
+ * it would have logits of 0, and GPT-2's are far below 0. */
 static void fill_rows(char *to, const Input *in, const Tensor *t, const Arrangement *a, int r,
                       size_t first, size_t last)
 {
@@ -2781,8 +2771,8 @@ static void write_at(const char *path, int fd, const char *data, size_t n, size_
     }
 }
 
-/* Writes what tensor rank r of an arrangement stores of a tensor, some rows at a time, so that they
- * stay cached. */
+/* Writes the part of a tensor that tensor rank r of an arrangement stores, some rows at a time, so
+ * that they stay in the cache. */
 static void write_tensor(const char *path, int fd, Output *out, const Tensor *t,
                          const Arrangement *a, int r, const Model *m, int want_crc)
 {
@@ -2812,7 +2802,7 @@ static void write_tensor(const char *path, int fd, Output *out, const Tensor *t,
     free(values);
 }
 
-/* Writes n tensors to their places in a file, each by one core. */
+/* Writes n tensors to their places in a file, each on one core. */
 static void write_tensors(const char *path, FILE *f, Output *out, const Tensor *list, size_t n,
                           const Arrangement *a, int r, const Model *m, int want_crc)
 {
@@ -2822,11 +2812,10 @@ static void write_tensors(const char *path, FILE *f, Output *out, const Tensor *
 }
 
 /* =================================================================================================
- * Chapter 9. Writing a folder of Hugging Face's
+ * Chapter 9. Writing a Hugging Face folder
  * ============================================================================================== */
 
-/* A full disk shows here. Nobody waits for the disk: unlike a run's checkpoint, a conversion can be
- * repeated. */
+/* A full disk shows here. There is no fsync(): a conversion can be repeated, unlike a training. */
 static void close_file(FILE *f, const char *path)
 {
     int failed = ferror(f);
@@ -2848,7 +2837,7 @@ static FILE *open_memory(char **text, size_t *size)
     return f;
 }
 
-/* The type to write: by default the one that is there. */
+/* The type to write: the input's, unless --dtype names another. */
 static Dtype output_dtype(const Choices *o, const Model *m, const Tensor *t)
 {
     Input in = find_input(m, t);
@@ -2862,7 +2851,7 @@ typedef struct {
     size_t files, tensors, bytes;
 } Written;
 
-/* Writes n tensors, whose types `out` tells, into one safetensors file. */
+/* Writes n tensors into one safetensors file, with the types in `out`. */
 static void write_safetensors(const char *path, const Tensor *list, Output *out, size_t n,
                               const Arrangement *a, const Model *m)
 {
@@ -2893,9 +2882,8 @@ static void write_safetensors(const char *path, const Tensor *list, Output *out,
     close_file(f, path);
 }
 
-/* config.json and model.safetensors; or, if that would be too large, several files and an index of
- * the tensors in them. The type of the word embedding, the first tensor, stands for that of the
- * model. */
+/* Writes config.json and model.safetensors. If that file would be too large, writes shards and an
+ * index of their tensors. */
 static Written write_hugging_face(const char *folder, const Model *m, const Choices *o)
 {
     Arrangement a = {{1, 1, 1}, 0, 1, m->config.V};
@@ -2904,7 +2892,7 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
     char *text = NULL, path[PATH_MAX], name[64], key[NAME_SIZE];
     Tensor *list = list_rank(&w.tensors, &m->config, &a, 0);
     Output *out = (Output *)xcalloc(w.tensors, sizeof *out);
-    /* tensor of each file; at last, their number */
+    /* the first tensor of each file; at the end, the number of tensors */
     size_t *first = (size_t *)xcalloc(w.tensors + 1, sizeof *first);
     for (size_t i = 0; i < w.tensors; i++) {
         out[i].dtype = output_dtype(o, m, &list[i]);
@@ -2945,7 +2933,7 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
 }
 
 /* =================================================================================================
- * Chapter 10. Writing a checkpoint of Megatron's
+ * Chapter 10. Writing a Megatron checkpoint
  *
  * What torch.save would write: for each rank a zip container whose pickle is the program that
  * builds
@@ -2994,8 +2982,7 @@ static void put_global(FILE *f, const char *module, const char *name)
     fprintf(f, "%c%s\n%s\n", GLOBAL, module, name);
 }
 
-/* _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks): contiguous, a storage of
- * its own */
+/* _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks), with its own storage. */
 static void put_tensor(FILE *f, size_t key, Dtype dtype, const Tensor *t)
 {
     char name[32], number[32];
@@ -3041,8 +3028,8 @@ static void put_fraction(FILE *f, const char *key, real value)
     put_real(f, strtod(real_text(text, value), NULL)); /* 0.1, not the float next to it */
 }
 
-/* What Megatron compares with its own arguments on loading, and what we need to find the way back.
- * Version 0 is of a time before bias_gelu_fusion; later, the activation is told by two flags:
+/* The arguments that Megatron compares with its own when it loads, and those that convert needs for
+ * the way back. Two flags tell the activation; version 0 is older than the second:
  *
  *     gelu_new    openai_gelu       the tanh formula
  *     gelu_fast   bias_gelu_fusion  the same, fused with the bias
@@ -3064,7 +3051,7 @@ static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int ran
     put_count(f, "seq_length", c->P);
     put_count(f, "make_vocab_size_divisible_by", 128);
     put_count(f, "padded_vocab_size", a->padded);
-    /* not Megatron's own, but Hugging Face's script's: how many tokens are real */
+    /* Hugging Face's script writes this, Megatron does not: how many tokens are real */
     put_count(f, "orig_vocab_size", c->V);
     put_string(f, "tokenizer_type");
     put_string(f, "GPT2BPETokenizer");
@@ -3087,7 +3074,7 @@ static void put_arguments(FILE *f, const Model *m, const Arrangement *a, int ran
     PUT_CODES(f, SETITEMS, BUILD);
 }
 
-/* {'weight': tensor}, under a key of the dict below. */
+/* Puts {'weight': tensor} under a key of the dict below. */
 static void put_weight(FILE *f, const char *key, size_t i, Dtype dtype, const Tensor *t)
 {
     put_string(f, key);
@@ -3150,10 +3137,10 @@ static size_t wide_fields(char extra[28], const uint64_t *field, int n)
     return length ? 4 + length : 0;
 }
 
-/* A number of 32 bits; all ones if it needs more, and stands in extra field 1. */
+/* A number in 32 bits. If it needs more, they are all ones, and it is in extra field 1. */
 static void put_narrow(FILE *f, uint64_t x) { put(f, min_size(x, 0xFFFFFFFF), 4); }
 
-/* What a local header and an entry of the directory have in common. */
+/* The fields that a local header and an entry of the directory have in common. */
 static void put_member(FILE *f, const char *name, size_t n, uint32_t crc, size_t extra)
 {
     put(f, 45, 2);     /* needs version 4.5 of the format */
@@ -3168,14 +3155,13 @@ static void put_member(FILE *f, const char *name, size_t n, uint32_t crc, size_t
     put(f, extra, 2);
 }
 
-/* Where the data of a stored member of n bytes starts, if its local header starts at offset: at a
- * multiple of 64. */
+/* Where the data of a stored member starts: at the next multiple of 64 behind its local header. */
 static size_t zip_data(size_t offset, const char *name, size_t n)
 {
     return round_up(offset + 30 + strlen(name) + (n >= 0xFFFFFFFF ? 20 : 0) + 4, 64);
 }
 
-/* Its local header and its entry in the directory; what is written next to z->f is its data. */
+/* Adds a member: local header, and entry in the directory. Its data belongs at zip_data(). */
 static void zip_add(ZipWriter *z, const char *name, size_t n, uint32_t crc)
 {
     char extra[28];
@@ -3249,7 +3235,7 @@ static char *storage_path(char path[40], size_t key)
     return path;
 }
 
-/* The program that builds a rank's object. */
+/* Writes the program that builds a rank's object. */
 static void put_pickle(char **program, size_t *size, const Model *m, const Arrangement *a, int rank,
                        const Part *part, const Output *out)
 {
@@ -3268,7 +3254,7 @@ static void put_pickle(char **program, size_t *size, const Model *m, const Arran
     if (fclose(f)) die("out of memory");
 }
 
-/* One rank's file, into a folder that is there. */
+/* Writes one rank file, into a folder that exists. */
 static void write_rank(Written *w, const char *folder, const Model *m, const Arrangement *a,
                        int rank, const Choices *o)
 {
@@ -3342,7 +3328,7 @@ static uint32_t checksum(const View *v, size_t dim, size_t at, uint32_t crc)
 
 static const char *find_era(const Source *s)
 {
-    int era = -1; /* eras share names: the latest one that is needed is the one */
+    int era = -1; /* eras share names: the latest that a tensor needs is the checkpoint's */
     for (size_t i = 0; i < s->files; i++)
         for (size_t j = 0; j < s->file[i].views; j++)
             if (s->file[i].view[j].spec && s->file[i].view[j].era > era)
@@ -3351,7 +3337,7 @@ static const char *find_era(const Source *s)
     return era == HUGGING_FACE ? "Hugging Face" : eras[era].when;
 }
 
-/* A value of the args, or of the top level; as JSON where it has a form there. */
+/* A value of the args or of the top level, as JSON. */
 static void print_node(const Pickle *p, Ref ref)
 {
     const Node *n = &p->node[ref];
@@ -3457,12 +3443,12 @@ static void inspect(const Choices *o)
 /* =================================================================================================
  * Chapter 12. Command line
  *
- * The work is done by a child process in a new folder beside OUT, which takes OUT's name when it is
- * whole. However the child ends before that - bad input, a full disk, Ctrl-C, no memory - its
- * parent is left to clear the folder away.
+ * A child process does the work in a new folder beside OUT. When the folder is complete, it takes
+ * OUT's name. If the child ends before (bad input, a full disk, Ctrl-C, no memory), its parent
+ * removes the folder.
  * ============================================================================================== */
 
-/* What an option is for; the last three are conversions of a certain kind. */
+/* The commands that an option is for; the last three are kinds of conversion. */
 enum { CONVERT = 1, INSPECT = 2, TO_MEGATRON = 5, TO_HF = 9, FROM_MEGATRON = 17 };
 
 /* clang-format off */
@@ -3563,9 +3549,8 @@ static void check_output(const SavePaths *out, const Choices *o)
         die("%s is there, but --force needs the name: move it away", out->old);
 }
 
-/* The new folder takes its name. Nothing is deleted: what --force replaces becomes OUT.old, and
- * rename() replaces no folder that holds something, in case another program has made OUT
- * meanwhile. */
+/* Gives the new folder its name. Nothing is deleted: a folder that --force replaces becomes
+ * OUT.old. If another program has made OUT meanwhile, rename() replaces it only if it is empty. */
 static void put_output(const char *temporary, const SavePaths *out, int force)
 {
     mode_t mask = umask(0);
@@ -3667,11 +3652,11 @@ int CONVERT_MAIN(int argc, char **argv)
     }
     SavePaths out = save_paths(o.operand[1]);
     check_output(&out, &o);
-    sigset_t blocked, before; /* until it is clear who gets them */
+    sigset_t blocked, before; /* until there is a child to pass them on to */
     sigemptyset(&blocked);
     for (int i = 0; i < STOPS; i++) sigaddset(&blocked, stops[i]);
     sigprocmask(SIG_BLOCK, &blocked, &before);
-    /* ignored, as it may have been, it would keep the child's fate from us */
+    /* if it was ignored when we were started, waitpid() could not tell how the child ended */
     signal(SIGCHLD, SIG_DFL);
     snprintf(temporary, sizeof temporary, "%.*s.XXXXXX", PATH_MAX - 8, out.dir);
     if (!mkdtemp(temporary)) die("cannot create a folder beside %s: %s", out.dir, strerror(errno));

@@ -1,5 +1,5 @@
-/* fuzz.c - all readers against any bytes. libFuzzer alters an input again and again, and keeps what
- * reaches new code.
+/* fuzz.c - feeds all readers with any bytes. libFuzzer alters an input again and again, and keeps
+ * what reaches new code.
  *
  *     make fuzz                                             every target for FUZZ_SECONDS
  *     FUZZ_TARGET=json FUZZ_SHOW=1 fuzz_scratch/fuzz FILE   one input again, with its messages
@@ -38,7 +38,7 @@ static struct {
 } fuzz_block[MOST_BLOCKS];
 static size_t fuzz_blocks, fuzz_bytes;
 static jmp_buf fuzz_back;
-static const char *fuzz_promise; /* what cannot fail now, or NULL */
+static const char *fuzz_promise; /* the finding if a reader fails now; NULL: it may fail */
 
 __attribute__((noreturn)) static void fuzz_finding(const char *what)
 {
@@ -65,7 +65,7 @@ static void fuzz_forget(void *p)
 {
     size_t i = fuzz_blocks;
     while (p && i > 0 && fuzz_block[i - 1].p != p) i--;
-    if (!p || !i) return; /* of the C library, as open_memstream()'s */
+    if (!p || !i) return; /* memory of the C library, as open_memstream()'s */
     fuzz_bytes -= fuzz_block[i - 1].size;
     fuzz_block[i - 1] = fuzz_block[--fuzz_blocks];
 }
@@ -96,10 +96,10 @@ static void *fuzz_mmap(size_t n, int protection, int fd)
     char *p = fuzz_calloc(n, 1);
     if (!(protection & PROT_WRITE) && pread(fd, p, n, 0) != (ssize_t)n)
         fuzz_finding("an input cannot be read");
-    return p; /* what is mapped to be written is new, and full of zeros */
+    return p; /* a map to be written is of a new file, full of zeros */
 }
 
-/* zlib is compiled without the address sanitizer: what it may touch is checked here. */
+/* zlib is compiled without the address sanitizer, so its arguments are checked here. */
 static void fuzz_touch(const void *p, size_t n)
 {
     if (__asan_region_is_poisoned((void *)p, n)) fuzz_finding("zlib would leave its memory");
@@ -121,7 +121,7 @@ static int fuzz_inflate(z_stream *s, int flush)
 #define crc32_z(crc, p, n) fuzz_crc32(crc, p, n)
 #define inflate(s, flush) fuzz_inflate(s, flush)
 #define _exit(status) ((void)(status), fuzz_exit())
-#define pause() break /* of the loop in which a second speaker would wait for the program's end */
+#define pause() break /* a thread that dies second waits in a loop for the program's end */
 #define calloc(n, size) fuzz_calloc(n, size)
 #define realloc(p, size) fuzz_realloc(p, size)
 #define free(p) fuzz_free(p)
@@ -162,7 +162,7 @@ static void gather(const Model *m, const Choices *o, const Arrangement *a)
     }
 }
 
-/* Says without the programs' help that what a file announces lies where it may. */
+/* Checks, without the programs' own functions, that what a file announces lies inside it. */
 static void check_zip(const Zip *z)
 {
     for (size_t i = 0; i < z->members; i++) {
@@ -184,8 +184,8 @@ static void check_views(const TensorFile *file)
     }
 }
 
-/* A checkpoint of any kind: inspected, then converted, back into Megatron's form for up to 2 x 2
- * ranks too. */
+/* Inspects a checkpoint of any kind, then converts it, also back into Megatron's form for up to 2 x
+ * 2 ranks. */
 static void read_checkpoint(const char *path)
 {
     Source s;
@@ -218,7 +218,7 @@ static void read_checkpoint(const char *path)
     source_close(&s);
 }
 
-/* A model's folder, as training and generation read it; and what a run would go on from. */
+/* Reads a model's folder as training and generation do, and the state of a run if it is there. */
 static void read_model(const char *path)
 {
     Config c;
@@ -242,7 +242,7 @@ static void read_model(const char *path)
 
 static void read_info(const char *path) { print_info(path, 1); }
 
-/* Writes a value as JSON; returns the index behind it. */
+/* Writes a value as JSON; returns the index of the next value. */
 static size_t write_json(FILE *f, const Json *json, size_t i)
 {
     static const char *const words[] = {
@@ -266,7 +266,7 @@ static size_t write_json(FILE *f, const Json *json, size_t i)
     return v->end;
 }
 
-/* A document that was accepted is written, and read again: nothing may have changed. */
+/* Writes a document that was accepted, and reads it again: nothing may have changed. */
 static void read_json(const char *path)
 {
     Map map = map_file(path);
@@ -290,7 +290,7 @@ static void read_json(const char *path)
     unmap_file(map);
 }
 
-/* The same with a config.json. */
+/* Does the same with a config.json. */
 static void read_shape_of(const char *path)
 {
     static const Layout one = {1, 1, 1};
@@ -313,7 +313,7 @@ static void read_shape_of(const char *path)
     free(text[1]);
 }
 
-/* Text is encoded, and its tokens make the same text again. */
+/* Encodes a text; its tokens must make the same text again. */
 static void read_tokenizer(const char *folder)
 {
     char path[PATH_MAX];
@@ -340,7 +340,7 @@ static void read_all(Tokens *out, const char *path, const Tokenizer *t)
     corpus_close(c);
 }
 
-/* Text or an indexed dataset is written, and read again; then samples are drawn from it. */
+/* Writes a text or an indexed dataset, reads it again, and draws samples from it. */
 static void read_corpus(const char *path)
 {
     enum { T = 3 };
@@ -400,7 +400,7 @@ static void read_wikitext(const char *path)
 
 enum { PARTS = 4, READERS = 3 };
 
-/* Where the files of an input go, and what is opened. */
+/* Where the files of an input go, and the path that is opened. */
 typedef struct {
     const char *path, *file[PARTS];
 } Files;
@@ -441,7 +441,7 @@ enum { N_TARGETS = sizeof targets / sizeof *targets };
 
 static size_t target;
 
-/* The shape of the models in corpus/, for those that do not tell it. */
+/* The shape of the models in corpus/, for checkpoints that do not tell it. */
 static const char shape_text_of_seeds[] =
     "{\"model_type\": \"gpt2\", \"n_ctx\": 3, \"n_layer\": 1, \"n_embd\": 4, "
     "\"n_head\": 2, \"n_inner\": 8, \"vocab_size\": 5}";
@@ -472,7 +472,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
         fprintf(stderr, ", and TMPDIR to a folder\n");
         exit(1);
     }
-    /* not libFuzzer's output, which goes to file 2 by itself */
+    /* this does not silence libFuzzer, which writes to file 2 by itself */
     if (!getenv("FUZZ_SHOW")) {
         stdout = nowhere;
         stderr = nowhere;
@@ -508,12 +508,11 @@ static void run_reader(void (*reader)(const char *path), const char *path)
     while (fuzz_blocks) fuzz_free(fuzz_block[fuzz_blocks - 1].p);
 }
 
-/* libFuzzer's own: several changes of any kind. */
+/* libFuzzer's own mutator: it makes several changes of any kind. */
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
 
-/* Every other input differs from the one that it is made from in one byte only, and mostly by 1.
- * Sizes and offsets that are wrong look like that, and libFuzzer alone hardly ever leaves all else
- * as it was. */
+/* Every second input differs from its parent in one byte only, and mostly by 1. Wrong sizes and
+ * offsets look like that, and libFuzzer alone hardly ever leaves all other bytes as they were. */
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed)
 {
     uint64_t draw = seed * 0x9E3779B97F4A7C15;
