@@ -330,10 +330,10 @@ static Map inflate_member(const Zip *z, const Member *m)
             out += s.avail_out;
         }
     }
-    int whole =
-        status == Z_STREAM_END && in == m->packed && !s.avail_in && out == m->size && !s.avail_out;
+    int all_read = in == m->packed && !s.avail_in, all_made = out == m->size && !s.avail_out;
     inflateEnd(&s);
-    if (!whole) bad_zip(z, m->name, "does not inflate to as many bytes as its entry says");
+    if (status != Z_STREAM_END || !all_read || !all_made)
+        bad_zip(z, m->name, "does not inflate to as many bytes as its entry says");
     return map;
 }
 
@@ -499,41 +499,39 @@ typedef struct {
 } Opcode;
 
 static const Opcode opcodes[] = {
-    {PROTO, "PROTO", UNSIGNED_1, "the program is written in this protocol"},
-    {STOP, "STOP", NO_ARGUMENT, "the program ends; its result is on the stack"},
-    {MARK, "MARK", NO_ARGUMENT, "push a mark: the items above it will belong together"},
-    {NONE, "NONE", NO_ARGUMENT, "push None"},
-    {NEWTRUE, "NEWTRUE", NO_ARGUMENT, "push True"},
-    {NEWFALSE, "NEWFALSE", NO_ARGUMENT, "push False"},
-    {BININT, "BININT", SIGNED_4, "push an integer"},
-    {BININT1, "BININT1", UNSIGNED_1, "push an integer"},
-    {BININT2, "BININT2", UNSIGNED_2, "push an integer"},
-    {LONG1, "LONG1", LONG, "push an integer of up to 255 bytes"},
-    {BINFLOAT, "BINFLOAT", BIG_ENDIAN_REAL, "push a float"},
-    {BINUNICODE, "BINUNICODE", BYTES_4, "push a string"},
-    {EMPTY_DICT, "EMPTY_DICT", NO_ARGUMENT, "push an empty dict"},
-    {EMPTY_LIST, "EMPTY_LIST", NO_ARGUMENT, "push an empty list"},
-    {EMPTY_TUPLE, "EMPTY_TUPLE", NO_ARGUMENT, "push an empty tuple"},
-    {TUPLE, "TUPLE", NO_ARGUMENT, "pop the items above the mark, push a tuple of them"},
-    {TUPLE1, "TUPLE1", NO_ARGUMENT, "pop an item, push a tuple of it"},
-    {TUPLE2, "TUPLE2", NO_ARGUMENT, "pop two items, push a tuple of them"},
-    {TUPLE3, "TUPLE3", NO_ARGUMENT, "pop three items, push a tuple of them"},
-    {APPEND, "APPEND", NO_ARGUMENT, "pop an item, append it to the list below"},
-    {APPENDS, "APPENDS", NO_ARGUMENT,
-     "pop the items above the mark, append them to the list below"},
-    {SETITEM, "SETITEM", NO_ARGUMENT, "pop key and value, put them into the dict below"},
-    {SETITEMS, "SETITEMS", NO_ARGUMENT,
-     "pop keys and values above the mark, put them into the dict below"},
-    {BINPUT, "BINPUT", UNSIGNED_1, "remember the top of the stack under this number"},
-    {LONG_BINPUT, "LONG_BINPUT", UNSIGNED_4, "remember the top of the stack under this number"},
-    {BINGET, "BINGET", UNSIGNED_1, "push what is remembered under this number"},
-    {LONG_BINGET, "LONG_BINGET", UNSIGNED_4, "push what is remembered under this number"},
-    {GLOBAL, "GLOBAL", LINES, "push what Python imports by this name; here, the name"},
-    {REDUCE, "REDUCE", NO_ARGUMENT, "pop arguments and a callable, push what the call returns"},
-    {NEWOBJ, "NEWOBJ", NO_ARGUMENT, "pop arguments and a class, push a new object of it"},
-    {BUILD, "BUILD", NO_ARGUMENT, "pop a state, give it to the object below"},
-    {BINPERSID, "BINPERSID", NO_ARGUMENT,
-     "pop an id, push what the file has under it outside of the pickle"},
+#define OP(code, argument, effect) {code, #code, argument, effect}
+    OP(PROTO, UNSIGNED_1, "the program is written in this protocol"),
+    OP(STOP, NO_ARGUMENT, "the program ends; its result is on the stack"),
+    OP(MARK, NO_ARGUMENT, "push a mark: the items above it will belong together"),
+    OP(NONE, NO_ARGUMENT, "push None"),
+    OP(NEWTRUE, NO_ARGUMENT, "push True"),
+    OP(NEWFALSE, NO_ARGUMENT, "push False"),
+    OP(BININT, SIGNED_4, "push an integer"),
+    OP(BININT1, UNSIGNED_1, "push an integer"),
+    OP(BININT2, UNSIGNED_2, "push an integer"),
+    OP(LONG1, LONG, "push an integer of up to 255 bytes"),
+    OP(BINFLOAT, BIG_ENDIAN_REAL, "push a float"),
+    OP(BINUNICODE, BYTES_4, "push a string"),
+    OP(EMPTY_DICT, NO_ARGUMENT, "push an empty dict"),
+    OP(EMPTY_LIST, NO_ARGUMENT, "push an empty list"),
+    OP(EMPTY_TUPLE, NO_ARGUMENT, "push an empty tuple"),
+    OP(TUPLE, NO_ARGUMENT, "pop the items above the mark, push a tuple of them"),
+    OP(TUPLE1, NO_ARGUMENT, "pop an item, push a tuple of it"),
+    OP(TUPLE2, NO_ARGUMENT, "pop two items, push a tuple of them"),
+    OP(TUPLE3, NO_ARGUMENT, "pop three items, push a tuple of them"),
+    OP(APPEND, NO_ARGUMENT, "pop an item, append it to the list below"),
+    OP(APPENDS, NO_ARGUMENT, "pop the items above the mark, append them to the list below"),
+    OP(SETITEM, NO_ARGUMENT, "pop key and value, put them into the dict below"),
+    OP(SETITEMS, NO_ARGUMENT, "pop keys and values above the mark, put them into the dict below"),
+    OP(BINPUT, UNSIGNED_1, "remember the top of the stack under this number"),
+    OP(LONG_BINPUT, UNSIGNED_4, "remember the top of the stack under this number"),
+    OP(BINGET, UNSIGNED_1, "push what is remembered under this number"),
+    OP(LONG_BINGET, UNSIGNED_4, "push what is remembered under this number"),
+    OP(GLOBAL, LINES, "push what Python imports by this name; here, the name"),
+    OP(REDUCE, NO_ARGUMENT, "pop arguments and a callable, push what the call returns"),
+    OP(NEWOBJ, NO_ARGUMENT, "pop arguments and a class, push a new object of it"),
+    OP(BUILD, NO_ARGUMENT, "pop a state, give it to the object below"),
+    OP(BINPERSID, NO_ARGUMENT, "pop an id, push what the file has under it outside of the pickle"),
     /* Instructions of other protocols, or never written by torch: a refusal says their names. */
 #define REFUSED(code, name) {code, name, NO_ARGUMENT, NULL}
     REFUSED('0', "POP"), REFUSED('1', "POP_MARK"), REFUSED('2', "DUP"), REFUSED('F', "FLOAT"),
@@ -548,6 +546,7 @@ static const Opcode opcodes[] = {
     REFUSED(0x94, "MEMOIZE"), REFUSED(0x95, "FRAME"), REFUSED(0x96, "BYTEARRAY8"),
     REFUSED(0x97, "NEXT_BUFFER"), REFUSED(0x98, "READONLY_BUFFER"),
 #undef REFUSED
+#undef OP
 };
 enum { N_OPCODES = sizeof opcodes / sizeof *opcodes };
 /* clang-format on */
@@ -582,8 +581,8 @@ static const char *take(Pickle *p, size_t n)
 /* Steps over a line of visible characters; returns its length. */
 static size_t take_line(Pickle *p)
 {
-    const char *start = p->map.data + p->at,
-               *end = (const char *)memchr(start, '\n', p->map.size - p->at);
+    const char *start = p->map.data + p->at;
+    const char *end = (const char *)memchr(start, '\n', p->map.size - p->at);
     size_t n = end ? (size_t)(end - start) : 0;
     for (size_t i = 0; i < n; i++)
         if (start[i] <= ' ' || start[i] > '~') n = 0;
@@ -1225,8 +1224,8 @@ static void place_storage(Pickle *p, TorchStorage *const *list, const Node *name
         (TorchStorage *const *)bsearch(&wanted, list, p->storages, sizeof *list, compare_storages);
     if (!at) die("%s: storage %.*s is listed, but belongs to no tensor", p->path, SHOW(name));
     if ((*at)->data) die("%s: storage %.*s is listed twice", p->path, SHOW(name));
-    size_t count = (size_t)little_endian(take(p, 8), 8),
-           bytes = (*at)->n * dtype_size[(*at)->dtype];
+    size_t count = (size_t)little_endian(take(p, 8), 8);
+    size_t bytes = (*at)->n * dtype_size[(*at)->dtype];
     if (count != (*at)->n)
         die("%s: storage %.*s begins with a count of %zu elements, but its tensors ask for %zu",
             p->path, SHOW(name), count, (*at)->n);
@@ -1573,8 +1572,8 @@ static void follow_tracker(char iteration[PATH_MAX], const Paths *list, const ch
     Map map = read_below(folder, archive, found);
     read_tracker(name, folder, map);
     if (!archive->members) unmap_file(map);
-    if (snprintf(iteration, PATH_MAX, "%.*s%s/", (int)(base_name(found) - found), found, name) >=
-        PATH_MAX)
+    int length = (int)(base_name(found) - found);
+    if (snprintf(iteration, PATH_MAX, "%.*s%s/", length, found, name) >= PATH_MAX)
         die("a path in %s is too long", folder);
 }
 
@@ -2430,8 +2429,8 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
             die("%s: \"tie_word_embeddings\" is false, but Megatron's GPT-2 ties them", o->config);
         m->untied = !tied;
     } else {
-        m->config =
-            has_args ? config_from_arguments(first) : config_from_shapes(first, source->layout);
+        if (has_args) m->config = config_from_arguments(first);
+        else m->config = config_from_shapes(first, source->layout);
         m->gelu = activation_argument(first);
     }
     Config *c = &m->config, a = has_args ? config_from_arguments(first) : *c;
@@ -2882,6 +2881,16 @@ static void write_safetensors(const char *path, const Tensor *list, Output *out,
     close_file(f, path);
 }
 
+/* The end of text is known of GPT-2's vocabulary only. */
+static void write_config(const char *folder, const Model *m, Dtype dtype)
+{
+    size_t size;
+    int end = m->config.V > 50256 ? 50256 : -1;
+    char *text = config_text_as(&size, &m->config, m->gelu, type_names[dtype].torch, end);
+    write_text(folder, "config.json", text);
+    free(text);
+}
+
 /* Writes config.json and model.safetensors. If that file would be too large, writes shards and an
  * index of their tensors. */
 static Written write_hugging_face(const char *folder, const Model *m, const Choices *o)
@@ -2905,11 +2914,7 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
         w.bytes += bytes;
     }
     first[w.files] = w.tensors;
-    /* GPT-2's; of another vocabulary we do not know */
-    int end_of_text = m->config.V > 50256 ? 50256 : -1;
-    char *config =
-        config_text_as(&size, &m->config, m->gelu, type_names[out[0].dtype].torch, end_of_text);
-    write_text(folder, "config.json", config);
+    write_config(folder, m, out[0].dtype);
     FILE *index = open_memory(&text, &size);
     fprintf(index, "{\"metadata\": {\"total_size\": %zu}, \"weight_map\": {", w.bytes);
     for (size_t i = 0; i < w.files; i++) {
@@ -2924,7 +2929,6 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
     fputs("}}\n", index);
     if (fclose(index)) die("out of memory");
     if (w.files > 1) write_text(folder, "model.safetensors.index.json", text);
-    free(config);
     free(text);
     free(first);
     free(out);
@@ -3625,8 +3629,9 @@ static void convert(const Choices *o, const char *folder, const SavePaths *out)
         if (only == FROM_MEGATRON && model.how.hugging_face)
             usage_error("%s is for reading a checkpoint of Megatron's", choices[i].name);
     }
-    Written w =
-        megatron ? write_megatron(folder, &model, o) : write_hugging_face(folder, &model, o);
+    Written w;
+    if (megatron) w = write_megatron(folder, &model, o);
+    else w = write_hugging_face(folder, &model, o);
     if (o->tokenizer) copy_tokenizer(folder, o->tokenizer);
     put_output(folder, out, o->force);
     print_result(o, &source, &model, to, &w);
