@@ -1183,8 +1183,7 @@ typedef struct {
     size_t views, view_room;
 } TensorFile;
 
-/* The first pickle of a legacy file: protocol 2, an integer of 10 bytes (the magic number),
- * stop. */
+/* The first pickle of a legacy file: protocol 2, a long of 10 bytes (the magic number), stop. */
 static const char legacy_start[] = "\x80\x02\x8A\x0A\x6C\xFC\x9C\x46\xF9\x20\x6A\xA8\x50\x19.";
 enum { LEGACY_START = sizeof legacy_start - 1 };
 
@@ -1872,9 +1871,11 @@ enum { N_ERAS = sizeof eras / sizeof *eras, HUGGING_FACE = N_ERAS, WRITTEN_ERA =
 /* The name of a tensor in an era. */
 static char *era_name(char name[MAX_NAME], const Era *era, const Spec *spec, size_t layer)
 {
-    const char *last = strrchr(spec->name, '.') + 1;                 /* "weight" or "bias" */
-    size_t i = (size_t)(spec - specs), pair = i < 2 ? i : i / 2 + 1; /* embeddings have no bias */
-    const char *own = era->name[pair], *prefix = i < 2 ? era->embedding : era->body;
+    const char *last = strrchr(spec->name, '.') + 1; /* "weight" or "bias" */
+    size_t i = (size_t)(spec - specs);
+    int is_embedding = i < 2; /* these have no bias */
+    const char *own = era->name[is_embedding ? i : i / 2 + 1];
+    const char *prefix = is_embedding ? era->embedding : era->body;
     if (spec->in_layer) snprintf(name, MAX_NAME, "%slayers.%zu.%s%s", prefix, layer, own, last);
     else snprintf(name, MAX_NAME, "%s%s%s", prefix, own, last);
     return name;
@@ -1957,7 +1958,7 @@ static Ref find_argument(const TensorFile *file, const char *name)
     return value && p->node[value].type != N_NONE ? value : 0;
 }
 
-/* A whole number from 1 to `most`; the fallback if it is absent, or death if that is 0. */
+/* A whole number from 1 to `most`. If it is absent, the fallback; dies if that is 0. */
 static size_t count_argument(const TensorFile *file, const char *name, size_t most, size_t fallback)
 {
     Ref ref = find_argument(file, name);
@@ -2154,15 +2155,15 @@ static size_t qkv_row_stored(int version, size_t heads, size_t D, size_t i)
 /* The inverse of whole_row(): the local row, and the rank that holds it. */
 static size_t local_row(const Tensor *t, size_t row, int *rank)
 {
-    size_t part = t->rows / 3, mine = t->local_rows / 3;
+    size_t third = t->rows / 3, local_third = t->local_rows / 3; /* the rows of Q, of K or of V */
     *rank = 0;
     if (t->spec->split == COLUMN_PARALLEL) {
         *rank = (int)(row / t->local_rows);
         return row % t->local_rows;
     }
     if (t->spec->split != QKV) return row;
-    *rank = (int)(row % part / mine);
-    return row / part * mine + row % mine;
+    *rank = (int)(row % third / local_third);
+    return row / third * local_third + row % local_third;
 }
 
 /* The tensors of one rank of an arrangement; the caller frees them. */
@@ -2352,12 +2353,12 @@ static int compare_files(const void *a, const void *b)
     return x.size > y.size ? 1 : -1;
 }
 
-static void refuse_copies(const Source *m)
+static void refuse_copies(const Source *s)
 {
-    const TensorFile **list = (const TensorFile **)xcalloc(m->files, sizeof *list);
-    for (size_t i = 0; i < m->files; i++) list[i] = &m->file[i];
-    qsort(list, m->files, sizeof *list, compare_files);
-    for (size_t i = 1; i < m->files; i++)
+    const TensorFile **list = (const TensorFile **)xcalloc(s->files, sizeof *list);
+    for (size_t i = 0; i < s->files; i++) list[i] = &s->file[i];
+    qsort(list, s->files, sizeof *list, compare_files);
+    for (size_t i = 1; i < s->files; i++)
         if (!compare_files(&list[i - 1], &list[i]))
             die("%s is a copy of %s, although ranks hold different parts", list[i]->path,
                 list[i - 1]->path);
@@ -2365,7 +2366,7 @@ static void refuse_copies(const Source *m)
 }
 
 /* All rank files must be of one run and of one iteration. */
-static void check_agreement(const Source *m)
+static void check_agreement(const Source *s)
 {
     /* clang-format off */
     static const char *const names[] = {
@@ -2373,10 +2374,10 @@ static void check_agreement(const Source *m)
         "ffn_hidden_size", "layernorm_epsilon", "make_vocab_size_divisible_by", "orig_vocab_size"};
     /* clang-format on */
     static const char *const outside[] = {"iteration", "checkpoint_version"};
-    const TensorFile *first = &m->file[0];
+    const TensorFile *first = &s->file[0];
     const Pickle *p = &first->pickle;
-    for (size_t rank = 0; rank < m->files; rank++) {
-        const TensorFile *file = &m->file[rank];
+    for (size_t rank = 0; rank < s->files; rank++) {
+        const TensorFile *file = &s->file[rank];
         const Pickle *q = &file->pickle;
         const char *differs = NULL;
         for (int i = 0; i < 2; i++)
@@ -2393,11 +2394,11 @@ static void check_agreement(const Source *m)
 }
 
 /* The args of a rank file must agree with its place among the folders. */
-static void check_ranks(const Source *m)
+static void check_ranks(const Source *s)
 {
-    size_t tp = (size_t)m->layout.tp, pp = (size_t)m->layout.pp;
-    for (size_t rank = 0; rank < m->files; rank++) {
-        const TensorFile *file = &m->file[rank];
+    size_t tp = (size_t)s->layout.tp, pp = (size_t)s->layout.pp;
+    for (size_t rank = 0; rank < s->files; rank++) {
+        const TensorFile *file = &s->file[rank];
         /* the first is its name until October 2020 */
         size_t stated_tp = count_argument(file, "model_parallel_size", 1 << 20, tp);
         stated_tp = count_argument(file, "tensor_model_parallel_size", 1 << 20, stated_tp);
@@ -2532,18 +2533,18 @@ static void model_open(Model *m, Source *source, const Choices *o)
 /* =================================================================================================
  * Chapter 8. The arithmetic of all conversions
  *
- * Every arrangement answers one question: where is element (row, column) of the whole matrix [out,
+ * An arrangement answers one question: where is element (row, column) of the whole matrix [out,
  * in], with Q, K, V in Hugging Face's order? On which rank, in which row and column there, at which
- * address? To convert is to ask it twice, for the output and for the input. So one function serves
+ * address? A conversion asks this twice, for the output and for the input. So one function serves
  * both directions, any split, any version.
  *
- * Why are Hugging Face's matrices transposed? OpenAI wrote the layer as a convolution of width 1, y
- * = x W with W [in, out]; Megatron as PyTorch's Linear, y = x W^T with W [out, in]. The numbers are
- * the same, the other way round:
+ * Why are Hugging Face's matrices transposed? OpenAI wrote the layer as a convolution of width 1,
+ * so W is [in, out] and y = x W. Megatron uses PyTorch's Linear: W is [out, in], and y = x W^T. The
+ * numbers are the same, in another order:
  *
- *     [out, in] = [2, 3]   a b c     in memory a b c d e f     to the next output 3, input 1
+ *     [out, in] = [2, 3]   a b c     in memory a b c d e f     next output: +3, next input: +1
  *                          d e f
- *     [in, out] = [3, 2]   a d       in memory a d b e c f     to the next output 1, input 2
+ *     [in, out] = [3, 2]   a d       in memory a d b e c f     next output: +1, next input: +2
  *                          b e
  *                          c f
  * ============================================================================================== */
@@ -2814,7 +2815,7 @@ static void write_tensors(const char *path, FILE *f, Output *out, const Tensor *
  * Chapter 9. Writing a Hugging Face folder
  * ============================================================================================== */
 
-/* A full disk shows here. There is no fsync(): a conversion can be repeated, unlike a training. */
+/* A full disk shows here. There is no fsync(): after a crash, a conversion can be repeated. */
 static void close_file(FILE *f, const char *path)
 {
     int failed = ferror(f);
@@ -2881,7 +2882,7 @@ static void write_safetensors(const char *path, const Tensor *list, Output *out,
     close_file(f, path);
 }
 
-/* The end of text is known of GPT-2's vocabulary only. */
+/* Which token ends a text is known of GPT-2's vocabulary only. */
 static void write_config(const char *folder, const Model *m, Dtype dtype)
 {
     size_t size;
@@ -2951,7 +2952,7 @@ static Written write_hugging_face(const char *folder, const Model *m, const Choi
  * embedding. Under `release` Megatron looks for no optimizer.
  * ============================================================================================== */
 
-/* Writes instructions that have no argument. */
+/* Writes instructions, byte by byte. */
 #define PUT_CODES(f, ...)                                                                          \
     do {                                                                                           \
         const unsigned char codes[] = {__VA_ARGS__};                                               \
