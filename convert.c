@@ -310,7 +310,7 @@ static Map inflate_member(const Zip *z, const Member *m)
     enum { STEP = 1 << 30 }; /* zlib counts in 32 bits */
     size_t in = 0, out = 0;
     int status = Z_OK;
-    char none;
+    char none; /* zlib wants an address for its output, even of no bytes */
     z_stream s;
     if (m->size / 1032 > m->packed) bad_zip(z, m->name, "claims to inflate to more than it can");
     if (__atomic_sub_fetch(&z->reading->inflation_left, (long long)m->size, __ATOMIC_RELAXED) < 0)
@@ -771,7 +771,8 @@ static Ref dict_get(const Pickle *p, Ref dict, const char *key)
 static void memo_put(Pickle *p, size_t index, Ref value)
 {
     if (index >= MAX_NODES) bad_pickle(p, "it remembers more than %d objects", MAX_NODES);
-    for (size_t room = p->memo_room; index >= p->memo_room; room = p->memo_room) {
+    while (index >= p->memo_room) {
+        size_t room = p->memo_room;
         p->memo = (Ref *)grow(p->memo, room, &p->memo_room, sizeof *p->memo);
         memset(p->memo + room, 0, (p->memo_room - room) * sizeof *p->memo);
     }
@@ -1369,9 +1370,10 @@ static void collect_tensors(TensorFile *file, Ref dict, char name[MAX_NAME], int
         if (node->type == N_DICT)
             collect_tensors(file, p->cell[value].value, name, depth + 1, steps);
         else if (node->type == N_TENSOR) {
-            View *v = add_view(file, name), described = describe_tensor(p, node->first);
-            described.t.name = v->t.name;
-            *v = described;
+            View *v = add_view(file, name);
+            const char *kept = v->t.name;
+            *v = describe_tensor(p, node->first);
+            v->t.name = kept;
         } else
             die("%s: under the name %.120s a tensor is expected, not a value of type %s",
                 file->path, name, node_name[node->type]);
@@ -1389,16 +1391,17 @@ static void find_values(TensorFile *file)
 #pragma omp parallel for schedule(dynamic) /* the time goes into inflating and checking */
     for (size_t i = 0; i < file->zip.members; i++)
         if (file->zip.member[i].wanted) zip_read(&file->zip, &file->zip.member[i]);
-    size_t all = 0, there = file->zip.members ? 0 : file->map.size;
+    size_t viewed = 0, stored = file->zip.members ? 0 : file->map.size;
     for (size_t i = 0; i < file->views; i++) {
         find_data(file, &file->view[i]);
-        all += file->view[i].t.bytes;
+        viewed += file->view[i].t.bytes;
     }
     for (size_t i = 0; i < file->zip.members; i++)
-        if (file->zip.member[i].wanted) there += file->zip.member[i].size;
+        if (file->zip.member[i].wanted) stored += file->zip.member[i].size;
     /* tied weights count twice; but with 65536 views of one storage we would be busy for hours */
-    if (all > 4 * there)
-        die("%s: its tensors have %zu bytes, but are views of only %zu", file->path, all, there);
+    if (viewed > 4 * stored)
+        die("%s: its tensors have %zu bytes, but are views of only %zu", file->path, viewed,
+            stored);
 }
 
 /* Opens a file of torch.save, whose path and map are set already. The caller unmaps it. */
@@ -1411,11 +1414,11 @@ static void tensor_file_open(TensorFile *file, Reading *reading)
     file->pickle.listing = reading->listing;
     if (is_legacy(file->map)) open_legacy(file);
     else {
+        const char *start = "version https://git-", *hint = "";
+        if (file->map.size > 20 && !memcmp(file->map.data, start, 20))
+            hint = "; it is a git-lfs pointer: fetch the file itself with git lfs pull";
         if (!is_zip(file->map))
-            die("%s is neither a zip archive nor written by torch.save%s", path,
-                file->map.size > 20 && !memcmp(file->map.data, "version https://git-", 20)
-                    ? "; it is a git-lfs pointer: fetch the file itself with git lfs pull"
-                    : "");
+            die("%s is neither a zip archive nor written by torch.save%s", path, hint);
         file->zip = zip_open(path, file->map, reading);
         if (!find_torch_name(file->name, &file->zip))
             die("%s is a zip archive without a pickle data.pkl", path);
@@ -1552,8 +1555,8 @@ static void read_tracker(char iteration[MAX_TRACKER], const char *path, Map map)
         (!release && (!n || digits < n || n > 9 || !atoi(word))))
         die("%s: %s holds neither \"release\" nor the number of an iteration from 1 up", path,
             tracker);
-    snprintf(iteration, MAX_TRACKER, "iter_%07d", release ? 0 : atoi(word));
     if (release) memcpy(iteration, word, sizeof word);
+    else snprintf(iteration, MAX_TRACKER, "iter_%07d", atoi(word));
 }
 
 /* The folder that the outermost tracker names, with a slash; "" if there is no tracker. */
@@ -3129,7 +3132,7 @@ typedef struct {
 } ZipWriter;
 
 /* Extra field 1, with the numbers that need more than 32 bits. */
-static size_t wide_fields(char extra[28], const uint64_t *field, int n)
+static size_t write_wide_fields(char extra[28], const uint64_t *field, int n)
 {
     size_t length = 0;
     for (int i = 0; i < n; i++) {
@@ -3172,7 +3175,7 @@ static void zip_add(ZipWriter *z, const char *name, size_t n, uint32_t crc)
     char extra[28];
     uint64_t field[3] = {n, n, z->offset};
     FILE *f = z->f, *d = z->directory;
-    size_t data = zip_data(z->offset, name, n), wide = wide_fields(extra, field, 2);
+    size_t data = zip_data(z->offset, name, n), wide = write_wide_fields(extra, field, 2);
     size_t gap = data - (z->offset + 30 + strlen(name) + wide + 4);
     fseeko(f, (off_t)z->offset, SEEK_SET);
     fputs("PK\3\4", f);
@@ -3183,7 +3186,7 @@ static void zip_add(ZipWriter *z, const char *name, size_t n, uint32_t crc)
     put(f, gap, 2);
     fprintf(f, "%*s", (int)gap, "");
 
-    wide = wide_fields(extra, field, 3);
+    wide = write_wide_fields(extra, field, 3);
     fputs("PK\1\2", d);
     put(d, 45, 2); /* made by version 4.5 */
     put_member(d, name, n, crc, wide);
@@ -3297,20 +3300,27 @@ static void write_rank(Written *w, const char *folder, const Model *m, const Arr
     free(part.tensor);
 }
 
+static void make_folder(char path[PATH_MAX], const char *folder, const char *name)
+{
+    if (mkdir(join_path(path, folder, name), 0777))
+        die("cannot create %s: %s", path, strerror(errno));
+}
+
 static Written write_megatron(const char *folder, const Model *m, const Choices *o)
 {
     Layout s = {(int)o->tp, (int)o->pp, 1};
+    char name[64], path[PATH_MAX];
     check_layout(&m->config, s);
     Arrangement a = {s, (int)o->qkv_version, 0, padded_vocab(m->config.V, s.tp)};
     Written w = {0, 0, 0};
     write_text(folder, tracker, "release");
-    for (int rank = -1; rank < s.tp * s.pp; rank++) {
-        char name[64] = "release", path[PATH_MAX];
-        if (rank >= 0) snprintf(name, sizeof name, "release/mp_rank_%02d", tp_rank(s, rank));
-        if (rank >= 0 && s.pp > 1) snprintf(name + strlen(name), 16, "_%03d", pp_rank(s, rank));
-        if (mkdir(join_path(path, folder, name), 0777))
-            die("cannot create %s: %s", path, strerror(errno));
-        if (rank >= 0) write_rank(&w, path, m, &a, rank, o);
+    make_folder(path, folder, "release");
+    for (int rank = 0; rank < s.tp * s.pp; rank++) {
+        int tp = tp_rank(s, rank), pp = pp_rank(s, rank);
+        if (s.pp == 1) snprintf(name, sizeof name, "release/mp_rank_%02d", tp);
+        else snprintf(name, sizeof name, "release/mp_rank_%02d_%03d", tp, pp);
+        make_folder(path, folder, name);
+        write_rank(&w, path, m, &a, rank, o);
     }
     return w;
 }
