@@ -2114,15 +2114,16 @@ static Config config_from_shapes(const TensorFile *file, Layout layout)
  *
  * If a file is read in the wrong order, all shapes are right, but the model writes garbage.
  *
- * The other tensors are cut as in the paper [§3]. The table says how: by COLUMN_PARALLEL (h_to_4h and the word
- * embedding) or by ROW_PARALLEL (dense and 4h_to_h). A WHOLE tensor is on every rank, and all copies must
- * agree. For two ranks:
+ * The other tensors are cut as in the paper [§3]. The table says how: COLUMN_PARALLEL (h_to_4h and
+ * the word embedding) or ROW_PARALLEL (dense and 4h_to_h). A WHOLE tensor is on every rank, and all
+ * copies must agree. For two ranks:
  *
- *            rank 0   rank 1   joined                       rank 0   rank 1   joined
- *     COLUMN_PARALLEL     a b      e f      a b                  ROW_PARALLEL     a b      c d      a b c d
- *              c d      g h      c d                           e f      g h      e f g h
- *                                e f
- *                                g h
+ *     COLUMN_PARALLEL                                ROW_PARALLEL
+ *     rank 0   rank 1   joined                       rank 0   rank 1   joined
+ *      a b      e f      a b                          a b      c d      a b c d
+ *      c d      g h      c d                          e f      g h      e f g h
+ *                        e f
+ *                        g h
  *
  * The vocabulary is padded to a multiple of 128 t, with rows that no token uses. The padding comes
  * last: of 380 tokens on two ranks, rank 0 holds 0 .. 255, and rank 1 holds 256 .. 379 and 132 rows

@@ -1513,6 +1513,8 @@ typedef enum { ONE, DIM_C, DIM_3C, DIM_F, DIM_P, DIM_V } Dim;
 
 typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_SCALED } Init;
 
+/* The order of `specs` is that of safetensors files. convert.c relies on it, too: two embeddings,
+ * then pairs of weight and bias. */
 typedef struct {
     const char *name; /* Hugging Face's, without "transformer." before it; %zu is the layer */
     size_t field;     /* where its pointer is in Layer, or in Params if not in_layer */
