@@ -1,18 +1,22 @@
-/* megatron_gpt2.cu - megatron_gpt2.c on NVIDIA GPUs: its chapter 2, the operators, function for function.
+/* megatron_gpt2.cu - megatron_gpt2.c on NVIDIA GPUs: its operators, function for function.
  *
- *     nvcc -O3 -arch=native megatron_gpt2.cu -o megatron_gpt2_cuda -lcublas -lcublasLt           all its commands, too
- *     .. -DPRECISION_BF16 or -DPRECISION_FP16     mixed precision [§4.2]: weights, activations and their gradients in 16
- *                                                 bits, but float master weights, moments, softmax, LayerNorm and sums
- *     .. -DPRECISION_TF32                         float, but products with 10-bit mantissas on tensor cores
+ *     nvcc -O3 -arch=native megatron_gpt2.cu -o megatron_gpt2_cuda -lcublas -lcublasLt
+ *                          the program with all its commands, in float
+ *     .. -DPRECISION_BF16  mixed precision [§4.2]: weights, activations and their gradients in 16
+ *     .. -DPRECISION_FP16  bits, but float master weights, moments, softmax, LayerNorm and sums
+ *     .. -DPRECISION_TF32  float, but products with 10-bit mantissas on tensor cores
  *
- * All other chapters are compiled from megatron_gpt2.c as they stand. On a machine without a GPU dev/cudaemu runs these
- * very kernels on the CPU, and test_gpt2.c compares their results with those of the .c.
+ * Everything else is compiled from megatron_gpt2.c as it stands. On a machine without a GPU
+ * dev/cudaemu runs these very kernels on the CPU, and test_gpt2.c compares their results with those
+ * of the .c.
  *
- * Ranks are threads of one process: rank r works on GPU r mod their number, in a stream of its own. What an operator
- * is given is this rank's memory; only reduce_slice and device_copy reach into that of others, between barriers of
- * chapter 3. Products are cuBLAS's, with bias and GeLU in their epilogues; all else are kernels below.
+ * Ranks are threads of one process: rank r works on GPU r mod their number, in a stream of its own.
+ * What an operator is given is this rank's memory; only reduce_slice and device_copy reach into
+ * that of others, between the barriers of a collective. Products are cuBLAS's, with bias and GeLU in their
+ * epilogues; all else are kernels below.
  *
- * Every run repeats bit for bit: no kernel adds with atomics, and sums have an order that depends on shapes alone. */
+ * Every run repeats bit for bit: no kernel adds with atomics, and sums have an order that depends
+ * on shapes alone. */
 
 #ifdef __CUDACC__
 #include <cublasLt.h>
@@ -46,28 +50,30 @@ static const cublasComputeType_t COMPUTE_TYPE = CUBLAS_COMPUTE_32F;
 #define OTHER_OPERATORS /* megatron_gpt2.c leaves out its own: they follow below */
 #include "megatron_gpt2.c"
 
-/* ================================================================================================================
- * Chapter 2. Operators [§2.2]: the seam between one text and two machines. This is the GPU's side
- * ================================================================================================================
+/* =================================================================================================
+ * Chapters 4 and 11 for the GPU: how the operators of chapter 1 do it, products, memory
+ * =================================================================================================
  *
- * Each operator does what the one of the same name in megatron_gpt2.c does; what its arguments mean is said there.
- * It puts work into the rank's stream and returns; only what hands numbers to the host waits. A kernel bears the
- * operator's name with _kernel behind it, and a comment says which thread meets which numbers.
+ * Each operator does what the one of the same name in megatron_gpt2.c does; what its arguments mean
+ * is said there. It puts work into the rank's stream and returns; only what hands numbers to the
+ * host waits. A kernel bears the operator's name with _kernel behind it, and a comment says which
+ * thread meets which numbers.
  *
- * Rows are read 16 bytes a thread where their length and address allow it. Such kernels have a parameter W, the
- * numbers that a thread takes at once: WIDE, or 1 for rows of any length. */
+ * Rows are read 16 bytes a thread where their length and address allow it. Such kernels have a
+ * parameter W, the numbers that a thread takes at once: WIDE, or 1 for rows of any length. */
 
 enum { WARP = 32, WIDE = 16 / sizeof(act), FULL_PRECISION = sizeof(act) == sizeof(real) };
 
 template <typename T> static inline __host__ __device__ real to_real(T x) { return (real)x; }
 static inline __host__ __device__ act to_act(real x) { return (act)x; }
 
-/* ---- The device and its errors ----------------------------------------------------------------------------------- */
+/* ---- The device and its errors --------------------------------------------------------------- */
 
 #define CUDA_CHECK(call) check_cuda(call, __LINE__)
 static void check_cuda(cudaError_t error, int line)
 {
-    if (error != cudaSuccess) die("CUDA: %s (megatron_gpt2.cu, line %d)", cudaGetErrorString(error), line);
+    if (error != cudaSuccess)
+        die("CUDA: %s (megatron_gpt2.cu, line %d)", cudaGetErrorString(error), line);
 }
 
 #define CUBLAS_CHECK(call) check_cublas(call, __LINE__)
@@ -82,9 +88,11 @@ typedef struct {
     size_t M, N, K;
     cublasLtEpilogue_t epilogue;
     int a_transposed, b_transposed;
-    uint32_t alignment, bias_alignment, aux_alignment; /* of the matrices' and the epilogue's addresses, bytes */
+    uint32_t alignment;                     /* of the matrices' addresses, bytes */
+    uint32_t bias_alignment, aux_alignment; /* of the epilogue's addresses */
 } Product;
-static_assert(sizeof(Product) == 3 * sizeof(size_t) + 6 * 4, "it is compared byte by byte: no padding");
+static_assert(sizeof(Product) == 3 * sizeof(size_t) + 6 * 4,
+              "it is compared byte by byte: no padding");
 
 typedef struct {
     Product product;
@@ -114,7 +122,8 @@ static thread_local Gpu this_gpu;
 static void plan_free(ProductPlan *p)
 {
     cublasLtMatmulDescDestroy(p->desc);
-    cublasLtMatrixLayoutDestroy(p->a), cublasLtMatrixLayoutDestroy(p->b), cublasLtMatrixLayoutDestroy(p->c);
+    cublasLtMatrixLayoutDestroy(p->a), cublasLtMatrixLayoutDestroy(p->b),
+        cublasLtMatrixLayoutDestroy(p->c);
 }
 
 Gpu::~Gpu() /* when the rank ends */
@@ -141,7 +150,8 @@ static int device_count(void)
     return count;
 }
 
-/* Gives this thread its GPU: rank r has number r mod count. The ranks' GPUs must reach into each other's memory. */
+/* Gives this thread its GPU: rank r has number r mod count. The ranks' GPUs must reach into each
+ * other's memory. */
 static void device_select(int rank, int ranks)
 {
     Gpu *g = &this_gpu;
@@ -154,10 +164,12 @@ static void device_select(int rank, int ranks)
         if (other == g->device) continue;
         CUDA_CHECK(cudaDeviceCanAccessPeer(&possible, g->device, other));
         if (!possible)
-            die("GPU %d cannot reach into the memory of GPU %d: choose others by CUDA_VISIBLE_DEVICES, or only one",
+            die("GPU %d cannot reach into the memory of GPU %d: choose others by "
+                "CUDA_VISIBLE_DEVICES, or only one",
                 g->device, other);
         cudaError_t error = cudaDeviceEnablePeerAccess(other, 0);
-        if (error == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError(); /* by another rank on this GPU: forget it */
+        if (error == cudaErrorPeerAccessAlreadyEnabled)
+            cudaGetLastError(); /* by another rank on this GPU: forget it */
         else CUDA_CHECK(error);
     }
     CUDA_CHECK(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
@@ -172,33 +184,39 @@ static Gpu *gpu(void)
     return &this_gpu;
 }
 
-/* The one place where kernels start: in the rank's stream, with an eye on errors. `bytes`: dynamic shared memory. */
-#define LAUNCH_SHARED(kernel, grid, block, bytes, ...)                                                                 \
-    do {                                                                                                               \
-        kernel<<<grid, block, bytes, gpu()->stream>>>(__VA_ARGS__);                                                    \
-        CUDA_CHECK(cudaGetLastError());                                                                                \
+/* The one place where kernels start: in the rank's stream, with an eye on errors. `bytes`: dynamic
+ * shared memory. */
+#define LAUNCH_SHARED(kernel, grid, block, bytes, ...)                                             \
+    do {                                                                                           \
+        kernel<<<grid, block, bytes, gpu()->stream>>>(__VA_ARGS__);                                \
+        CUDA_CHECK(cudaGetLastError());                                                            \
     } while (0)
 #define LAUNCH(kernel, grid, block, ...) LAUNCH_SHARED(kernel, grid, block, 0, __VA_ARGS__)
 
-/* A kernel whose blocks have one of N rows of C numbers each, and whose threads take W neighbours of each blockDim W. */
-#define LAUNCH_ROWS(kernel, by_packs, N, C, ...)                                                                       \
-    do {                                                                                                               \
-        if (by_packs) LAUNCH(kernel<WIDE>, blocks(N, 1), row_threads(C, WIDE), __VA_ARGS__);                           \
-        else LAUNCH(kernel<1>, blocks(N, 1), row_threads(C, 1), __VA_ARGS__);                                          \
+/* A kernel whose blocks have one of N rows of C numbers each, and whose threads take W neighbours
+ * of each blockDim W. */
+#define LAUNCH_ROWS(kernel, by_packs, N, C, ...)                                                   \
+    do {                                                                                           \
+        if (by_packs) LAUNCH(kernel<WIDE>, blocks(N, 1), row_threads(C, WIDE), __VA_ARGS__);       \
+        else LAUNCH(kernel<1>, blocks(N, 1), row_threads(C, 1), __VA_ARGS__);                      \
     } while (0)
 
 /* Blocks of `each` that n things need, for a grid's x dimension. */
 static unsigned blocks(size_t n, size_t each)
 {
     const size_t count = ceil_div(n, each);
-    if (count > INT_MAX) die("a kernel of %zu blocks: at most %d are possible; try a smaller batch", count, INT_MAX);
+    if (count > INT_MAX)
+        die("a kernel of %zu blocks: at most %d are possible; try a smaller batch", count, INT_MAX);
     return (unsigned)count;
 }
 
-/* ---- Memory ------------------------------------------------------------------------------------------------------ */
+/* ---- Memory ---------------------------------------------------------------------------------- */
 
 static void device_synchronize(void) { CUDA_CHECK(cudaStreamSynchronize(gpu()->stream)); }
-static void device_zero(void *p, size_t bytes) { CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, gpu()->stream)); }
+static void device_zero(void *p, size_t bytes)
+{
+    CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, gpu()->stream));
+}
 
 /* Between arrays of this GPU, or of another. */
 static void device_copy(void *to, const void *from, size_t bytes)
@@ -214,7 +232,8 @@ static void *device_malloc(size_t bytes)
     cudaError_t error = cudaMalloc(&p, max_size(bytes, 1));
     if (error == cudaErrorMemoryAllocation) {
         cudaMemGetInfo(&left, &all);
-        die("out of GPU memory: %.3f GB were asked for, and of %.1f GB on GPU %d %.3f are free; try a smaller model, "
+        die("out of GPU memory: %.3f GB were asked for, and of %.1f GB on GPU %d %.3f are free; "
+            "try a smaller model, "
             "--micro-batch or --seq, or --recompute",
             (double)bytes / 1e9, (double)all / 1e9, gpu()->device, (double)left / 1e9);
     }
@@ -233,7 +252,8 @@ static void *device_calloc(size_t bytes)
 static void device_free(void *p)
 {
     if (!p) return;
-    if (this_gpu.selected) device_synchronize(); /* cudaFree need not wait for kernels that use it */
+    if (this_gpu.selected)
+        device_synchronize(); /* cudaFree need not wait for kernels that use it */
     CUDA_CHECK(cudaFree(p));
 }
 
@@ -261,8 +281,8 @@ static void device_download(void *to, const void *from, size_t bytes)
     device_synchronize();
 }
 
-/* The rank's working space: what an operator leaves there is gone when the next one asks. Grows to what is needed, so a
- * later training step allocates nothing. */
+/* The rank's working space: what an operator leaves there is gone when the next one asks. Grows to
+ * what is needed, so a later training step allocates nothing. */
 static void *workspace(size_t bytes)
 {
     Gpu *g = gpu();
@@ -276,7 +296,8 @@ static void *workspace(size_t bytes)
 }
 
 /* A thread for each number. */
-template <typename To, typename From> static __global__ void convert_kernel(To *to, const From *from, size_t n)
+template <typename To, typename From>
+static __global__ void convert_kernel(To *to, const From *from, size_t n)
 {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) to[i] = (To)to_real(from[i]);
@@ -306,9 +327,10 @@ static void act_download(real *to, const act *from, size_t n)
     }
 }
 
-/* ---- What kernels share ------------------------------------------------------------------------------------------ */
+/* ---- What kernels share ---------------------------------------------------------------------- */
 
-/* What one instruction moves, up to 16 bytes, or two where it is 32; whatever type its numbers have. */
+/* What one instruction moves, up to 16 bytes, or two where it is 32; whatever type its numbers
+ * have. */
 template <int BYTES> struct alignas(BYTES < 16 ? BYTES : 16) Words {
     uint32_t w[BYTES / 4];
 } __attribute__((may_alias));
@@ -328,9 +350,15 @@ static __device__ inline uint32_t pack(float x, float y)
 }
 
 /* The first word of act, or of real, that stands for x. */
-static __device__ inline uint32_t first_word(const act *, const real *x) { return pack(x[0], x[1]); }
+static __device__ inline uint32_t first_word(const act *, const real *x)
+{
+    return pack(x[0], x[1]);
+}
 #endif
-static __device__ inline uint32_t first_word(const real *, const real *x) { return __float_as_uint(x[0]); }
+static __device__ inline uint32_t first_word(const real *, const real *x)
+{
+    return __float_as_uint(x[0]);
+}
 
 /* x = W numbers, from memory that is aligned to as many, or to 16 bytes. */
 template <int W, typename T> static __device__ inline void load(real (&x)[W], const T *from)
@@ -352,7 +380,8 @@ template <int W, typename T> static __device__ inline void store(T *to, const re
     else {
         Words<W * sizeof(T)> words;
 #pragma unroll
-        for (int i = 0; i < (int)(W * sizeof(T)) / 4; i++) words.w[i] = first_word(to, x + i * 4 / sizeof(T));
+        for (int i = 0; i < (int)(W * sizeof(T)) / 4; i++)
+            words.w[i] = first_word(to, x + i * 4 / sizeof(T));
         *(Words<W * sizeof(T)> *)to = words;
     }
 }
@@ -364,7 +393,10 @@ template <typename... P> static bool wide(size_t C, const P *...address)
 }
 
 /* Threads of a block that has one row of C numbers, W a thread at a time. */
-static unsigned row_threads(size_t C, size_t W) { return (unsigned)min_size(round_up(ceil_div(C, W), WARP), 512); }
+static unsigned row_threads(size_t C, size_t W)
+{
+    return (unsigned)min_size(round_up(ceil_div(C, W), WARP), 512);
+}
 
 struct Add {
     template <typename T> static __device__ T of(T a, T b) { return a + b; }
@@ -375,15 +407,17 @@ struct Max { /* passes over NaNs */
 
 static const unsigned ALL_LANES = 0xFFFFFFFF;
 
-/* x[i] of every thread = x[i] of all threads of the block together, i < N, in the same order for everyone. All threads
- * must come; it ends in a barrier. Warps first, by shuffles, then their results, by way of shared memory. */
+/* x[i] of every thread = x[i] of all threads of the block together, i < N, in the same order for
+ * everyone. All threads must come; it ends in a barrier. Warps first, by shuffles, then their
+ * results, by way of shared memory. */
 template <typename Op, int N, typename T> static __device__ void block_reduce(T (&x)[N])
 {
     __shared__ T side[N][WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        for (int other = WARP / 2; other > 0; other /= 2) x[i] = Op::of(x[i], __shfl_xor_sync(ALL_LANES, x[i], other));
+        for (int other = WARP / 2; other > 0; other /= 2)
+            x[i] = Op::of(x[i], __shfl_xor_sync(ALL_LANES, x[i], other));
         if (lane == 0) side[i][warp] = x[i];
     }
     __syncthreads();
@@ -394,7 +428,7 @@ template <typename Op, int N, typename T> static __device__ void block_reduce(T 
     __syncthreads();
 }
 
-/* ---- Dropout ----------------------------------------------------------------------------------------------------- */
+/* ---- Dropout --------------------------------------------------------------------------------- */
 
 /* A site's dropout as kernels want it. */
 typedef struct {
@@ -409,8 +443,8 @@ static Mask make_mask(Dropout d)
     return m;
 }
 
-/* Bit i: element index + i of the stream is kept, i < 4. Two calls of philox where they straddle its blocks, and none
- * where there is no dropout. */
+/* Bit i: element index + i of the stream is kept, i < 4. Two calls of philox where they straddle
+ * its blocks, and none where there is no dropout. */
 static __device__ inline uint32_t keep_four(const Mask &m, uint64_t index)
 {
     const int skip = (int)(index % 4);
@@ -438,15 +472,16 @@ template <int W> static __device__ inline void apply_mask(real (&x)[W], const Ma
     }
 }
 
-/* ---- Sums of columns --------------------------------------------------------------------------------------------- */
+/* ---- Sums of columns ------------------------------------------------------------------------- */
 
 enum { SUM_WARPS = 8, SUM_BLOCKS = 512 };
 
-/* part (chunks,C) = column sums over each chunk of rows of x (N,C), times their mask; y (N,C) = the masked x, or NULL. A
- * warp has 32 W columns, W a lane, and every eighth row of its block's chunk; the block's eight warps add up in shared
- * memory. Grid: groups of columns, chunks. */
+/* part (chunks,C) = column sums over each chunk of rows of x (N,C), times their mask; y (N,C) = the
+ * masked x, or NULL. A warp has 32 W columns, W a lane, and every eighth row of its block's chunk;
+ * the block's eight warps add up in shared memory. Grid: groups of columns, chunks. */
 template <int W>
-static __global__ void column_sums_kernel(real *part, act *y, const act *x, size_t N, size_t C, size_t chunk, Mask mask)
+static __global__ void column_sums_kernel(real *part, act *y, const act *x, size_t N, size_t C,
+                                          size_t chunk, Mask mask)
 {
     __shared__ real side[SUM_WARPS][WARP * W];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -454,8 +489,8 @@ static __global__ void column_sums_kernel(real *part, act *y, const act *x, size
     const size_t end = min_size(first + chunk, N);
     real sum[W] = {};
     for (size_t n = first + warp; c < C && n < end; n += SUM_WARPS) {
-        const size_t at =
-            (n * C + c) / W * W; /* it is a multiple of W anyway, but now nvcc sees it, and stores at once */
+        /* It is a multiple of W anyway, but now nvcc sees it, and stores at once. */
+        const size_t at = (n * C + c) / W * W;
         real v[W];
         load(v, x + at);
         apply_mask(v, mask, at);
@@ -464,7 +499,8 @@ static __global__ void column_sums_kernel(real *part, act *y, const act *x, size
         for (int i = 0; i < W; i++) sum[i] += v[i];
     }
 #pragma unroll
-    for (int i = 0; i < W; i++) side[warp][i * WARP + lane] = sum[i]; /* neighbouring lanes: neighbouring banks */
+    for (int i = 0; i < W; i++)
+        side[warp][i * WARP + lane] = sum[i]; /* neighbouring lanes: neighbouring banks */
     __syncthreads();
     for (int i = threadIdx.x; i < WARP * W; i += blockDim.x) {
         const size_t column = c0 + i % WARP * W + i / WARP;
@@ -474,9 +510,10 @@ static __global__ void column_sums_kernel(real *part, act *y, const act *x, size
     }
 }
 
-/* db (C) += the sums over chunks of part (chunks,columns); columns C .. 2C-1, where columns = 2C, go to db2 (C). A block
- * has 32 columns, one a lane, and its eight warps every eighth chunk. */
-static __global__ void add_parts_kernel(act *db, act *db2, const real *part, size_t chunks, size_t columns, size_t C)
+/* db (C) += the sums over chunks of part (chunks,columns); columns C .. 2C-1, where columns = 2C,
+ * go to db2 (C). A block has 32 columns, one a lane, and its eight warps every eighth chunk. */
+static __global__ void add_parts_kernel(act *db, act *db2, const real *part, size_t chunks,
+                                        size_t columns, size_t C)
 {
     __shared__ real side[SUM_WARPS][WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -494,7 +531,8 @@ static __global__ void add_parts_kernel(act *db, act *db2, const real *part, siz
 static void add_parts(act *db, act *db2, const real *part, size_t chunks, size_t C)
 {
     const size_t columns = db2 ? 2 * C : C;
-    LAUNCH(add_parts_kernel, blocks(columns, WARP), SUM_WARPS * WARP, db, db2, part, chunks, columns, C);
+    LAUNCH(add_parts_kernel, blocks(columns, WARP), SUM_WARPS * WARP, db, db2, part, chunks,
+           columns, C);
 }
 
 /* db (C) += column sums of x (N,C) times its mask; y (N,C) = the masked x, or NULL. */
@@ -502,7 +540,8 @@ static void add_column_sums(act *db, act *y, const act *x, size_t N, size_t C, M
 {
     const bool w = wide(C, x, y);
     const unsigned groups = blocks(C, WARP * (w ? WIDE : 1));
-    const size_t chunk = round_up(ceil_div(N, ceil_div(SUM_BLOCKS, groups)), SUM_WARPS), chunks = ceil_div(N, chunk);
+    const size_t chunk = round_up(ceil_div(N, ceil_div(SUM_BLOCKS, groups)), SUM_WARPS),
+                 chunks = ceil_div(N, chunk);
     real *part = (real *)workspace(chunks * C * sizeof *part);
     const dim3 grid(groups, (unsigned)chunks);
     if (w) LAUNCH(column_sums_kernel<WIDE>, grid, SUM_WARPS * WARP, part, y, x, N, C, chunk, mask);
@@ -510,7 +549,7 @@ static void add_column_sums(act *db, act *y, const act *x, size_t N, size_t C, M
     add_parts(db, NULL, part, chunks, C);
 }
 
-/* ---- Matrix product ---------------------------------------------------------------------------------------------- */
+/* ---- Matrix product -------------------------------------------------------------------------- */
 
 /* Largest power of two, up to 256, that divides all the addresses. */
 template <typename... P> static uint32_t alignment_of(const P *...address)
@@ -519,16 +558,17 @@ template <typename... P> static uint32_t alignment_of(const P *...address)
     return (uint32_t)(all & -all);
 }
 
-static void set_attribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t name, const void *value,
-                          size_t size)
+static void set_attribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t name,
+                          const void *value, size_t size)
 {
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(desc, name, value, size));
 }
 
-static void set_preference(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t name, uint64_t value,
-                           size_t size)
+static void set_preference(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t name,
+                           uint64_t value, size_t size)
 {
-    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(p, name, &value, size)); /* little-endian: size may be 4 */
+    /* Little-endian: size may be 4. */
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(p, name, &value, size));
 }
 
 static cublasLtMatrixLayout_t matrix_layout(size_t rows, size_t cols)
@@ -539,7 +579,8 @@ static cublasLtMatrixLayout_t matrix_layout(size_t rows, size_t cols)
 }
 
 /* The pointers that an epilogue reads or writes. */
-static void set_epilogue(cublasLtMatmulDesc_t desc, const Product *p, const act *bias, const act *aux)
+static void set_epilogue(cublasLtMatmulDesc_t desc, const Product *p, const act *bias,
+                         const act *aux)
 {
     const int64_t row = (int64_t)p->N;
     const int32_t type = CUDA_ACT;
@@ -553,8 +594,8 @@ static void set_epilogue(cublasLtMatmulDesc_t desc, const Product *p, const act 
     }
 }
 
-/* Asks cuBLASLt for its best algorithm. cuBLAS's matrices are column-major: ours, row-major, are their transposes, so
- * that c' = b' a' is what it is told to make. */
+/* Asks cuBLASLt for its best algorithm. cuBLAS's matrices are column-major: ours, row-major, are
+ * their transposes, so that c' = b' a' is what it is told to make. */
 static ProductPlan plan_product(const Product *p, const act *bias, const act *aux)
 {
     enum { MOST = 32 << 20 }; /* bytes of working space: what NVIDIA advises for Hopper */
@@ -580,18 +621,22 @@ static ProductPlan plan_product(const Product *p, const act *bias, const act *au
 
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     set_preference(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, MOST, sizeof(uint64_t));
-    set_preference(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, 2, sizeof(uint32_t)); /* parts in float */
+    /* 2: parts in float. */
+    set_preference(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, 2, sizeof(uint32_t));
     for (int i = 0; i < 4; i++) /* CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, and of B, C and D */
-        set_preference(preference, (cublasLtMatmulPreferenceAttributes_t)(5 + i), p->alignment, sizeof(uint32_t));
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(gpu()->lt, plan.desc, plan.a, plan.b, plan.c, plan.c,
-                                                           preference, 1, &found, &count);
-    plan.possible = status == CUBLAS_STATUS_SUCCESS && count > 0 && found.state == CUBLAS_STATUS_SUCCESS;
+        set_preference(preference, (cublasLtMatmulPreferenceAttributes_t)(5 + i), p->alignment,
+                       sizeof(uint32_t));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+        gpu()->lt, plan.desc, plan.a, plan.b, plan.c, plan.c, preference, 1, &found, &count);
+    plan.possible =
+        status == CUBLAS_STATUS_SUCCESS && count > 0 && found.state == CUBLAS_STATUS_SUCCESS;
     if (plan.possible) plan.algorithm = found.algo, plan.workspace = found.workspaceSize;
     cublasLtMatmulPreferenceDestroy(preference);
     return plan;
 }
 
-/* The plan of a product, made when it is met for the first time: asking takes longer than many a product. */
+/* The plan of a product, made when it is met for the first time: asking takes longer than many a
+ * product. */
 static ProductPlan *find_plan(const Product *p, const act *bias, const act *aux)
 {
     Gpu *g = gpu();
@@ -603,10 +648,12 @@ static ProductPlan *find_plan(const Product *p, const act *bias, const act *aux)
     return plan;
 }
 
-/* c (M,N) [+]= a b, and the epilogue; a is (M,K), or (K,M) if transposed, b (K,N), or (N,K). bias (N) and aux (M,N) are
- * the epilogue's, or NULL. False, and nothing done, if cuBLASLt cannot do it. */
-static bool matmul_epilogue(act *c, const act *a, bool a_transposed, const act *b, bool b_transposed, size_t M,
-                            size_t N, size_t K, bool add, cublasLtEpilogue_t epilogue, const act *bias, act *aux)
+/* c (M,N) [+]= a b, and the epilogue; a is (M,K), or (K,M) if transposed, b (K,N), or (N,K). bias
+ * (N) and aux (M,N) are the epilogue's, or NULL. False, and nothing done, if cuBLASLt cannot do
+ * it. */
+static bool matmul_epilogue(act *c, const act *a, bool a_transposed, const act *b,
+                            bool b_transposed, size_t M, size_t N, size_t K, bool add,
+                            cublasLtEpilogue_t epilogue, const act *bias, act *aux)
 {
     const float one = 1, beta = add;
     const Product p = {M,
@@ -622,43 +669,52 @@ static bool matmul_epilogue(act *c, const act *a, bool a_transposed, const act *
     if (!plan->possible) return false;
     set_epilogue(plan->desc, &p, bias, aux);
     void *space = workspace(plan->workspace);
-    cublasStatus_t status = cublasLtMatmul(gpu()->lt, plan->desc, &one, b, plan->a, a, plan->b, &beta, c, plan->c, c,
-                                           plan->c, &plan->algorithm, space, plan->workspace, gpu()->stream);
+    cublasStatus_t status =
+        cublasLtMatmul(gpu()->lt, plan->desc, &one, b, plan->a, a, plan->b, &beta, c, plan->c, c,
+                       plan->c, &plan->algorithm, space, plan->workspace, gpu()->stream);
     plan->possible = status != CUBLAS_STATUS_NOT_SUPPORTED && status != CUBLAS_STATUS_INVALID_VALUE;
     if (plan->possible) CUBLAS_CHECK(status); /* what it proposes is not promised to run */
     return plan->possible;
 }
 
 /* c (M,N) [+]= a b, as above: by cuBLAS, which takes any shape, where cuBLASLt refuses. */
-static void matmul(act *c, const act *a, bool a_transposed, const act *b, bool b_transposed, size_t M, size_t N,
-                   size_t K, bool add)
+static void matmul(act *c, const act *a, bool a_transposed, const act *b, bool b_transposed,
+                   size_t M, size_t N, size_t K, bool add)
 {
     const float one = 1, beta = add;
     Gpu *g = gpu();
-    if (matmul_epilogue(c, a, a_transposed, b, b_transposed, M, N, K, add, CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL))
+    if (matmul_epilogue(c, a, a_transposed, b, b_transposed, M, N, K, add,
+                        CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL))
         return;
     if (!g->blas) {
         CUBLAS_CHECK(cublasCreate(&g->blas));
         CUBLAS_CHECK(cublasSetStream(g->blas, g->stream));
-        CUBLAS_CHECK(cublasSetMathMode(g->blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)); /* parts in float */
+        /* Parts in float. */
+        const cublasMath_t mode = CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+        CUBLAS_CHECK(cublasSetMathMode(g->blas, mode));
     }
     CUBLAS_CHECK(cublasGemmEx(g->blas, b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                              a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, (int)N, (int)M, (int)K, &one, b, CUDA_ACT,
-                              (int)(b_transposed ? K : N), a, CUDA_ACT, (int)(a_transposed ? M : K), &beta, c, CUDA_ACT,
-                              (int)N, COMPUTE_TYPE, CUBLAS_GEMM_DEFAULT));
+                              a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, (int)N, (int)M, (int)K,
+                              &one, b, CUDA_ACT, (int)(b_transposed ? K : N), a, CUDA_ACT,
+                              (int)(a_transposed ? M : K), &beta, c, CUDA_ACT, (int)N, COMPUTE_TYPE,
+                              CUBLAS_GEMM_DEFAULT));
 }
 
-/* ---- Linear layers [§3 eq.1, eq.3] ------------------------------------------------------------------------------- */
+/* ---- Linear layers [§3 eq.1, eq.3] ----------------------------------------------------------- */
 
-/* May GeLU be the product's epilogue? cuBLASLt's is the tanh form, on rows that are a multiple of 8 long. In float the
- * product takes so long that a kernel of our own costs nothing, and its GeLU is exact to float's last bits. */
-static bool gelu_fits(Gelu kind, size_t columns) { return !FULL_PRECISION && kind == GELU_TANH && columns % 8 == 0; }
+/* May GeLU be the product's epilogue? cuBLASLt's is the tanh form, on rows that are a multiple of 8
+ * long. In float the product takes so long that a kernel of our own costs nothing, and its GeLU is
+ * exact to float's last bits. */
+static bool gelu_fits(Gelu kind, size_t columns)
+{
+    return !FULL_PRECISION && kind == GELU_TANH && columns % 8 == 0;
+}
 
-/* y (N,O) = x + b (O), then gelu of it if with_gelu; pre (N,O) gets what gelu is taken of, or is NULL. x may be y or pre.
- * A block has a row, a thread W neighbouring columns. */
+/* y (N,O) = x + b (O), then gelu of it if with_gelu; pre (N,O) gets what gelu is taken of, or is
+ * NULL. x may be y or pre. A block has a row, a thread W neighbouring columns. */
 template <int W>
-static __global__ void bias_gelu_kernel(act *y, act *pre, const act *x, const act *b, size_t O, bool with_gelu,
-                                        Gelu kind)
+static __global__ void bias_gelu_kernel(act *y, act *pre, const act *x, const act *b, size_t O,
+                                        bool with_gelu, Gelu kind)
 {
     for (size_t o = threadIdx.x * W; o < O; o += blockDim.x * W) {
         const size_t at = blockIdx.x * O + o;
@@ -674,13 +730,15 @@ static __global__ void bias_gelu_kernel(act *y, act *pre, const act *x, const ac
     }
 }
 
-static void bias_gelu(act *y, act *pre, const act *x, const act *b, size_t N, size_t O, bool with_gelu, Gelu kind)
+static void bias_gelu(act *y, act *pre, const act *x, const act *b, size_t N, size_t O,
+                      bool with_gelu, Gelu kind)
 {
     LAUNCH_ROWS(bias_gelu_kernel, wide(O, y, pre, x, b), N, O, y, pre, x, b, O, with_gelu, kind);
 }
 
 /* dx (N,I) *= gelu'(pre). A block has a row, a thread W neighbouring columns. */
-template <int W> static __global__ void gelu_slope_kernel(act *dx, const act *pre, size_t I, Gelu kind)
+template <int W>
+static __global__ void gelu_slope_kernel(act *dx, const act *pre, size_t I, Gelu kind)
 {
     for (size_t c = threadIdx.x * W; c < I; c += blockDim.x * W) {
         const size_t at = blockIdx.x * I + c;
@@ -693,15 +751,17 @@ template <int W> static __global__ void gelu_slope_kernel(act *dx, const act *pr
     }
 }
 
-static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I, size_t O)
+static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I,
+                           size_t O)
 {
-    if (b && matmul_epilogue(y, x, false, w, true, N, O, I, false, CUBLASLT_EPILOGUE_BIAS, b, NULL)) return;
+    if (b && matmul_epilogue(y, x, false, w, true, N, O, I, false, CUBLASLT_EPILOGUE_BIAS, b, NULL))
+        return;
     matmul(y, x, false, w, true, N, O, I, false);
     if (b) bias_gelu(y, NULL, y, b, N, O, false, GELU_TANH);
 }
 
-static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w, size_t N, size_t I,
-                            size_t O)
+static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w,
+                            size_t N, size_t I, size_t O)
 {
     const Dropout none = {0, 0, 0, 0, 0, 0};
     if (dx) matmul(dx, dy, false, w, false, N, I, O, false);
@@ -709,34 +769,39 @@ static void linear_backward(act *dx, act *dw, act *db, const act *dy, const act 
     if (db) add_column_sums(db, NULL, dy, N, O, make_mask(none));
 }
 
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b, size_t N, size_t I,
-                                size_t O, Gelu kind)
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b,
+                                size_t N, size_t I, size_t O, Gelu kind)
 {
-    const cublasLtEpilogue_t epilogue = pre ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_BIAS;
-    if (gelu_fits(kind, O) && matmul_epilogue(y, x, false, w, true, N, O, I, false, epilogue, b, pre)) return;
+    const cublasLtEpilogue_t epilogue =
+        pre ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_BIAS;
+    if (gelu_fits(kind, O) &&
+        matmul_epilogue(y, x, false, w, true, N, O, I, false, epilogue, b, pre))
+        return;
     act *sum = pre ? pre : y;
-    if (b && matmul_epilogue(sum, x, false, w, true, N, O, I, false, CUBLASLT_EPILOGUE_BIAS, b, NULL)) b = NULL;
+    if (b &&
+        matmul_epilogue(sum, x, false, w, true, N, O, I, false, CUBLASLT_EPILOGUE_BIAS, b, NULL))
+        b = NULL;
     else matmul(sum, x, false, w, true, N, O, I, false);
     bias_gelu(y, b ? pre : NULL, sum, b, N, O, true, kind);
 }
 
-static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre, const act *w,
-                                 size_t N, size_t I, size_t O, Gelu kind)
+static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre,
+                                 const act *w, size_t N, size_t I, size_t O, Gelu kind)
 {
-    if (!gelu_fits(kind, I) ||
-        !matmul_epilogue(dpre, dz, false, w, false, N, I, O, false, CUBLASLT_EPILOGUE_DGELU, NULL, (act *)pre)) {
+    if (!gelu_fits(kind, I) || !matmul_epilogue(dpre, dz, false, w, false, N, I, O, false,
+                                                CUBLASLT_EPILOGUE_DGELU, NULL, (act *)pre)) {
         matmul(dpre, dz, false, w, false, N, I, O, false);
         LAUNCH_ROWS(gelu_slope_kernel, wide(I, dpre, pre), N, I, dpre, pre, I, kind);
     }
     matmul(dw, dz, true, y, false, O, I, N, true);
 }
 
-/* ---- Embeddings -------------------------------------------------------------------------------------------------- */
+/* ---- Embeddings ------------------------------------------------------------------------------ */
 
 /* A block has a row n, a thread W neighbouring columns. */
 template <int W>
-static __global__ void token_embedding_forward_kernel(act *x, const int *tokens, const act *wte, size_t C, size_t v0,
-                                                      size_t Vp)
+static __global__ void token_embedding_forward_kernel(act *x, const int *tokens, const act *wte,
+                                                      size_t C, size_t v0, size_t Vp)
 {
     const size_t n = blockIdx.x, row = (size_t)tokens[n] - v0;
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
@@ -746,16 +811,17 @@ static __global__ void token_embedding_forward_kernel(act *x, const int *tokens,
     }
 }
 
-static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C, size_t v0, size_t Vp)
+static void token_embedding_forward(act *x, const int *tokens, const act *wte, size_t N, size_t C,
+                                    size_t v0, size_t Vp)
 {
     LAUNCH_ROWS(token_embedding_forward_kernel, wide(C, x, wte), N, C, x, tokens, wte, C, v0, Vp);
 }
 
 enum { SORT_TILE = 256 };
 
-/* order (N) = 0 .. N-1, sorted by tokens[n], equal tokens by n. Thread n counts what comes before n, and that is its
- * place: N^2 comparisons, but a billion of them take a tenth of a millisecond. Tokens pass by in tiles, in shared
- * memory. */
+/* order (N) = 0 .. N-1, sorted by tokens[n], equal tokens by n. Thread n counts what comes before
+ * n, and that is its place: N^2 comparisons, but a billion of them take a tenth of a millisecond.
+ * Tokens pass by in tiles, in shared memory. */
 static __global__ void sort_tokens_kernel(int *order, const int *tokens, int N)
 {
     __shared__ int tile[SORT_TILE];
@@ -765,18 +831,20 @@ static __global__ void sort_tokens_kernel(int *order, const int *tokens, int N)
         const int count = N - first < SORT_TILE ? N - first : SORT_TILE;
         if ((int)threadIdx.x < count) tile[threadIdx.x] = tokens[first + threadIdx.x];
         __syncthreads();
-        for (int i = 0; i < count; i++) place += tile[i] < mine || (tile[i] == mine && first + i < n);
+        for (int i = 0; i < count; i++)
+            place += tile[i] < mine || (tile[i] == mine && first + i < n);
         __syncthreads();
     }
     if (n < N) order[place] = n;
 }
 
-/* dwte[token] += the sum of dx[n] over all n with this token. The block that stands at a token's first place in the
- * order has all of them: 32 W columns, W a lane, and its eight warps take every eighth n. Grid: places, groups of
- * columns. */
+/* dwte[token] += the sum of dx[n] over all n with this token. The block that stands at a token's
+ * first place in the order has all of them: 32 W columns, W a lane, and its eight warps take every
+ * eighth n. Grid: places, groups of columns. */
 template <int W>
-static __global__ void token_embedding_backward_kernel(act *dwte, const act *dx, const int *tokens, const int *order,
-                                                       size_t N, size_t C, size_t v0, size_t Vp)
+static __global__ void token_embedding_backward_kernel(act *dwte, const act *dx, const int *tokens,
+                                                       const int *order, size_t N, size_t C,
+                                                       size_t v0, size_t Vp)
 {
     __shared__ real side[SUM_WARPS][WARP * W];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -805,21 +873,25 @@ static __global__ void token_embedding_backward_kernel(act *dwte, const act *dx,
     }
 }
 
-static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N, size_t C, size_t v0,
-                                     size_t Vp)
+static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N,
+                                     size_t C, size_t v0, size_t Vp)
 {
     const bool w = wide(C, dx);
     const dim3 grid(blocks(N, 1), blocks(C, WARP * (w ? WIDE : 1)));
     int *order = (int *)workspace(N * sizeof *order);
     LAUNCH(sort_tokens_kernel, blocks(N, SORT_TILE), SORT_TILE, order, tokens, (int)N);
-    if (w) LAUNCH(token_embedding_backward_kernel<WIDE>, grid, SUM_WARPS * WARP, dwte, dx, tokens, order, N, C, v0, Vp);
-    else LAUNCH(token_embedding_backward_kernel<1>, grid, SUM_WARPS * WARP, dwte, dx, tokens, order, N, C, v0, Vp);
+    if (w)
+        LAUNCH(token_embedding_backward_kernel<WIDE>, grid, SUM_WARPS * WARP, dwte, dx, tokens,
+               order, N, C, v0, Vp);
+    else
+        LAUNCH(token_embedding_backward_kernel<1>, grid, SUM_WARPS * WARP, dwte, dx, tokens, order,
+               N, C, v0, Vp);
 }
 
 /* A block has a row n, a thread W neighbouring columns. */
 template <int W>
-static __global__ void position_embedding_forward_kernel(act *x, const act *wpe, size_t T, size_t C, size_t past,
-                                                         Mask mask)
+static __global__ void position_embedding_forward_kernel(act *x, const act *wpe, size_t T, size_t C,
+                                                         size_t past, Mask mask)
 {
     const size_t n = blockIdx.x, position = past + n % T;
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
@@ -833,15 +905,18 @@ static __global__ void position_embedding_forward_kernel(act *x, const act *wpe,
     }
 }
 
-static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C, size_t past, Dropout d)
+static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t T, size_t C,
+                                       size_t past, Dropout d)
 {
     const Mask m = make_mask(d);
-    LAUNCH_ROWS(position_embedding_forward_kernel, wide(C, x, wpe), B * T, C, x, wpe, T, C, past, m);
+    LAUNCH_ROWS(position_embedding_forward_kernel, wide(C, x, wpe), B * T, C, x, wpe, T, C, past,
+                m);
 }
 
 /* A block has a position t, a thread W neighbouring columns of it, in all sequences. */
 template <int W>
-static __global__ void position_embedding_backward_kernel(act *dx, act *dwpe, size_t B, size_t T, size_t C, Mask mask)
+static __global__ void position_embedding_backward_kernel(act *dx, act *dwpe, size_t B, size_t T,
+                                                          size_t C, Mask mask)
 {
     const size_t t = blockIdx.x;
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
@@ -866,13 +941,14 @@ static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, 
     LAUNCH_ROWS(position_embedding_backward_kernel, wide(C, dx, dwpe), T, C, dx, dwpe, B, T, C, m);
 }
 
-/* ---- LayerNorm --------------------------------------------------------------------------------------------------- */
+/* ---- LayerNorm ------------------------------------------------------------------------------- */
 
-/* One row by one block: y (C) = (x - mean) * rstd * g + b. Two passes, as on the CPU. A thread has W neighbouring columns
- * of each blockDim W, and reads nobody else's: so x may be what it has just written. */
+/* One row by one block: y (C) = (x - mean) * rstd * g + b. Two passes, as on the CPU. A thread has
+ * W neighbouring columns of each blockDim W, and reads nobody else's: so x may be what it has just
+ * written. */
 template <int W>
-static __device__ void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t C,
-                                     real eps)
+static __device__ void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g,
+                                     const act *b, size_t C, real eps)
 {
     real sum[1] = {}, squares[1] = {};
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
@@ -905,26 +981,28 @@ static __device__ void layernorm_row(act *y, real *mean, real *rstd, const act *
 
 /* A block has a row. */
 template <int W>
-static __global__ void layernorm_forward_kernel(act *y, real *mean, real *rstd, const act *x, const act *g,
-                                                const act *b, size_t C, real eps)
+static __global__ void layernorm_forward_kernel(act *y, real *mean, real *rstd, const act *x,
+                                                const act *g, const act *b, size_t C, real eps)
 {
     const size_t n = blockIdx.x;
     layernorm_row<W>(y + n * C, mean + n, rstd + n, x + n * C, g, b, C, eps);
 }
 
-static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g, const act *b, size_t N,
-                              size_t C, real eps)
+static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, const act *g,
+                              const act *b, size_t N, size_t C, real eps)
 {
-    LAUNCH_ROWS(layernorm_forward_kernel, wide(C, y, x, g, b), N, C, y, mean, rstd, x, g, b, C, eps);
+    LAUNCH_ROWS(layernorm_forward_kernel, wide(C, y, x, g, b), N, C, y, mean, rstd, x, g, b, C,
+                eps);
 }
 
-/* dx as in megatron_gpt2.c, and part (gridDim,2,C) = sums of dg and of db over this block's rows, every gridDim-th one. A
- * thread has W neighbouring columns of each blockDim W, the same in all rows, and keeps their sums in shared memory:
- * column W p + i stands at i packs + p, so that lanes use different banks. */
+/* dx as in megatron_gpt2.c, and part (gridDim,2,C) = sums of dg and of db over this block's rows,
+ * every gridDim-th one. A thread has W neighbouring columns of each blockDim W, the same in all
+ * rows, and keeps their sums in shared memory: column W p + i stands at i packs + p, so that lanes
+ * use different banks. */
 template <int W>
-static __global__ void layernorm_backward_kernel(act *dx, real *part, const act *dy, const act *x, const act *g,
-                                                 const real *mean, const real *rstd, const act *dres, size_t N,
-                                                 size_t C)
+static __global__ void layernorm_backward_kernel(act *dx, real *part, const act *dy, const act *x,
+                                                 const act *g, const real *mean, const real *rstd,
+                                                 const act *dres, size_t N, size_t C)
 {
     extern __shared__ float4 shared[];
     const size_t packs = C / W;
@@ -958,7 +1036,8 @@ static __global__ void layernorm_backward_kernel(act *dx, real *part, const act 
             load(gain, g + p * W);
             if (dres) load(out, dres + n * C + p * W);
 #pragma unroll
-            for (int i = 0; i < W; i++) out[i] += r * (d[i] * gain[i] - sums[0] - (v[i] - m) * r * sums[1]);
+            for (int i = 0; i < W; i++)
+                out[i] += r * (d[i] * gain[i] - sums[0] - (v[i] - m) * r * sums[1]);
             store(dx + n * C + p * W, out);
         }
     }
@@ -966,42 +1045,49 @@ static __global__ void layernorm_backward_kernel(act *dx, real *part, const act 
     for (size_t p = threadIdx.x; p < packs; p += blockDim.x) {
         real g_sums[W], b_sums[W];
 #pragma unroll
-        for (int i = 0; i < W; i++) g_sums[i] = sum_g[i * packs + p], b_sums[i] = sum_b[i * packs + p];
+        for (int i = 0; i < W; i++)
+            g_sums[i] = sum_g[i * packs + p], b_sums[i] = sum_b[i * packs + p];
         store(to + p * W, g_sums);
         store(to + C + p * W, b_sums);
     }
 }
 
 template <int W>
-static void layernorm_backward_of(act *dx, real *part, const act *dy, const act *x, const act *g, const real *mean,
-                                  const real *rstd, const act *dres, size_t N, size_t C, size_t chunks)
+static void layernorm_backward_of(act *dx, real *part, const act *dy, const act *x, const act *g,
+                                  const real *mean, const real *rstd, const act *dres, size_t N,
+                                  size_t C, size_t chunks)
 {
     const size_t bytes = 2 * C * sizeof(real);
-    if (cudaFuncSetAttribute(layernorm_backward_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) !=
-        cudaSuccess)
-        die("a hidden size of %zu: LayerNorm's backward pass keeps 8 bytes a column in a GPU's shared memory, which is "
+    if (cudaFuncSetAttribute(layernorm_backward_kernel<W>,
+                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)bytes) != cudaSuccess)
+        die("a hidden size of %zu: LayerNorm's backward pass keeps 8 bytes a column in a GPU's "
+            "shared memory, which is "
             "too small for it",
             C);
-    LAUNCH_SHARED(layernorm_backward_kernel<W>, blocks(chunks, 1), row_threads(C, W), bytes, dx, part, dy, x, g, mean,
-                  rstd, dres, N, C);
+    LAUNCH_SHARED(layernorm_backward_kernel<W>, blocks(chunks, 1), row_threads(C, W), bytes, dx,
+                  part, dy, x, g, mean, rstd, dres, N, C);
 }
 
-static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g, const real *mean,
-                               const real *rstd, const act *dres, size_t N, size_t C)
+static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g,
+                               const real *mean, const real *rstd, const act *dres, size_t N,
+                               size_t C)
 {
     const size_t chunks = min_size(N, SUM_BLOCKS);
     real *part = (real *)workspace(chunks * 2 * C * sizeof *part);
-    if (wide(C, dx, dy, x, g, dres)) layernorm_backward_of<WIDE>(dx, part, dy, x, g, mean, rstd, dres, N, C, chunks);
+    if (wide(C, dx, dy, x, g, dres))
+        layernorm_backward_of<WIDE>(dx, part, dy, x, g, mean, rstd, dres, N, C, chunks);
     else layernorm_backward_of<1>(dx, part, dy, x, g, mean, rstd, dres, N, C, chunks);
     add_parts(dg, db, part, chunks, C);
 }
 
-/* ---- Bias + dropout + residual (+ LayerNorm) --------------------------------------------------------------------- */
+/* ---- Bias + dropout + residual (+ LayerNorm) ------------------------------------------------- */
 
 /* One row by one block: out (C) = residual + mask * (y + bias), for elements index .. index+C-1. */
 template <int W>
-static __device__ void bias_dropout_add_row(act *out, const act *y, const act *bias, const act *residual, size_t C,
-                                            const Mask &mask, size_t index)
+static __device__ void bias_dropout_add_row(act *out, const act *y, const act *bias,
+                                            const act *residual, size_t C, const Mask &mask,
+                                            size_t index)
 {
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         real v[W], b[W], x[W];
@@ -1019,67 +1105,75 @@ static __device__ void bias_dropout_add_row(act *out, const act *y, const act *b
 
 /* A block has a row. */
 template <int W>
-static __global__ void bias_dropout_add_forward_kernel(act *out, const act *y, const act *bias, const act *residual,
-                                                       size_t C, Mask mask)
+static __global__ void bias_dropout_add_forward_kernel(act *out, const act *y, const act *bias,
+                                                       const act *residual, size_t C, Mask mask)
 {
     const size_t at = blockIdx.x * C;
     bias_dropout_add_row<W>(out + at, y + at, bias, residual + at, C, mask, at);
 }
 
-static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual, size_t N, size_t C,
-                                     Dropout d)
+static void bias_dropout_add_forward(act *out, const act *y, const act *bias, const act *residual,
+                                     size_t N, size_t C, Dropout d)
 {
     const Mask m = make_mask(d);
-    LAUNCH_ROWS(bias_dropout_add_forward_kernel, wide(C, out, y, bias, residual), N, C, out, y, bias, residual, C, m);
+    LAUNCH_ROWS(bias_dropout_add_forward_kernel, wide(C, out, y, bias, residual), N, C, out, y,
+                bias, residual, C, m);
 }
 
-/* A block has a row. LayerNorm reads res as it was rounded for backward, each thread what it wrote itself. */
+/* A block has a row. LayerNorm reads res as it was rounded for backward, each thread what it wrote
+ * itself. */
 template <int W>
-static __global__ void bias_dropout_add_layernorm_forward_kernel(act *ln, act *res, real *mean, real *rstd,
-                                                                 const act *y, const act *bias, const act *residual,
-                                                                 const act *g, const act *b, size_t C, real eps,
-                                                                 Mask mask)
+static __global__ void
+bias_dropout_add_layernorm_forward_kernel(act *ln, act *res, real *mean, real *rstd, const act *y,
+                                          const act *bias, const act *residual, const act *g,
+                                          const act *b, size_t C, real eps, Mask mask)
 {
     const size_t n = blockIdx.x, at = n * C;
     bias_dropout_add_row<W>(res + at, y + at, bias, residual + at, C, mask, at);
     layernorm_row<W>(ln + at, mean + n, rstd + n, res + at, g, b, C, eps);
 }
 
-static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd, const act *y, const act *bias,
-                                               const act *residual, const act *g, const act *b, size_t N, size_t C,
+static void bias_dropout_add_layernorm_forward(act *ln, act *res, real *mean, real *rstd,
+                                               const act *y, const act *bias, const act *residual,
+                                               const act *g, const act *b, size_t N, size_t C,
                                                real eps, Dropout d)
 {
     const Mask m = make_mask(d);
-    LAUNCH_ROWS(bias_dropout_add_layernorm_forward_kernel, wide(C, ln, res, y, bias, residual, g, b), N, C, ln, res,
-                mean, rstd, y, bias, residual, g, b, C, eps, m);
+    LAUNCH_ROWS(bias_dropout_add_layernorm_forward_kernel,
+                wide(C, ln, res, y, bias, residual, g, b), N, C, ln, res, mean, rstd, y, bias,
+                residual, g, b, C, eps, m);
 }
 
-static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C, Dropout d)
+static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size_t N, size_t C,
+                                      Dropout d)
 {
     add_column_sums(dbias, dy, dout, N, C, make_mask(d));
 }
 
-/* ---- Causal self-attention [§3 Fig. 3b] -------------------------------------------------------------------------- */
+/* ---- Causal self-attention [§3 Fig. 3b] ------------------------------------------------------ */
 
-/* Any head size, any type of act, products in float: the attention of megatron_gpt2.c, whose comment tells the online
- * softmax and what lse is. A block of 256 threads, 16 x 16, makes 64 x 64 scores of one head at a time:
+/* Any head size, any type of act, products in float: the attention of megatron_gpt2.c, whose
+ * comment tells the online softmax and what lse is. A block of 256 threads, 16 x 16, makes 64 x 64
+ * scores of one head at a time:
  *
  *                b' (D,64)
- *              +----------+      Thread (y, x) has rows 4y .. 4y+3 and columns x, x+16, x+32, x+48: 16 scores, in
- *     a (64,D) | s (64,64)|      registers. Rows of a and b come through shared memory, 32 columns of D at a time, read
- *              +----------+      four numbers at a time.
+ *              +----------+      Thread (y, x) has rows 4y .. 4y+3 and columns x, x+16, x+32, x+48:
+ *     a (64,D) | s (64,64)|      16 scores, in registers. Rows of a and b come through shared
+ *              +----------+      memory, 32 columns of D at a time, read four numbers at a time.
  *
- * A row of scores is in the 16 neighbouring threads of one y, which find its maximum and sum by shuffles. Then p (64,64)
- * goes to shared memory, and o (64,COLUMNS) += p v: thread (y, x) has rows 4y .. 4y+3 again, and columns 4x .. 4x+3 of
- * each 64. COLUMNS is 64, or 128 where D is larger; where that is not enough, blocks along the grid's z share the
- * columns, and each makes the scores for itself.
+ * A row of scores is in the 16 neighbouring threads of one y, which find its maximum and sum by
+ * shuffles. Then p (64,64) goes to shared memory, and o (64,COLUMNS) += p v: thread (y, x) has rows
+ * 4y .. 4y+3 again, and columns 4x .. 4x+3 of each 64. COLUMNS is 64, or 128 where D is larger;
+ * where that is not enough, blocks along the grid's z share the columns, and each makes the scores
+ * for itself.
  *
- *     forward    a block owns queries and walks over keys      S = Q K', O += dropout(P) V
- *     dQ         a block owns queries and walks over keys      S, dP = dO V', dQ += dS K
- *     dK, dV     a block owns keys and walks over queries      S', dP' = V dO', dV += dropout(P)' dO, dK += dS' Q
+ *     forward   a block owns queries and walks over keys   S = Q K', O += dropout(P) V
+ *     dQ        a block owns queries and walks over keys   S, dP = dO V', dQ += dS K
+ *     dK, dV    a block owns keys and walks over queries   S', dP' = V dO', dV += dropout(P)' dO,
+ *                                                          dK += dS' Q
  *
- * Grid: heads of all sequences, blocks of 64 rows, groups of columns. Blocks above the diagonal are skipped; the longest
- * walks start first, so that the last ones to start are short. */
+ * Grid: heads of all sequences, blocks of 64 rows, groups of columns. Blocks above the diagonal are
+ * skipped; the longest walks start first, so that the last ones to start are short. */
 enum { SIDE = 64, CHUNK = 32, ATTENTION_THREADS = 256 };
 
 /* Some rows of one head in global memory: row i begins at p + i * row. */
@@ -1095,19 +1189,21 @@ static __device__ inline Rows rows_from(const act *head, size_t row, int first, 
     return r;
 }
 
-/* What the threads of a block share. Rows are padded by one float4, so that those which are read together start in
- * different banks. */
+/* What the threads of a block share. Rows are padded by one float4, so that those which are read
+ * together start in different banks. */
 struct AttentionShared {
     union {
-        float4 ab[2][SIDE][CHUNK / 4 + 1]; /* columns of a and b on their way into a product over D */
-        float4 v64[CHUNK][64 / 4 + 1];     /* .. or rows of v into a product over 64 */
+        float4 ab[2][SIDE]
+                 [CHUNK / 4 + 1];      /* columns of a and b on their way into a product over D */
+        float4 v64[CHUNK][64 / 4 + 1]; /* .. or rows of v into a product over 64 */
         float4 v128[CHUNK][128 / 4 + 1];
     };
     float4 p[SIDE][SIDE / 4 + 1];
     uint16_t keep[SIDE][SIDE / 16]; /* dropout's bits of 64 queries x 64 keys */
 };
 
-/* Four numbers of row r, from column c on; zeros where there are none. At once where rows begin at multiples of four. */
+/* Four numbers of row r, from column c on; zeros where there are none. At once where rows begin at
+ * multiples of four. */
 static __device__ inline float4 load_four(const Rows &m, int r, int c, int columns, bool vectors)
 {
     real x[4] = {};
@@ -1120,8 +1216,8 @@ static __device__ inline float4 load_four(const Rows &m, int r, int c, int colum
 }
 
 /* s (64,64) = a (64,D) b' (D,64). */
-static __device__ inline void multiply_rows(real (&s)[4][4], AttentionShared &shared, const Rows &a, const Rows &b,
-                                            int D, bool vectors)
+static __device__ inline void multiply_rows(real (&s)[4][4], AttentionShared &shared, const Rows &a,
+                                            const Rows &b, int D, bool vectors)
 {
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 #pragma unroll
@@ -1138,12 +1234,14 @@ static __device__ inline void multiply_rows(real (&s)[4][4], AttentionShared &sh
         for (int c = 0; c < CHUNK / 4; c++) {
             float4 u[4], w[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) u[i] = shared.ab[0][4 * y + i][c], w[i] = shared.ab[1][x + 16 * i][c];
+            for (int i = 0; i < 4; i++)
+                u[i] = shared.ab[0][4 * y + i][c], w[i] = shared.ab[1][x + 16 * i][c];
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll
                 for (int j = 0; j < 4; j++)
-                    s[i][j] += u[i].x * w[j].x + u[i].y * w[j].y + u[i].z * w[j].z + u[i].w * w[j].w;
+                    s[i][j] +=
+                        u[i].x * w[j].x + u[i].y * w[j].y + u[i].z * w[j].z + u[i].w * w[j].w;
         }
     }
 }
@@ -1158,10 +1256,11 @@ static __device__ inline void put(AttentionShared &shared, const real (&p)[4][4]
         for (int j = 0; j < 4; j++) ((real *)shared.p[4 * y + i])[x + 16 * j] = p[i][j];
 }
 
-/* o (64,COLUMNS) += shared.p (64,64) v (64,COLUMNS), of whose columns `columns` exist. It begins with a barrier. */
+/* o (64,COLUMNS) += shared.p (64,64) v (64,COLUMNS), of whose columns `columns` exist. It begins
+ * with a barrier. */
 template <int COLUMNS>
-static __device__ inline void accumulate(float4 (&o)[4][COLUMNS / 64], AttentionShared &shared, const Rows &v,
-                                         int columns, bool vectors)
+static __device__ inline void accumulate(float4 (&o)[4][COLUMNS / 64], AttentionShared &shared,
+                                         const Rows &v, int columns, bool vectors)
 {
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
     float4(*const tile)[COLUMNS / 4 + 1] =
@@ -1185,8 +1284,12 @@ static __device__ inline void accumulate(float4 (&o)[4][COLUMNS / 64], Attention
                     const float4 w = tile[4 * k + kk][x + 16 * j];
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        const real q = kk == 0 ? p[i].x : kk == 1 ? p[i].y : kk == 2 ? p[i].z : p[i].w;
-                        o[i][j].x += q * w.x, o[i][j].y += q * w.y, o[i][j].z += q * w.z, o[i][j].w += q * w.w;
+                        const real q = kk == 0   ? p[i].x
+                                       : kk == 1 ? p[i].y
+                                       : kk == 2 ? p[i].z
+                                                 : p[i].w;
+                        o[i][j].x += q * w.x, o[i][j].y += q * w.y, o[i][j].z += q * w.z,
+                            o[i][j].w += q * w.w;
                     }
                 }
         }
@@ -1195,8 +1298,9 @@ static __device__ inline void accumulate(float4 (&o)[4][COLUMNS / 64], Attention
 
 /* to (64,COLUMNS), rows to_row apart = o times factor[row], where rows and columns exist. */
 template <int COLUMNS>
-static __device__ inline void write_columns(act *to, size_t to_row, const float4 (&o)[4][COLUMNS / 64],
-                                            const real (&factor)[4], int rows, int columns, bool vectors)
+static __device__ inline void
+write_columns(act *to, size_t to_row, const float4 (&o)[4][COLUMNS / 64], const real (&factor)[4],
+              int rows, int columns, bool vectors)
 {
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 #pragma unroll
@@ -1225,8 +1329,10 @@ static inline HOST_DEVICE Dropout head_dropout(Dropout d, size_t b, size_t h, si
     return d;
 }
 
-/* Draws shared.keep for queries i0 .. i0+63 and keys j0 .. j0+63: 16 bits a thread. The next barrier makes them seen. */
-static __device__ inline void draw_keep(AttentionShared &shared, const Mask &m, int i0, int j0, int T)
+/* Draws shared.keep for queries i0 .. i0+63 and keys j0 .. j0+63: 16 bits a thread. The next
+ * barrier makes them seen. */
+static __device__ inline void draw_keep(AttentionShared &shared, const Mask &m, int i0, int j0,
+                                        int T)
 {
     const int row = threadIdx.x / 4, group = threadIdx.x % 4;
     const uint64_t index = m.d.first + (uint64_t)(i0 + row) * T + j0 + 16 * group;
@@ -1235,7 +1341,8 @@ static __device__ inline void draw_keep(AttentionShared &shared, const Mask &m, 
     shared.keep[row][group] = (uint16_t)bits;
 }
 
-static __device__ inline real keep_factor(const AttentionShared &shared, const Mask &m, int query, int key)
+static __device__ inline real keep_factor(const AttentionShared &shared, const Mask &m, int query,
+                                          int key)
 {
     if (m.d.p == 0) return 1;
     return shared.keep[query][key / 16] >> key % 16 & 1 ? m.scale : 0;
@@ -1250,7 +1357,8 @@ template <typename Op> static __device__ inline real row_reduce(real x)
 
 template <int COLUMNS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS)
-    attention_forward_kernel(act *out, real *lse, const act *qkv, int T, int H, int D, bool vectors, Mask mask)
+    attention_forward_kernel(act *out, real *lse, const act *qkv, int T, int H, int D, bool vectors,
+                             Mask mask)
 {
     __shared__ AttentionShared shared;
     const int x = threadIdx.x % 16, y = threadIdx.x / 16, b = blockIdx.x / H, h = blockIdx.x % H;
@@ -1266,12 +1374,14 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
     for (int j0 = 0; j0 < T && j0 <= i0; j0 += SIDE) {
         real s[4][4];
         if (mask.d.p > 0) draw_keep(shared, mask, i0, j0, T);
-        multiply_rows(s, shared, rows_from(q, 3 * C, i0, T), rows_from(k, 3 * C, j0, T), D, vectors);
+        multiply_rows(s, shared, rows_from(q, 3 * C, i0, T), rows_from(k, 3 * C, j0, T), D,
+                      vectors);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             real now = -INFINITY, total = 0;
 #pragma unroll
-            for (int j = 0; j < 4; j++) { /* key j0 + x + 16 j is in the future of query i0 + 4 y + i */
+            for (int j = 0; j < 4;
+                 j++) { /* key j0 + x + 16 j is in the future of query i0 + 4 y + i */
                 s[i][j] = j0 + x + 16 * j > i0 + 4 * y + i ? -INFINITY : s[i][j] * scale;
                 now = Max::of(now, s[i][j]);
             }
@@ -1284,8 +1394,8 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
                 total += s[i][j];
                 s[i][j] *= keep_factor(shared, mask, 4 * y + i, x + 16 * j);
             }
-            sum[i] =
-                sum[i] * shrink + row_reduce<Add>(total); /* the softmax is of all scores: dropout comes after it */
+            /* The softmax is of all scores: dropout comes after it. */
+            sum[i] = sum[i] * shrink + row_reduce<Add>(total);
 #pragma unroll
             for (int j = 0; j < COLUMNS / 64; j++)
                 o[i][j].x *= shrink, o[i][j].y *= shrink, o[i][j].z *= shrink, o[i][j].w *= shrink;
@@ -1298,14 +1408,16 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
     for (int i = 0; i < 4; i++) {
         const int query = i0 + 4 * y + i;
         factor[i] = 1 / sum[i];
-        if (x == 0 && blockIdx.z == 0 && query < T) lse[(size_t)blockIdx.x * T + query] = top[i] + logf(sum[i]);
+        if (x == 0 && blockIdx.z == 0 && query < T)
+            lse[(size_t)blockIdx.x * T + query] = top[i] + logf(sum[i]);
     }
-    write_columns<COLUMNS>(out + ((size_t)b * T + i0) * C + h * D + column, C, o, factor, T - i0, D - column, vectors);
+    write_columns<COLUMNS>(out + ((size_t)b * T + i0) * C + h * D + column, C, o, factor, T - i0,
+                           D - column, vectors);
 }
 
 /* delta (B,H,T) = sum over a head's columns of dout * out, both (B,T,H*D): a warp a row. */
-static __global__ void attention_delta_kernel(real *delta, const act *dout, const act *out, size_t rows, size_t T,
-                                              size_t H, size_t D)
+static __global__ void attention_delta_kernel(real *delta, const act *dout, const act *out,
+                                              size_t rows, size_t T, size_t H, size_t D)
 {
     const size_t row = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / WARP; /* of (B,T,H) */
     const size_t h = row % H, t = row / H % T, b = row / H / T;
@@ -1317,8 +1429,8 @@ static __global__ void attention_delta_kernel(real *delta, const act *dout, cons
 }
 
 /* Scores s become the dropped-out P, and dp = dO V' becomes dS. */
-static __device__ inline void softmax_backward(real &s, real &dp, bool visible, real scale, real lse, real delta,
-                                               real keep)
+static __device__ inline void softmax_backward(real &s, real &dp, bool visible, real scale,
+                                               real lse, real delta, real keep)
 {
     const real p = visible ? expf(s * scale - lse) : 0;
     s = p * keep;
@@ -1327,8 +1439,8 @@ static __device__ inline void softmax_backward(real &s, real &dp, bool visible, 
 
 template <int COLUMNS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS)
-    attention_backward_q_kernel(act *dqkv, const real *delta, const act *dout, const real *lse, const act *qkv, int T,
-                                int H, int D, bool vectors, Mask mask)
+    attention_backward_q_kernel(act *dqkv, const real *delta, const act *dout, const real *lse,
+                                const act *qkv, int T, int H, int D, bool vectors, Mask mask)
 {
     __shared__ AttentionShared shared;
     const int x = threadIdx.x % 16, y = threadIdx.x / 16, b = blockIdx.x / H, h = blockIdx.x % H;
@@ -1348,38 +1460,43 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
     for (int j0 = 0; j0 < T && j0 <= i0; j0 += SIDE) {
         real s[4][4], dp[4][4];
         if (mask.d.p > 0) draw_keep(shared, mask, i0, j0, T);
-        multiply_rows(s, shared, rows_from(q, 3 * C, i0, T), rows_from(k, 3 * C, j0, T), D, vectors);
+        multiply_rows(s, shared, rows_from(q, 3 * C, i0, T), rows_from(k, 3 * C, j0, T), D,
+                      vectors);
         multiply_rows(dp, shared, rows_from(go, C, i0, T), rows_from(v, 3 * C, j0, T), D, vectors);
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                softmax_backward(s[i][j], dp[i][j], j0 + x + 16 * j <= i0 + 4 * y + i, scale, lse_i[i], delta_i[i],
+                softmax_backward(s[i][j], dp[i][j], j0 + x + 16 * j <= i0 + 4 * y + i, scale,
+                                 lse_i[i], delta_i[i],
                                  keep_factor(shared, mask, 4 * y + i, x + 16 * j));
         put(shared, dp);
         accumulate<COLUMNS>(dq, shared, rows_from(k + column, 3 * C, j0, T), D - column, vectors);
     }
-    write_columns<COLUMNS>(dqkv + head + i0 * 3 * C + column, 3 * C, dq, factor, T - i0, D - column, vectors);
+    write_columns<COLUMNS>(dqkv + head + i0 * 3 * C + column, 3 * C, dq, factor, T - i0, D - column,
+                           vectors);
 }
 
 template <int COLUMNS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS)
-    attention_backward_kv_kernel(act *dqkv, const real *delta, const act *dout, const real *lse, const act *qkv, int T,
-                                 int H, int D, bool vectors, Mask mask)
+    attention_backward_kv_kernel(act *dqkv, const real *delta, const act *dout, const real *lse,
+                                 const act *qkv, int T, int H, int D, bool vectors, Mask mask)
 {
     __shared__ AttentionShared shared;
     const int x = threadIdx.x % 16, y = threadIdx.x / 16, b = blockIdx.x / H, h = blockIdx.x % H;
     const int j0 = blockIdx.y * SIDE, column = blockIdx.z * COLUMNS;
     const size_t C = (size_t)H * D, head = (size_t)b * T * 3 * C + h * D;
     const act *q = qkv + head, *k = q + C, *v = k + C, *go = dout + (size_t)b * T * C + h * D;
-    const real scale = 1 / sqrtf((real)D), scales[4] = {scale, scale, scale, scale}, ones[4] = {1, 1, 1, 1};
+    const real scale = 1 / sqrtf((real)D), scales[4] = {scale, scale, scale, scale},
+               ones[4] = {1, 1, 1, 1};
     float4 dk[4][COLUMNS / 64] = {}, dv[4][COLUMNS / 64] = {};
     mask.d = head_dropout(mask.d, b, h, T);
 
     for (int i0 = j0; i0 < T; i0 += SIDE) {
         real s[4][4], dp[4][4]; /* their rows are keys, their columns queries */
         if (mask.d.p > 0) draw_keep(shared, mask, i0, j0, T);
-        multiply_rows(s, shared, rows_from(k, 3 * C, j0, T), rows_from(q, 3 * C, i0, T), D, vectors);
+        multiply_rows(s, shared, rows_from(k, 3 * C, j0, T), rows_from(q, 3 * C, i0, T), D,
+                      vectors);
         multiply_rows(dp, shared, rows_from(v, 3 * C, j0, T), rows_from(go, C, i0, T), D, vectors);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -1388,8 +1505,8 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
             const real delta_j = query < T ? delta[(size_t)blockIdx.x * T + query] : 0;
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                softmax_backward(s[i][j], dp[i][j], query < T && j0 + 4 * y + i <= query, scale, lse_j, delta_j,
-                                 keep_factor(shared, mask, x + 16 * j, 4 * y + i));
+                softmax_backward(s[i][j], dp[i][j], query < T && j0 + 4 * y + i <= query, scale,
+                                 lse_j, delta_j, keep_factor(shared, mask, x + 16 * j, 4 * y + i));
         }
         put(shared, s);
         accumulate<COLUMNS>(dv, shared, rows_from(go + column, C, i0, T), D - column, vectors);
@@ -1403,40 +1520,47 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
 }
 
 /* Launches the kernel<COLUMNS> that fits. */
-#define LAUNCH_ATTENTION(kernel, B, T, H, D, ...)                                                                      \
-    do {                                                                                                               \
-        const dim3 grid(blocks((B) * (H), 1), blocks(T, SIDE), blocks(D, (D) > 64 ? 128 : 64));                        \
-        if ((D) > 64)                                                                                                  \
-            LAUNCH(kernel<128>, grid, ATTENTION_THREADS, __VA_ARGS__, (int)(T), (int)(H), (int)(D), vectors, m);       \
-        else LAUNCH(kernel<64>, grid, ATTENTION_THREADS, __VA_ARGS__, (int)(T), (int)(H), (int)(D), vectors, m);       \
+#define LAUNCH_ATTENTION(kernel, B, T, H, D, ...)                                                  \
+    do {                                                                                           \
+        const dim3 grid(blocks((B) * (H), 1), blocks(T, SIDE), blocks(D, (D) > 64 ? 128 : 64));    \
+        if ((D) > 64)                                                                              \
+            LAUNCH(kernel<128>, grid, ATTENTION_THREADS, __VA_ARGS__, (int)(T), (int)(H),          \
+                   (int)(D), vectors, m);                                                          \
+        else                                                                                       \
+            LAUNCH(kernel<64>, grid, ATTENTION_THREADS, __VA_ARGS__, (int)(T), (int)(H), (int)(D), \
+                   vectors, m);                                                                    \
     } while (0)
 
-/* ---- The same on tensor cores, for act of 16 bits and heads of 64, 96 or 128 ------------------------------------- */
+/* ---- The same on tensor cores, for act of 16 bits and heads of 64, 96 or 128 ----------------- */
 
 #if defined PRECISION_BF16 || defined PRECISION_FP16
-/* Flash attention: the online softmax of megatron_gpt2.c with its products on tensor cores. A block of four warps owns
- * some rows of one head and streams the other side past them. A warp works on 16 M of the rows by itself, and meets
- * the others only where shared memory changes hands. No kernel writes what two blocks own:
+/* Flash attention: the online softmax of megatron_gpt2.c with its products on tensor cores. A block
+ * of four warps owns some rows of one head and streams the other side past them. A warp works on 16
+ * M of the rows by itself, and meets the others only where shared memory changes hands. No kernel
+ * writes what two blocks own:
  *
  *     forward    a block owns queries, keys stream past    S = Q K', O = dropout(P) V
  *     dQ         a block owns queries, keys stream past    S, dP = dO V', dQ = dS K
  *     dK, dV     a block owns keys, queries stream past    S', dP', dV = dropout(P)' dO, dK = dS' Q
  *
- * Backward makes seven products where one kernel would make five, but each sum has one order, and needs no atomics.
+ * Backward makes seven products where one kernel would make five, but each sum has one order, and
+ * needs no atomics.
  *
- * One instruction multiplies tiles, C (16,8) += A (16,16) B (16,8). Of these lane 4 g + t of the warp holds
+ * One instruction multiplies tiles, C (16,8) += A (16,16) B (16,8). Of these lane 4 g + t of the
+ * warp holds
  *
  *                 columns                        columns                             column
  *              2t    2t+1                2t, 2t+1   2t+8, 2t+9                          g
  *     row g    c[0]  c[1]       row g      a[0]        a[2]       rows 2t,   2t+1     b[0]
  *     row g+8  c[2]  c[3]       row g+8    a[1]        a[3]       rows 2t+8, 2t+9     b[1]
  *
- * c in float, a and b two act a word. So two tiles of C side by side, rounded to act, are one of A: the softmax goes
- * from S to P V in registers. A matrix c (16 M, N) in registers is c[M][N / 8][4].
+ * c in float, a and b two act a word. So two tiles of C side by side, rounded to act, are one of A:
+ * the softmax goes from S to P V in registers. A matrix c (16 M, N) in registers is c[M][N / 8][4].
  *
- * Dropout wants four neighbouring columns in one lane, since that is what a call of philox gives. So the rows that
- * stream past are stored, of every 16, in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15: as columns 2t and 2t+1 of a
- * tile and of the next one, a lane meets 4t .. 4t+3. Sums over them do not care. */
+ * Dropout wants four neighbouring columns in one lane, since that is what a call of philox gives.
+ * So the rows that stream past are stored, of every 16, in the order 0 1 4 5 8 9 12 13 2 3 6 7 10
+ * 11 14 15: as columns 2t and 2t+1 of a tile and of the next one, a lane meets 4t .. 4t+3. Sums
+ * over them do not care. */
 
 #ifdef __CUDACC__
 #ifdef PRECISION_BF16
@@ -1455,10 +1579,13 @@ static __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4]
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-static __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+static __device__ inline uint32_t shared_address(const void *p)
+{
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
 
-/* Four tiles of 8 x 8 act from shared memory: r[i] = columns 2t and 2t+1 of row g of tile i. Lane l tells where row
- * l % 8 of tile l / 8 begins. */
+/* Four tiles of 8 x 8 act from shared memory: r[i] = columns 2t and 2t+1 of row g of tile i. Lane l
+ * tells where row l % 8 of tile l / 8 begins. */
 static __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const act *row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -1476,16 +1603,20 @@ static __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const act *row
                  : "memory");
 }
 
-/* Copies 16 bytes to shared memory while the thread goes on; zeros, and nothing is read, where not valid. */
+/* Copies 16 bytes to shared memory while the thread goes on; zeros, and nothing is read, where not
+ * valid. */
 static __device__ inline void cp_async_16(void *to, const void *from, bool valid)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(valid ? 16 : 0)
                  : "memory");
 }
 
 /* Ends a group of this thread's copies; waits until all but its latest N groups have come. */
-static __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+static __device__ inline void cp_async_commit()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int N> static __device__ inline void cp_async_wait()
 {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -1494,50 +1625,88 @@ template <int N> static __device__ inline void cp_async_wait()
 
 enum { FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP };
 
-/* Rows in shared memory are padded by 16 bytes: so the eight that ldmatrix reads together are in different banks. */
+/* Rows in shared memory are padded by 16 bytes: so the eight that ldmatrix reads together are in
+ * different banks. */
 template <int D> struct Row {
     enum { SIZE = D + 8 };
 };
 
-/* How much a kernel does at a time. M: tiles of 16 rows a warp owns. N: columns of S in registers. STREAM: rows in one
- * of the stream's two stages. KEEP: the owned rows stay in registers too. BLOCKS: so many should find room on an SM. */
+/* How much a kernel does at a time. M: tiles of 16 rows a warp owns. N: columns of S in registers.
+ * STREAM: rows in one of the stream's two stages. KEEP: the owned rows stay in registers too.
+ * BLOCKS: so many should find room on an SM. */
 template <int D, bool DROP> struct FlashForward {
-    enum { M = 2, N = D == 64 || (D == 96 && !DROP) ? 64 : 32, STREAM = N, KEEP = D == 64 && !DROP, BLOCKS = 2 };
-    enum { ROWS = FLASH_WARPS * 16 * M, BYTES = (ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act) };
+    enum {
+        M = 2,
+        N = D == 64 || (D == 96 && !DROP) ? 64 : 32,
+        STREAM = N,
+        KEEP = D == 64 && !DROP,
+        BLOCKS = 2
+    };
+    enum {
+        ROWS = FLASH_WARPS * 16 * M,
+        BYTES = (ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act)
+    };
 };
 template <int D, bool DROP> struct FlashBackwardQ {
-    enum { M = D == 64 ? 2 : 1, N = 32, STREAM = D == 64 ? 64 : 32, KEEP = D == 64, BLOCKS = D == 64 ? 2 : 3 };
-    enum { ROWS = FLASH_WARPS * 16 * M, BYTES = (2 * ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act) };
+    enum {
+        M = D == 64 ? 2 : 1,
+        N = 32,
+        STREAM = D == 64 ? 64 : 32,
+        KEEP = D == 64,
+        BLOCKS = D == 64 ? 2 : 3
+    };
+    enum {
+        ROWS = FLASH_WARPS * 16 * M,
+        BYTES = (2 * ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act)
+    };
 };
 template <int D, bool DROP> struct FlashBackwardKV {
-    enum { M = 1, N = 32, STREAM = D < 128 ? 64 : 32, KEEP = D == 64 && !DROP, BLOCKS = D == 64 ? 3 : 2 };
-    enum { ROWS = FLASH_WARPS * 16 * M, BYTES = (2 * ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act) };
+    enum {
+        M = 1,
+        N = 32,
+        STREAM = D < 128 ? 64 : 32,
+        KEEP = D == 64 && !DROP,
+        BLOCKS = D == 64 ? 3 : 2
+    };
+    enum {
+        ROWS = FLASH_WARPS * 16 * M,
+        BYTES = (2 * ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act)
+    };
 };
 
 /* Where this lane's c[m][n][e] is in the matrix; columns in the order of the stream. */
-static __device__ inline int row_of(int m, int e) { return 16 * m + threadIdx.x % WARP / 4 + 8 * (e / 2); }
+static __device__ inline int row_of(int m, int e)
+{
+    return 16 * m + threadIdx.x % WARP / 4 + 8 * (e / 2);
+}
 static __device__ inline int column_of(int n, int e)
 {
     return 16 * (n / 2) + 4 * (threadIdx.x % 4) + 2 * (n % 2) + e % 2;
 }
 
-/* Starts the copy of COUNT rows of D numbers to shared memory. A thread takes 16 bytes of every eighth or sixteenth
- * row, always the same columns. */
-template <int D, int COUNT, bool STREAMED> static __device__ inline void load_rows(act *to, Rows from)
+/* Starts the copy of COUNT rows of D numbers to shared memory. A thread takes 16 bytes of every
+ * eighth or sixteenth row, always the same columns. */
+template <int D, int COUNT, bool STREAMED>
+static __device__ inline void load_rows(act *to, Rows from)
 {
-    enum { ACROSS = D / 8, DOWN = D == 64 ? 16 : 8 }; /* ACROSS * DOWN threads; at D = 96 the last warp has none */
+    enum {
+        ACROSS = D / 8,
+        DOWN = D == 64 ? 16 : 8
+    }; /* ACROSS * DOWN threads; at D = 96 the last warp has none */
     const int r0 = threadIdx.x / ACROSS, c = threadIdx.x % ACROSS * 8;
     if (r0 >= DOWN) return;
     const act *at = from.p + r0 * from.row + c;
 #pragma unroll
     for (int i = 0; i < COUNT; i += DOWN, at += DOWN * from.row) {
-        const int r = i + r0, place = STREAMED ? (r & ~15) | (r & 2) << 2 | (r & 12) >> 1 | (r & 1) : r;
+        const int r = i + r0,
+                  place = STREAMED ? (r & ~15) | (r & 2) << 2 | (r & 12) >> 1 | (r & 1) : r;
         cp_async_16(to + place * Row<D>::SIZE + c, at, r < from.rows);
     }
 }
 
 /* Two matrices, one behind the other, as one group to wait for. */
-template <int D, int COUNT, bool STREAMED> static __device__ inline void load_pair(act *to, Rows x, Rows y)
+template <int D, int COUNT, bool STREAMED>
+static __device__ inline void load_pair(act *to, Rows x, Rows y)
 {
     load_rows<D, COUNT, STREAMED>(to, x);
     load_rows<D, COUNT, STREAMED>(to + COUNT * Row<D>::SIZE, y);
@@ -1545,14 +1714,17 @@ template <int D, int COUNT, bool STREAMED> static __device__ inline void load_pa
 }
 
 /* a = the 16 M rows at `rows`, 16 columns. */
-template <int M, int D> static __device__ inline void load_tiles(uint32_t (&a)[M][4], const act *rows)
+template <int M, int D>
+static __device__ inline void load_tiles(uint32_t (&a)[M][4], const act *rows)
 {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int m = 0; m < M; m++) ldmatrix_x4(a[m], rows + (16 * m + lane % 16) * Row<D>::SIZE + lane / 16 * 8);
+    for (int m = 0; m < M; m++)
+        ldmatrix_x4(a[m], rows + (16 * m + lane % 16) * Row<D>::SIZE + lane / 16 * 8);
 }
 
-/* The owned side of a product over D: kept in registers, or read again from shared memory each time. */
+/* The owned side of a product over D: kept in registers, or read again from shared memory each
+ * time. */
 template <int M, int D, bool KEEP> struct Owned {
     const act *rows;
     uint32_t a[KEEP ? D / 16 : 1][M][4];
@@ -1566,7 +1738,8 @@ template <int M, int D, bool KEEP> struct Owned {
 
 /* c (16M,N) = a (16M,D) b', b (N,D) in shared memory. */
 template <int M, int N, int D, bool KEEP>
-static __device__ inline void multiply_nt(float (&c)[M][N / 8][4], Owned<M, D, KEEP> &a, const act *b)
+static __device__ inline void multiply_nt(float (&c)[M][N / 8][4], Owned<M, D, KEEP> &a,
+                                          const act *b)
 {
     const int lane = threadIdx.x % WARP;
     b += (lane % 8 + lane / 16 * 8) * Row<D>::SIZE + lane / 8 % 2 * 8;
@@ -1590,7 +1763,8 @@ static __device__ inline void multiply_nt(float (&c)[M][N / 8][4], Owned<M, D, K
 
 /* c (16M,D) += a (16M,N), rounded to act, times b (N,D) in shared memory. */
 template <int M, int N, int D>
-static __device__ inline void multiply_nn(float (&c)[M][D / 8][4], const float (&a)[M][N / 8][4], const act *b)
+static __device__ inline void multiply_nn(float (&c)[M][D / 8][4], const float (&a)[M][N / 8][4],
+                                          const act *b)
 {
     const int lane = threadIdx.x % WARP;
     b += lane % 16 * Row<D>::SIZE + lane / 16 * 8;
@@ -1617,8 +1791,8 @@ static __device__ inline void multiply_nn(float (&c)[M][D / 8][4], const float (
     }
 }
 
-/* Scores of keys after their query become -infinity. ahead: first key - first query of s, whose rows are queries, or
- * keys. */
+/* Scores of keys after their query become -infinity. ahead: first key - first query of s, whose
+ * rows are queries, or keys. */
 template <bool ROWS_ARE_KEYS, int M, int TILES>
 static __device__ inline void mask_future(float (&s)[M][TILES][4], int ahead)
 {
@@ -1628,15 +1802,17 @@ static __device__ inline void mask_future(float (&s)[M][TILES][4], int ahead)
         for (int n = 0; n < TILES; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const int below = row_of(m, e) - column_of(n, e); /* query - key, or key - query, less ahead */
+                /* Query - key, or key - query, less ahead. */
+                const int below = row_of(m, e) - column_of(n, e);
                 if (ROWS_ARE_KEYS ? ahead + below > 0 : ahead > below) s[m][n][e] = -INFINITY;
             }
 }
 
-/* Which elements of c (16M,N) dropout keeps: bit 4n + e of keep[m] is for c[m][n][e]. Row 0, column 0 of c has this
- * index, and a row T numbers. */
+/* Which elements of c (16M,N) dropout keeps: bit 4n + e of keep[m] is for c[m][n][e]. Row 0, column
+ * 0 of c has this index, and a row T numbers. */
 template <int M, int N>
-static __device__ inline void keep_by_rows(uint32_t (&keep)[M], const Mask &mask, uint64_t index, int T)
+static __device__ inline void keep_by_rows(uint32_t (&keep)[M], const Mask &mask, uint64_t index,
+                                           int T)
 {
 #pragma unroll
     for (int m = 0; m < M; m++) {
@@ -1652,11 +1828,12 @@ static __device__ inline void keep_by_rows(uint32_t (&keep)[M], const Mask &mask
     }
 }
 
-/* The same for c (16,N) of a transposed matrix, a column of which has T numbers. Four neighbouring numbers of a column
- * are in four lanes, of one t and neighbouring g, which hold four such groups of each tile: each lane draws one of
- * them for all. */
+/* The same for c (16,N) of a transposed matrix, a column of which has T numbers. Four neighbouring
+ * numbers of a column are in four lanes, of one t and neighbouring g, which hold four such groups
+ * of each tile: each lane draws one of them for all. */
 template <int N>
-static __device__ inline void keep_by_columns(uint32_t (&keep)[1], const Mask &mask, uint64_t index, int T)
+static __device__ inline void keep_by_columns(uint32_t (&keep)[1], const Mask &mask, uint64_t index,
+                                              int T)
 {
     const int lane = threadIdx.x % WARP, mine = lane / 4 % 4;
     uint32_t drawn = 0;
@@ -1673,11 +1850,11 @@ static __device__ inline void keep_by_columns(uint32_t (&keep)[1], const Mask &m
     }
 }
 
-/* The rows of c (16M,D) times factor, from row `valid` on none, to global memory by way of the warp's own rows in
- * shared memory: 16 bytes a lane. */
+/* The rows of c (16M,D) times factor, from row `valid` on none, to global memory by way of the
+ * warp's own rows in shared memory: 16 bytes a lane. */
 template <int M, int D>
-static __device__ inline void write_rows(act *to, size_t to_row, int valid, const float (&c)[M][D / 8][4], float factor,
-                                         act *rows)
+static __device__ inline void write_rows(act *to, size_t to_row, int valid,
+                                         const float (&c)[M][D / 8][4], float factor, act *rows)
 {
     __syncwarp(); /* the last products have read the rows */
 #pragma unroll
@@ -1687,19 +1864,22 @@ static __device__ inline void write_rows(act *to, size_t to_row, int valid, cons
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
                 const uint32_t word = pack(c[m][n][e] * factor, c[m][n][e + 1] * factor);
-                memcpy(rows + row_of(m, e) * Row<D>::SIZE + 8 * n + threadIdx.x % 4 * 2, &word, sizeof word);
+                memcpy(rows + row_of(m, e) * Row<D>::SIZE + 8 * n + threadIdx.x % 4 * 2, &word,
+                       sizeof word);
             }
     __syncwarp();
     for (int i = threadIdx.x % WARP; i < 16 * M * (D / 8); i += WARP) {
         const int r = i / (D / 8), column = i % (D / 8) * 8;
-        if (r < valid) *(uint4 *)(to + r * to_row + column) = *(const uint4 *)(rows + r * Row<D>::SIZE + column);
+        if (r < valid)
+            *(uint4 *)(to + r * to_row + column) =
+                *(const uint4 *)(rows + r * Row<D>::SIZE + column);
     }
 }
 
 static const float LOG2_E = 1.44269504f;
 
-/* out (B,T,H*D), lse (B,H,T), of qkv (B,T,3*H*D), as attention_forward has them. Grid: heads of all sequences, then
- * blocks of queries, the longest first: the last to start are short. */
+/* out (B,T,H*D), lse (B,H,T), of qkv (B,T,3*H*D), as attention_forward has them. Grid: heads of all
+ * sequences, then blocks of queries, the longest first: the last to start are short. */
 template <int D, bool DROP>
 static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::BLOCKS)
     flash_forward_kernel(act *out, real *lse, const act *qkv, int T, int H, Mask mask)
@@ -1708,8 +1888,10 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
     enum { M = Size::M, N = Size::N, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
     extern __shared__ float4 shared[];
     act *const queries = (act *)shared, *const stream = queries + ROWS * ROW;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, b = blockIdx.x / H, h = blockIdx.x % H;
-    const int i0 = (gridDim.y - 1 - blockIdx.y) * ROWS, first = i0 + warp * 16 * M, keys = min(i0 + ROWS, T);
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, b = blockIdx.x / H,
+              h = blockIdx.x % H;
+    const int i0 = (gridDim.y - 1 - blockIdx.y) * ROWS, first = i0 + warp * 16 * M,
+              keys = min(i0 + ROWS, T);
     const size_t C = (size_t)H * D;
     const act *const q = qkv + (size_t)b * T * 3 * C + h * D, *const k = q + C, *const v = k + C;
     const float scale = 1 / sqrtf(D), scale2 = scale * LOG2_E;
@@ -1721,15 +1903,16 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
     __syncthreads();
     Owned<M, D, Size::KEEP> owned(queries + warp * 16 * M * ROW);
 
-    float o[M][D / 8][4] = {}, top[M][2], sum[M][2] = {}; /* of a lane's rows; sum is of its columns only */
+    /* Of a lane's rows; sum is of its columns only. */
+    float o[M][D / 8][4] = {}, top[M][2], sum[M][2] = {};
     for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
     for (int j0 = 0, stage = 0; j0 < keys; j0 += N, stage ^= 1) {
         const act *const k_rows = stream + stage * 2 * N * ROW, *const v_rows = k_rows + N * ROW;
         cp_async_wait<0>();
         __syncthreads(); /* this stage has come, and everyone is done with the other */
         if (j0 + N < keys)
-            load_pair<D, N, true>(stream + (stage ^ 1) * 2 * N * ROW, rows_from(k, 3 * C, j0 + N, T),
-                                  rows_from(v, 3 * C, j0 + N, T));
+            load_pair<D, N, true>(stream + (stage ^ 1) * 2 * N * ROW,
+                                  rows_from(k, 3 * C, j0 + N, T), rows_from(v, 3 * C, j0 + N, T));
         if (j0 > first + 16 * M - 1) continue; /* the future of all this warp's queries */
 
         uint32_t keep[M];
@@ -1743,7 +1926,8 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
             for (int half = 0; half < 2; half++) { /* row_of(m, 2 * half) */
                 float old = top[m][half], now = old;
 #pragma unroll
-                for (int n = 0; n < N / 8; n++) now = fmaxf(now, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                for (int n = 0; n < N / 8; n++)
+                    now = fmaxf(now, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
                 now = fmaxf(now, __shfl_xor_sync(ALL_LANES, now, 1));
                 now = fmaxf(now, __shfl_xor_sync(ALL_LANES, now, 2));
                 const float shrink = exp2f((old - now) * scale2);
@@ -1754,11 +1938,13 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
 #pragma unroll
                     for (int e = 2 * half; e < 2 * half + 2; e++) {
                         const float p = exp2f(s[m][n][e] * scale2 - now * scale2);
-                        sum[m][half] += p; /* the softmax is of all scores: dropout comes after it */
+                        /* The softmax is of all scores: dropout comes after it. */
+                        sum[m][half] += p;
                         s[m][n][e] = DROP && !(keep[m] >> (4 * n + e) & 1) ? 0 : p;
                     }
 #pragma unroll
-                for (int n = 0; n < D / 8; n++) o[m][n][2 * half] *= shrink, o[m][n][2 * half + 1] *= shrink;
+                for (int n = 0; n < D / 8; n++)
+                    o[m][n][2 * half] *= shrink, o[m][n][2 * half + 1] *= shrink;
             }
         multiply_nn<M, N, D>(o, s, v_rows);
     }
@@ -1771,18 +1957,21 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
             float all = sum[m][half];
             all += __shfl_xor_sync(ALL_LANES, all, 1);
             all += __shfl_xor_sync(ALL_LANES, all, 2);
-            if (lane % 4 == 0 && i < T) lse[(size_t)blockIdx.x * T + i] = top[m][half] * scale + logf(all);
+            if (lane % 4 == 0 && i < T)
+                lse[(size_t)blockIdx.x * T + i] = top[m][half] * scale + logf(all);
 #pragma unroll
-            for (int n = 0; n < D / 8; n++) o[m][n][2 * half] *= 1 / all, o[m][n][2 * half + 1] *= 1 / all;
+            for (int n = 0; n < D / 8; n++)
+                o[m][n][2 * half] *= 1 / all, o[m][n][2 * half + 1] *= 1 / all;
         }
-    write_rows<M, D>(out + ((size_t)b * T + first) * C + h * D, C, T - first, o, DROP ? mask.scale : 1,
-                     queries + warp * 16 * M * ROW);
+    write_rows<M, D>(out + ((size_t)b * T + first) * C + h * D, C, T - first, o,
+                     DROP ? mask.scale : 1, queries + warp * 16 * M * ROW);
 }
 
-/* Scores s become the dropped-out P but for its factor 1/(1-p), and dp = dO V' becomes dS, at c[m][n][e]. */
+/* Scores s become the dropped-out P but for its factor 1/(1-p), and dp = dO V' becomes dS, at
+ * c[m][n][e]. */
 template <bool DROP>
-static __device__ inline void flash_softmax_backward(float &s, float &dp, float scale2, float lse2, float delta,
-                                                     bool keep, float keep_scale)
+static __device__ inline void flash_softmax_backward(float &s, float &dp, float scale2, float lse2,
+                                                     float delta, bool keep, float keep_scale)
 {
     const float p = exp2f(s * scale2 - lse2);
     if (DROP) dp = keep ? dp * keep_scale : 0;
@@ -1793,17 +1982,20 @@ static __device__ inline void flash_softmax_backward(float &s, float &dp, float 
 /* dq of dqkv (B,T,3*H*D). Grid as flash_forward_kernel's. */
 template <int D, bool DROP>
 static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardQ<D, DROP>::BLOCKS)
-    flash_backward_q_kernel(act *dqkv, const real *delta, const act *dout, const real *lse, const act *qkv, int T,
-                            int H, Mask mask)
+    flash_backward_q_kernel(act *dqkv, const real *delta, const act *dout, const real *lse,
+                            const act *qkv, int T, int H, Mask mask)
 {
     typedef FlashBackwardQ<D, DROP> Size;
     enum { M = Size::M, N = Size::N, STREAM = Size::STREAM, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
     extern __shared__ float4 shared[];
-    act *const queries = (act *)shared, *const gradients = queries + ROWS * ROW, *const stream = gradients + ROWS * ROW;
+    act *const queries = (act *)shared, *const gradients = queries + ROWS * ROW,
+               *const stream = gradients + ROWS * ROW;
     const int warp = threadIdx.x / WARP, b = blockIdx.x / H, h = blockIdx.x % H;
-    const int i0 = (gridDim.y - 1 - blockIdx.y) * ROWS, first = i0 + warp * 16 * M, keys = min(i0 + ROWS, T);
+    const int i0 = (gridDim.y - 1 - blockIdx.y) * ROWS, first = i0 + warp * 16 * M,
+              keys = min(i0 + ROWS, T);
     const size_t C = (size_t)H * D, head = (size_t)b * T * 3 * C + h * D;
-    const act *const q = qkv + head, *const k = q + C, *const v = k + C, *const go = dout + (size_t)b * T * C + h * D;
+    const act *const q = qkv + head, *const k = q + C, *const v = k + C,
+                     *const go = dout + (size_t)b * T * C + h * D;
     const float scale = 1 / sqrtf(D), scale2 = scale * LOG2_E, keep_scale = DROP ? mask.scale : 1;
     mask.d = head_dropout(mask.d, b, h, T);
 
@@ -1818,16 +2010,19 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardQ<D, DROP>:
         }
     cp_async_wait<0>();
     __syncthreads();
-    Owned<M, D, Size::KEEP> owned_q(queries + warp * 16 * M * ROW), owned_do(gradients + warp * 16 * M * ROW);
+    Owned<M, D, Size::KEEP> owned_q(queries + warp * 16 * M * ROW),
+        owned_do(gradients + warp * 16 * M * ROW);
 
     float dq[M][D / 8][4] = {};
     for (int first_key = 0, stage = 0; first_key < keys; first_key += STREAM, stage ^= 1) {
-        const act *const k_rows = stream + stage * 2 * STREAM * ROW, *const v_rows = k_rows + STREAM * ROW;
+        const act *const k_rows = stream + stage * 2 * STREAM * ROW;
+        const act *const v_rows = k_rows + STREAM * ROW;
         const int next_key = first_key + STREAM;
         cp_async_wait<0>();
         __syncthreads(); /* this stage has come, and everyone is done with the other */
         if (next_key < keys)
-            load_pair<D, STREAM, true>(stream + (stage ^ 1) * 2 * STREAM * ROW, rows_from(k, 3 * C, next_key, T),
+            load_pair<D, STREAM, true>(stream + (stage ^ 1) * 2 * STREAM * ROW,
+                                       rows_from(k, 3 * C, next_key, T),
                                        rows_from(v, 3 * C, next_key, T));
         for (int j = 0; j < STREAM && first_key + j < first + 16 * M; j += N) {
             const int j0 = first_key + j;
@@ -1843,13 +2038,14 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardQ<D, DROP>:
                 for (int n = 0; n < N / 8; n++)
 #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        flash_softmax_backward<DROP>(s[m][n][e], dp[m][n][e], scale2, lse2[m][e / 2],
-                                                     row_delta[m][e / 2], DROP && (keep[m] >> (4 * n + e) & 1),
-                                                     keep_scale);
+                        flash_softmax_backward<DROP>(
+                            s[m][n][e], dp[m][n][e], scale2, lse2[m][e / 2], row_delta[m][e / 2],
+                            DROP && (keep[m] >> (4 * n + e) & 1), keep_scale);
             multiply_nn<M, N, D>(dq, dp, k_rows + j * ROW);
         }
     }
-    write_rows<M, D>(dqkv + head + first * 3 * C, 3 * C, T - first, dq, scale, queries + warp * 16 * M * ROW);
+    write_rows<M, D>(dqkv + head + first * 3 * C, 3 * C, T - first, dq, scale,
+                     queries + warp * 16 * M * ROW);
 }
 
 /* lse, times log2(e), and delta of query i of this block's head; zeros from T on. */
@@ -1859,21 +2055,25 @@ static __device__ inline float2 query_statistics(const real *lse, const real *de
     return i < T ? make_float2(lse[at] * LOG2_E, delta[at]) : make_float2(0, 0);
 }
 
-/* dk and dv of dqkv. Grid: heads of all sequences, then blocks of keys: the first ones are the longest. */
+/* dk and dv of dqkv. Grid: heads of all sequences, then blocks of keys: the first ones are the
+ * longest. */
 template <int D, bool DROP>
 static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardKV<D, DROP>::BLOCKS)
-    flash_backward_kv_kernel(act *dqkv, const real *delta, const act *dout, const real *lse, const act *qkv, int T,
-                             int H, Mask mask)
+    flash_backward_kv_kernel(act *dqkv, const real *delta, const act *dout, const real *lse,
+                             const act *qkv, int T, int H, Mask mask)
 {
     typedef FlashBackwardKV<D, DROP> Size;
     enum { M = Size::M, N = Size::N, STREAM = Size::STREAM, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
     extern __shared__ float4 shared[];
-    __shared__ float4 statistics[2][STREAM / 2]; /* of two queries of a stage: lse, delta, lse, delta */
-    act *const keys = (act *)shared, *const values = keys + ROWS * ROW, *const stream = values + ROWS * ROW;
+    /* Of two queries of a stage: lse, delta, lse, delta. */
+    __shared__ float4 statistics[2][STREAM / 2];
+    act *const keys = (act *)shared, *const values = keys + ROWS * ROW,
+               *const stream = values + ROWS * ROW;
     const int warp = threadIdx.x / WARP, b = blockIdx.x / H, h = blockIdx.x % H;
     const int j0 = blockIdx.y * ROWS, first = j0 + warp * 16 * M;
     const size_t C = (size_t)H * D, head = (size_t)b * T * 3 * C + h * D;
-    const act *const q = qkv + head, *const k = q + C, *const v = k + C, *const go = dout + (size_t)b * T * C + h * D;
+    const act *const q = qkv + head, *const k = q + C, *const v = k + C,
+                     *const go = dout + (size_t)b * T * C + h * D;
     const float scale = 1 / sqrtf(D), scale2 = scale * LOG2_E, keep_scale = DROP ? mask.scale : 1;
     mask.d = head_dropout(mask.d, b, h, T);
 
@@ -1882,17 +2082,20 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardKV<D, DROP>
     float2 next = query_statistics(lse, delta, j0 + threadIdx.x, T);
     cp_async_wait<0>();
     __syncthreads();
-    Owned<M, D, Size::KEEP> owned_k(keys + warp * 16 * M * ROW), owned_v(values + warp * 16 * M * ROW);
+    Owned<M, D, Size::KEEP> owned_k(keys + warp * 16 * M * ROW),
+        owned_v(values + warp * 16 * M * ROW);
 
     float dk[M][D / 8][4] = {}, dv[M][D / 8][4] = {};
     for (int first_query = j0, stage = 0; first_query < T; first_query += STREAM, stage ^= 1) {
-        const act *const q_rows = stream + stage * 2 * STREAM * ROW, *const go_rows = q_rows + STREAM * ROW;
+        const act *const q_rows = stream + stage * 2 * STREAM * ROW;
+        const act *const go_rows = q_rows + STREAM * ROW;
         const int next_query = first_query + STREAM;
         if (threadIdx.x < STREAM) ((float2 *)statistics[stage])[threadIdx.x] = next;
         cp_async_wait<0>();
         __syncthreads(); /* this stage has come, and everyone is done with the other */
         if (next_query < T) {
-            load_pair<D, STREAM, true>(stream + (stage ^ 1) * 2 * STREAM * ROW, rows_from(q, 3 * C, next_query, T),
+            load_pair<D, STREAM, true>(stream + (stage ^ 1) * 2 * STREAM * ROW,
+                                       rows_from(q, 3 * C, next_query, T),
                                        rows_from(go, C, next_query, T));
             next = query_statistics(lse, delta, next_query + threadIdx.x, T);
         }
@@ -1913,8 +2116,9 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardKV<D, DROP>
                 for (int m = 0; m < M; m++)
 #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        flash_softmax_backward<DROP>(s[m][n][e], dp[m][n][e], scale2, e % 2 ? two.z : two.x,
-                                                     e % 2 ? two.w : two.y, DROP && (keep[m] >> (4 * n + e) & 1),
+                        flash_softmax_backward<DROP>(s[m][n][e], dp[m][n][e], scale2,
+                                                     e % 2 ? two.z : two.x, e % 2 ? two.w : two.y,
+                                                     DROP && (keep[m] >> (4 * n + e) & 1),
                                                      keep_scale);
             }
             multiply_nn<M, N, D>(dv, s, go_rows + i * ROW);
@@ -1927,23 +2131,26 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardKV<D, DROP>
 }
 
 /* Starts a kernel above with its shared memory, more than a kernel has unasked. */
-#define LAUNCH_FLASH(kernel, Size, B, T, H, ...)                                                                       \
-    do {                                                                                                               \
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Size::BYTES));            \
-        const dim3 grid(blocks((B) * (H), 1), blocks(T, Size::ROWS));                                                  \
-        LAUNCH_SHARED(kernel, grid, FLASH_THREADS, Size::BYTES, __VA_ARGS__, (int)(T), (int)(H), mask);                \
+#define LAUNCH_FLASH(kernel, Size, B, T, H, ...)                                                   \
+    do {                                                                                           \
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,       \
+                                        Size::BYTES));                                             \
+        const dim3 grid(blocks((B) * (H), 1), blocks(T, Size::ROWS));                              \
+        LAUNCH_SHARED(kernel, grid, FLASH_THREADS, Size::BYTES, __VA_ARGS__, (int)(T), (int)(H),   \
+                      mask);                                                                       \
     } while (0)
 
 template <int D, bool DROP>
-static void flash_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, Mask mask)
+static void flash_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H,
+                          Mask mask)
 {
     typedef FlashForward<D, DROP> Size;
     LAUNCH_FLASH((flash_forward_kernel<D, DROP>), Size, B, T, H, out, lse, qkv);
 }
 
 template <int D, bool DROP>
-static void flash_backward(act *dqkv, const real *delta, const act *dout, const real *lse, const act *qkv, size_t B,
-                           size_t T, size_t H, Mask mask)
+static void flash_backward(act *dqkv, const real *delta, const act *dout, const real *lse,
+                           const act *qkv, size_t B, size_t T, size_t H, Mask mask)
 {
     typedef FlashBackwardQ<D, DROP> SizeQ;
     typedef FlashBackwardKV<D, DROP> SizeKV;
@@ -1952,16 +2159,17 @@ static void flash_backward(act *dqkv, const real *delta, const act *dout, const 
 }
 
 /* Whether f<D, DROP> was called: there are three head sizes. */
-#define FLASH_BY_SIZE(f, D, drop, ...)                                                                                 \
-    ((D) == 64    ? ((drop) ? f<64, true>(__VA_ARGS__) : f<64, false>(__VA_ARGS__), true)                              \
-     : (D) == 96  ? ((drop) ? f<96, true>(__VA_ARGS__) : f<96, false>(__VA_ARGS__), true)                              \
-     : (D) == 128 ? ((drop) ? f<128, true>(__VA_ARGS__) : f<128, false>(__VA_ARGS__), true)                            \
+#define FLASH_BY_SIZE(f, D, drop, ...)                                                             \
+    ((D) == 64    ? ((drop) ? f<64, true>(__VA_ARGS__) : f<64, false>(__VA_ARGS__), true)          \
+     : (D) == 96  ? ((drop) ? f<96, true>(__VA_ARGS__) : f<96, false>(__VA_ARGS__), true)          \
+     : (D) == 128 ? ((drop) ? f<128, true>(__VA_ARGS__) : f<128, false>(__VA_ARGS__), true)        \
                   : false)
 #else
 #define FLASH_BY_SIZE(...) false
 #endif
 
-static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H, size_t D, Dropout d)
+static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H,
+                              size_t D, Dropout d)
 {
     const bool vectors = D % 4 == 0 && ((uintptr_t)out | (uintptr_t)qkv) % 16 == 0;
     const Mask m = make_mask(d);
@@ -1969,19 +2177,25 @@ static void attention_forward(act *out, real *lse, const act *qkv, size_t B, siz
     LAUNCH_ATTENTION(attention_forward_kernel, B, T, H, D, out, lse, qkv);
 }
 
-static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out, const real *lse, const act *qkv,
-                               size_t B, size_t T, size_t H, size_t D, Dropout d)
+static void attention_backward(act *dqkv, real *delta, const act *dout, const act *out,
+                               const real *lse, const act *qkv, size_t B, size_t T, size_t H,
+                               size_t D, Dropout d)
 {
-    const bool vectors = D % 4 == 0 && ((uintptr_t)dqkv | (uintptr_t)dout | (uintptr_t)qkv) % 16 == 0;
+    const bool vectors =
+        D % 4 == 0 && ((uintptr_t)dqkv | (uintptr_t)dout | (uintptr_t)qkv) % 16 == 0;
     const Mask m = make_mask(d);
-    LAUNCH(attention_delta_kernel, blocks(B * T * H, 256 / WARP), 256, delta, dout, out, B * T * H, T, H, D);
-    if (vectors && FLASH_BY_SIZE(flash_backward, D, d.p > 0, dqkv, delta, dout, lse, qkv, B, T, H, m)) return;
+    LAUNCH(attention_delta_kernel, blocks(B * T * H, 256 / WARP), 256, delta, dout, out, B * T * H,
+           T, H, D);
+    if (vectors &&
+        FLASH_BY_SIZE(flash_backward, D, d.p > 0, dqkv, delta, dout, lse, qkv, B, T, H, m))
+        return;
     LAUNCH_ATTENTION(attention_backward_q_kernel, B, T, H, D, dqkv, delta, dout, lse, qkv);
     LAUNCH_ATTENTION(attention_backward_kv_kernel, B, T, H, D, dqkv, delta, dout, lse, qkv);
 }
 
 /* Rows past .. of the caches (positions,C) = K and V of qkv (n,3C). A block has a row. */
-static __global__ void append_kernel(act *k_cache, act *v_cache, const act *qkv, size_t past, size_t C)
+static __global__ void append_kernel(act *k_cache, act *v_cache, const act *qkv, size_t past,
+                                     size_t C)
 {
     const size_t from = blockIdx.x * 3 * C, to = (past + blockIdx.x) * C;
     for (size_t c = threadIdx.x; c < C; c += blockDim.x) {
@@ -1990,10 +2204,12 @@ static __global__ void append_kernel(act *k_cache, act *v_cache, const act *qkv,
     }
 }
 
-/* One query of one head against all keys so far. Each of the block's eight warps takes every eighth key, with a softmax
- * of its own: lanes share the columns of the dot product, and a lane has four columns of o, 32 apart. In the end the
- * eight softmaxes become one. Grid: heads, queries, groups of 128 columns. */
-static __global__ void attention_cached_forward_kernel(act *out, const act *k_cache, const act *v_cache, const act *qkv,
+/* One query of one head against all keys so far. Each of the block's eight warps takes every eighth
+ * key, with a softmax of its own: lanes share the columns of the dot product, and a lane has four
+ * columns of o, 32 apart. In the end the eight softmaxes become one. Grid: heads, queries, groups
+ * of 128 columns. */
+static __global__ void attention_cached_forward_kernel(act *out, const act *k_cache,
+                                                       const act *v_cache, const act *qkv,
                                                        size_t past, int D)
 {
     __shared__ real tops[SUM_WARPS], sums[SUM_WARPS], parts[SUM_WARPS][4 * WARP];
@@ -2031,8 +2247,8 @@ static __global__ void attention_cached_forward_kernel(act *out, const act *k_ca
     out[i * C + head + column + c] = to_act(value / total);
 }
 
-static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n, size_t past,
-                                     size_t H, size_t D)
+static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const act *qkv, size_t n,
+                                     size_t past, size_t H, size_t D)
 {
     const Dropout none = {0, 0, 0, 0, 0, H};
     LAUNCH(append_kernel, blocks(n, 1), row_threads(H * D, 1), k_cache, v_cache, qkv, past, H * D);
@@ -2041,13 +2257,16 @@ static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const
         return;
     }
     const dim3 grid(blocks(H, 1), blocks(n, 1), blocks(D, 4 * WARP));
-    LAUNCH(attention_cached_forward_kernel, grid, SUM_WARPS * WARP, out, k_cache, v_cache, qkv, past, (int)D);
+    LAUNCH(attention_cached_forward_kernel, grid, SUM_WARPS * WARP, out, k_cache, v_cache, qkv,
+           past, (int)D);
 }
 
-/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] ----------------------------------------------- */
+/* ---- Softmax and cross entropy over a slice of the vocabulary [§3] --------------------------- */
 
-/* A block has a row of logits (N,Vp), a thread W neighbouring ones of each blockDim W; so have the two kernels below. */
-template <int W> static __global__ void logits_max_kernel(real *max, const act *logits, size_t Vp, size_t valid)
+/* A block has a row of logits (N,Vp), a thread W neighbouring ones of each blockDim W; so have the
+ * two kernels below. */
+template <int W>
+static __global__ void logits_max_kernel(real *max, const act *logits, size_t Vp, size_t valid)
 {
     const act *z = logits + blockIdx.x * Vp;
     real top[1] = {-INFINITY};
@@ -2068,8 +2287,9 @@ static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t
 }
 
 template <int W>
-static __global__ void logits_sum_exp_kernel(real *sum, real *target_logit, const act *logits, const real *max,
-                                             const int *targets, size_t Vp, size_t valid, size_t v0)
+static __global__ void logits_sum_exp_kernel(real *sum, real *target_logit, const act *logits,
+                                             const real *max, const int *targets, size_t Vp,
+                                             size_t valid, size_t v0)
 {
     const size_t n = blockIdx.x, target = (size_t)targets[n] - v0;
     const act *z = logits + n * Vp;
@@ -2088,14 +2308,16 @@ static __global__ void logits_sum_exp_kernel(real *sum, real *target_logit, cons
     target_logit[n] = target < valid ? to_real(z[target]) - top : 0;
 }
 
-static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max, const int *targets,
-                           size_t N, size_t Vp, size_t valid, size_t v0)
+static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max,
+                           const int *targets, size_t N, size_t Vp, size_t valid, size_t v0)
 {
-    LAUNCH_ROWS(logits_sum_exp_kernel, wide(Vp, logits), N, Vp, sum, target_logit, logits, max, targets, Vp, valid, v0);
+    LAUNCH_ROWS(logits_sum_exp_kernel, wide(Vp, logits), N, Vp, sum, target_logit, logits, max,
+                targets, Vp, valid, v0);
 }
 
 /* A thread has a row. */
-static __global__ void cross_entropy_loss_kernel(real *loss, const real *sum, const real *target_logit, size_t N)
+static __global__ void cross_entropy_loss_kernel(real *loss, const real *sum,
+                                                 const real *target_logit, size_t N)
 {
     const size_t n = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (n < N) loss[n] = (real)(log((double)sum[n]) - (double)target_logit[n]);
@@ -2107,8 +2329,9 @@ static void cross_entropy_loss(real *loss, const real *sum, const real *target_l
 }
 
 template <int W>
-static __global__ void cross_entropy_backward_kernel(act *logits, const real *max, const real *sum, const int *targets,
-                                                     const real *weight, real scale, size_t Vp, size_t valid, size_t v0)
+static __global__ void cross_entropy_backward_kernel(act *logits, const real *max, const real *sum,
+                                                     const int *targets, const real *weight,
+                                                     real scale, size_t Vp, size_t valid, size_t v0)
 {
     const size_t n = blockIdx.x, target = (size_t)targets[n] - v0;
     act *z = logits + n * Vp;
@@ -2125,14 +2348,15 @@ static __global__ void cross_entropy_backward_kernel(act *logits, const real *ma
     }
 }
 
-static void cross_entropy_backward(act *logits, const real *max, const real *sum, const int *targets,
-                                   const real *weight, real scale, size_t N, size_t Vp, size_t valid, size_t v0)
+static void cross_entropy_backward(act *logits, const real *max, const real *sum,
+                                   const int *targets, const real *weight, real scale, size_t N,
+                                   size_t Vp, size_t valid, size_t v0)
 {
-    LAUNCH_ROWS(cross_entropy_backward_kernel, wide(Vp, logits), N, Vp, logits, max, sum, targets, weight, scale, Vp,
-                valid, v0);
+    LAUNCH_ROWS(cross_entropy_backward_kernel, wide(Vp, logits), N, Vp, logits, max, sum, targets,
+                weight, scale, Vp, valid, v0);
 }
 
-/* ---- Optimiser's and collectives' inner loops -------------------------------------------------------------------- */
+/* ---- Optimiser's and collectives' inner loops ------------------------------------------------ */
 
 /* AdamW's numbers in float, as all threads need them. */
 typedef struct {
@@ -2141,7 +2365,8 @@ typedef struct {
 
 /* A thread has W neighbouring parameters. */
 template <int W>
-static __global__ void adamw_kernel(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamWReal h)
+static __global__ void adamw_kernel(act *w, real *master, real *m, real *v, const act *g, size_t n,
+                                    AdamWReal h)
 {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= n) return;
@@ -2183,7 +2408,8 @@ static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n
 
 enum { SQUARES_BLOCKS = 1024 };
 
-/* part[block] = sum of squares of what its threads meet: W neighbouring numbers of each gridDim blockDim W. */
+/* part[block] = sum of squares of what its threads meet: W neighbouring numbers of each gridDim
+ * blockDim W. */
 template <int W> static __global__ void sum_squares_kernel(double *part, const act *x, size_t n)
 {
     double sum[1] = {};
@@ -2218,7 +2444,8 @@ typedef struct {
     void *x[MOST_ARRAYS];
 } Arrays;
 
-/* A thread has W neighbouring elements of all P arrays, and takes them in rank order. A NaN wins every maximum. */
+/* A thread has W neighbouring elements of all P arrays, and takes them in rank order. A NaN wins
+ * every maximum. */
 template <typename T, int W>
 static __global__ void reduce_slice_kernel(const Arrays a, int P, size_t begin, size_t n, Op op)
 {
@@ -2231,12 +2458,15 @@ static __global__ void reduce_slice_kernel(const Arrays a, int P, size_t begin, 
         load(x, (const T *)a.x[r] + begin + i);
 #pragma unroll
         for (int j = 0; j < W; j++)
-            total[j] = op == SUM ? total[j] + x[j] : x[j] > total[j] || x[j] != x[j] ? x[j] : total[j];
+            total[j] = op == SUM                         ? total[j] + x[j]
+                       : x[j] > total[j] || x[j] != x[j] ? x[j]
+                                                         : total[j];
     }
     for (int r = 0; r < P; r++) store((T *)a.x[r] + begin + i, total);
 }
 
-template <typename T> static void reduce_slice_of(void *const *x, int P, size_t begin, size_t n, Op op)
+template <typename T>
+static void reduce_slice_of(void *const *x, int P, size_t begin, size_t n, Op op)
 {
     enum { MANY = 16 / sizeof(T) };
     Arrays a;

@@ -1,7 +1,9 @@
-/* bench.h - what cpu.c and gpu.cu share: a model's tokens, the optimiser, and taking turns with other programs. C11 and
- * C++17; included after megatron_gpt2.c or .cu. */
+/* bench.h - what cpu.c and gpu.cu share: a model's tokens, the optimiser, and taking turns with
+ * other programs. C11 and C++17; included after megatron_gpt2.c or .cu. */
 
-static const Optimizer bench_optimizer = {1e-4, 0, 0, 1000000, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, 1, 1};
+static const Optimizer bench_optimizer = {
+    1e-4, 0, 0, 1000000, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, 1, 1,
+};
 
 /* n tokens, on the host. */
 static int *random_tokens(size_t n, size_t V)
@@ -18,7 +20,8 @@ static void feed_same(void *source, Rank *k, MicroBatch *mb, size_t i)
     set_tokens(k, mb, (const int *)source, NULL);
 }
 
-/* Says word, unless it is NULL, and waits for a line on stdin: others are at work then. 0: there was none, the end. */
+/* Says word, unless it is NULL, and waits for a line on stdin: others are at work then. 0: there
+ * was none, the end. */
 static int await_turn(const char *word)
 {
     int c;

@@ -1,21 +1,25 @@
 /* cpu.c - how fast megatron_gpt2.c is on this CPU. dev/bench/cpu.sh runs it; README.md has more.
  *
- *     cpu turns ROUNDS COMMAND..    lets workers work in turns, and prints what they print; round 0 is for warming up
- *     cpu peak COMMAND ARG..        runs it; peak of its memory, in bytes
+ *     cpu turns ROUNDS COMMAND..   lets workers work in turns, and prints what they print; round 0
+ *                                  is for warming up
+ *     cpu peak COMMAND ARG..       runs it; peak of its memory, in bytes
  *
- * and the workers. They do a turn's work for each line on stdin, and then say `done`, or `round` where the next turn
- * begins a round:
+ * and the workers. They do a turn's work for each line on stdin, and then say `done`, or `round`
+ * where the next turn begins a round:
  *
- *     cpu ceilings PART MB                           registers' and memory's speed, over arrays of MB
- *     cpu sgemm ours|openblas CONFIG[+head]/M..      the products of linear layers at M rows; a turn for each CONFIG/M
+ *     cpu ceilings PART MB      registers' and memory's speed, over arrays of MB
+ *     cpu sgemm ours|openblas CONFIG[+head]/M..
+ *                               the products of linear layers at M rows; a turn for each CONFIG/M
  *     cpu step PART ROW CONFIG B MB T HEADS TP PP DP [watch]
- *                                                    training steps: on each data rank MB micro-batches of B sequences;
- *                                                    watch: the time of every operator, too
- *     cpu attention B H D T..                        forward and backward; a turn for each T
- *     cpu generate CONFIG TOKENS                     with a cache of keys and values
- *     cpu info                                       no turns: the compiler, and how many threads there are
+ *                               training steps: on each data rank MB micro-batches of B sequences;
+ *                               watch: the time of every operator, too
+ *     cpu attention B H D T..   forward and backward; a turn for each T
+ *     cpu generate CONFIG TOKENS
+ *                               with a cache of keys and values
+ *     cpu info                  no turns: the compiler, and how many threads there are
  *
- * A record is a line of name=value pairs: ms is the time of one call or step, work its FLOPs, bytes or tokens. */
+ * A record is a line of name=value pairs: ms is the time of one call or step, work its FLOPs, bytes
+ * or tokens. */
 
 #define main gpt2_main
 #define PROGRAM "cpu"
@@ -31,8 +35,9 @@
 #include <sys/resource.h>
 #include <sys/wait.h>
 
-static const double SHORT = 0.02, LONG = 0.3; /* seconds: a product or attention, and steps, are repeated so long */
-static volatile double sink;                  /* keeps loops alive whose results nobody else reads */
+/* Seconds: a product or attention, and steps, are repeated so long. */
+static const double SHORT = 0.02, LONG = 0.3;
+static volatile double sink; /* keeps loops alive whose results nobody else reads */
 
 static int threads(void)
 {
@@ -79,9 +84,12 @@ static real *random_reals(size_t n)
 }
 
 /* How many calls take `seconds`, if one takes `one`. */
-static size_t calls_for(double seconds, double one) { return one > 0 ? (size_t)least(ceil(seconds / one), 1000) : 1; }
+static size_t calls_for(double seconds, double one)
+{
+    return one > 0 ? (size_t)least(ceil(seconds / one), 1000) : 1;
+}
 
-/* ---- Ceilings ---------------------------------------------------------------------------------------------------- */
+/* ---- Ceilings -------------------------------------------------------------------------------- */
 
 enum {
     CHAINS = 12,
@@ -135,19 +143,20 @@ static void ceilings(const char *part, size_t megabytes)
                         if (what == 1) memcpy(to + begin, from + begin, share * sizeof *to);
                         if (what == 2) sum += read_loop(from + begin, share);
                     }
-                printf("part=%s name=%s who=ceiling threads=%d ms=%.6g work=%.6g\n", part, name[what], P,
-                       1e3 * (now() - start), work[what]);
+                printf("part=%s name=%s who=ceiling threads=%d ms=%.6g work=%.6g\n", part,
+                       name[what], P, 1e3 * (now() - start), work[what]);
                 sink += sum;
             }
 }
 
-/* ---- Products ---------------------------------------------------------------------------------------------------- */
+/* ---- Products -------------------------------------------------------------------------------- */
 
 enum { ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112 }; /* CBLAS's */
-typedef void (*Sgemm)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
-                      const float *b, int ldb, float beta, float *c, int ldc);
+typedef void (*Sgemm)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a,
+                      int lda, const float *b, int ldb, float beta, float *c, int ldc);
 
-/* One of a linear layer's three products: y = x w', dx = dy w, dw += dy' x; as our operators call matmul. */
+/* One of a linear layer's three products: y = x w', dx = dy w, dw += dy' x; as our operators call
+ * matmul. */
 typedef struct {
     int kind;
     size_t N, I, O;
@@ -159,9 +168,11 @@ static void run_product(const Product *p)
 {
     const int N = (int)p->N, I = (int)p->I, O = (int)p->O;
     Sgemm f = p->openblas;
-    if (p->kind == 0 && f) f(ROW_MAJOR, PLAIN, TRANSPOSED, N, O, I, 1, p->x, I, p->w, I, 0, p->out, O);
+    if (p->kind == 0 && f)
+        f(ROW_MAJOR, PLAIN, TRANSPOSED, N, O, I, 1, p->x, I, p->w, I, 0, p->out, O);
     else if (p->kind == 0) linear_forward(p->out, p->x, p->w, NULL, p->N, p->I, p->O);
-    else if (p->kind == 1 && f) f(ROW_MAJOR, PLAIN, PLAIN, N, I, O, 1, p->dy, O, p->w, I, 0, p->out, I);
+    else if (p->kind == 1 && f)
+        f(ROW_MAJOR, PLAIN, PLAIN, N, I, O, 1, p->dy, O, p->w, I, 0, p->out, I);
     else if (p->kind == 1) linear_backward(p->out, NULL, NULL, p->dy, p->x, p->w, p->N, p->I, p->O);
     else if (f) f(ROW_MAJOR, TRANSPOSED, PLAIN, O, I, N, 1, p->dy, O, p->x, I, 1, p->out, I);
     else linear_backward(NULL, p->out, NULL, p->dy, p->x, p->w, p->N, p->I, p->O);
@@ -189,7 +200,8 @@ static void *openblas_open(void (**set_threads)(int))
 {
     const char *asked = getenv("OPENBLAS_CORETYPE");
 #if defined __x86_64__
-    if (__builtin_cpu_supports("avx512f")) setenv("OPENBLAS_CORETYPE", "SKYLAKEX", 0); /* newer CPUs get AVX2 else */
+    if (__builtin_cpu_supports("avx512f"))
+        setenv("OPENBLAS_CORETYPE", "SKYLAKEX", 0); /* newer CPUs get AVX2 else */
 #endif
     void *library = dlopen("libopenblas.so.0", RTLD_NOW);
     if (!library) library = dlopen("libopenblas.so", RTLD_NOW);
@@ -199,7 +211,8 @@ static void *openblas_open(void (**set_threads)(int))
     }
     char *(*corename)(void) = (char *(*)(void))dlsym(library, "openblas_get_corename");
     *set_threads = (void (*)(int))dlsym(library, "openblas_set_num_threads");
-    if (!dlsym(library, "cblas_sgemm") || !corename || !*set_threads) die("libopenblas has no cblas_sgemm");
+    if (!dlsym(library, "cblas_sgemm") || !corename || !*set_threads)
+        die("libopenblas has no cblas_sgemm");
     printf("kind=info name=openblas text=its_kernels_for_%s%s\n", corename(),
            asked ? ",_as_OPENBLAS_CORETYPE_says" : "");
     return dlsym(library, "cblas_sgemm");
@@ -208,7 +221,8 @@ static void *openblas_open(void (**set_threads)(int))
 /* How often a turn calls each layer's products, with 1 and with all threads; 0: not known yet. */
 typedef size_t Calls[5][3][2];
 
-/* One turn: all layers of a shape CONFIG[+head]/M. The first one also compares the products with OpenBLAS's. */
+/* One turn: all layers of a shape CONFIG[+head]/M. The first one also compares the products with
+ * OpenBLAS's. */
 static void sgemm_turn(const char *shape, Product p, Calls calls, void (*set_threads)(int))
 {
     static const char *const names[] = {"forward", "dX", "dW"};
@@ -233,8 +247,8 @@ static void sgemm_turn(const char *shape, Product p, Calls calls, void (*set_thr
             const size_t n = p.kind == 0 ? p.N * p.O : p.kind == 1 ? p.N * p.I : p.O * p.I;
             const double flops = 2.0 * (double)p.N * (double)p.I * (double)p.O;
             if (first && p.openblas)
-                printf("kind=error name=%s/%zu/%s/%s value=%.3g\n", config, M, layers[l].name, names[p.kind],
-                       product_error(p, n));
+                printf("kind=error name=%s/%zu/%s/%s value=%.3g\n", config, M, layers[l].name,
+                       names[p.kind], product_error(p, n));
             memset(p.out, 0, n * sizeof *p.out);
             for (int all = 0; all < 1 + (threads() > 1); all++) {
                 const int P = all ? threads() : 1;
@@ -242,13 +256,14 @@ static void sgemm_turn(const char *shape, Product p, Calls calls, void (*set_thr
                 use_threads(P);
                 size_t *often = &calls[l][p.kind][all];
                 double start = now();
-                if (*often != 1) run_product(&p); /* warms the caches up; its first time tells how often */
+                if (*often != 1)
+                    run_product(&p); /* warms the caches up; its first time tells how often */
                 if (*often == 0) *often = calls_for(SHORT, now() - start);
                 start = now();
                 for (size_t i = 0; i < *often; i++) run_product(&p);
-                printf("part=sgemm name=%s/%zu/%s/%s who=%s threads=%d ms=%.6g work=%.6g\n", config, M, layers[l].name,
-                       names[p.kind], set_threads ? "openblas" : "ours", P, 1e3 * (now() - start) / (double)*often,
-                       flops);
+                printf("part=sgemm name=%s/%zu/%s/%s who=%s threads=%d ms=%.6g work=%.6g\n", config,
+                       M, layers[l].name, names[p.kind], set_threads ? "openblas" : "ours", P,
+                       1e3 * (now() - start) / (double)*often, flops);
             }
         }
 }
@@ -256,10 +271,12 @@ static void sgemm_turn(const char *shape, Product p, Calls calls, void (*set_thr
 static void sgemm(const char *who, char **shape, int shapes)
 {
     void (*set_threads)(int) = NULL;
-    const size_t large = (size_t)50304 * 1024; /* the head's logits and weights; 4096 x 4096 fits, too */
+    /* The head's logits and weights; 4096 x 4096 fits, too. */
+    const size_t large = (size_t)50304 * 1024;
     Product p = {0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
     if (!strcmp(who, "openblas") && !(p.openblas = (Sgemm)openblas_open(&set_threads))) return;
-    p.x = random_reals(large), p.w = random_reals(large), p.dy = random_reals(large), p.out = random_reals(large);
+    p.x = random_reals(large), p.w = random_reals(large), p.dy = random_reals(large),
+    p.out = random_reals(large);
     Calls *calls = (Calls *)xcalloc((size_t)shapes, sizeof *calls);
     int turn = 0;
     for (const char *word = NULL; await_turn(word); word = turn ? "done" : "round") {
@@ -268,7 +285,7 @@ static void sgemm(const char *who, char **shape, int shapes)
     }
 }
 
-/* ---- Training steps ---------------------------------------------------------------------------------------------- */
+/* ---- Training steps -------------------------------------------------------------------------- */
 
 typedef struct {
     const char *part, *row;
@@ -288,8 +305,8 @@ static void watch_step(Rank *k, const Steps *s, Progress *progress, int *tokens)
     const double all = now() - start - watch.repeated;
     watch.on = 0;
     for (size_t i = 0; i < watch.parts; i++)
-        printf("part=breakdown name=%s op=%zu operator=%s product=%d ms=%.6g\n", s->row, i, watch.part[i].name,
-               watch.part[i].product, 1e3 * watch.part[i].seconds);
+        printf("part=breakdown name=%s op=%zu operator=%s product=%d ms=%.6g\n", s->row, i,
+               watch.part[i].name, watch.part[i].product, 1e3 * watch.part[i].seconds);
     printf("part=breakdown name=%s operator=all product=0 ms=%.6g\n", s->row, 1e3 * all);
 }
 
@@ -309,13 +326,14 @@ static void step_rank(Comm *world, void *arg)
         if (s->over) break;
         const double start = now();
         for (size_t i = 0; i < s->steps; i++)
-            r = train_step(k, &bench_optimizer, &progress, s->ranks.micro_batches, feed_same, tokens);
+            r = train_step(k, &bench_optimizer, &progress, s->ranks.micro_batches, feed_same,
+                           tokens);
         barrier(world);
         if (world->rank > 0) continue;
         const double one = (now() - start) / (double)s->steps;
         if (!isfinite(r.loss)) die("the loss became %g", r.loss);
-        printf("part=%s name=%s who=ours ms=%.6g work=%.6g parameters=%zu\n", s->part, s->row, 1e3 * one, targets,
-               count_parameters(c));
+        printf("part=%s name=%s who=ours ms=%.6g work=%.6g parameters=%zu\n", s->part, s->row,
+               1e3 * one, targets, count_parameters(c));
         if (s->watched) watch_step(k, s, &progress, tokens);
         if (!word) s->steps = calls_for(LONG, one);
     }
@@ -323,7 +341,7 @@ static void step_rank(Comm *world, void *arg)
     rank_free(k);
 }
 
-/* ---- Attention, generation --------------------------------------------------------------------------------------- */
+/* ---- Attention, generation ------------------------------------------------------------------- */
 
 static void attention(size_t B, size_t H, size_t D, char **length, int lengths)
 {
@@ -331,7 +349,8 @@ static void attention(size_t B, size_t H, size_t D, char **length, int lengths)
     int turn = 0;
     for (const char *word = NULL; await_turn(word); word = turn ? "done" : "round") {
         const size_t T = number(length[turn]), n = B * T * H * D;
-        real *qkv = random_reals(3 * n), *dout = random_reals(n), *out = scratch(n), *dqkv = scratch(3 * n);
+        real *qkv = random_reals(3 * n), *dout = random_reals(n), *out = scratch(n),
+             *dqkv = scratch(3 * n);
         real *lse = scratch(B * T * H), *delta = scratch(B * T * H);
         for (int all = 0; all < 1 + (threads() > 1); all++) {
             use_threads(all ? threads() : 1);
@@ -345,8 +364,8 @@ static void attention(size_t B, size_t H, size_t D, char **length, int lengths)
                 if (i == 0) calls = calls_for(5 * SHORT, now() - start);
                 else forward += middle, both += now() - start;
             }
-            printf("part=attention name=%zu who=ours threads=%d ms=%.6g forward=%.6g\n", T, all ? threads() : 1,
-                   1e3 * both / (double)calls, 1e3 * forward / (double)calls);
+            printf("part=attention name=%zu who=ours threads=%d ms=%.6g forward=%.6g\n", T,
+                   all ? threads() : 1, 1e3 * both / (double)calls, 1e3 * forward / (double)calls);
         }
         free(qkv), free(dout), free(out), free(dqkv), free(lse), free(delta);
         turn = (turn + 1) % lengths;
@@ -372,16 +391,17 @@ static void generation_rank(Comm *world, void *arg)
         push_token(&text, 0); /* a prompt of one token: every token then costs the same */
         const double start = now();
         generate(g, &text, s->tokens, &greedy, -1, NULL, NULL);
-        const double bytes = (double)(count_parameters(c) - c->P * c->C) * sizeof(act); /* what a token reads */
-        printf("part=generate name=%s who=ours ms=%.6g work=%.6g\n", s->name, 1e3 * (now() - start) / (double)s->tokens,
-               bytes);
+        /* What a token reads. */
+        const double bytes = (double)(count_parameters(c) - c->P * c->C) * sizeof(act);
+        printf("part=generate name=%s who=ours ms=%.6g work=%.6g\n", s->name,
+               1e3 * (now() - start) / (double)s->tokens, bytes);
         free(text.id);
     }
     generator_free(g);
     rank_free(k);
 }
 
-/* ---- The conductor ----------------------------------------------------------------------------------------------- */
+/* ---- The conductor --------------------------------------------------------------------------- */
 
 typedef struct {
     FILE *in, *out; /* what the worker writes and reads; in == NULL: it has ended */
@@ -392,7 +412,8 @@ static Worker worker_start(char *command)
 {
     int from[2], to[2];
     if (pipe(from) || pipe(to)) die("no pipe: %s", strerror(errno));
-    for (int i = 0; i < 2; i++) fcntl(from[0], F_SETFD, FD_CLOEXEC), fcntl(to[1], F_SETFD, FD_CLOEXEC);
+    for (int i = 0; i < 2; i++)
+        fcntl(from[0], F_SETFD, FD_CLOEXEC), fcntl(to[1], F_SETFD, FD_CLOEXEC);
     Worker w = {fdopen(from[0], "r"), fdopen(to[1], "w"), fork()};
     if (w.pid < 0 || !w.in || !w.out) die("cannot start a worker: %s", strerror(errno));
     if (w.pid == 0) {
@@ -419,8 +440,8 @@ static int worker_turn(Worker *w, int round)
     return 0;
 }
 
-/* In every round the workers change places. After a turn all wait until the last worker's idle threads have stopped
- * spinning: OpenBLAS's do so for 26 ms. */
+/* In every round the workers change places. After a turn all wait until the last worker's idle
+ * threads have stopped spinning: OpenBLAS's do so for 26 ms. */
 static void turns(int rounds, char **command, int n)
 {
     enum { MAX_WORKERS = 16 };
@@ -460,7 +481,8 @@ static void peak(char **command)
         if (freopen("/dev/null", "w", stdout)) execvp(command[0], command);
         _exit(127);
     }
-    if (pid < 0 || wait4(pid, &status, 0, &usage) != pid || status != 0) die("'%s' failed", command[0]);
+    if (pid < 0 || wait4(pid, &status, 0, &usage) != pid || status != 0)
+        die("'%s' failed", command[0]);
     printf("kind=memory name=peak value=%.0f\n", 1024.0 * (double)usage.ru_maxrss);
 }
 
@@ -482,8 +504,10 @@ int main(int argc, char **argv)
             Config c = find_preset(argv[4]);
             c.embd_pdrop = c.attn_pdrop = c.resid_pdrop = 0;
             c.H = number(argv[8]);
-            const Layout layout = {(int)number(argv[9]), (int)number(argv[10]), (int)number(argv[11])};
-            const RankOptions ranks = {c, layout, number(argv[5]), number(argv[6]), number(argv[7]), 1, 0, 1};
+            const Layout layout = {(int)number(argv[9]), (int)number(argv[10]),
+                                   (int)number(argv[11])};
+            const RankOptions ranks = {
+                c, layout, number(argv[5]), number(argv[6]), number(argv[7]), 1, 0, 1};
             Steps s = {argv[2], argv[3], ranks, argc > 12, 0, 1};
             check_layout(&c, layout);
             run_ranks(world_size(layout), step_rank, &s);

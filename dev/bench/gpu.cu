@@ -1,14 +1,18 @@
-/* gpu.cu - how fast megatron_gpt2.cu is on this GPU. dev/bench/gpu.sh builds and runs it; README.md has more.
+/* gpu.cu - how fast megatron_gpt2.cu is on this GPU. dev/bench/gpu.sh builds and runs it; README.md
+ * has more.
  *
- *     gpu ceilings CONFIG                      the GPU's name; what a copy and a large product reach on it
- *     gpu operators CONFIG B                   each operator of chapter 2 alone, at the shapes of CONFIG, B sequences
- *     gpu step CONFIG B DROPOUT TP [paced]     whole training steps, by TP ranks; paced: prints `ready` after warm-up
- *                                              and `done` after each round, and after each waits for a line on stdin,
- *                                              so that a peer's rounds can take turns with ours
+ *     gpu ceilings CONFIG      the GPU's name; what a copy and a large product reach on it
+ *     gpu operators CONFIG B   each operator of chapter 1 alone, at the shapes of CONFIG, B
+ *                              sequences
+ *     gpu step CONFIG B DROPOUT TP [paced]
+ *                              whole training steps, by TP ranks; paced: prints `ready` after
+ *                              warm-up and `done` after each round, and after each waits for a line
+ *                              on stdin, so that a peer's rounds can take turns with ours
  *
- * A record is a line of name=value pairs on stdout: ms is the median of the rounds, ms_least the shortest, both of a
- * call or step; flops and bytes are what the work needs, not what is really done. Built once for each precision.
- * CONFIG tiny has tiny ceilings too: it is for trying this program where kernels are emulated. */
+ * A record is a line of name=value pairs on stdout: ms is the median of the rounds, ms_least the
+ * shortest, both of a call or step; flops and bytes are what the work needs, not what is really
+ * done. Built once for each precision. CONFIG tiny has tiny ceilings too: it is for trying this
+ * program where kernels are emulated. */
 
 #define main gpt2_main
 #define PROGRAM "gpu"
@@ -30,9 +34,13 @@
 #define PRECISION "fp32"
 #endif
 
-enum { WARMUP = 3, ROUNDS = 9, STEPS = 3 }; /* rounds that do not count; that do; training steps in a round */
+enum {
+    WARMUP = 3,
+    ROUNDS = 9,
+    STEPS = 3
+}; /* rounds that do not count; that do; training steps in a round */
 
-/* ---- Time -------------------------------------------------------------------------------------------------------- */
+/* ---- Time ------------------------------------------------------------------------------------ */
 
 /* Milliseconds from here on this rank's stream until all that run() puts into it is done. */
 template <typename F> static double timed(F run)
@@ -60,11 +68,11 @@ static int compare_doubles(const void *a, const void *b)
 static void print_times(const char *kind, const char *name, double *ms)
 {
     qsort(ms, ROUNDS, sizeof *ms, compare_doubles);
-    printf("who=megatron precision=" PRECISION " kind=%s name=%s ms=%.6g ms_least=%.6g", kind, name, ms[ROUNDS / 2],
-           ms[0]);
+    printf("who=megatron precision=" PRECISION " kind=%s name=%s ms=%.6g ms_least=%.6g", kind, name,
+           ms[ROUNDS / 2], ms[0]);
 }
 
-/* ---- One operator alone ------------------------------------------------------------------------------------------ */
+/* ---- One operator alone ---------------------------------------------------------------------- */
 
 /* What the GPU's second-level cache is emptied with. */
 typedef struct {
@@ -79,19 +87,22 @@ static Flood flood_create(bool tiny)
     return f;
 }
 
-/* Reads x (n), all zeros. It writes nothing, which would have to leave the cache in the next operator's time. */
+/* Reads x (n), all zeros. It writes nothing, which would have to leave the cache in the next
+ * operator's time. */
 static __global__ void flood_kernel(float4 *x, size_t n)
 {
     float sum = 0;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x)
         sum += x[i].x + x[i].y + x[i].z + x[i].w;
     if (sum != 0) x[0].x = sum;
 }
 
-/* Times run(), always with a cold cache: in a training step other operators fill it in between. While the flood lasts
- * the host puts all of run() into the stream. */
+/* Times run(), always with a cold cache: in a training step other operators fill it in between.
+ * While the flood lasts the host puts all of run() into the stream. */
 template <typename F>
-static void measure(Flood flood, const char *kind, const char *name, double flops, double bytes, F run)
+static void measure(Flood flood, const char *kind, const char *name, double flops, double bytes,
+                    F run)
 {
     double ms[ROUNDS];
     for (int i = -WARMUP; i < ROUNDS; i++) {
@@ -104,8 +115,8 @@ static void measure(Flood flood, const char *kind, const char *name, double flop
     fflush(stdout);
 }
 
-/* n normal numbers times scale. They repeat after a million: a product's power, and so its speed, wants many different
- * ones, but no more. */
+/* n normal numbers times scale. They repeat after a million: a product's power, and so its speed,
+ * wants many different ones, but no more. */
 static act *numbers(size_t n, real scale)
 {
     const size_t some = min_size(n, 1 << 20);
@@ -114,7 +125,8 @@ static act *numbers(size_t n, real scale)
     random_normals(host, 1, 0, 0, some);
     for (size_t i = 0; i < some; i++) host[i] *= scale;
     act_upload(x, host, some);
-    for (size_t done = some; done < n; done *= 2) device_copy(x + done, x, min_size(done, n - done) * sizeof *x);
+    for (size_t done = some; done < n; done *= 2)
+        device_copy(x + done, x, min_size(done, n - done) * sizeof *x);
     device_synchronize();
     free(host);
     return x;
@@ -129,7 +141,8 @@ static real *ones(size_t n)
     return x;
 }
 
-/* A model of this name, but with heads of 64 columns also where it is tiny: for these there are tensor-core kernels. */
+/* A model of this name, but with heads of 64 columns also where it is tiny: for these there are
+ * tensor-core kernels. */
 static Config bench_config(const char *name)
 {
     Config c = find_preset(name);
@@ -143,7 +156,8 @@ static double sheet_peak(const char *name)
     static const struct {
         const char *name;
         double half, tf32, fp32;
-    } known[] = {{"H200", 989, 494, 67}, {"H100 80GB HBM3", 989, 494, 67}, {"A100", 312, 156, 19.5}};
+    } known[] = {
+        {"H200", 989, 494, 67}, {"H100 80GB HBM3", 989, 494, 67}, {"A100", 312, 156, 19.5}};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strstr(name, known[i].name))
             return 1e12 * (!FULL_PRECISION                      ? known[i].half
@@ -161,25 +175,29 @@ static void ceilings(bool tiny)
     CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
     const double peak = sheet_peak(properties.name);
     for (char *c = properties.name; *c; c++) *c = *c == ' ' ? '_' : *c;
-    printf("who=megatron precision=" PRECISION " kind=device name=%s peak=%.6g memory=%.6g\n", properties.name, peak,
-           (double)properties.totalGlobalMem);
+    printf("who=megatron precision=" PRECISION " kind=device name=%s peak=%.6g memory=%.6g\n",
+           properties.name, peak, (double)properties.totalGlobalMem);
 
     void *from = device_calloc(n), *to = device_calloc(n);
     measure(flood, "ceiling", "copy", 0, 2.0 * (double)n, [&] { device_copy(to, from, n); });
     device_free(from), device_free(to);
     act *a = numbers(side * side, 1), *b = numbers(side * side, 1), *c = numbers(side * side, 1);
-    measure(flood, "ceiling", "product", flops, 0, [&] { matmul(c, a, false, b, true, side, side, side, false); });
+    measure(flood, "ceiling", "product", flops, 0,
+            [&] { matmul(c, a, false, b, true, side, side, side, false); });
     device_free(a), device_free(b), device_free(c), device_free(flood.p);
 }
 
-/* Every operator, in the order of chapter 2. Backward passes add to the same few arrays again and again: their numbers
- * become meaningless, not infinite. The process ends when it is done, and its memory with it. */
+/* Every operator, in the order of chapter 2. Backward passes add to the same few arrays again and
+ * again: their numbers become meaningless, not infinite. The process ends when it is done, and its
+ * memory with it. */
 static void operators(const Config *config, bool tiny, size_t B)
 {
     const size_t T = config->P, N = B * T, C = config->C, F = config->F, H = config->H, D = C / H;
     const size_t V = padded_vocab(config->V, 1), valid = config->V, P = max_size(V, F) * C;
-    const double e = sizeof(act), NC = (double)(N * C), NV = (double)(N * V), nc = e * NC, nv = e * NV;
-    const double scores = NC * (double)T; /* half of T x T scores, times 2 C: FLOPs of a product for all heads */
+    const double e = sizeof(act), NC = (double)(N * C), NV = (double)(N * V), nc = e * NC,
+                 nv = e * NV;
+    /* Half of T x T scores, times 2 C: FLOPs of a product for all heads. */
+    const double scores = NC * (double)T;
     const Dropout off = {1, 2, 3, 0, 0, H}, on = {1, 2, 3, (real)0.1, 0, H};
     const AdamW step = {1e-4, 0.9, 0.999, 1e-8, 0.01, 1, 1};
     const Gelu gelu = config->gelu;
@@ -189,36 +207,44 @@ static void operators(const Config *config, bool tiny, size_t B)
     int *host = random_tokens(N, valid), *tokens = (int *)device_malloc(N * sizeof *tokens);
     device_upload(tokens, host, N * sizeof *tokens);
     free(host);
-    act *x = numbers(N * C, 1), *y = numbers(N * C, 1), *res = numbers(N * C, 1), *ln = numbers(N * C, 1);
+    act *x = numbers(N * C, 1), *y = numbers(N * C, 1), *res = numbers(N * C, 1),
+        *ln = numbers(N * C, 1);
     act *qkv = numbers(N * 3 * C, 1), *dqkv = numbers(N * 3 * C, (real)0.01);
-    act *pre = numbers(N * F, 1), *z = numbers(N * F, 1), *dpre = numbers(N * F, 1), *logits = numbers(N * V, 1);
+    act *pre = numbers(N * F, 1), *z = numbers(N * F, 1), *dpre = numbers(N * F, 1),
+        *logits = numbers(N * V, 1);
     act *w = numbers(P, (real)0.02), *dw = numbers(P, (real)0.02), *b = numbers(F, (real)0.02),
         *db = numbers(F, (real)0.02);
     real *mean = ones(N), *rstd = ones(N), *lse = ones(N * H), *delta = ones(N * H);
     real *max = ones(N), *sum = ones(N), *target = ones(N), *loss = ones(N), *weight = ones(N);
     real *m = ones(P), *v = ones(P), *master = FULL_PRECISION ? NULL : ones(P);
 
-#define PRODUCT(name, passes, I, O, call)                                                                              \
+#define PRODUCT(name, passes, I, O, call)                                                          \
     measure(flood, "product", name, 2.0 * passes * (double)(N * (I) * (O)), 0, [&] { call; })
 #define MOVE(name, bytes, call) measure(flood, "move", name, 0, bytes, [&] { call; })
-#define ATTENTION(name, products, call) measure(flood, "attention", name, products *scores, 0, [&] { call; })
+#define ATTENTION(name, products, call)                                                            \
+    measure(flood, "attention", name, products *scores, 0, [&] { call; })
     PRODUCT("linear_forward/qkv", 1, C, 3 * C, linear_forward(qkv, x, w, b, N, C, 3 * C));
     PRODUCT("linear_forward/proj", 1, C, C, linear_forward(y, x, w, NULL, N, C, C));
     PRODUCT("linear_gelu_forward/fc", 1, C, F, linear_gelu_forward(z, pre, x, w, b, N, C, F, gelu));
     PRODUCT("linear_forward/out", 1, F, C, linear_forward(y, z, w, NULL, N, F, C));
     PRODUCT("linear_forward/logits", 1, C, V, linear_forward(logits, x, w, NULL, N, C, V));
-    PRODUCT("linear_backward/qkv", 2, C, 3 * C, linear_backward(y, dw, db, dqkv, x, w, N, C, 3 * C));
+    PRODUCT("linear_backward/qkv", 2, C, 3 * C,
+            linear_backward(y, dw, db, dqkv, x, w, N, C, 3 * C));
     PRODUCT("linear_backward/proj", 2, C, C, linear_backward(y, dw, NULL, res, x, w, N, C, C));
     PRODUCT("linear_backward/fc", 2, C, F, linear_backward(y, dw, db, dpre, x, w, N, C, F));
-    PRODUCT("gelu_linear_backward/out", 2, F, C, gelu_linear_backward(dpre, dw, x, z, pre, w, N, F, C, gelu));
+    PRODUCT("gelu_linear_backward/out", 2, F, C,
+            gelu_linear_backward(dpre, dw, x, z, pre, w, N, F, C, gelu));
     PRODUCT("linear_backward/logits", 2, C, V, linear_backward(y, dw, NULL, logits, x, w, N, C, V));
 
     ATTENTION("attention_forward", 2, attention_forward(y, lse, qkv, B, T, H, D, off));
-    ATTENTION("attention_backward", 5, attention_backward(dqkv, delta, x, y, lse, qkv, B, T, H, D, off));
+    ATTENTION("attention_backward", 5,
+              attention_backward(dqkv, delta, x, y, lse, qkv, B, T, H, D, off));
     ATTENTION("attention_forward/dropout", 2, attention_forward(y, lse, qkv, B, T, H, D, on));
-    ATTENTION("attention_backward/dropout", 5, attention_backward(dqkv, delta, x, y, lse, qkv, B, T, H, D, on));
+    ATTENTION("attention_backward/dropout", 5,
+              attention_backward(dqkv, delta, x, y, lse, qkv, B, T, H, D, on));
+    /* One more token after T-1. */
     MOVE("attention_cached_forward", 2 * e * (double)(T * C),
-         attention_cached_forward(y, x, res, qkv, 1, T - 1, H, D)); /* one more token after T-1 */
+         attention_cached_forward(y, x, res, qkv, 1, T - 1, H, D));
 
     MOVE("token_embedding_forward", 2 * nc, token_embedding_forward(x, tokens, w, N, C, 0, V));
     MOVE("token_embedding_backward", nc + 2 * e * (double)(min_size(N, V) * C),
@@ -226,9 +252,11 @@ static void operators(const Config *config, bool tiny, size_t B)
     MOVE("position_embedding_forward", 2 * nc, position_embedding_forward(x, w, B, T, C, 0, off));
     MOVE("position_embedding_backward", 2 * nc, position_embedding_backward(x, dw, B, T, C, off));
     MOVE("layernorm_forward", 2 * nc, layernorm_forward(y, mean, rstd, x, b, b, N, C, eps));
-    MOVE("layernorm_backward", 4 * nc, layernorm_backward(y, db, db + C, ln, x, b, mean, rstd, y, N, C));
+    MOVE("layernorm_backward", 4 * nc,
+         layernorm_backward(y, db, db + C, ln, x, b, mean, rstd, y, N, C));
     MOVE("bias_dropout_add_forward", 3 * nc, bias_dropout_add_forward(y, x, b, res, N, C, off));
-    MOVE("bias_dropout_add_forward/dropout", 3 * nc, bias_dropout_add_forward(y, x, b, res, N, C, on));
+    MOVE("bias_dropout_add_forward/dropout", 3 * nc,
+         bias_dropout_add_forward(y, x, b, res, N, C, on));
     MOVE("bias_dropout_add_layernorm_forward", 4 * nc,
          bias_dropout_add_layernorm_forward(ln, y, mean, rstd, x, b, res, b, b, N, C, eps, off));
     MOVE("bias_dropout_add_backward", 2 * nc, bias_dropout_add_backward(y, db, x, N, C, off));
@@ -236,14 +264,16 @@ static void operators(const Config *config, bool tiny, size_t B)
     MOVE("logits_max", nv, logits_max(max, logits, N, V, valid));
     MOVE("logits_sum_exp", nv, logits_sum_exp(sum, target, logits, max, tokens, N, V, valid, 0));
     MOVE("cross_entropy_loss", 12.0 * (double)N, cross_entropy_loss(loss, sum, target, N));
-    MOVE("cross_entropy_backward", 2 * nv, cross_entropy_backward(logits, max, sum, tokens, weight, 1, N, V, valid, 0));
-    MOVE("adamw", (FULL_PRECISION ? 28 : 24 + 2 * e) * (double)P, adamw(w, master, m, v, dw, P, step));
+    MOVE("cross_entropy_backward", 2 * nv,
+         cross_entropy_backward(logits, max, sum, tokens, weight, 1, N, V, valid, 0));
+    MOVE("adamw", (FULL_PRECISION ? 28 : 24 + 2 * e) * (double)P,
+         adamw(w, master, m, v, dw, P, step));
     MOVE("sum_squares", e * (double)P, (void)sum_squares(dw, P));
     void *two[] = {x, y};
     MOVE("reduce_slice/2", 4 * nc, reduce_slice(two, 2, 0, N * C, ACT, SUM));
 }
 
-/* ---- Training steps ---------------------------------------------------------------------------------------------- */
+/* ---- Training steps -------------------------------------------------------------------------- */
 
 typedef struct {
     const char *name;
@@ -282,18 +312,23 @@ static void step_rank(Comm *world, void *arg)
         if (i == 0) memory = s->memory - free_memory();
         if (i >= 0) take_turns(k, s, i == 0 ? "ready" : "done");
         const double time = timed([&] {
-            for (int j = 0; j < STEPS; j++) r = train_step(k, &bench_optimizer, &progress, 1, feed_same, tokens);
+            for (int j = 0; j < STEPS; j++)
+                r = train_step(k, &bench_optimizer, &progress, 1, feed_same, tokens);
         });
         if (i >= 0) ms[i] = time / STEPS;
     }
     take_turns(k, s, "done");
-    if (!isfinite(r.loss) || r.skipped) die("the loss became %g, the gradient's norm %g", r.loss, r.grad_norm);
+    if (!isfinite(r.loss) || r.skipped)
+        die("the loss became %g, the gradient's norm %g", r.loss, r.grad_norm);
     if (world->rank == 0) {
         const double full = flops_exact(c, s->ranks.layout.tp, k->B, k->T, 0);
-        const double half_attention = 6.0 * (double)c->L * (double)N * (double)(k->T * c->C); /* that causality saves */
+        /* That causality saves. */
+        const double half_attention = 6.0 * (double)c->L * (double)N * (double)(k->T * c->C);
         print_times("step", s->name, ms);
-        printf(" batch=%zu seq=%zu dropout=%g tp=%d tokens=%zu flops=%.6g flops_full=%.6g memory=%.6g loss=%.6f\n",
-               k->B, k->T, (double)c->resid_pdrop, s->ranks.layout.tp, N, full - half_attention, full, memory, r.loss);
+        printf(" batch=%zu seq=%zu dropout=%g tp=%d tokens=%zu flops=%.6g flops_full=%.6g "
+               "memory=%.6g loss=%.6f\n",
+               k->B, k->T, (double)c->resid_pdrop, s->ranks.layout.tp, N, full - half_attention,
+               full, memory, r.loss);
     }
     free(tokens);
     rank_free(k);
@@ -316,7 +351,9 @@ int main(int argc, char **argv)
         Steps s = {name, {c, layout, B, 1, c.P, 1, 0, 1}, argc > 6, free_memory()};
         check_layout(&c, layout);
         run_ranks(layout.tp, step_rank, &s);
-    } else usage_error("give: ceilings CONFIG | operators CONFIG B | step CONFIG B DROPOUT TP [paced]");
+    } else
+        usage_error(
+            "give: ceilings CONFIG | operators CONFIG B | step CONFIG B DROPOUT TP [paced]");
     if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s", strerror(errno));
     return 0;
 }

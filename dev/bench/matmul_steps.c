@@ -1,18 +1,21 @@
-/* matmul_steps.c - from the triple loop to the packed tile in five steps; doc/matmul.md walks through them.
+/* matmul_steps.c - from the triple loop to the packed tile in five steps; doc/matmul.md walks
+ * through them.
  *
- *     matmul_steps [M I O]..     rows of X, inputs and outputs of a linear layer; without any, those of GPT-2
+ *     matmul_steps [M I O]..     rows of X, inputs and outputs of a linear layer; without any,
+ *                                those of GPT-2
  *
- * Each step makes C (M,N) = A (M,K) B (K,N), and reads A and B through strides; the last one is the project's matmul.
- * Every step must agree with the definition in double, on awkward shapes and on those that are timed, with the same
- * bits from one thread and from all; if not: one line, exit status 1. Then the steps take turns, a round of all after
- * a round of all. stdout gets records, which matmul.sh makes tables of. BENCH_TINY=1: seconds instead of minutes. */
+ * Each step makes C (M,N) = A (M,K) B (K,N), and reads A and B through strides; the last one is the
+ * project's matmul. Every step must agree with the definition in double, on awkward shapes and on
+ * those that are timed, with the same bits from one thread and from all; if not: one line, exit
+ * status 1. Then the steps take turns, a round of all after a round of all. stdout gets records,
+ * which matmul.sh makes tables of. BENCH_TINY=1: seconds instead of minutes. */
 
 #define main gpt2_main
 #define PROGRAM "matmul_steps"
 #include "../../megatron_gpt2.c"
 #undef main
 
-/* ---- The steps --------------------------------------------------------------------------------------------------- */
+/* ---- The steps ------------------------------------------------------------------------------- */
 
 /* A matrix of the steps, whose sizes are M, N, K: element (i, j) is p[i * row + j * col]. */
 typedef struct {
@@ -27,7 +30,8 @@ static void definition(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
     for (size_t i = 0; i < M; i++)
         for (size_t j = 0; j < N; j++) {
             real sum = 0;
-            for (size_t k = 0; k < K; k++) sum += a.p[i * a.row + k * a.col] * b.p[k * b.row + j * b.col];
+            for (size_t k = 0; k < K; k++)
+                sum += a.p[i * a.row + k * a.col] * b.p[k * b.row + j * b.col];
             c[i * N + j] = sum;
         }
 }
@@ -41,7 +45,8 @@ static const real *in_rows(real **copy, Mat b, size_t N, size_t K)
 #pragma omp parallel for
     for (size_t k0 = 0; k0 < K; k0 += 16)
         for (size_t j = 0; j < N; j++)
-            for (size_t k = k0; k < min_size(K, k0 + 16); k++) (*copy)[k * N + j] = b.p[k * b.row + j * b.col];
+            for (size_t k = k0; k < min_size(K, k0 + 16); k++)
+                (*copy)[k * N + j] = b.p[k * b.row + j * b.col];
     return *copy;
 }
 
@@ -53,7 +58,8 @@ static void rows_from(size_t j0, real *c, Mat a, const real *b, size_t M, size_t
         for (size_t j = j0; j < N; j++) c[i * N + j] = 0;
         for (size_t k = 0; k < K; k++)
 #pragma omp simd
-            for (size_t j = j0; j < N; j++) c[i * N + j] += a.p[i * a.row + k * a.col] * b[k * N + j];
+            for (size_t j = j0; j < N; j++)
+                c[i * N + j] += a.p[i * a.row + k * a.col] * b[k * N + j];
     }
 }
 
@@ -65,7 +71,8 @@ static void rows(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
     free(copy);
 }
 
-/* c (m,TILE_COLS) [+]= a (m,K) b (K,TILE_COLS), m <= 6: sums stay in registers. Missing rows repeat the last one. */
+/* c (m,TILE_COLS) [+]= a (m,K) b (K,TILE_COLS), m <= 6: sums stay in registers. Missing rows repeat
+ * the last one. */
 static void register_tile(real *c, Mat a, const real *b, size_t m, size_t N, size_t K, int add)
 {
     vec t[TILE_ROWS][TILE_VECS] = {{{0}}};
@@ -92,8 +99,8 @@ static void tiles(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
 #pragma omp parallel for
     for (size_t i = 0; i < M; i += TILE_ROWS)
         for (size_t j = 0; j < whole; j += TILE_COLS)
-            register_tile(c + i * N + j, (Mat){a.p + i * a.row, a.row, a.col}, p + j, min_size(TILE_ROWS, M - i), N, K,
-                          0);
+            register_tile(c + i * N + j, (Mat){a.p + i * a.row, a.row, a.col}, p + j,
+                          min_size(TILE_ROWS, M - i), N, K, 0);
     rows_from(whole, c, a, p, M, N, K);
     free(copy);
 }
@@ -108,8 +115,9 @@ static void blocks(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
     for (size_t j = 0; j < whole; j += TILE_COLS)
         for (size_t k = 0; k < K; k += K_BLOCK)
             for (size_t i = 0; i < M; i += TILE_ROWS)
-                register_tile(c + i * N + j, (Mat){a.p + i * a.row + k * a.col, a.row, a.col}, p + k * N + j,
-                              min_size(TILE_ROWS, M - i), N, min_size(K_BLOCK, K - k), k > 0);
+                register_tile(c + i * N + j, (Mat){a.p + i * a.row + k * a.col, a.row, a.col},
+                              p + k * N + j, min_size(TILE_ROWS, M - i), N,
+                              min_size(K_BLOCK, K - k), k > 0);
     rows_from(whole, c, a, p, M, N, K);
     free(copy);
 }
@@ -121,7 +129,7 @@ static void packed(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
     matmul(c, left, right, WRITE, NULL);
 }
 
-/* ---- The machine's ceilings -------------------------------------------------------------------------------------- */
+/* ---- The machine's ceilings ------------------------------------------------------------------ */
 
 static volatile real sink; /* what a ceiling computes ends here, lest the compiler leave it out */
 
@@ -141,7 +149,8 @@ static double fma_rate(size_t repeats, int threads)
         const vec zero = {0}, x = zero + (real)uniform(1 << 30), y = x + x;
         vec t[TILE_ROWS][TILE_VECS];
         for (int i = 0; i < TILE_ROWS; i++)
-            for (int j = 0; j < TILE_VECS; j++) t[i][j] = x * (real)(i * TILE_VECS + j); /* not all alike */
+            for (int j = 0; j < TILE_VECS; j++)
+                t[i][j] = x * (real)(i * TILE_VECS + j); /* not all alike */
         for (size_t k = 0; k < repeats; k++)
             for (int i = 0; i < TILE_ROWS; i++)
                 for (int j = 0; j < TILE_VECS; j++) t[i][j] = t[i][j] * x + y;
@@ -153,7 +162,8 @@ static double fma_rate(size_t repeats, int threads)
     return 2e-9 * (double)(repeats * TILE_ROWS * TILE_COLS * (size_t)threads) / (now() - start);
 }
 
-/* GB/s at which each thread reads n numbers of its own, a multiple of 8 * LANES, again and again. */
+/* GB/s at which each thread reads n numbers of its own, a multiple of 8 * LANES, again and
+ * again. */
 static double read_rate(const real *x, size_t n, size_t repeats, int threads)
 {
     const double start = now();
@@ -162,7 +172,8 @@ static double read_rate(const real *x, size_t n, size_t repeats, int threads)
         vec s[8] = {{0}};
         for (size_t r = 0; r < repeats; r++)
             for (size_t i = 0; i < n; i += 8 * LANES)
-                for (size_t j = 0; j < 8; j++) s[j] += *(const vec *)(x + (size_t)thread * n + i + j * LANES);
+                for (size_t j = 0; j < 8; j++)
+                    s[j] += *(const vec *)(x + (size_t)thread * n + i + j * LANES);
         for (int j = 1; j < 8; j++) s[0] += s[j];
 #pragma omp atomic write
         sink = s[0][0];
@@ -170,7 +181,7 @@ static double read_rate(const real *x, size_t n, size_t repeats, int threads)
     return 1e-9 * (double)(n * sizeof *x * repeats * (size_t)threads) / (now() - start);
 }
 
-/* ---- Products, and what they must be ----------------------------------------------------------------------------- */
+/* ---- Products, and what they must be --------------------------------------------------------- */
 
 typedef struct {
     const char *name;
@@ -183,12 +194,21 @@ enum { PRODUCTS = 3, STEPS = 5, GUARD = 64 };
 static const struct {
     const char *name;
     void (*run)(real *, Mat, Mat, size_t, size_t, size_t);
-} steps[STEPS] = {{"definition", definition}, {"rows", rows}, {"tiles", tiles}, {"blocks", blocks}, {"packed", packed}};
+} steps[STEPS] = {{"definition", definition},
+                  {"rows", rows},
+                  {"tiles", tiles},
+                  {"blocks", blocks},
+                  {"packed", packed}};
 
-/* Rows of C that a step makes. The triple loop is equally slow on each of them, so some are enough. */
-static size_t rows_of(int step, size_t M) { return step ? M : min_size(M, max_size(24, (size_t)all_threads())); }
+/* Rows of C that a step makes. The triple loop is equally slow on each of them, so some are
+ * enough. */
+static size_t rows_of(int step, size_t M)
+{
+    return step ? M : min_size(M, max_size(24, (size_t)all_threads()));
+}
 
-/* n numbers in (0, 1): a sum of their products never cancels, so an error means the same for each. */
+/* n numbers in (0, 1): a sum of their products never cancels, so an error means the same for
+ * each. */
 static real *numbers(size_t n, uint32_t stream)
 {
     real *x = scratch(n);
@@ -196,7 +216,8 @@ static real *numbers(size_t n, uint32_t stream)
     return x;
 }
 
-/* The three products of a linear layer, X (M,I), W (O,I), dY (M,O), and room for the largest C. Free with the next. */
+/* The three products of a linear layer, X (M,I), W (O,I), dY (M,O), and room for the largest C.
+ * Free with the next. */
 static real *products(Product p[PRODUCTS], size_t M, size_t I, size_t O)
 {
     const real *x = numbers(M * I, 0), *w = numbers(O * I, 1), *dy = numbers(M * O, 2);
@@ -219,7 +240,8 @@ static void in_double(double *exact, const Product *p)
     {
 #pragma omp for
         for (size_t j = 0; j < p->N; j++)
-            for (size_t k = 0; k < p->K; k++) columns[j * p->K + k] = p->b.p[k * p->b.row + j * p->b.col];
+            for (size_t k = 0; k < p->K; k++)
+                columns[j * p->K + k] = p->b.p[k * p->b.row + j * p->b.col];
 #pragma omp for
         for (size_t i = 0; i < p->M; i++)
             for (size_t j = 0; j < p->N; j++) {
@@ -233,8 +255,9 @@ static void in_double(double *exact, const Product *p)
     free(columns);
 }
 
-/* Dies unless every step makes p: each element written and none behind C, the norm of the error within 2 sqrt(K) units
- * of 2^-24 of C's (doc/matmul.md says why), and the same bits whether one thread works or all. */
+/* Dies unless every step makes p: each element written and none behind C, the norm of the error
+ * within 2 sqrt(K) units of 2^-24 of C's (doc/matmul.md says why), and the same bits whether one
+ * thread works or all. */
 static void check(const Product *p, real *c)
 {
     const size_t n = p->M * p->N;
@@ -254,10 +277,12 @@ static void check(const Product *p, real *c)
             for (size_t i = made; i < n + GUARD; i++) behind += !isnan(c[i]);
             if (!all) memcpy(alone, c, made * sizeof *c);
         }
-        for (size_t i = 0; i < made; i++) error += pow(c[i] - exact[i], 2), norm += pow(exact[i], 2);
+        for (size_t i = 0; i < made; i++)
+            error += pow(c[i] - exact[i], 2), norm += pow(exact[i], 2);
         error = sqrt(error / norm);
         if (!(error <= bound) || behind || memcmp(alone, c, made * sizeof *c))
-            die("step %s, %s, M %zu, N %zu, K %zu: an error of %.3g of C, expected at most %.3g; %zu numbers written "
+            die("step %s, %s, M %zu, N %zu, K %zu: an error of %.3g of C, expected at most %.3g; "
+                "%zu numbers written "
                 "behind C; bits from one thread and from %d are %s",
                 steps[s].name, p->name, p->M, p->N, p->K, error, bound, behind, all_threads(),
                 memcmp(alone, c, made * sizeof *c) ? "NOT EQUAL" : "equal");
@@ -265,7 +290,7 @@ static void check(const Product *p, real *c)
     free(exact), free(alone);
 }
 
-/* ---- Measurement ------------------------------------------------------------------------------------------------- */
+/* ---- Measurement ----------------------------------------------------------------------------- */
 
 /* A record for each round, step and number of threads; the first round only warms up. */
 static void measure(const Product *p, real *c, int rounds, size_t fma_repeats)
@@ -279,15 +304,17 @@ static void measure(const Product *p, real *c, int rounds, size_t fma_repeats)
                 const size_t M = rows_of(s, p->M);
                 const double start = now();
                 steps[s].run(c, p->a, p->b, M, p->N, p->K);
-                const double flops = 2 * (double)M * (double)p->N * (double)p->K, seconds = now() - start;
+                const double flops = 2 * (double)M * (double)p->N * (double)p->K,
+                             seconds = now() - start;
                 if (round >= 0)
-                    printf("rate %s %s %zu %zu %zu %s %.2f %.2f\n", p->name, steps[s].name, p->M, p->N, p->K,
-                           all ? "all" : "one", 1e-9 * flops / seconds, ceiling);
+                    printf("rate %s %s %zu %zu %zu %s %.2f %.2f\n", p->name, steps[s].name, p->M,
+                           p->N, p->K, all ? "all" : "one", 1e-9 * flops / seconds, ceiling);
             }
         }
 }
 
-/* Records of the speed at which memory is read: L1, L2, L3 and what lies behind, on the machines that we know. */
+/* Records of the speed at which memory is read: L1, L2, L3 and what lies behind, on the machines
+ * that we know. */
 static void measure_reads(int rounds, size_t most)
 {
     const size_t bytes[] = {32 << 10, 512 << 10, 8 << 20, most};
@@ -297,7 +324,8 @@ static void measure_reads(int rounds, size_t most)
             for (int all = 0; all <= (all_threads() > 1); all++) {
                 const int threads = all ? all_threads() : 1;
                 omp_set_num_threads(threads);
-                const double rate = read_rate(x, bytes[level] / sizeof *x, most / bytes[level], threads);
+                const double rate =
+                    read_rate(x, bytes[level] / sizeof *x, most / bytes[level], threads);
                 printf("read %zu %s %.1f\n", bytes[level] >> 10, all ? "all" : "one", rate);
             }
     free(x);
@@ -307,14 +335,18 @@ static size_t size_argument(const char *text)
 {
     char *end;
     const unsigned long n = strtoul(text, &end, 10);
-    if (text[0] < '0' || text[0] > '9' || *end || n < 1 || n > 1 << 16) die("%s is not a size, 1 to 65536", text);
+    if (text[0] < '0' || text[0] > '9' || *end || n < 1 || n > 1 << 16)
+        die("%s is not a size, 1 to 65536", text);
     return n;
 }
 
 int main(int argc, char **argv)
 {
-    static const size_t gpt2[][3] = {
-        {256, 768, 3072}, {256, 3072, 768}, {1024, 768, 3072}, {1024, 3072, 768}, {1024, 1024, 4096}};
+    static const size_t gpt2[][3] = {{256, 768, 3072},
+                                     {256, 3072, 768},
+                                     {1024, 768, 3072},
+                                     {1024, 3072, 768},
+                                     {1024, 1024, 4096}};
     static const size_t awkward[] = {1, 6, 65, 391}; /* 391 is more than a block of K */
     const int is_tiny = getenv("BENCH_TINY") != NULL, rounds = is_tiny ? 3 : 9;
     const size_t shapes = argc > 1 ? (size_t)argc / 3 : is_tiny ? 1 : 5;
@@ -331,7 +363,9 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < shapes; i++) {
         size_t size[3];
         for (size_t j = 0; j < 3; j++)
-            size[j] = argc > 1 ? size_argument(argv[1 + 3 * i + j]) : is_tiny ? (size_t)60 + 30 * j : gpt2[i][j];
+            size[j] = argc > 1  ? size_argument(argv[1 + 3 * i + j])
+                      : is_tiny ? (size_t)60 + 30 * j
+                                : gpt2[i][j];
         c = products(p, size[0], size[1], size[2]);
         for (int which = 0; which < PRODUCTS; which++) {
             check(&p[which], c);

@@ -1,9 +1,10 @@
-/* stopwatch.h - a stopwatch around every operator. stopwatch.sed makes a copy of megatron_gpt2.c that includes this file
- * before chapter 3, and in which every call of an operator f is a call of watched_f. Only in the thread that has set
- * watch.on are times taken.
+/* stopwatch.h - a stopwatch around every operator. stopwatch.sed makes a copy of megatron_gpt2.c that
+ * includes this file before chapter 3, and in which every call of an operator f is a call of
+ * watched_f. It takes times only in the thread that has set watch.on.
  *
- * Linear layers are told apart into their products and the rest. The bias's gradient is a call of its own then. GeLU is
- * fused into the product: there the product runs again, alone and off the clock, and the rest is the difference. */
+ * Linear layers are told apart into their products and the rest. The bias's gradient is a call of
+ * its own then. GeLU is fused into the product: there the product runs again, alone and off the
+ * clock, and the rest is the difference. */
 
 enum { WATCHED = 64 };
 
@@ -64,8 +65,8 @@ static void watch_split(const char *product, const char *rest, double fused)
     watch.repeated += alone;
 }
 
-static void watched_linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x, const act *w, size_t N,
-                                    size_t I, size_t O)
+static void watched_linear_backward(act *dx, act *dw, act *db, const act *dy, const act *x,
+                                    const act *w, size_t N, size_t I, size_t O)
 {
     watch_start();
     linear_backward(dx, dw, watch.on ? NULL : db, dy, x, w, N, I, O);
@@ -76,8 +77,8 @@ static void watched_linear_backward(act *dx, act *dw, act *db, const act *dy, co
     watch_stop("linear_backward:bias", 0);
 }
 
-static void watched_linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b, size_t N, size_t I,
-                                        size_t O, Gelu kind)
+static void watched_linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const act *b,
+                                        size_t N, size_t I, size_t O, Gelu kind)
 {
     watch_start();
     linear_gelu_forward(y, pre, x, w, b, N, I, O, kind);
@@ -89,8 +90,9 @@ static void watched_linear_gelu_forward(act *y, act *pre, const act *x, const ac
     watch_split("linear_gelu_forward:product", "linear_gelu_forward:bias+GeLU", fused);
 }
 
-static void watched_gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y, const act *pre, const act *w,
-                                         size_t N, size_t I, size_t O, Gelu kind)
+static void watched_gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y,
+                                         const act *pre, const act *w, size_t N, size_t I, size_t O,
+                                         Gelu kind)
 {
     watch_start();
     gelu_linear_backward(dpre, dw, dz, y, pre, w, N, I, O, kind);
@@ -120,7 +122,8 @@ static double watched_sum_squares(const act *x, size_t n)
 #define watched_layernorm_forward(...) WATCH(layernorm_forward, 0, __VA_ARGS__)
 #define watched_layernorm_backward(...) WATCH(layernorm_backward, 0, __VA_ARGS__)
 #define watched_bias_dropout_add_forward(...) WATCH(bias_dropout_add_forward, 0, __VA_ARGS__)
-#define watched_bias_dropout_add_layernorm_forward(...) WATCH(bias_dropout_add_layernorm_forward, 0, __VA_ARGS__)
+#define watched_bias_dropout_add_layernorm_forward(...)                                                    \
+    WATCH(bias_dropout_add_layernorm_forward, 0, __VA_ARGS__)
 #define watched_bias_dropout_add_backward(...) WATCH(bias_dropout_add_backward, 0, __VA_ARGS__)
 #define watched_attention_forward(...) WATCH(attention_forward, 0, __VA_ARGS__)
 #define watched_attention_backward(...) WATCH(attention_backward, 0, __VA_ARGS__)

@@ -3,7 +3,8 @@
 #
 #     sh dev/cudaemu/check.sh PROGRAM SOURCE [compiler flags]
 #
-# SOURCE is a .cu, or C++ that cu2cpp.sed has made already. CXX=g++ (the default) sees more than clang++: see README.md.
+# SOURCE is a .cu, or C++ that cu2cpp.sed has made already. CXX=g++ (the default) sees more than
+# clang++: see README.md.
 set -e
 here=$(dirname "$0")
 program=$1 source=$2

@@ -2,10 +2,12 @@
 #
 #     sed -f cu2cpp.sed program.cu > program.cpp
 #
-# Subset: a launch stands on one line up to its "(" and names its template arguments; a __shared__ declaration stands on
-# one line, inside a function, its type without commas. What the rules miss does not compile.
+# Subset: a launch stands on one line up to its "(" and names its template arguments; a __shared__
+# declaration stands on one line, inside a function, its type without commas. What the rules miss
+# does not compile.
 
-# kernel<T><<<grid, block, shared, stream>>>(   ->   kernel<T> << cudaemu::launch(NAME, grid, block, shared, stream)(
+# kernel<T><<<grid, block, shared, stream>>>(
+# ->   kernel<T> << cudaemu::launch(NAME, grid, block, shared, stream)(
 /<<</s/NULL/nullptr/g
 s/\([A-Za-z_][A-Za-z0-9_:]*\(<[^<>;]*>\)\{0,1\}\) *<<<\(.*\)>>> *(/\1 << cudaemu::launch(CUDAEMU_NAME(\1), \3)(/
 

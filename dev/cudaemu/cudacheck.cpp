@@ -1,21 +1,23 @@
-/* cudacheck.cpp - the emulator with a checker for kernels: what compute-sanitizer does on a GPU, without one.
+/* cudacheck.cpp - the emulator with a checker for kernels: what compute-sanitizer does on a GPU,
+ * without one.
  *
  *     sed -f cu2cpp.sed program.cu > program.cpp
- *     g++ -std=gnu++17 -O1 -g -fsanitize=thread,bounds,alignment,signed-integer-overflow,shift,integer-divide-by-zero \
- *         -fno-sanitize-recover=all -DCUDACHECK -c program.cpp
+ *     g++ -std=gnu++17 -O1 -g -DCUDACHECK -fno-sanitize-recover=all -c program.cpp \
+ *         -fsanitize=thread,bounds,alignment,signed-integer-overflow,shift,integer-divide-by-zero
  *     g++ -std=gnu++17 -O2 -c cudacheck.cpp
  *     objcopy --redefine-sym memcpy=__tsan_memcpy --redefine-sym memmove=__tsan_memmove \
  *         --redefine-sym memset=__tsan_memset program.o
  *     g++ program.o cudacheck.o -lpthread
  *
- * -fsanitize=thread makes the compiler call __tsan_read4(p) and the like at every access; linked without the
- * sanitizer's library, the calls come here. Each granule of 2 bytes of device and shared memory has a shadow cell that
- * remembers who wrote it last and who has read it since. An access outside the memory, one that reads what nobody
- * wrote, or one that is not ordered after those in the cell, is reported with both source lines, and the program ends
- * with status 1.
+ * -fsanitize=thread makes the compiler call __tsan_read4(p) and the like at every access; linked
+ * without the sanitizer's library, the calls come here. Each granule of 2 bytes of device and
+ * shared memory has a shadow cell that remembers who wrote it last and who has read it since. An
+ * access outside the memory, one that reads what nobody wrote, or one that is not ordered after
+ * those in the cell, is reported with both source lines, and the program ends with status 1.
  *
- *     1 places in the source   2 clocks of streams   3 shadow   4 accesses   5 what the engine tells
- *     6 what the compiler calls: accesses, atomics, undefined behaviour */
+ *     1 places in the source   2 clocks of streams   3 shadow   4 accesses
+ *     5 what the engine tells   6 what the compiler calls: accesses, atomics, undefined
+ * behaviour */
 #define CUDACHECK 1
 #include "cudaemu.cpp"
 
@@ -28,7 +30,7 @@ extern "C" char __executable_start[], end[]; /* the linker's: where the program 
 namespace cudaemu
 {
 
-/* ---- 1. Places in the source ------------------------------------------------------------------------------------- */
+/* ---- 1. Places in the source ----------------------------------------------------------------- */
 
 static __thread bool quiet; /* accesses are the engine's, not the program's */
 
@@ -41,15 +43,18 @@ static const uintptr_t image_base = [] {
 /* A return address as 32 bits: its distance from the start of the program. */
 static uint32_t pack_pc(const void *pc) { return (uint32_t)((uintptr_t)pc - image_base); }
 
-/* "file:line" of a packed return address; the innermost one outside cudaemu.h, as inlining has it. */
+/* "file:line" of a packed return address; the innermost one outside cudaemu.h, as inlining has
+ * it. */
 static std::string place(uint32_t pc)
 {
     char program[1024], command[2048], line[4096];
     ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
     if (!pc || n <= 0) return "unknown place";
     program[n] = 0;
-    bool fixed = ((const ElfW(Ehdr) *)image_base)->e_type == ET_EXEC; /* addresses in the file are absolute */
-    unsigned long address = pc + (fixed ? image_base : 0) - 1;        /* -1: the call, not what follows it */
+    /* Whether addresses in the file are absolute. */
+    bool fixed = ((const ElfW(Ehdr) *)image_base)->e_type == ET_EXEC;
+    /* -1: the call, not what follows it. */
+    unsigned long address = pc + (fixed ? image_base : 0) - 1;
     snprintf(command, sizeof command, "addr2line -is -e '%s' %#lx 2>/dev/null", program, address);
     FILE *f = popen(command, "r");
     std::string first, found; /* line by line, from the innermost function out */
@@ -60,7 +65,8 @@ static std::string place(uint32_t pc)
     }
     if (f) pclose(f);
     if (first.empty() || first[0] == '?') {
-        snprintf(line, sizeof line, "%s+%#lx (build with -g, and install addr2line)", program, address + 1);
+        snprintf(line, sizeof line, "%s+%#lx (build with -g, and install addr2line)", program,
+                 address + 1);
         return line;
     }
     return found.empty() ? first : found;
@@ -77,9 +83,10 @@ static std::string text(const char *format, ...)
     return line;
 }
 
-/* ---- 2. Clocks: which pieces of the streams' work come before which ---------------------------------------------- */
+/* ---- 2. Clocks: which pieces of the streams' work come before which -------------------------- */
 
-typedef std::vector<uint64_t> Clock; /* for each stream, how many pieces of its work are known to be done */
+typedef std::vector<uint64_t>
+    Clock; /* for each stream, how many pieces of its work are known to be done */
 
 static void join(Clock &to, const Clock &from)
 {
@@ -99,13 +106,16 @@ struct Work { /* a kernel, a copy, a product: one that has run or is running */
     uint64_t count;
 };
 
-/* Only one piece of work runs at a time, whichever OS threads they come from: the shadow needs no locks then. */
+/* Only one piece of work runs at a time, whichever OS threads they come from: the shadow needs no
+ * locks then. */
 static auto &running_lock = *new std::mutex();
 static auto &clock_lock = *new std::mutex();
-static auto &works = *new std::vector<Work>(1);  /* by number; 0 is none */
-static auto &clocks = *new std::vector<Clock>(); /* by stream: what its next piece of work comes after */
-static auto &host_clock = *new std::shared_ptr<const Clock>(new Clock()); /* all host threads count as one */
-static uint32_t running;                                                  /* number of the work that runs */
+static auto &works = *new std::vector<Work>(1); /* by number; 0 is none */
+/* By stream: what its next piece of work comes after. */
+static auto &clocks = *new std::vector<Clock>();
+/* All host threads count as one. */
+static auto &host_clock = *new std::shared_ptr<const Clock>(new Clock());
+static uint32_t running; /* number of the work that runs */
 static Clock running_clock;
 
 static Clock &clock_of(int stream) /* with clock_lock held */
@@ -122,7 +132,8 @@ static bool comes_before_running(uint32_t work)
     auto &k = known[work % 1024];
     if (k.running == running && k.work == work) return true;
     const Work &w = works[work];
-    if ((size_t)w.stream >= running_clock.size() || running_clock[(size_t)w.stream] < w.count) return false;
+    if ((size_t)w.stream >= running_clock.size() || running_clock[(size_t)w.stream] < w.count)
+        return false;
     k.running = running, k.work = work;
     return true;
 }
@@ -134,19 +145,20 @@ static std::string name_work(uint32_t number)
     return text("%s (%s:%d)", w.what, w.at.file, w.at.line);
 }
 
-/* ---- 3. Shadow: what has happened to each granule of memory ------------------------------------------------------ */
+/* ---- 3. Shadow: what has happened to each granule of memory ---------------------------------- */
 
-constexpr size_t GRANULE = 2;             /* bytes. Of single bytes only bounds and writing are watched */
+constexpr size_t GRANULE = 2; /* bytes. Of single bytes only bounds and writing are watched */
 constexpr size_t ARENA = (size_t)1 << 36; /* addresses for device memory, each used once */
-constexpr size_t PAGE = 1 << 16;          /* an allocation begins a page, and leaves one free behind it */
-constexpr size_t LINE = 128;              /* of shared memory belongs to one variable */
+constexpr size_t PAGE = 1 << 16; /* an allocation begins a page, and leaves one free behind it */
+constexpr size_t LINE = 128;     /* of shared memory belongs to one variable */
 
-/* Flags of an access: by an atomic operation; a cp.async not waited for; of a cell's write: the cell stands for a whole
- * word, and the next one for nothing. */
+/* Flags of an access: by an atomic operation; a cp.async not waited for; of a cell's write: the
+ * cell stands for a whole word, and the next one for nothing. */
 enum { ATOMIC = 1, LANDING = 2, WHOLE = 4 };
 
-/* Who: work 26 bits, block 16, thread 10, phase 12: how many barriers the block has passed. Blocks of shared memory are
- * numbered through instead of work and block. Counters wrap: of equal numbers far apart a conflict may be missed. */
+/* Who: work 26 bits, block 16, thread 10, phase 12: how many barriers the block has passed. Blocks
+ * of shared memory are numbered through instead of work and block. Counters wrap: of equal numbers
+ * far apart a conflict may be missed. */
 struct Access {
     uint64_t who; /* 0: nobody */
     uint32_t pc;
@@ -178,8 +190,10 @@ static uint32_t tracked_count;
 
 static void *reserve(size_t size)
 {
-    void *p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) fail({nullptr, 0}, "the checker needs %zu GB of address space: see ulimit -v", size >> 30);
+    void *p = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED)
+        fail({nullptr, 0}, "the checker needs %zu GB of address space: see ulimit -v", size >> 30);
     return p;
 }
 
@@ -193,10 +207,13 @@ struct Watch {
     uint64_t global_base;   /* `who` of the block's thread 0 in phase 0 */
     unsigned phase;
     uint32_t block_number;
-    bool fenced, acquired; /* __threadfence was called; an atomic operation of a fenced block has been seen */
+    bool fenced;   /* __threadfence was called */
+    bool acquired; /* an atomic operation of a fenced block has been seen */
     uint16_t epoch[MAX_THREADS];
-    uint16_t seen[MAX_THREADS][32];  /* for each thread: up to which epoch of each lane of its warp it comes after */
-    uintptr_t statics[2], locals[2]; /* the program's own variables; this OS thread's thread-local ones */
+    /* For each thread: up to which epoch of each lane of its warp it comes after. */
+    uint16_t seen[MAX_THREADS][32];
+    uintptr_t statics[2]; /* the program's own variables */
+    uintptr_t locals[2];  /* this OS thread's thread-local ones */
     /* A write that another thread's write may race with, but perhaps both write the same value. */
     struct {
         char *p;
@@ -209,16 +226,18 @@ struct Watch {
 };
 static __thread Watch *watch;
 
-/* Blocks of the running work that did __threadfence and then an atomic operation: who sees that one comes after. */
+/* Blocks of the running work that did __threadfence and then an atomic operation: who sees that one
+ * comes after. */
 static auto &released = *new std::vector<bool>(65536);
 static bool any_released;
 
-/* ---- 4. Accesses ------------------------------------------------------------------------------------------------- */
+/* ---- 4. Accesses ----------------------------------------------------------------------------- */
 
 enum Kind { READ = 0, WRITE = 1, UPDATE = 2 }; /* UPDATE: an atomic read and write */
 static const char *const kind_name[] = {"read", "write", "atomic update"};
 
-[[noreturn]] static void report(const char *kind, const std::string &what, uint32_t pc, const std::string &more = "")
+[[noreturn]] static void report(const char *kind, const std::string &what, uint32_t pc,
+                                const std::string &more = "")
 {
     static int spoken;
     while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
@@ -229,11 +248,11 @@ static const char *const kind_name[] = {"read", "write", "atomic update"};
     if (!pc && running) fprintf(stderr, "    at %s\n", name_work(running).c_str());
     if (block && block->launch && self) {
         const Config &c = block->launch->config;
-        fprintf(stderr, "    by %s of block (%u,%u,%u)\n", name_thread(self).c_str(), blockIdx.x, blockIdx.y,
-                blockIdx.z);
+        fprintf(stderr, "    by %s of block (%u,%u,%u)\n", name_thread(self).c_str(), blockIdx.x,
+                blockIdx.y, blockIdx.z);
         if (!more.empty()) fprintf(stderr, "    %s\n", more.c_str());
-        fprintf(stderr, "    kernel %s (launched at %s:%d) on device %d\n", c.name, c.at.file, c.at.line,
-                block->launch->device);
+        fprintf(stderr, "    kernel %s (launched at %s:%d) on device %d\n", c.name, c.at.file,
+                c.at.line, block->launch->device);
     } else if (!more.empty()) {
         fprintf(stderr, "    %s\n", more.c_str());
     }
@@ -246,8 +265,8 @@ static Access me(bool shared, uint32_t pc, unsigned flags)
 {
     if (!self) return {(uint64_t)running << WORK_SHIFT, pc, 0, (uint16_t)flags};
     uint64_t base = shared ? watch->shared_serial << BLOCK_SHIFT : watch->global_base;
-    return {base | (uint64_t)self->number << THREAD_SHIFT | (watch->phase & 0xFFF), pc, watch->epoch[self->number],
-            (uint16_t)flags};
+    return {base | (uint64_t)self->number << THREAD_SHIFT | (watch->phase & 0xFFF), pc,
+            watch->epoch[self->number], (uint16_t)flags};
 }
 
 enum Conflict { NONE, LANES, THREADS, BLOCKS, WORKS };
@@ -258,7 +277,8 @@ static Conflict conflict_apart(const Access &before, const Access &now, bool sha
     uint64_t difference = before.who ^ now.who;
     if (difference >> BLOCK_SHIFT) {
         if (shared) return NONE; /* an earlier block's */
-        if (difference >> WORK_SHIFT) return comes_before_running((uint32_t)(before.who >> WORK_SHIFT)) ? NONE : WORKS;
+        if (difference >> WORK_SHIFT)
+            return comes_before_running((uint32_t)(before.who >> WORK_SHIFT)) ? NONE : WORKS;
         if (before.flags & now.flags & ATOMIC) return NONE;
         return watch->acquired && released[before.who >> BLOCK_SHIFT & 0xFFFF] ? NONE : BLOCKS;
     }
@@ -270,7 +290,8 @@ static Conflict conflict_apart(const Access &before, const Access &now, bool sha
 }
 static inline Conflict conflict(const Access &before, const Access &now, bool shared)
 {
-    if (!before.who || !((before.who ^ now.who) >> THREAD_SHIFT)) return NONE; /* nobody, or the same thread */
+    if (!before.who || !((before.who ^ now.who) >> THREAD_SHIFT))
+        return NONE; /* nobody, or the same thread */
     return conflict_apart(before, now, shared);
 }
 
@@ -283,9 +304,11 @@ static std::string other_side(const Access &other, const char *did, Conflict c)
     } else if (block && block->launch) {
         int t = thread_of(other);
         by = name_thread(&block->threads[t]);
-        if (c == BLOCKS) by += text(" of block number %u", (unsigned)(other.who >> BLOCK_SHIFT & 0xFFFF));
+        if (c == BLOCKS)
+            by += text(" of block number %u", (unsigned)(other.who >> BLOCK_SHIFT & 0xFFFF));
     }
-    return text("against the %s at ", did) + (other.pc ? place(other.pc) : "the call") + " by " + by;
+    return text("against the %s at ", did) + (other.pc ? place(other.pc) : "the call") + " by " +
+           by;
 }
 
 static std::string where_is(const void *p, bool shared)
@@ -293,24 +316,26 @@ static std::string where_is(const void *p, bool shared)
     if (shared) {
         size_t line = (size_t)((const char *)p - block->memory) / LINE;
         const SharedVariable &v = watch->variables[watch->lines[line] - 1u];
-        return text("byte %zu of %s (%s, %s:%d)", (size_t)((const char *)p - v.at), bytes(v.size).c_str(), v.name,
-                    v.declared.file, v.declared.line);
+        return text("byte %zu of %s (%s, %s:%d)", (size_t)((const char *)p - v.at),
+                    bytes(v.size).c_str(), v.name, v.declared.file, v.declared.line);
     }
     const Tracked &t = tracked[arena_pages[(size_t)((const char *)p - arena) / PAGE]];
-    return text("byte %zu of %s allocated at %s:%d", (size_t)((const char *)p - t.base), bytes(t.size).c_str(),
-                t.allocated_at.file, t.allocated_at.line);
+    return text("byte %zu of %s allocated at %s:%d", (size_t)((const char *)p - t.base),
+                bytes(t.size).c_str(), t.allocated_at.file, t.allocated_at.line);
 }
 
-[[noreturn]] static void report_race(const void *p, size_t size, bool shared, Kind now, const Access &ours,
-                                     const Access &theirs, const char *did, Conflict c)
+[[noreturn]] static void report_race(const void *p, size_t size, bool shared, Kind now,
+                                     const Access &ours, const Access &theirs, const char *did,
+                                     Conflict c)
 {
     static const char *const missing[] = {"", "without __syncwarp or __syncthreads between them",
                                           "without __syncthreads between them",
                                           "by threads of different blocks, which nothing orders",
                                           "by work that nothing orders: no stream, event or wait"};
     report(c == WORKS ? "stream-order" : "race",
-           text("%s and %s of the same %s memory %s: %s of %s", did, kind_name[now], shared ? "shared" : "global",
-                missing[c], bytes(size).c_str(), where_is(p, shared).c_str()),
+           text("%s and %s of the same %s memory %s: %s of %s", did, kind_name[now],
+                shared ? "shared" : "global", missing[c], bytes(size).c_str(),
+                where_is(p, shared).c_str()),
            ours.pc, other_side(theirs, did, c));
 }
 
@@ -332,7 +357,8 @@ static int distance(const Access &a, const Access &b)
     return difference >> BLOCK_SHIFT ? 3 : difference >> (THREAD_SHIFT + 5) ? 2 : 1;
 }
 
-[[noreturn]] static void report_landing(Kind kind, const Access &now, const Access &w, char *p, bool shared)
+[[noreturn]] static void report_landing(Kind kind, const Access &now, const Access &w, char *p,
+                                        bool shared)
 {
     report("cp.async",
            text("%s of memory that cp.async still writes, with no wait since: %s", kind_name[kind],
@@ -344,14 +370,17 @@ static int distance(const Access &a, const Access &b)
 static void touch(Cell *cell, Kind kind, const Access &now, char *p, size_t size, bool shared)
 {
     Access &w = cell->write, *r = cell->read;
-    if (kind == READ && r[0].who == now.who && r[0].flags == now.flags) { /* once more, and nobody has written since */
+    if (kind == READ && r[0].who == now.who &&
+        r[0].flags == now.flags) { /* once more, and nobody has written since */
         r[0] = now;
         return;
     }
-    if (w.flags & LANDING && w.who >> BLOCK_SHIFT == now.who >> BLOCK_SHIFT) report_landing(kind, now, w, p, shared);
+    if (w.flags & LANDING && w.who >> BLOCK_SHIFT == now.who >> BLOCK_SHIFT)
+        report_landing(kind, now, w, p, shared);
     Conflict c = conflict(w, now, shared);
     if (c != NONE) {
-        if (kind != WRITE || size > 16 || c == WORKS) report_race(p, size, shared, kind, now, w, "write", c);
+        if (kind != WRITE || size > 16 || c == WORKS)
+            report_race(p, size, shared, kind, now, w, "write", c);
         auto &d = watch->doubt;
         if (!d.p) {
             d.p = p, d.size = size, d.ours = now, d.theirs = w, d.shared = shared, d.missing = c;
@@ -359,8 +388,9 @@ static void touch(Cell *cell, Kind kind, const Access &now, char *p, size_t size
         }
     }
     if (kind == READ) {
-        /* Who comes after us comes after those that came before us, so that we can stand for one of them. Of three that
-         * nothing orders, keep two that are far apart: a write that conflicts with any conflicts with one of them. */
+        /* Who comes after us comes after those that came before us, so that we can stand for one of
+         * them. Of three that nothing orders, keep two that are far apart: a write that conflicts
+         * with any conflicts with one of them. */
         if (!r[0].who || conflict(r[0], now, shared) == NONE) r[0] = now;
         else if (!r[1].who || conflict(r[1], now, shared) == NONE) r[1] = now;
         else if (distance(r[0], r[1]) < distance(r[0], now)) r[1] = now;
@@ -385,18 +415,22 @@ static void split_word(Cell *even)
     even[1] = even[0];
 }
 
-/* The access `now` to all of p .. p + size; cells: the granules' from p's on. strict: what is read must have been
- * written. Where the two granules of a word of 4 bytes are accessed together, one cell stands for both. */
-static void touch_all(Cell *cells, Kind kind, const Access &now, char *p, size_t size, bool shared, bool strict)
+/* The access `now` to all of p .. p + size; cells: the granules' from p's on. strict: what is read
+ * must have been written. Where the two granules of a word of 4 bytes are accessed together, one
+ * cell stands for both. */
+static void touch_all(Cell *cells, Kind kind, const Access &now, char *p, size_t size, bool shared,
+                      bool strict)
 {
-    size_t n = ((uintptr_t)p % GRANULE + size + GRANULE - 1) / GRANULE, odd = (uintptr_t)p / GRANULE % 2, unwritten = 0;
+    size_t n = ((uintptr_t)p % GRANULE + size + GRANULE - 1) / GRANULE,
+           odd = (uintptr_t)p / GRANULE % 2, unwritten = 0;
     Cell *end = cells + n;
     if (odd) split_word(cells - 1);
     if ((odd + n) % 2) split_word(end - 1);
     if (kind != WRITE && strict)
         for (Cell *c = cells; c < end; c++) {
             bool whole = c->write.flags & WHOLE;
-            if (!c->write.who || (shared && (c->write.who ^ now.who) >> BLOCK_SHIFT)) unwritten += whole ? 2 : 1;
+            if (!c->write.who || (shared && (c->write.who ^ now.who) >> BLOCK_SHIFT))
+                unwritten += whole ? 2 : 1;
             c += whole;
         }
     if (unwritten && (size <= 16 || unwritten == n)) /* a large structure may have padding */
@@ -429,20 +463,26 @@ static Cell *global_cells(const char *p, size_t size, const char *doing, bool pe
         const Tracked &t = tracked[page[-1]];
         report("bounds",
                it() + text("%s behind the end: ", bytes((size_t)(p - t.base) - t.size).c_str()) +
-                   text("byte %zu of %s allocated at %s:%d", (size_t)(p - t.base), bytes(t.size).c_str(),
-                        t.allocated_at.file, t.allocated_at.line),
+                   text("byte %zu of %s allocated at %s:%d", (size_t)(p - t.base),
+                        bytes(t.size).c_str(), t.allocated_at.file, t.allocated_at.line),
                pc);
     }
-    if (!number) report("bounds", it() + text("at %p, where nothing is allocated", (const void *)p), pc);
+    if (!number)
+        report("bounds", it() + text("at %p, where nothing is allocated", (const void *)p), pc);
     const Tracked &t = tracked[number];
-    if (p + size > t.base + t.size) report("bounds", it() + "behind the end: " + where_is(p, false), pc);
+    if (p + size > t.base + t.size)
+        report("bounds", it() + "behind the end: " + where_is(p, false), pc);
     if (t.freed)
         report("use-after-free",
-               it() + text("of memory freed at %s:%d: ", t.freed_at.file, t.freed_at.line) + where_is(p, false), pc);
+               it() + text("of memory freed at %s:%d: ", t.freed_at.file, t.freed_at.line) +
+                   where_is(p, false),
+               pc);
     int device = works[running].device;
     if (peers && t.device != device && !peer_enabled[device][t.device])
         report("peer",
-               it() + text("on device %d by device %d, which has no peer access to it: ", t.device, device) +
+               it() +
+                   text("on device %d by device %d, which has no peer access to it: ", t.device,
+                        device) +
                    where_is(p, false),
                pc);
     return arena_cells + (size_t)(p - arena) / GRANULE;
@@ -458,12 +498,15 @@ static Cell *shared_cells(const char *p, size_t size, const char *doing, uint32_
     }
     for (size_t l = offset / LINE + 1; !line && l > 0; l--) line = watch->lines[l - 1];
     if (!line)
-        report("bounds", text("%s of %s of shared memory, of which the block has none", doing, bytes(size).c_str()),
+        report("bounds",
+               text("%s of %s of shared memory, of which the block has none", doing,
+                    bytes(size).c_str()),
                pc);
     const SharedVariable &v = watch->variables[line - 1u];
     report("bounds",
-           text("%s of %s behind the end: byte %zu of %s (shared %s, %s:%d)", doing, bytes(size).c_str(),
-                (size_t)(p - v.at), bytes(v.size).c_str(), v.name, v.declared.file, v.declared.line),
+           text("%s of %s behind the end: byte %zu of %s (shared %s, %s:%d)", doing,
+                bytes(size).c_str(), (size_t)(p - v.at), bytes(v.size).c_str(), v.name,
+                v.declared.file, v.declared.line),
            pc);
 }
 
@@ -475,7 +518,8 @@ struct Pending {
     uint64_t count;
     Site at;
 };
-static auto &pending = *new std::vector<Pending>(); /* with clock_lock held; all of it lies in pending_from .. _to */
+/* With clock_lock held; all of it lies in pending_from .. _to. */
+static auto &pending = *new std::vector<Pending>();
 static const char *pending_from, *pending_to;
 
 static void bound_pending()
@@ -493,7 +537,8 @@ static void host_access(const char *p, size_t size, Kind kind, const void *pc)
 {
     if ((size_t)(p - arena) < ARENA && arena)
         report("device-memory",
-               text("%s of %s of device memory by the host: %p", kind_name[kind], bytes(size).c_str(), (const void *)p),
+               text("%s of %s of device memory by the host: %p", kind_name[kind],
+                    bytes(size).c_str(), (const void *)p),
                pack_pc(pc));
     if (p >= __atomic_load_n(&pending_to, __ATOMIC_RELAXED) ||
         p + size <= __atomic_load_n(&pending_from, __ATOMIC_RELAXED))
@@ -501,13 +546,18 @@ static void host_access(const char *p, size_t size, Kind kind, const void *pc)
     std::lock_guard<std::mutex> hold(clock_lock);
     for (const Pending &h : pending)
         if (p < h.end && p + size > h.begin && (h.touch == WRITES || kind != READ))
-            report("stream-order",
-                   text("%s of %s by the host, which has not waited for the copy that %s them (%s:%d)", kind_name[kind],
-                        bytes(size).c_str(), h.touch == WRITES ? "writes" : "reads", h.at.file, h.at.line),
-                   pack_pc(pc));
+            report(
+                "stream-order",
+                text("%s of %s by the host, which has not waited for the copy that %s them (%s:%d)",
+                     kind_name[kind], bytes(size).c_str(), h.touch == WRITES ? "writes" : "reads",
+                     h.at.file, h.at.line),
+                pack_pc(pc));
 }
 
-static bool within(const char *p, const uintptr_t range[2]) { return (uintptr_t)p - range[0] < range[1] - range[0]; }
+static bool within(const char *p, const uintptr_t range[2])
+{
+    return (uintptr_t)p - range[0] < range[1] - range[0];
+}
 
 /* An access of the running CUDA thread beyond its own stack. */
 static void kernel_access(char *p, size_t size, Kind kind, unsigned flags, uint32_t pc)
@@ -527,22 +577,24 @@ static void kernel_access(char *p, size_t size, Kind kind, unsigned flags, uint3
         const char *bound = (const char *)block->launch->bound.get();
         if ((size_t)(p - bound) < block->launch->bound_size || within(p, watch->statics)) return;
         report("host-memory",
-               text("%s of %s at %p, which is no device memory%s", kind_name[kind], bytes(size).c_str(), (void *)p,
-                    (uintptr_t)p < 4096 ? ": a null pointer" : ""),
+               text("%s of %s at %p, which is no device memory%s", kind_name[kind],
+                    bytes(size).c_str(), (void *)p, (uintptr_t)p < 4096 ? ": a null pointer" : ""),
                pc);
     }
 }
 
 /* Every access of the program that the compiler saw. */
-static inline void access(const void *address, size_t size, Kind kind, unsigned flags, const void *pc)
+static inline void access(const void *address, size_t size, Kind kind, unsigned flags,
+                          const void *pc)
 {
     char *p = (char *)address;
     if (!self) return host_access(p, size, kind, pc);
-    if ((size_t)(p - block->running->stack) < STACK || within(p, watch->locals) || quiet || !size) return;
+    if ((size_t)(p - block->running->stack) < STACK || within(p, watch->locals) || quiet || !size)
+        return;
     kernel_access(p, size, kind, flags, pack_pc(pc));
 }
 
-/* ---- 5. What the engine tells ------------------------------------------------------------------------------------ */
+/* ---- 5. What the engine tells ---------------------------------------------------------------- */
 
 static std::function<void()> check_work(cudaStream_t s, uint64_t count, const char *what, Site at,
                                         std::function<void()> work)
@@ -559,7 +611,8 @@ static std::function<void()> check_work(cudaStream_t s, uint64_t count, const ch
             join(clock_of(s->index), *known);
             running_clock = clock_of(s->index);
         }
-        if (works.size() >> (64 - WORK_SHIFT)) fail({nullptr, 0}, "the checker has seen too many launches");
+        if (works.size() >> (64 - WORK_SHIFT))
+            fail({nullptr, 0}, "the checker has seen too many launches");
         running = (uint32_t)works.size();
         works.push_back({what, at, s->index, s->device, count});
         if (any_released) released.assign(released.size(), false);
@@ -604,7 +657,8 @@ static void check_synchronized(cudaStream_t s)
     std::lock_guard<std::mutex> hold(clock_lock);
     host_learns(clock_of(s->index));
 }
-static void check_host(const void *p, size_t size, Touch touch, cudaStream_t s, uint64_t count, Site at)
+static void check_host(const void *p, size_t size, Touch touch, cudaStream_t s, uint64_t count,
+                       Site at)
 {
     std::lock_guard<std::mutex> hold(clock_lock);
     pending.push_back({(const char *)p, (const char *)p + size, touch, s->index, count, at});
@@ -620,7 +674,8 @@ static char *check_allocate(size_t size, int device, Site at)
         arena = (char *)reserve(ARENA);
     }
     size_t pages = (size + PAGE - 1) / PAGE;
-    if (arena_used + (pages + 1) * PAGE > ARENA) fail(at, "the checker has used up its addresses for device memory");
+    if (arena_used + (pages + 1) * PAGE > ARENA)
+        fail(at, "the checker has used up its addresses for device memory");
     char *base = arena + arena_used;
     tracked[++tracked_count] = {base, size, device, false, at, {nullptr, 0}};
     for (size_t i = 0; i < pages; i++) arena_pages[arena_used / PAGE + i] = tracked_count;
@@ -651,7 +706,8 @@ static void check_copied(void *to, const void *from, size_t size)
     const Cell *f = arena_cells + (size_t)((const char *)from - arena) / GRANULE;
     for (size_t i = 0; i < (size + GRANULE - 1) / GRANULE; i++) {
         bool second = ((uintptr_t)from / GRANULE + i) % 2;
-        const Cell &from_cell = second && f[(ptrdiff_t)i - 1].write.flags & WHOLE ? f[(ptrdiff_t)i - 1] : f[i];
+        const Cell &from_cell =
+            second && f[(ptrdiff_t)i - 1].write.flags & WHOLE ? f[(ptrdiff_t)i - 1] : f[i];
         if (from_cell.write.who) continue;
         split_word(t + i - ((uintptr_t)to / GRANULE + i) % 2);
         t[i].write.who = 0;
@@ -691,9 +747,11 @@ static void check_block(Block *b)
     w->phase = 0;
     w->fenced = w->acquired = false;
     w->block_number = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-    w->global_base = (uint64_t)running << WORK_SHIFT | (uint64_t)(w->block_number & 0xFFFF) << BLOCK_SHIFT;
+    w->global_base = (uint64_t)running << WORK_SHIFT | (uint64_t)(w->block_number & 0xFFFF)
+                                                           << BLOCK_SHIFT;
     for (size_t i = 0; i < w->count; i++)
-        memset(w->lines + (size_t)(w->variables[i].at - b->memory) / LINE, 0, (w->variables[i].size + LINE - 1) / LINE);
+        memset(w->lines + (size_t)(w->variables[i].at - b->memory) / LINE, 0,
+               (w->variables[i].size + LINE - 1) / LINE);
     w->count = 0;
 }
 static void check_shared(const SharedVariable &v)
@@ -701,7 +759,8 @@ static void check_shared(const SharedVariable &v)
     if (!v.size) return;
     if (watch->count == 255) fail(v.declared, "more than 255 shared variables");
     watch->variables[watch->count++] = v;
-    memset(watch->lines + (size_t)(v.at - block->memory) / LINE, (int)watch->count, (v.size + LINE - 1) / LINE);
+    memset(watch->lines + (size_t)(v.at - block->memory) / LINE, (int)watch->count,
+           (v.size + LINE - 1) / LINE);
 }
 static void check_pause() { settle_doubt(); }
 static void check_barrier()
@@ -712,7 +771,8 @@ static void check_barrier()
 static void check_fence() { watch->fenced = true; }
 static void check_quiet(bool on) { quiet = on; }
 
-/* The lanes of mask have met in __syncwarp: each comes after all that they had done or come after. */
+/* The lanes of mask have met in __syncwarp: each comes after all that they had done or come
+ * after. */
 static void check_lanes(unsigned mask)
 {
     int first = self->warp * 32;
@@ -752,59 +812,61 @@ static void check_copy_landed(const AsyncCopy &c)
 }
 } // namespace cudaemu
 
-/* ---- 6. What the compiler calls ---------------------------------------------------------------------------------- */
+/* ---- 6. What the compiler calls -------------------------------------------------------------- */
 
 #define HERE __builtin_return_address(0)
-#define ACCESSES(size)                                                                                                 \
-    void __tsan_read##size(void *p) { access(p, size, READ, 0, HERE); }                                                \
-    void __tsan_write##size(void *p) { access(p, size, WRITE, 0, HERE); }                                              \
-    void __tsan_unaligned_read##size(void *p) { access(p, size, READ, 0, HERE); }                                      \
-    void __tsan_unaligned_write##size(void *p) { access(p, size, WRITE, 0, HERE); }                                    \
-    void __tsan_volatile_read##size(void *p) { access(p, size, READ, 0, HERE); }                                       \
+#define ACCESSES(size)                                                                             \
+    void __tsan_read##size(void *p) { access(p, size, READ, 0, HERE); }                            \
+    void __tsan_write##size(void *p) { access(p, size, WRITE, 0, HERE); }                          \
+    void __tsan_unaligned_read##size(void *p) { access(p, size, READ, 0, HERE); }                  \
+    void __tsan_unaligned_write##size(void *p) { access(p, size, WRITE, 0, HERE); }                \
+    void __tsan_volatile_read##size(void *p) { access(p, size, READ, 0, HERE); }                   \
     void __tsan_volatile_write##size(void *p) { access(p, size, WRITE, 0, HERE); }
-#define FETCH(bits, T, name, builtin)                                                                                  \
-    T __tsan_atomic##bits##_fetch_##name(volatile T *p, T v, int)                                                      \
-    {                                                                                                                  \
-        access((void *)p, sizeof(T), UPDATE, ATOMIC, HERE);                                                            \
-        return builtin(p, v, __ATOMIC_SEQ_CST);                                                                        \
+#define FETCH(bits, T, name, builtin)                                                              \
+    T __tsan_atomic##bits##_fetch_##name(volatile T *p, T v, int)                                  \
+    {                                                                                              \
+        access((void *)p, sizeof(T), UPDATE, ATOMIC, HERE);                                        \
+        return builtin(p, v, __ATOMIC_SEQ_CST);                                                    \
     }
-#define ATOMICS(bits, T)                                                                                               \
-    T __tsan_atomic##bits##_load(const volatile T *p, int)                                                             \
-    {                                                                                                                  \
-        access((const void *)p, sizeof(T), READ, ATOMIC, HERE);                                                        \
-        return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                                   \
-    }                                                                                                                  \
-    void __tsan_atomic##bits##_store(volatile T *p, T v, int)                                                          \
-    {                                                                                                                  \
-        access((void *)p, sizeof(T), WRITE, ATOMIC, HERE);                                                             \
-        __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                                      \
-    }                                                                                                                  \
-    T __tsan_atomic##bits##_exchange(volatile T *p, T v, int)                                                          \
-    {                                                                                                                  \
-        access((void *)p, sizeof(T), UPDATE, ATOMIC, HERE);                                                            \
-        return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                            \
-    }                                                                                                                  \
-    FETCH(bits, T, add, __atomic_fetch_add)                                                                            \
-    FETCH(bits, T, sub, __atomic_fetch_sub)                                                                            \
-    FETCH(bits, T, and, __atomic_fetch_and)                                                                            \
-    FETCH(bits, T, or, __atomic_fetch_or)                                                                              \
-    FETCH(bits, T, xor, __atomic_fetch_xor)                                                                            \
-    FETCH(bits, T, nand, __atomic_fetch_nand)                                                                          \
-    int __tsan_atomic##bits##_compare_exchange_strong(volatile T *p, T *compare, T v, int, int)                        \
-    {                                                                                                                  \
-        access((void *)p, sizeof(T), UPDATE, ATOMIC, HERE);                                                            \
-        return __atomic_compare_exchange_n(p, compare, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                  \
-    }                                                                                                                  \
-    int __tsan_atomic##bits##_compare_exchange_weak(volatile T *p, T *compare, T v, int, int)                          \
-    {                                                                                                                  \
-        access((void *)p, sizeof(T), UPDATE, ATOMIC, HERE);                                                            \
-        return __atomic_compare_exchange_n(p, compare, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                  \
-    }                                                                                                                  \
-    T __tsan_atomic##bits##_compare_exchange_val(volatile T *p, T compare, T v, int, int)                              \
-    {                                                                                                                  \
-        access((void *)p, sizeof(T), UPDATE, ATOMIC, HERE);                                                            \
-        __atomic_compare_exchange_n(p, &compare, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                        \
-        return compare;                                                                                                \
+#define ATOMICS(bits, T)                                                                           \
+    T __tsan_atomic##bits##_load(const volatile T *p, int)                                         \
+    {                                                                                              \
+        access((const void *)p, sizeof(T), READ, ATOMIC, HERE);                                    \
+        return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                               \
+    }                                                                                              \
+    void __tsan_atomic##bits##_store(volatile T *p, T v, int)                                      \
+    {                                                                                              \
+        access((void *)p, sizeof(T), WRITE, ATOMIC, HERE);                                         \
+        __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                  \
+    }                                                                                              \
+    T __tsan_atomic##bits##_exchange(volatile T *p, T v, int)                                      \
+    {                                                                                              \
+        access((void *)p, sizeof(T), UPDATE, ATOMIC, HERE);                                        \
+        return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                        \
+    }                                                                                              \
+    FETCH(bits, T, add, __atomic_fetch_add)                                                        \
+    FETCH(bits, T, sub, __atomic_fetch_sub)                                                        \
+    FETCH(bits, T, and, __atomic_fetch_and)                                                        \
+    FETCH(bits, T, or, __atomic_fetch_or)                                                          \
+    FETCH(bits, T, xor, __atomic_fetch_xor)                                                        \
+    FETCH(bits, T, nand, __atomic_fetch_nand)                                                      \
+    int __tsan_atomic##bits##_compare_exchange_strong(volatile T *p, T *compare, T v, int, int)    \
+    {                                                                                              \
+        access((void *)p, sizeof(T), UPDATE, ATOMIC, HERE);                                        \
+        return __atomic_compare_exchange_n(p, compare, v, false, __ATOMIC_SEQ_CST,                 \
+                                           __ATOMIC_SEQ_CST);                                      \
+    }                                                                                              \
+    int __tsan_atomic##bits##_compare_exchange_weak(volatile T *p, T *compare, T v, int, int)      \
+    {                                                                                              \
+        access((void *)p, sizeof(T), UPDATE, ATOMIC, HERE);                                        \
+        return __atomic_compare_exchange_n(p, compare, v, false, __ATOMIC_SEQ_CST,                 \
+                                           __ATOMIC_SEQ_CST);                                      \
+    }                                                                                              \
+    T __tsan_atomic##bits##_compare_exchange_val(volatile T *p, T compare, T v, int, int)          \
+    {                                                                                              \
+        access((void *)p, sizeof(T), UPDATE, ATOMIC, HERE);                                        \
+        __atomic_compare_exchange_n(p, &compare, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);    \
+        return compare;                                                                            \
     }
 
 extern "C" {
@@ -846,15 +908,16 @@ void *__tsan_memset(void *to, int byte, size_t size)
     return memset(to, byte, size);
 }
 
-/* -fsanitize=bounds,alignment,..: the compiler passes where it is, and calls these when it has gone wrong. */
+/* -fsanitize=bounds,alignment,..: the compiler passes where it is, and calls these when it has gone
+ * wrong. */
 struct UbsanPlace {
     const char *file;
     uint32_t line, column;
 };
-#define UNDEFINED(name, kind, what)                                                                                    \
-    void __ubsan_handle_##name##_abort(const UbsanPlace *at, ...)                                                      \
-    {                                                                                                                  \
-        report(kind, text(what ": %s:%u", at->file, at->line), pack_pc(HERE));                                         \
+#define UNDEFINED(name, kind, what)                                                                \
+    void __ubsan_handle_##name##_abort(const UbsanPlace *at, ...)                                  \
+    {                                                                                              \
+        report(kind, text(what ": %s:%u", at->file, at->line), pack_pc(HERE));                     \
     }
 UNDEFINED(out_of_bounds, "bounds", "index outside an array")
 UNDEFINED(type_mismatch_v1, "misaligned", "address without the alignment of its type")

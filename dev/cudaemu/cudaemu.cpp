@@ -1,10 +1,11 @@
-/* cudaemu.cpp - the engine behind cudaemu.h: fibers, blocks, warps, memory, streams, matrix products.
+/* cudaemu.cpp - the engine behind cudaemu.h: fibers, blocks, warps, memory, streams, matrix
+ * products.
  *
- *     1 messages   2 fibers   3 blocks and warps   4 launches   5 memory   6 streams and events   7 copies
- *     8 devices    9 matrix products   10 cuBLAS and cuBLASLt
+ *     1 messages   2 fibers   3 blocks and warps   4 launches   5 memory   6 streams and events
+ *     7 copies   8 devices   9 matrix products   10 cuBLAS and cuBLASLt
  *
- * One OS thread runs a block from start to end, so that blocks need no locks; several OS threads may run kernels at the
- * same time. README.md tells the whole design. */
+ * One OS thread runs a block from start to end, so that blocks need no locks; several OS threads
+ * may run kernels at the same time. README.md tells the whole design. */
 #include "cudaemu.h"
 
 #include <assert.h>
@@ -49,34 +50,38 @@ namespace cudaemu
 
 #ifdef CUDACHECK
 #define PROGRAM "cudacheck"
-constexpr size_t SHARED_GAP = 128; /* unused bytes behind shared variables: who strays there is caught */
+/* Unused bytes behind shared variables: who strays there is caught. */
+constexpr size_t SHARED_GAP = 128;
 #else
 #define PROGRAM "cudaemu"
 constexpr size_t SHARED_GAP = 32; /* ASan watches them */
 #endif
-constexpr int MAX_THREADS = 1024;                /* of a block */
-constexpr size_t SHARED_DEFAULT = 48 << 10;      /* bytes of shared memory a block may have without asking .. */
+constexpr int MAX_THREADS = 1024; /* of a block */
+/* Bytes of shared memory a block may have without asking .. */
+constexpr size_t SHARED_DEFAULT = 48 << 10;
 constexpr size_t SHARED_OPTIN = 227 << 10;       /* .. and with cudaFuncSetAttribute */
 constexpr size_t SHARED_ROOM = 2 * SHARED_OPTIN; /* for them and the gaps between */
 constexpr size_t DEVICE_MEMORY = (size_t)16 << 30;
 constexpr size_t LT_WORKSPACE = 1 << 16; /* bytes that each product of cuBLASLt claims to need */
 constexpr int POISON = 0xFF; /* fresh memory: every float, bf16 and fp16 of such bytes is a NaN */
 
-/* The checker, cudacheck.cpp, includes this file and hears of what happens; otherwise nothing does. */
+/* The checker, cudacheck.cpp, includes this file and hears of what happens; otherwise nothing
+ * does. */
 #ifdef CUDACHECK
 #define CHECKED(call) call
 #else
 #define CHECKED(call) ((void)0)
 #endif
 
-/* ---- 1. Messages ------------------------------------------------------------------------------------------------- */
+/* ---- 1. Messages ----------------------------------------------------------------------------- */
 
 struct Block;
 struct Thread;
 static __thread Block *block; /* the block that this OS thread runs, if any, */
 static __thread Thread *self; /* and the CUDA thread of it */
 
-static void describe_running(char *text, size_t size); /* "kernel k (f.cu:12), block (..), thread (..): " or "" */
+/* "kernel k (f.cu:12), block (..), thread (..): " or "" */
+static void describe_running(char *text, size_t size);
 
 void fail(Site at, const char *format, ...)
 {
@@ -87,14 +92,15 @@ void fail(Site at, const char *format, ...)
     va_end(args);
     describe_running(running, sizeof running);
     if (at.file) snprintf(place, sizeof place, "%s:%d: ", at.file, at.line);
-    static int spoken; /* several ranks may fail at once: the first speaks, the others wait for the end */
+    static int
+        spoken; /* several ranks may fail at once: the first speaks, the others wait for the end */
     while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
     fflush(stdout);
     fprintf(stderr, "%s: %s%s%s\n", PROGRAM, place, running, message);
     _exit(1); /* not exit(): other ranks still run */
 }
 
-/* ---- 2. Fibers: stacks of their own within one OS thread --------------------------------------------------------- */
+/* ---- 2. Fibers: stacks of their own within one OS thread ------------------------------------- */
 
 constexpr size_t STACK = 256 << 10; /* address space; pages come when touched */
 
@@ -119,18 +125,22 @@ __asm__(".text\n.p2align 4\n.globl cudaemu_switch\ncudaemu_switch:\n"
         "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
         "movq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
         "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
-constexpr int FRAME = 8, ENTRY = 6; /* words from the new stack pointer to the top; where the return address lies */
+constexpr int FRAME = 8, /* words from the new stack pointer to the top */
+    ENTRY = 6;           /* where the return address lies */
 #else
 /* The same for AAPCS64: x19-x30 and the low halves of v8-v15. */
-__asm__(
-    ".text\n.p2align 4\n.globl cudaemu_switch\ncudaemu_switch:\n"
-    "sub sp,sp,#160\n"
-    "stp x19,x20,[sp]\nstp x21,x22,[sp,#16]\nstp x23,x24,[sp,#32]\nstp x25,x26,[sp,#48]\nstp x27,x28,[sp,#64]\n"
-    "stp x29,x30,[sp,#80]\nstp d8,d9,[sp,#96]\nstp d10,d11,[sp,#112]\nstp d12,d13,[sp,#128]\nstp d14,d15,[sp,#144]\n"
-    "mov x9,sp\nstr x9,[x0]\nmov sp,x1\n"
-    "ldp x19,x20,[sp]\nldp x21,x22,[sp,#16]\nldp x23,x24,[sp,#32]\nldp x25,x26,[sp,#48]\nldp x27,x28,[sp,#64]\n"
-    "ldp x29,x30,[sp,#80]\nldp d8,d9,[sp,#96]\nldp d10,d11,[sp,#112]\nldp d12,d13,[sp,#128]\nldp d14,d15,[sp,#144]\n"
-    "add sp,sp,#160\nret\n");
+__asm__(".text\n.p2align 4\n.globl cudaemu_switch\ncudaemu_switch:\n"
+        "sub sp,sp,#160\n"
+        "stp x19,x20,[sp]\nstp x21,x22,[sp,#16]\nstp x23,x24,[sp,#32]\n"
+        "stp x25,x26,[sp,#48]\nstp x27,x28,[sp,#64]\nstp x29,x30,[sp,#80]\n"
+        "stp d8,d9,[sp,#96]\nstp d10,d11,[sp,#112]\n"
+        "stp d12,d13,[sp,#128]\nstp d14,d15,[sp,#144]\n"
+        "mov x9,sp\nstr x9,[x0]\nmov sp,x1\n"
+        "ldp x19,x20,[sp]\nldp x21,x22,[sp,#16]\nldp x23,x24,[sp,#32]\nldp x25,x26,[sp,#48]\nldp "
+        "x27,x28,[sp,#64]\n"
+        "ldp x29,x30,[sp,#80]\nldp d8,d9,[sp,#96]\nldp d10,d11,[sp,#112]\nldp "
+        "d12,d13,[sp,#128]\nldp d14,d15,[sp,#144]\n"
+        "add sp,sp,#160\nret\n");
 constexpr int FRAME = 20, ENTRY = 11;
 #endif
 #endif
@@ -138,14 +148,15 @@ constexpr int FRAME = 20, ENTRY = 11;
 static Fiber *fiber_new(int number)
 {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    char *base =
-        (char *)mmap(nullptr, page + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *base = (char *)mmap(nullptr, page + STACK, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) fail({nullptr, 0}, "out of memory for the stack of a CUDA thread");
     mprotect(base, page, PROT_NONE);
     Fiber *f = new Fiber();
     f->stack = base + page;
     f->bottom = f->stack;
-    /* Neighbouring stacks start at different offsets, or they would all compete for the same few cache lines. */
+    /* Neighbouring stacks start at different offsets, or they would all compete for the same few
+     * cache lines. */
     f->size = STACK - (size_t)(number % 32) * 320;
 #ifdef CUDAEMU_UCONTEXT
     getcontext(&f->context);
@@ -175,7 +186,10 @@ static void fiber_delete(Fiber *f)
 #ifdef CUDAEMU_ASAN
 static __thread Fiber *previous; /* the fiber that switched to the running one */
 
-static void fiber_entered(void *fake) { __sanitizer_finish_switch_fiber(fake, &previous->bottom, &previous->size); }
+static void fiber_entered(void *fake)
+{
+    __sanitizer_finish_switch_fiber(fake, &previous->bottom, &previous->size);
+}
 #endif
 
 static void fiber_switch(Fiber *from, Fiber *to)
@@ -194,7 +208,7 @@ static void fiber_switch(Fiber *from, Fiber *to)
 #endif
 }
 
-/* ---- 3. Blocks and warps: one OS thread's state, and the scheduler ----------------------------------------------- */
+/* ---- 3. Blocks and warps: one OS thread's state, and the scheduler --------------------------- */
 
 struct AsyncCopy {
     void *shared;
@@ -263,7 +277,7 @@ struct Block {
     Fiber *running;
     std::vector<Fiber *> fibers, idle;
     std::vector<Meeting *> spare;
-    char *memory;         /* shared memory: dynamic part, then the variables in order of appearance */
+    char *memory; /* shared memory: dynamic part, then the variables in order of appearance */
     size_t used, charged; /* bytes with and without gaps */
     std::vector<SharedVariable> variables;
     char fault_stack[32768]; /* for on_fault: the thread's own may be full */
@@ -300,9 +314,11 @@ static void describe_running(char *text, size_t size)
     text[0] = 0;
     if (!block || !block->launch) return;
     const Config &c = block->launch->config;
-    size_t n = (size_t)snprintf(text, size, "kernel %s (launched at %s:%d), block (%u,%u,%u)", c.name, c.at.file,
-                                c.at.line, blockIdx.x, blockIdx.y, blockIdx.z);
-    if (n < size) snprintf(text + n, size - n, "%s%s: ", self ? ", " : "", self ? name_thread(self).c_str() : "");
+    size_t n = (size_t)snprintf(text, size, "kernel %s (launched at %s:%d), block (%u,%u,%u)",
+                                c.name, c.at.file, c.at.line, blockIdx.x, blockIdx.y, blockIdx.z);
+    if (n < size)
+        snprintf(text + n, size - n, "%s%s: ", self ? ", " : "",
+                 self ? name_thread(self).c_str() : "");
 }
 
 static void in_kernel(const char *what, Site at)
@@ -332,12 +348,16 @@ static void run_on(Thread *t)
         Thread *t = &block->threads[i];
         if (t->done) continue;
         if (!first) first = t;
-        else if (!other && (t->waits_at.line != first->waits_at.line || t->waits_in != first->waits_in)) other = t;
+        else if (!other &&
+                 (t->waits_at.line != first->waits_at.line || t->waits_in != first->waits_in))
+            other = t;
     }
     self = first;
-    if (!other) fail(first->waits_at, "%s: the other threads it waits for never come", first->waits_in);
-    fail(first->waits_at, "%s waits for threads that never come: %s waits in %s at %s:%d", first->waits_in,
-         name_thread(other).c_str(), other->waits_in, other->waits_at.file, other->waits_at.line);
+    if (!other)
+        fail(first->waits_at, "%s: the other threads it waits for never come", first->waits_in);
+    fail(first->waits_at, "%s waits for threads that never come: %s waits in %s at %s:%d",
+         first->waits_in, name_thread(other).c_str(), other->waits_in, other->waits_at.file,
+         other->waits_at.line);
 }
 
 /* Lets another thread of the block run; returns when the calling one has been woken. */
@@ -381,7 +401,8 @@ static void wake_meeting(const Thread *last, const Meeting *m)
         if (m->came >> l & 1 && first + l != last) wake(first + l);
 }
 
-/* The running thread leaves the kernel: a warp operation may have waited for nobody else; a barrier waits in vain. */
+/* The running thread leaves the kernel: a warp operation may have waited for nobody else; a barrier
+ * waits in vain. */
 static void leave()
 {
     Thread *t = self;
@@ -389,7 +410,8 @@ static void leave()
     t->done = true;
     block->exited++;
     if (block->barrier_came)
-        fail(block->barrier_at, "divergent __syncthreads: this thread leaves the kernel while %s waits",
+        fail(block->barrier_at,
+             "divergent __syncthreads: this thread leaves the kernel while %s waits",
              name_thread(block->barrier_waiting[0]).c_str());
     Warp *w = &block->warps[t->warp];
     w->live &= ~(1u << t->lane);
@@ -401,8 +423,8 @@ static void leave()
     }
 }
 
-/* Runs threads of the block that have not started, one after the other for as long as none has to wait: a kernel
- * without barriers is a plain loop. Then passes on to whoever is ready. */
+/* Runs threads of the block that have not started, one after the other for as long as none has to
+ * wait: a kernel without barriers is a plain loop. Then passes on to whoever is ready. */
 static void fiber_main()
 {
     Fiber *me = block->running;
@@ -448,7 +470,8 @@ static void run_block(Block *b)
 #endif
     if (b->charged) memset(b->memory, POISON, b->charged);
     CHECKED(check_block(b));
-    CHECKED(check_shared({nullptr, "dynamic shared memory", b->memory, b->charged, b->launch->config.at}));
+    CHECKED(check_shared(
+        {nullptr, "dynamic shared memory", b->memory, b->charged, b->launch->config.at}));
     for (int i = 0; i < b->count; i += 32)
         b->warps[i / 32].live = b->count - i >= 32 ? 0xFFFFFFFFu : (1u << (b->count - i)) - 1;
     for (int i = 0; i < b->count; i++) {
@@ -478,8 +501,8 @@ int barrier(bool predicate, Site at)
     }
     if (!b->barrier_came) b->barrier_at = at, b->barrier_votes = 0;
     else if (at.line != b->barrier_at.line || strcmp(at.file, b->barrier_at.file))
-        fail(at, "divergent __syncthreads: %s waits in the one at %s:%d", name_thread(b->barrier_waiting[0]).c_str(),
-             b->barrier_at.file, b->barrier_at.line);
+        fail(at, "divergent __syncthreads: %s waits in the one at %s:%d",
+             name_thread(b->barrier_waiting[0]).c_str(), b->barrier_at.file, b->barrier_at.line);
     b->barrier_votes += predicate;
     b->barrier_waiting[b->barrier_came++] = self;
     if (b->barrier_came < b->count) {
@@ -498,7 +521,8 @@ void warp(unsigned mask, void *slot, Combine combine, const char *name, Site at)
     in_kernel(name, at);
     Thread *t = self;
     Warp *w = &block->warps[t->warp];
-    if (!(mask >> t->lane & 1)) fail(at, "%s: the mask %08x does not hold the calling lane %d", name, mask, t->lane);
+    if (!(mask >> t->lane & 1))
+        fail(at, "%s: the mask %08x does not hold the calling lane %d", name, mask, t->lane);
     Meeting *m = nullptr;
     for (Meeting *k : w->meetings)
         if (k->mask == mask) m = k;
@@ -509,8 +533,8 @@ void warp(unsigned mask, void *slot, Combine combine, const char *name, Site at)
         *m = {mask, 0, combine, name, at, {}};
         w->meetings.push_back(m);
     } else if (m->combine != combine || m->at.line != at.line || strcmp(m->at.file, at.file)) {
-        fail(at, "%s: lane %d of mask %08x waits in %s at %s:%d", name, __builtin_ctz(m->came), mask, m->name,
-             m->at.file, m->at.line);
+        fail(at, "%s: lane %d of mask %08x waits in %s at %s:%d", name, __builtin_ctz(m->came),
+             mask, m->name, m->at.file, m->at.line);
     }
     m->came |= 1u << t->lane;
     m->slots[t->lane] = slot;
@@ -540,8 +564,8 @@ static void *shared_alloc(Block *b, size_t size, Site at)
     size_t limit = allowed && dynamic <= allowed ? SHARED_OPTIN : SHARED_DEFAULT;
     b->charged += size;
     if (b->charged > limit)
-        fail(at, "%zu bytes of shared memory, %zu of them dynamic; this kernel may have %zu", b->charged, dynamic,
-             limit);
+        fail(at, "%zu bytes of shared memory, %zu of them dynamic; this kernel may have %zu",
+             b->charged, dynamic, limit);
     if (b->used + size + SHARED_GAP > SHARED_ROOM) fail(at, "too many shared variables");
     char *p = b->memory + b->used;
     b->used = (b->used + size + SHARED_GAP + 127) / 128 * 128;
@@ -574,7 +598,8 @@ void *dynamic_shared(size_t align, Site at)
 void copy_async(void *to, const void *from, bool valid, Site at)
 {
     in_kernel("cp.async", at);
-    if ((uintptr_t)to % 16 || (uintptr_t)from % 16) fail(at, "cp.async: both addresses must be multiples of 16");
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16)
+        fail(at, "cp.async: both addresses must be multiples of 16");
     self->copies.push_back({to, from, valid, at});
     CHECKED(check_copy_issued(self->copies.back(), __builtin_return_address(0)));
 }
@@ -591,7 +616,8 @@ void copy_async_wait(int pending)
 {
     in_kernel("cp.async.wait_group", {nullptr, 0});
     Thread *t = self;
-    size_t landing = 0, groups = t->groups.size() > (size_t)pending ? t->groups.size() - (size_t)pending : 0;
+    size_t landing = 0,
+           groups = t->groups.size() > (size_t)pending ? t->groups.size() - (size_t)pending : 0;
     for (size_t g = 0; g < groups; g++) landing += t->groups[g];
     for (size_t i = 0; i < landing; i++) {
         const AsyncCopy &c = t->copies[i];
@@ -603,23 +629,27 @@ void copy_async_wait(int pending)
     t->groups.erase(t->groups.begin(), t->groups.begin() + (ptrdiff_t)groups);
 }
 
-/* ---- 4. Launches ------------------------------------------------------------------------------------------------- */
+/* ---- 4. Launches ----------------------------------------------------------------------------- */
 
 static std::mutex attributes_lock;
-static auto &max_dynamic_shared = *new std::map<const void *, size_t>(); /* what cudaFuncSetAttribute allowed */
+/* What cudaFuncSetAttribute allowed. */
+static auto &max_dynamic_shared = *new std::map<const void *, size_t>();
 
 #ifdef CUDAEMU_ASAN
 static void watch_faults(Block *) {} /* ASan explains faults itself */
 #else
-/* A kernel that touches memory it does not have, or its stack's guard page: the line, then the default action. */
+/* A kernel that touches memory it does not have, or its stack's guard page: the line, then the
+ * default action. */
 static void on_fault(int signal, siginfo_t *info, void *)
 {
     struct sigaction standard = {};
     standard.sa_handler = SIG_DFL;
     sigaction(signal, &standard, nullptr);
-    if (!block || !block->running) return; /* not a kernel's: the instruction runs again and ends the program */
+    if (!block || !block->running)
+        return; /* not a kernel's: the instruction runs again and ends the program */
     const char *stack = block->running->stack, *p = (const char *)info->si_addr;
-    fail({nullptr, 0}, p >= stack - 65536 && p < stack ? "its stack overflows" : "memory fault at address %p",
+    fail({nullptr, 0},
+         p >= stack - 65536 && p < stack ? "its stack overflows" : "memory fault at address %p",
          info->si_addr);
 }
 
@@ -633,7 +663,8 @@ static void watch_faults(Block *b)
         struct sigaction old, ours = {};
         ours.sa_sigaction = on_fault;
         ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        if (!sigaction(signal, nullptr, &old) && old.sa_handler == SIG_DFL) sigaction(signal, &ours, nullptr);
+        if (!sigaction(signal, nullptr, &old) && old.sa_handler == SIG_DFL)
+            sigaction(signal, &ours, nullptr);
     }
 }
 #endif
@@ -641,7 +672,8 @@ static void watch_faults(Block *b)
 /* The state of one OS thread that runs blocks, kept from launch to launch. */
 static Block *this_block()
 {
-    static __thread Block *mine; /* a plain pointer: other destructors of the thread may yet run kernels */
+    static __thread Block
+        *mine; /* a plain pointer: other destructors of the thread may yet run kernels */
     static thread_local struct Owner {
         ~Owner()
         {
@@ -693,16 +725,18 @@ static int stream_device(cudaStream_t stream);
 static uint64_t enqueue(cudaStream_t stream, const char *what, Site at, std::function<void()> work);
 static thread_local int current_device;
 
-void submit(const Config &c, const void *kernel, void (*call)(void *), std::shared_ptr<void> bound, size_t bound_size)
+void submit(const Config &c, const void *kernel, void (*call)(void *), std::shared_ptr<void> bound,
+            size_t bound_size)
 {
     dim3 b = c.block, g = c.grid;
     uint64_t threads = (uint64_t)b.x * b.y * b.z;
     if (threads == 0 || threads > MAX_THREADS || b.x > 1024 || b.y > 1024 || b.z > 64)
-        fail(c.at, "kernel %s: a block of (%u,%u,%u) threads; it may have 1 to 1024, z at most 64", c.name, b.x, b.y,
-             b.z);
+        fail(c.at, "kernel %s: a block of (%u,%u,%u) threads; it may have 1 to 1024, z at most 64",
+             c.name, b.x, b.y, b.z);
     if (g.x == 0 || g.y == 0 || g.z == 0 || g.x > 0x7FFFFFFF || g.y > 65535 || g.z > 65535)
-        fail(c.at, "kernel %s: a grid of (%u,%u,%u) blocks; x is 1 to 2^31-1, y and z are 1 to 65535", c.name, g.x, g.y,
-             g.z);
+        fail(c.at,
+             "kernel %s: a grid of (%u,%u,%u) blocks; x is 1 to 2^31-1, y and z are 1 to 65535",
+             c.name, g.x, g.y, g.z);
     size_t allowed = 0;
     {
         std::lock_guard<std::mutex> hold(attributes_lock);
@@ -711,14 +745,16 @@ void submit(const Config &c, const void *kernel, void (*call)(void *), std::shar
     }
     if (c.shared > SHARED_DEFAULT && c.shared > allowed)
         fail(c.at,
-             "kernel %s: %zu bytes of dynamic shared memory; more than 48 KB need cudaFuncSetAttribute"
+             "kernel %s: %zu bytes of dynamic shared memory; more than 48 KB need "
+             "cudaFuncSetAttribute"
              "(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), at most 227 KB",
              c.name, c.shared);
     int device = stream_device(c.stream);
     if (device != current_device)
-        fail(c.at, "kernel %s: its stream belongs to device %d, but the current device is %d", c.name, device,
-             current_device);
-    auto launch = std::make_shared<Launch>(Launch{c, call, std::move(bound), bound_size, device, allowed});
+        fail(c.at, "kernel %s: its stream belongs to device %d, but the current device is %d",
+             c.name, device, current_device);
+    auto launch =
+        std::make_shared<Launch>(Launch{c, call, std::move(bound), bound_size, device, allowed});
     enqueue(c.stream, c.name, c.at, [launch] { run_launch(launch.get()); });
 }
 
@@ -739,7 +775,7 @@ cudaError_t max_active_blocks(int *blocks, const void *, int threads, size_t sha
     return cudaSuccess;
 }
 
-/* ---- 5. Memory --------------------------------------------------------------------------------------------------- */
+/* ---- 5. Memory ------------------------------------------------------------------------------- */
 
 struct Allocation {
     size_t size;
@@ -748,12 +784,13 @@ struct Allocation {
     char *base;
 };
 #ifdef CUDACHECK
-static char *check_allocate(size_t size, int device, Site at); /* device memory, at addresses never used before */
+/* Device memory, at addresses never used before. */
+static char *check_allocate(size_t size, int device, Site at);
 static void check_free(const Allocation &a, Site at);
 #endif
 static std::mutex memory_lock;
-/* By the byte after the last: the one that holds p is the first whose end lies beyond p. This and other state is never
- * destroyed: other ranks may still run while the program exits. */
+/* By the byte after the last: the one that holds p is the first whose end lies beyond p. This and
+ * other state is never destroyed: other ranks may still run while the program exits. */
 static auto &allocations = *new std::map<const char *, Allocation>();
 static size_t device_used[64];
 
@@ -771,8 +808,9 @@ static void need_device(const void *p, size_t size, const char *what, Site at)
     const Allocation *a = find_allocation(p);
     if (!a || a->device < 0) fail(at, "%s: %p is no device memory", what, p);
     if ((const char *)p + size > a->base + a->size)
-        fail(at, "%s: %zu bytes from %p pass the end of an allocation of %zu bytes (%s:%d) by %zu", what, size, p,
-             a->size, a->at.file, a->at.line, (size_t)((const char *)p + size - (a->base + a->size)));
+        fail(at, "%s: %zu bytes from %p pass the end of an allocation of %zu bytes (%s:%d) by %zu",
+             what, size, p, a->size, a->at.file, a->at.line,
+             (size_t)((const char *)p + size - (a->base + a->size)));
 }
 
 static void need_host(const void *p, size_t size, const char *what, Site at)
@@ -783,8 +821,8 @@ static void need_host(const void *p, size_t size, const char *what, Site at)
     const Allocation *a = find_allocation(p);
     if (a && a->device >= 0) fail(at, "%s: %p is device memory, not the host's", what, p);
     if (a && (const char *)p + size > a->base + a->size)
-        fail(at, "%s: %zu bytes from %p pass the end of a host allocation of %zu bytes (%s:%d)", what, size, p, a->size,
-             a->at.file, a->at.line);
+        fail(at, "%s: %zu bytes from %p pass the end of a host allocation of %zu bytes (%s:%d)",
+             what, size, p, a->size, a->at.file, a->at.line);
 }
 
 static cudaError_t allocate(void **p, size_t size, int device, Site at)
@@ -832,7 +870,7 @@ static void deallocate(void *p, bool of_device, const char *what, Site at)
     allocations.erase(end);
 }
 
-/* ---- 6. Streams and events --------------------------------------------------------------------------------------- */
+/* ---- 6. Streams and events ------------------------------------------------------------------- */
 
 static std::mutex peers_lock;
 static bool peer_enabled[64][64]; /* [device][peer]: kernels on device may touch memory of peer */
@@ -895,7 +933,8 @@ static auto &streams = *new std::vector<std::unique_ptr<CUstream_st>>();
 
 static cudaStream_t new_stream(int device, bool blocking) /* with streams_lock held */
 {
-    streams.emplace_back(new CUstream_st{(int)streams.size(), device, blocking, false, false, {}, 0, 0});
+    streams.emplace_back(
+        new CUstream_st{(int)streams.size(), device, blocking, false, false, {}, 0, 0});
     return streams.back().get();
 }
 
@@ -914,9 +953,10 @@ static cudaStream_t resolve(cudaStream_t stream)
 
 static int stream_device(cudaStream_t stream) { return stream ? stream->device : current_device; }
 
-/* Runs the stream's work, one piece after the other, until `count` pieces are done. Where another OS thread is at it,
- * waits for that one. Work that waits for another stream's event runs that stream in turn; as an event is recorded
- * before it can be waited for, this cannot go in circles. */
+/* Runs the stream's work, one piece after the other, until `count` pieces are done. Where another
+ * OS thread is at it, waits for that one. Work that waits for another stream's event runs that
+ * stream in turn; as an event is recorded before it can be waited for, this cannot go in
+ * circles. */
 static void drain(cudaStream_t s, uint64_t count)
 {
     std::unique_lock<std::mutex> hold(streams_lock);
@@ -951,14 +991,17 @@ static std::shared_ptr<Record> last_record(cudaEvent_t event)
 }
 
 #ifdef CUDACHECK
-/* Wraps work, the stream's piece number `count`, so that the checker knows when it runs and what comes before it. */
+/* Wraps work, the stream's piece number `count`, so that the checker knows when it runs and what
+ * comes before it. */
 static std::function<void()> check_work(cudaStream_t s, uint64_t count, const char *what, Site at,
                                         std::function<void()> work);
-static void check_recorded(Record *r);                     /* inside the record's work */
-static void check_waited(cudaStream_t s, const Record &r); /* the stream s goes on after the record */
-static void check_joined(cudaStream_t s, cudaStream_t of); /* the stream s goes on after what `of` has done */
-static void check_synchronized(const Record &r);           /* the host goes on after the record, */
-static void check_synchronized(cudaStream_t s);            /* .. after what the stream has done */
+static void check_recorded(Record *r); /* inside the record's work */
+/* The stream s goes on after the record, or after what `of` has done. */
+static void check_waited(cudaStream_t s, const Record &r);
+static void check_joined(cudaStream_t s, cudaStream_t of);
+/* The host goes on after the record, or after what the stream has done. */
+static void check_synchronized(const Record &r);
+static void check_synchronized(cudaStream_t s);
 #endif
 
 static void push(cudaStream_t s, std::function<void()> work) /* with streams_lock held */
@@ -967,8 +1010,8 @@ static void push(cudaStream_t s, std::function<void()> work) /* with streams_loc
     s->enqueued++;
 }
 
-/* Puts work at the end of a stream; returns which piece of its work it is. The default stream waits for all blocking
- * streams of its device, and they for it. */
+/* Puts work at the end of a stream; returns which piece of its work it is. The default stream waits
+ * for all blocking streams of its device, and they for it. */
 static uint64_t enqueue(cudaStream_t stream, const char *what, Site at, std::function<void()> work)
 {
     if (block) fail(at, "%s: called inside a kernel", what);
@@ -989,7 +1032,8 @@ static uint64_t enqueue(cudaStream_t stream, const char *what, Site at, std::fun
         };
         if (s == first) {
             for (auto &other : streams)
-                if (other.get() != s && other->device == s->device && other->blocking) wait_for(other.get());
+                if (other.get() != s && other->device == s->device && other->blocking)
+                    wait_for(other.get());
         } else if (s->blocking) {
             wait_for(first);
         }
@@ -1023,7 +1067,10 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags)
     *stream = new_stream(current_device, !(flags & cudaStreamNonBlocking));
     return cudaSuccess;
 }
-cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+cudaError_t cudaStreamCreate(cudaStream_t *stream)
+{
+    return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
     cudaStream_t s = resolve(stream);
@@ -1069,7 +1116,10 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned)
     (*event)->device = current_device;
     return cudaSuccess;
 }
-cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
+cudaError_t cudaEventCreate(cudaEvent_t *event)
+{
+    return cudaEventCreateWithFlags(event, cudaEventDefault);
+}
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
     delete event; /* who waits for its record still holds that */
@@ -1079,7 +1129,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
     cudaStream_t s = resolve(stream);
     if (event->device != s->device)
-        fail({nullptr, 0}, "cudaEventRecord: an event of device %d in a stream of device %d", event->device, s->device);
+        fail({nullptr, 0}, "cudaEventRecord: an event of device %d in a stream of device %d",
+             event->device, s->device);
     auto record = std::make_shared<Record>();
     record->stream = s;
     uint64_t count = enqueue(s, "cudaEventRecord", {nullptr, 0}, [record] {
@@ -1133,15 +1184,19 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEve
 {
     std::shared_ptr<Record> a = last_record(start), b = last_record(end);
     if (!a || !b) return cudaErrorInvalidValue;
-    if (done_count(a->stream) < a->count || done_count(b->stream) < b->count) return cudaErrorNotReady;
-    *milliseconds =
-        (float)((double)(b->when.tv_sec - a->when.tv_sec) * 1e3 + (double)(b->when.tv_nsec - a->when.tv_nsec) * 1e-6);
+    if (done_count(a->stream) < a->count || done_count(b->stream) < b->count)
+        return cudaErrorNotReady;
+    *milliseconds = (float)((double)(b->when.tv_sec - a->when.tv_sec) * 1e3 +
+                            (double)(b->when.tv_nsec - a->when.tv_nsec) * 1e-6);
     return cudaSuccess;
 }
 
-/* ---- 7. Allocating and copying ----------------------------------------------------------------------------------- */
+/* ---- 7. Allocating and copying --------------------------------------------------------------- */
 
-cudaError_t cudaMalloc(void **p, size_t size, Site at) { return allocate(p, size, current_device, at); }
+cudaError_t cudaMalloc(void **p, size_t size, Site at)
+{
+    return allocate(p, size, current_device, at);
+}
 cudaError_t cudaMallocAsync(void **p, size_t size, cudaStream_t stream, Site at)
 {
     return allocate(p, size, stream_device(stream), at);
@@ -1164,7 +1219,10 @@ cudaError_t cudaFreeAsync(void *p, cudaStream_t stream, Site at)
     enqueue(stream, "cudaFreeAsync", at, [=] { deallocate(p, true, "cudaFreeAsync", at); });
     return cudaSuccess;
 }
-cudaError_t cudaHostAlloc(void **p, size_t size, unsigned, Site at) { return allocate(p, size, -1, at); }
+cudaError_t cudaHostAlloc(void **p, size_t size, unsigned, Site at)
+{
+    return allocate(p, size, -1, at);
+}
 cudaError_t cudaMallocHost(void **p, size_t size, Site at) { return allocate(p, size, -1, at); }
 cudaError_t cudaFreeHost(void *p, Site at)
 {
@@ -1185,8 +1243,10 @@ namespace cudaemu
 enum Touch { READS, COPIES, WRITES };
 /* A copy or a product touches device memory; peers: of another device only with peer access. */
 static void check_range(const void *p, size_t size, Touch touch, bool peers, const char *what);
-static void check_copied(void *to, const void *from, size_t size); /* `to` is now as well written as `from` */
-static void check_host(const void *p, size_t size, Touch touch, cudaStream_t s, uint64_t count, Site at);
+/* `to` is now as well written as `from`. */
+static void check_copied(void *to, const void *from, size_t size);
+static void check_host(const void *p, size_t size, Touch touch, cudaStream_t s, uint64_t count,
+                       Site at);
 #endif
 
 static bool is_device(const void *p)
@@ -1196,15 +1256,18 @@ static bool is_device(const void *p)
     return a && a->device >= 0;
 }
 
-static void copy(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t stream, const char *what,
-                 Site at)
+static void copy(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t stream,
+                 const char *what, Site at)
 {
     if (kind == cudaMemcpyDefault)
-        kind = is_device(to)     ? is_device(from) ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice
+        kind = is_device(to) ? is_device(from) ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice
                : is_device(from) ? cudaMemcpyDeviceToHost
                                  : cudaMemcpyHostToHost;
-    auto need_to = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice ? need_device : need_host;
-    auto need_from = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice ? need_device : need_host;
+    auto need_to = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice ? need_device
+                                                                                      : need_host;
+    auto need_from = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice
+                         ? need_device
+                         : need_host;
     need_to(to, size, what, at);
     need_from(from, size, what, at);
     stream = resolve(stream);
@@ -1226,7 +1289,8 @@ static void copy(void *to, const void *from, size_t size, cudaMemcpyKind kind, c
 }
 } // namespace cudaemu
 
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t stream, Site at)
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind,
+                            cudaStream_t stream, Site at)
 {
     copy(to, from, size, kind, stream, "cudaMemcpyAsync", at);
     return cudaSuccess;
@@ -1234,23 +1298,26 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyK
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind kind, Site at)
 {
     copy(to, from, size, kind, nullptr, "cudaMemcpy", at);
-    if (is_device(to) && is_device(from)) return cudaSuccess; /* the real one does not wait either */
+    if (is_device(to) && is_device(from))
+        return cudaSuccess; /* the real one does not wait either */
     return cudaStreamSynchronize(nullptr);
 }
-cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device, size_t size,
-                                cudaStream_t stream, Site at)
+cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device,
+                                size_t size, cudaStream_t stream, Site at)
 {
     {
         std::lock_guard<std::mutex> hold(memory_lock);
         const Allocation *t = find_allocation(to), *f = find_allocation(from);
-        if (size && (!t || t->device != to_device)) fail(at, "cudaMemcpyPeer: %p is not on device %d", to, to_device);
+        if (size && (!t || t->device != to_device))
+            fail(at, "cudaMemcpyPeer: %p is not on device %d", to, to_device);
         if (size && (!f || f->device != from_device))
             fail(at, "cudaMemcpyPeer: %p is not on device %d", from, from_device);
     }
     copy(to, from, size, cudaMemcpyDeviceToDevice, stream, "cudaMemcpyPeer", at);
     return cudaSuccess;
 }
-cudaError_t cudaMemcpyPeer(void *to, int to_device, const void *from, int from_device, size_t size, Site at)
+cudaError_t cudaMemcpyPeer(void *to, int to_device, const void *from, int from_device, size_t size,
+                           Site at)
 {
     return cudaMemcpyPeerAsync(to, to_device, from, from_device, size, nullptr, at);
 }
@@ -1264,9 +1331,12 @@ cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t stream,
     });
     return cudaSuccess;
 }
-cudaError_t cudaMemset(void *p, int byte, size_t size, Site at) { return cudaMemsetAsync(p, byte, size, nullptr, at); }
+cudaError_t cudaMemset(void *p, int byte, size_t size, Site at)
+{
+    return cudaMemsetAsync(p, byte, size, nullptr, at);
+}
 
-/* ---- 8. Devices -------------------------------------------------------------------------------------------------- */
+/* ---- 8. Devices ------------------------------------------------------------------------------ */
 
 namespace cudaemu
 {
@@ -1342,7 +1412,8 @@ cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer)
 }
 cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned)
 {
-    if (peer < 0 || peer >= device_count() || peer == current_device) return error(cudaErrorInvalidDevice);
+    if (peer < 0 || peer >= device_count() || peer == current_device)
+        return error(cudaErrorInvalidDevice);
     std::lock_guard<std::mutex> hold(peers_lock);
     if (peer_enabled[current_device][peer]) return error(cudaErrorPeerAccessAlreadyEnabled);
     peer_enabled[current_device][peer] = true;
@@ -1390,7 +1461,7 @@ cudaError_t cudaRuntimeGetVersion(int *version)
 }
 cudaError_t cudaDriverGetVersion(int *version) { return cudaRuntimeGetVersion(version); }
 
-/* ---- 9. Matrix products ------------------------------------------------------------------------------------------ */
+/* ---- 9. Matrix products ---------------------------------------------------------------------- */
 
 namespace cudaemu
 {
@@ -1403,7 +1474,8 @@ constexpr int VECTOR = 8;
 constexpr int VECTOR = 4;
 #endif
 typedef float Floats __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float))));
-constexpr int TILE_M = 2 * VECTOR, TILE_N = 4; /* of the product that the innermost loop keeps in registers */
+/* Of the product that the innermost loop keeps in registers. */
+constexpr int TILE_M = 2 * VECTOR, TILE_N = 4;
 
 static size_t type_size(cudaDataType t) { return t == CUDA_R_32F ? 4 : 2; }
 
@@ -1430,12 +1502,17 @@ struct Matrix {
     void *p;
     cudaDataType type;
     size_t rows, cols, ld;
-    Matrix plus(size_t elements) const { return {(char *)p + elements * type_size(type), type, rows, cols, ld}; }
+    Matrix plus(size_t elements) const
+    {
+        return {(char *)p + elements * type_size(type), type, rows, cols, ld};
+    }
     float at(size_t i, size_t j) const { return load(p, type, i + j * ld); }
 };
 
-/* Copies m (or, transposed, its columns for rows) to floats, as bands of `tile` rows: band, column, row; zeros pad. */
-static void pack(std::vector<float> &to, const Matrix &m, bool transposed, size_t rows, size_t cols, size_t tile)
+/* Copies m (or, transposed, its columns for rows) to floats, as bands of `tile` rows: band, column,
+ * row; zeros pad. */
+static void pack(std::vector<float> &to, const Matrix &m, bool transposed, size_t rows, size_t cols,
+                 size_t tile)
 {
     size_t bands = (rows + tile - 1) / tile;
     to.assign(bands * tile * cols, 0.0f);
@@ -1463,7 +1540,8 @@ static void multiply_tile(float *sum, const float *a, const float *b, size_t k)
         s30 += a0 * b[3], s31 += a1 * b[3];
     }
     Floats *s = (Floats *)sum;
-    s[0] += s00, s[1] += s01, s[2] += s10, s[3] += s11, s[4] += s20, s[5] += s21, s[6] += s30, s[7] += s31;
+    s[0] += s00, s[1] += s01, s[2] += s10, s[3] += s11, s[4] += s20, s[5] += s21, s[6] += s30,
+        s[7] += s31;
 }
 
 struct Epilogue {
@@ -1474,7 +1552,10 @@ struct Epilogue {
 };
 
 /* The tanh form of GELU, as cuBLASLt's, and its derivative. */
-static float gelu(float x) { return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x))); }
+static float gelu(float x)
+{
+    return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
+}
 static float gelu_derivative(float x)
 {
     float t = tanhf(0.7978845608f * (x + 0.044715f * x * x * x));
@@ -1482,17 +1563,20 @@ static float gelu_derivative(float x)
 }
 
 /* D (m,n) = epilogue(alpha op(A) (m,k) op(B) (k,n) + beta C). */
-static void multiply(bool ta, bool tb, size_t m, size_t n, size_t k, float alpha, const Matrix &a, const Matrix &b,
-                     float beta, const Matrix &c, const Matrix &d, const Epilogue &e)
+static void multiply(bool ta, bool tb, size_t m, size_t n, size_t k, float alpha, const Matrix &a,
+                     const Matrix &b, float beta, const Matrix &c, const Matrix &d,
+                     const Epilogue &e)
 {
-    constexpr size_t CHUNK = 256; /* sums of so many products are added up: less rounding, and they stay in the cache */
+    /* Sums of so many products are added up: less rounding, and they stay in the cache. */
+    constexpr size_t CHUNK = 256;
     static thread_local std::vector<float> pa, pb;
     pack(pa, a, ta, m, k, TILE_M);
     pack(pb, b, !tb, n, k, TILE_N);
     bool bias = e.kind == CUBLASLT_EPILOGUE_BIAS || e.kind == CUBLASLT_EPILOGUE_GELU_BIAS ||
                 e.kind == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
     bool activate = e.kind == CUBLASLT_EPILOGUE_GELU || e.kind == CUBLASLT_EPILOGUE_GELU_BIAS ||
-                    e.kind == CUBLASLT_EPILOGUE_GELU_AUX || e.kind == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+                    e.kind == CUBLASLT_EPILOGUE_GELU_AUX ||
+                    e.kind == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
     bool keep = e.kind == CUBLASLT_EPILOGUE_GELU_AUX || e.kind == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
     bool derive = e.kind == CUBLASLT_EPILOGUE_DGELU || e.kind == CUBLASLT_EPILOGUE_DGELU_BGRAD;
     std::vector<float> gradient(e.kind == CUBLASLT_EPILOGUE_DGELU_BGRAD ? m : 0);
@@ -1500,7 +1584,8 @@ static void multiply(bool ta, bool tb, size_t m, size_t n, size_t k, float alpha
         for (size_t i0 = 0; i0 < m; i0 += TILE_M) {
             float sum[TILE_N][TILE_M] = {};
             for (size_t l = 0; l < k; l += CHUNK)
-                multiply_tile(sum[0], &pa[i0 * k + l * TILE_M], &pb[j0 * k + l * TILE_N], std::min(CHUNK, k - l));
+                multiply_tile(sum[0], &pa[i0 * k + l * TILE_M], &pb[j0 * k + l * TILE_N],
+                              std::min(CHUNK, k - l));
             for (size_t j = j0; j < std::min(n, j0 + TILE_N); j++)
                 for (size_t i = i0; i < std::min(m, i0 + TILE_M); i++) {
                     float x = alpha * sum[j - j0][i - i0];
@@ -1518,7 +1603,8 @@ static void multiply(bool ta, bool tb, size_t m, size_t n, size_t k, float alpha
         bool of_a = e.kind == CUBLASLT_EPILOGUE_BGRADA;
         for (size_t i = 0; i < (of_a ? m : n); i++) {
             float sum = 0;
-            for (size_t l = 0; l < k; l++) sum += of_a ? ta ? a.at(l, i) : a.at(i, l) : tb ? b.at(i, l) : b.at(l, i);
+            for (size_t l = 0; l < k; l++)
+                sum += of_a ? ta ? a.at(l, i) : a.at(i, l) : tb ? b.at(i, l) : b.at(l, i);
             store(e.bias, e.bias_type, i, sum);
         }
     }
@@ -1534,7 +1620,8 @@ struct Product {
     Epilogue e;
 };
 
-/* Calls f(matrix or vector, name, whether it is written) for all that the product touches in batch number i. */
+/* Calls f(matrix or vector, name, whether it is written) for all that the product touches in batch
+ * number i. */
 template <class F> static void for_operands(const Product &p, int i, F f)
 {
     auto of = [i](long long stride) { return (size_t)(stride * i); };
@@ -1557,8 +1644,10 @@ static void need_product(const Product &p, const char *what, Site at)
         for_operands(p, i, [&](const Matrix &x, const char *name, bool) {
             char text[128];
             snprintf(text, sizeof text, "%s: matrix %s", what, name);
-            if (x.ld < x.rows) fail(at, "%s has %zu rows but a leading dimension of %zu", text, x.rows, x.ld);
-            if (x.rows && x.cols) need_device(x.p, ((x.cols - 1) * x.ld + x.rows) * type_size(x.type), text, at);
+            if (x.ld < x.rows)
+                fail(at, "%s has %zu rows but a leading dimension of %zu", text, x.rows, x.ld);
+            if (x.rows && x.cols)
+                need_device(x.p, ((x.cols - 1) * x.ld + x.rows) * type_size(x.type), text, at);
         });
 }
 
@@ -1571,23 +1660,28 @@ static void submit_product(const Product &p, const char *what, cudaStream_t stre
 #ifdef CUDACHECK
             for_operands(p, i, [&](const Matrix &x, const char *name, bool written) {
                 for (size_t j = 0; j < x.cols; j++)
-                    check_range(x.plus(j * x.ld).p, x.rows * type_size(x.type), written ? WRITES : READS, true, name);
+                    check_range(x.plus(j * x.ld).p, x.rows * type_size(x.type),
+                                written ? WRITES : READS, true, name);
             });
 #endif
             auto of = [i](long long stride) { return (size_t)(stride * i); };
             Epilogue e = p.e;
             if (e.aux.p) e.aux = e.aux.plus(of(p.stride_aux));
-            multiply(p.ta, p.tb, p.m, p.n, p.k, p.alpha, p.a.plus(of(p.stride_a)), p.b.plus(of(p.stride_b)), p.beta,
-                     p.c.plus(of(p.stride_c)), p.d.plus(of(p.stride_d)), e);
+            multiply(p.ta, p.tb, p.m, p.n, p.k, p.alpha, p.a.plus(of(p.stride_a)),
+                     p.b.plus(of(p.stride_b)), p.beta, p.c.plus(of(p.stride_c)),
+                     p.d.plus(of(p.stride_d)), e);
         }
     });
 }
 
-static bool is_float_type(cudaDataType t) { return t == CUDA_R_32F || t == CUDA_R_16F || t == CUDA_R_16BF; }
+static bool is_float_type(cudaDataType t)
+{
+    return t == CUDA_R_32F || t == CUDA_R_16F || t == CUDA_R_16BF;
+}
 
 } // namespace cudaemu
 
-/* ---- 10. cuBLAS and cuBLASLt ------------------------------------------------------------------------------------- */
+/* ---- 10. cuBLAS and cuBLASLt ----------------------------------------------------------------- */
 
 struct cublasContext {
     int device;
@@ -1639,11 +1733,14 @@ const char *cublasGetStatusString(cublasStatus_t status)
     return "unknown status";
 }
 
-cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
-                                          int n, int k, const void *alpha, const void *a, cudaDataType a_type, int lda,
-                                          long long stride_a, const void *b, cudaDataType b_type, int ldb,
-                                          long long stride_b, const void *beta, void *c, cudaDataType c_type, int ldc,
-                                          long long stride_c, int batch, cublasComputeType_t, cublasGemmAlgo_t, Site at)
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t ta,
+                                          cublasOperation_t tb, int m, int n, int k,
+                                          const void *alpha, const void *a, cudaDataType a_type,
+                                          int lda, long long stride_a, const void *b,
+                                          cudaDataType b_type, int ldb, long long stride_b,
+                                          const void *beta, void *c, cudaDataType c_type, int ldc,
+                                          long long stride_c, int batch, cublasComputeType_t,
+                                          cublasGemmAlgo_t, Site at)
 {
     if (m < 0 || n < 0 || k < 0 || batch < 0 || !handle || handle->device != current_device)
         return CUBLAS_STATUS_INVALID_VALUE;
@@ -1664,28 +1761,32 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
     submit_product(p, "cublasGemm", handle->stream, at);
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
-                            const void *alpha, const void *a, cudaDataType a_type, int lda, const void *b,
-                            cudaDataType b_type, int ldb, const void *beta, void *c, cudaDataType c_type, int ldc,
+cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb,
+                            int m, int n, int k, const void *alpha, const void *a,
+                            cudaDataType a_type, int lda, const void *b, cudaDataType b_type,
+                            int ldb, const void *beta, void *c, cudaDataType c_type, int ldc,
                             cublasComputeType_t compute, cublasGemmAlgo_t algo, Site at)
 {
-    return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, a, a_type, lda, 0, b, b_type, ldb, 0, beta, c,
-                                      c_type, ldc, 0, 1, compute, algo, at);
+    return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, a, a_type, lda, 0, b, b_type,
+                                      ldb, 0, beta, c, c_type, ldc, 0, 1, compute, algo, at);
 }
-cublasStatus_t cublasSgemmStridedBatched(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
-                                         int n, int k, const float *alpha, const float *a, int lda, long long stride_a,
-                                         const float *b, int ldb, long long stride_b, const float *beta, float *c,
-                                         int ldc, long long stride_c, int batch, Site at)
+cublasStatus_t cublasSgemmStridedBatched(cublasHandle_t handle, cublasOperation_t ta,
+                                         cublasOperation_t tb, int m, int n, int k,
+                                         const float *alpha, const float *a, int lda,
+                                         long long stride_a, const float *b, int ldb,
+                                         long long stride_b, const float *beta, float *c, int ldc,
+                                         long long stride_c, int batch, Site at)
 {
-    return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, a, CUDA_R_32F, lda, stride_a, b, CUDA_R_32F, ldb,
-                                      stride_b, beta, c, CUDA_R_32F, ldc, stride_c, batch, CUBLAS_COMPUTE_32F,
-                                      CUBLAS_GEMM_DEFAULT, at);
+    return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, a, CUDA_R_32F, lda, stride_a,
+                                      b, CUDA_R_32F, ldb, stride_b, beta, c, CUDA_R_32F, ldc,
+                                      stride_c, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT, at);
 }
-cublasStatus_t cublasSgemm(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
-                           const float *alpha, const float *a, int lda, const float *b, int ldb, const float *beta,
-                           float *c, int ldc, Site at)
+cublasStatus_t cublasSgemm(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
+                           int n, int k, const float *alpha, const float *a, int lda,
+                           const float *b, int ldb, const float *beta, float *c, int ldc, Site at)
 {
-    return cublasSgemmStridedBatched(handle, ta, tb, m, n, k, alpha, a, lda, 0, b, ldb, 0, beta, c, ldc, 0, 1, at);
+    return cublasSgemmStridedBatched(handle, ta, tb, m, n, k, alpha, a, lda, 0, b, ldb, 0, beta, c,
+                                     ldc, 0, 1, at);
 }
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle)
@@ -1698,7 +1799,8 @@ cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle)
     delete handle;
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *desc, cublasComputeType_t, cudaDataType_t scale)
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *desc, cublasComputeType_t,
+                                        cudaDataType_t scale)
 {
     if (scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
     *desc = new cublasLtMatmulDescOpaque();
@@ -1711,7 +1813,8 @@ cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc)
     delete desc;
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t attribute,
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
+                                              cublasLtMatmulDescAttributes_t attribute,
                                               const void *value, size_t size)
 {
     void *field = nullptr;
@@ -1732,8 +1835,8 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasL
     memcpy(field, value, size);
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType type, uint64_t rows,
-                                          uint64_t cols, int64_t ld)
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType type,
+                                          uint64_t rows, uint64_t cols, int64_t ld)
 {
     *layout = new cublasLtMatrixLayoutOpaque{type, rows, cols, ld, 0, 1};
     return CUBLAS_STATUS_SUCCESS;
@@ -1744,11 +1847,13 @@ cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout)
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
-                                                cublasLtMatrixLayoutAttribute_t attribute, const void *value,
-                                                size_t size)
+                                                cublasLtMatrixLayoutAttribute_t attribute,
+                                                const void *value, size_t size)
 {
-    if (attribute == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT && size == 4) memcpy(&layout->batch, value, 4);
-    else if (attribute == CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET && size == 8) memcpy(&layout->stride, value, 8);
+    if (attribute == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT && size == 4)
+        memcpy(&layout->batch, value, 4);
+    else if (attribute == CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET && size == 8)
+        memcpy(&layout->stride, value, 8);
     else return CUBLAS_STATUS_INVALID_VALUE;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -1763,11 +1868,13 @@ cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t prefer
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
-                                                    cublasLtMatmulPreferenceAttributes_t attribute, const void *value,
-                                                    size_t size)
+                                                    cublasLtMatmulPreferenceAttributes_t attribute,
+                                                    const void *value, size_t size)
 {
-    if (size != (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES ? 8 : 4)) return CUBLAS_STATUS_INVALID_VALUE;
-    if (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) memcpy(&preference->workspace, value, size);
+    if (size != (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES ? 8 : 4))
+        return CUBLAS_STATUS_INVALID_VALUE;
+    if (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES)
+        memcpy(&preference->workspace, value, size);
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -1775,18 +1882,23 @@ namespace cudaemu
 {
 /* Fills in all but the pointers, alpha and beta; says whether cuBLASLt could do it. */
 static cublasStatus_t lt_product(Product *p, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
-                                 cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d)
+                                 cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+                                 cublasLtMatrixLayout_t d)
 {
     if (!desc || !a || !b || !c || !d) return CUBLAS_STATUS_INVALID_VALUE;
     *p = {};
     p->ta = desc->ta, p->tb = desc->tb;
     p->m = d->rows, p->n = d->cols, p->k = p->ta ? a->rows : a->cols;
-    auto matrix = [](cublasLtMatrixLayout_t l) { return Matrix{nullptr, l->type, l->rows, l->cols, (size_t)l->ld}; };
+    auto matrix = [](cublasLtMatrixLayout_t l) {
+        return Matrix{nullptr, l->type, l->rows, l->cols, (size_t)l->ld};
+    };
     p->a = matrix(a), p->b = matrix(b), p->c = matrix(c), p->d = matrix(d);
-    p->stride_a = a->stride, p->stride_b = b->stride, p->stride_c = c->stride, p->stride_d = d->stride;
+    p->stride_a = a->stride, p->stride_b = b->stride, p->stride_c = c->stride,
+    p->stride_d = d->stride;
     p->batch = d->batch;
     if ((p->ta ? a->cols : a->rows) != p->m || (p->tb ? b->cols : b->rows) != p->k ||
-        (p->tb ? b->rows : b->cols) != p->n || c->rows != p->m || c->cols != p->n || !p->m || !p->n || !p->k)
+        (p->tb ? b->rows : b->cols) != p->n || c->rows != p->m || c->cols != p->n || !p->m ||
+        !p->n || !p->k)
         return CUBLAS_STATUS_INVALID_VALUE;
     for (cublasLtMatrixLayout_t l : {a, b, c, d}) {
         if (!is_float_type(l->type)) return CUBLAS_STATUS_NOT_SUPPORTED;
@@ -1814,7 +1926,8 @@ static cublasStatus_t lt_product(Product *p, cublasLtMatmulDesc_t desc, cublasLt
         p->e.bias = desc->bias;
         p->e.bias_type = desc->bias_type < 0 ? d->type : (cudaDataType)desc->bias_type;
         if (!p->e.bias) return CUBLAS_STATUS_INVALID_VALUE;
-        if (p->e.bias_type != d->type && p->e.bias_type != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (p->e.bias_type != d->type && p->e.bias_type != CUDA_R_32F)
+            return CUBLAS_STATUS_NOT_SUPPORTED;
     }
     if (aux) {
         cudaDataType type = desc->aux_type < 0 ? d->type : (cudaDataType)desc->aux_type;
@@ -1832,7 +1945,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
                                               cublasLtMatmulPreference_t preference, int requested,
-                                              cublasLtMatmulHeuristicResult_t *results, int *returned)
+                                              cublasLtMatmulHeuristicResult_t *results,
+                                              int *returned)
 {
     Product p;
     *returned = 0;
@@ -1840,18 +1954,20 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     cublasStatus_t status = lt_product(&p, desc, a, b, c, d);
     if (status) return status;
     /* CUDAEMU_LT=off: it refuses all, so that the program's way without it runs */
-    if (getenv("CUDAEMU_LT") && !strcmp(getenv("CUDAEMU_LT"), "off")) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (getenv("CUDAEMU_LT") && !strcmp(getenv("CUDAEMU_LT"), "off"))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     size_t workspace = std::min(preference->workspace, (uint64_t)LT_WORKSPACE);
     results[0] = {{(int)workspace}, workspace, CUBLAS_STATUS_SUCCESS, 1.0f};
     *returned = 1;
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void *alpha, const void *a,
-                              cublasLtMatrixLayout_t a_layout, const void *b, cublasLtMatrixLayout_t b_layout,
-                              const void *beta, const void *c, cublasLtMatrixLayout_t c_layout, void *d,
-                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algo, void *workspace,
-                              size_t workspace_size, cudaStream_t stream, Site at)
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void *alpha,
+                              const void *a, cublasLtMatrixLayout_t a_layout, const void *b,
+                              cublasLtMatrixLayout_t b_layout, const void *beta, const void *c,
+                              cublasLtMatrixLayout_t c_layout, void *d,
+                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algo,
+                              void *workspace, size_t workspace_size, cudaStream_t stream, Site at)
 {
     Product p;
     if (!handle) return CUBLAS_STATUS_INVALID_VALUE;
@@ -1862,7 +1978,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     p.alpha = *(const float *)alpha, p.beta = *(const float *)beta;
     p.a.p = (void *)a, p.b.p = (void *)b, p.c.p = (void *)c, p.d.p = d;
     if (p.beta != 0 && !c) return CUBLAS_STATUS_INVALID_VALUE;
-    if (needs) cudaMemsetAsync(workspace, POISON, needs, stream, at); /* whoever still wants what was there, sees it */
+    /* Whoever still wants what was there, sees it. */
+    if (needs) cudaMemsetAsync(workspace, POISON, needs, stream, at);
     submit_product(p, "cublasLtMatmul", stream, at);
     return CUBLAS_STATUS_SUCCESS;
 }

@@ -1,10 +1,12 @@
-/* cudaemu.h - CUDA C++ for a machine without a GPU: keywords, intrinsics, types and the host API, run by cudaemu.cpp.
+/* cudaemu.h - CUDA C++ for a machine without a GPU: keywords, intrinsics, types and the host API,
+ * run by cudaemu.cpp.
  *
  *     sed -f dev/cudaemu/cu2cpp.sed program.cu > program.cpp
  *     g++ -std=gnu++17 -O2 -I. program.cpp dev/cudaemu/cudaemu.cpp -lpthread
  *
- * Every CUDA thread is a fiber; a block runs on the OS thread that launches it (or, with lazy streams, that waits for
- * it). A misuse that CUDA leaves undefined ends the program with one line that names kernel, thread and source line.
+ * Every CUDA thread is a fiber; a block runs on the OS thread that launches it (or, with lazy
+ * streams, that waits for it). A misuse that CUDA leaves undefined ends the program with one line
+ * that names kernel, thread and source line.
  *
  *     CUDAEMU_DEVICES=n   so many fake devices (1)
  *     CUDAEMU_ASYNC=1     lazy streams: work runs only when something waits for it
@@ -33,7 +35,7 @@
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
-/* ---- Vectors and indices ----------------------------------------------------------------------------------------- */
+/* ---- Vectors and indices --------------------------------------------------------------------- */
 
 struct uint3 {
     unsigned x, y, z;
@@ -43,12 +45,12 @@ struct dim3 {
     constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-#define CUDAEMU_VECTORS(T, name)                                                                                       \
-    struct __align__(2 * sizeof(T)) name##2 { T x, y; };                                                               \
-    struct name##3 { T x, y, z; };                                                                                     \
-    struct __align__(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; };                               \
-    inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                                         \
-    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                                                 \
+#define CUDAEMU_VECTORS(T, name)                                                                   \
+    struct __align__(2 * sizeof(T)) name##2 { T x, y; };                                           \
+    struct name##3 { T x, y, z; };                                                                 \
+    struct __align__(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; };           \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                     \
+    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                             \
     inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 #define uint3 cudaemu_uint3 /* there is one already: the indices' */
 CUDAEMU_VECTORS(unsigned, uint)
@@ -64,7 +66,7 @@ extern __thread uint3 threadIdx, blockIdx;
 extern __thread dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-/* ---- Host API: types --------------------------------------------------------------------------------------------- */
+/* ---- Host API: types ------------------------------------------------------------------------- */
 
 enum cudaError {
     cudaSuccess = 0,
@@ -108,11 +110,12 @@ typedef struct CUevent_st *cudaEvent_t;
 struct cudaDeviceProp {
     char name[256];
     size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
-    int regsPerBlock, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor, multiProcessorCount, major, minor;
+    int regsPerBlock, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor,
+        multiProcessorCount, major, minor;
     int maxThreadsDim[3], maxGridSize[3], l2CacheSize, memoryBusWidth, unifiedAddressing;
 };
 
-/* ---- The engine's side: what the macros and templates below call ------------------------------------------------- */
+/* ---- The engine's side: what the macros and templates below call ----------------------------- */
 
 namespace cudaemu
 {
@@ -120,9 +123,13 @@ struct Site { /* a place in the source; as a default argument, the caller's */
     const char *file;
     int line;
 };
-constexpr Site here(const char *file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+constexpr Site here(const char *file = __builtin_FILE(), int line = __builtin_LINE())
+{
+    return {file, line};
+}
 
-/* Ends the program with status 1 and one line: the message, and the kernel, block, thread and place it concerns. */
+/* Ends the program with status 1 and one line: the message, and the kernel, block, thread and place
+ * it concerns. */
 [[noreturn]] void fail(Site at, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 struct Config { /* what stands between <<< and >>> */
@@ -137,29 +144,35 @@ struct Config { /* what stands between <<< and >>> */
         return {*this, std::tuple<typename std::decay<Args>::type...>(std::forward<Args>(args)...)};
     }
 };
-inline Config launch(const char *name, dim3 grid, dim3 block, size_t shared = 0, cudaStream_t stream = nullptr,
-                     Site at = here())
+inline Config launch(const char *name, dim3 grid, dim3 block, size_t shared = 0,
+                     cudaStream_t stream = nullptr, Site at = here())
 {
     return {name, grid, block, shared, stream, at};
 }
-void submit(const Config &config, const void *kernel, void (*call)(void *bound), std::shared_ptr<void> bound,
-            size_t bound_size);
+void submit(const Config &config, const void *kernel, void (*call)(void *bound),
+            std::shared_ptr<void> bound, size_t bound_size);
 
 /* kernel << launch(..)(args): the arguments become the kernel's parameters at once, as in CUDA. */
 template <class... Params> struct Bound {
     void (*kernel)(Params...);
     std::tuple<typename std::decay<Params>::type...> params;
-    static void call(void *bound) { std::apply(((Bound *)bound)->kernel, ((Bound *)bound)->params); }
+    static void call(void *bound)
+    {
+        std::apply(((Bound *)bound)->kernel, ((Bound *)bound)->params);
+    }
 };
 template <class... Params, class... Args>
 void operator<<(void (*kernel)(Params...), std::tuple<Config, std::tuple<Args...>> call)
 {
-    static_assert(sizeof...(Params) == sizeof...(Args), "a launch has as many arguments as the kernel has parameters");
-    auto bound = std::make_shared<Bound<Params...>>(Bound<Params...>{kernel, std::move(std::get<1>(call))});
+    static_assert(sizeof...(Params) == sizeof...(Args),
+                  "a launch has as many arguments as the kernel has parameters");
+    auto bound =
+        std::make_shared<Bound<Params...>>(Bound<Params...>{kernel, std::move(std::get<1>(call))});
     submit(std::get<0>(call), (const void *)kernel, Bound<Params...>::call, bound, sizeof *bound);
 }
 
-/* The block's shared memory: the variable that tag stands for, the same for all threads of the block. */
+/* The block's shared memory: the variable that tag stands for, the same for all threads of the
+ * block. */
 void *shared(const void *tag, size_t size, const char *name, Site at = here());
 void *dynamic_shared(size_t align, Site at = here());
 
@@ -167,14 +180,16 @@ void *dynamic_shared(size_t align, Site at = here());
 int barrier(bool predicate, Site at);
 void fence();
 
-/* A warp operation: every live lane in mask comes with its slot; the last one calls combine(slots, mask of lanes that
- * came) for all of them. Returns when that is done. A lane that does not take part has a null slot. */
+/* A warp operation: every live lane in mask comes with its slot; the last one calls combine(slots,
+ * mask of lanes that came) for all of them. Returns when that is done. A lane that does not take
+ * part has a null slot. */
 typedef void (*Combine)(void *const slots[32], unsigned mask, Site at);
 void warp(unsigned mask, void *slot, Combine combine, const char *name, Site at);
 void sync_lanes(void *const slots[32], unsigned mask, Site at); /* the combine of __syncwarp */
-int lane();                                                     /* of the running thread, in its warp */
+int lane(); /* of the running thread, in its warp */
 
-void copy_async(void *shared, const void *global, bool valid, Site at); /* 16 bytes: seen only after the wait */
+/* 16 bytes: seen only after the wait. */
+void copy_async(void *shared, const void *global, bool valid, Site at);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
@@ -182,7 +197,8 @@ void copy_async_wait(int pending);
 inline void check_source(void *const slots[32], int reader, int source, Site at)
 {
     if (!slots[source & 31])
-        fail(at, "lane %d takes the value of lane %d, which takes no part in the shuffle", reader, source);
+        fail(at, "lane %d takes the value of lane %d, which takes no part in the shuffle", reader,
+             source);
 }
 
 template <class T> struct Shuffle {
@@ -191,7 +207,8 @@ template <class T> struct Shuffle {
 };
 template <class T> T shuffle(unsigned mask, T value, int source, const char *name, Site at)
 {
-    static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "shuffles move 2, 4 or 8 bytes");
+    static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8,
+                  "shuffles move 2, 4 or 8 bytes");
     Shuffle<T> slot = {value, value, source};
     warp(
         mask, &slot,
@@ -228,51 +245,70 @@ inline unsigned ballot(unsigned mask, bool predicate, const char *name, Site at)
 } // namespace cudaemu
 
 #define CUDAEMU_NAME(...) #__VA_ARGS__
-#define CUDAEMU_SHARED(T, name, dims)                                                                                  \
-    typedef T name##_shared_type dims;                                                                                 \
-    static char name##_shared_tag;                                                                                     \
-    name##_shared_type &name =                                                                                         \
-        *(name##_shared_type *)cudaemu::shared(&name##_shared_tag, sizeof(name##_shared_type), #name)
-#define CUDAEMU_DYNAMIC_SHARED(T, name)                                                                                \
-    typedef T name##_shared_type;                                                                                      \
-    name##_shared_type *name = (name##_shared_type *)cudaemu::dynamic_shared(alignof(name##_shared_type))
+#define CUDAEMU_SHARED(T, name, dims)                                                              \
+    typedef T name##_shared_type dims;                                                             \
+    static char name##_shared_tag;                                                                 \
+    name##_shared_type &name = *(name##_shared_type *)cudaemu::shared(                             \
+        &name##_shared_tag, sizeof(name##_shared_type), #name)
+#define CUDAEMU_DYNAMIC_SHARED(T, name)                                                            \
+    typedef T name##_shared_type;                                                                  \
+    name##_shared_type *name =                                                                     \
+        (name##_shared_type *)cudaemu::dynamic_shared(alignof(name##_shared_type))
 
-/* ---- Device side: synchronisation, warps, atomics ---------------------------------------------------------------- */
+/* ---- Device side: synchronisation, warps, atomics -------------------------------------------- */
 
 inline void __syncthreads(cudaemu::Site at = cudaemu::here()) { cudaemu::barrier(false, at); }
-inline int __syncthreads_count(int p, cudaemu::Site at = cudaemu::here()) { return cudaemu::barrier(p, at); }
-inline int __syncthreads_or(int p, cudaemu::Site at = cudaemu::here()) { return cudaemu::barrier(p, at) != 0; }
-inline int __syncthreads_and(int p, cudaemu::Site at = cudaemu::here()) { return cudaemu::barrier(!p, at) == 0; }
+inline int __syncthreads_count(int p, cudaemu::Site at = cudaemu::here())
+{
+    return cudaemu::barrier(p, at);
+}
+inline int __syncthreads_or(int p, cudaemu::Site at = cudaemu::here())
+{
+    return cudaemu::barrier(p, at) != 0;
+}
+inline int __syncthreads_and(int p, cudaemu::Site at = cudaemu::here())
+{
+    return cudaemu::barrier(!p, at) == 0;
+}
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, cudaemu::Site at = cudaemu::here())
 {
     static char slot;
     cudaemu::warp(mask, &slot, cudaemu::sync_lanes, "__syncwarp", at);
 }
 
-/* Shuffles within segments of width lanes, a power of two: a lane whose source is outside takes its own value. */
-template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32, cudaemu::Site at = cudaemu::here())
+/* Shuffles within segments of width lanes, a power of two: a lane whose source is outside takes its
+ * own value. */
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+              cudaemu::Site at = cudaemu::here())
 {
     int l = cudaemu::lane();
-    return cudaemu::shuffle(mask, value, (l & ~(width - 1)) | (source & (width - 1)), "__shfl_sync", at);
+    return cudaemu::shuffle(mask, value, (l & ~(width - 1)) | (source & (width - 1)), "__shfl_sync",
+                            at);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, cudaemu::Site at = cudaemu::here())
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
+                  cudaemu::Site at = cudaemu::here())
 {
     int l = cudaemu::lane(), source = l ^ lane_mask;
     if (source > (l | (width - 1))) source = l; /* a later segment; an earlier one may be read */
     return cudaemu::shuffle(mask, value, source, "__shfl_xor_sync", at);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, cudaemu::Site at = cudaemu::here())
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                   cudaemu::Site at = cudaemu::here())
 {
     int l = cudaemu::lane(), source = l + (int)delta;
-    return cudaemu::shuffle(mask, value, source > (l | (width - 1)) ? l : source, "__shfl_down_sync", at);
+    return cudaemu::shuffle(mask, value, source > (l | (width - 1)) ? l : source,
+                            "__shfl_down_sync", at);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, cudaemu::Site at = cudaemu::here())
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                 cudaemu::Site at = cudaemu::here())
 {
     int l = cudaemu::lane(), source = l - (int)delta;
-    return cudaemu::shuffle(mask, value, source < (l & ~(width - 1)) ? l : source, "__shfl_up_sync", at);
+    return cudaemu::shuffle(mask, value, source < (l & ~(width - 1)) ? l : source, "__shfl_up_sync",
+                            at);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, cudaemu::Site at = cudaemu::here())
 {
@@ -288,7 +324,10 @@ inline int __all_sync(unsigned mask, int predicate, cudaemu::Site at = cudaemu::
 }
 
 inline int atomicAdd(int *p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
-inline unsigned atomicAdd(unsigned *p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+inline unsigned atomicAdd(unsigned *p, unsigned v)
+{
+    return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+}
 inline unsigned long long atomicAdd(unsigned long long *p, unsigned long long v)
 {
     return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
@@ -301,11 +340,15 @@ inline float atomicAdd(float *p, float v)
         memcpy(&old, &seen, 4);
         float sum = old + v;
         memcpy(&next, &sum, 4);
-    } while (!__atomic_compare_exchange_n((uint32_t *)p, &seen, next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    } while (!__atomic_compare_exchange_n((uint32_t *)p, &seen, next, false, __ATOMIC_RELAXED,
+                                          __ATOMIC_RELAXED));
     return old;
 }
 inline int atomicExch(int *p, int v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
-inline unsigned atomicExch(unsigned *p, unsigned v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
+inline unsigned atomicExch(unsigned *p, unsigned v)
+{
+    return __atomic_exchange_n(p, v, __ATOMIC_RELAXED);
+}
 inline int atomicOr(int *p, int v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
 inline int atomicCAS(int *p, int compare, int v)
 {
@@ -315,7 +358,8 @@ inline int atomicCAS(int *p, int compare, int v)
 inline int atomicMax(int *p, int v)
 {
     int old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    while (old < v &&
+           !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }
@@ -324,7 +368,7 @@ inline void __threadfence_block() { cudaemu::fence(); }
 inline void __threadfence_system() { cudaemu::fence(); }
 inline void __trap() { cudaemu::fail({nullptr, 0}, "__trap"); }
 
-/* ---- Device side: arithmetic ------------------------------------------------------------------------------------- */
+/* ---- Device side: arithmetic ----------------------------------------------------------------- */
 
 template <class T> T __ldg(const T *p) { return *p; }
 template <class T> T __ldcs(const T *p) { return *p; }
@@ -387,7 +431,9 @@ inline float max(float x, float y) { return fmaxf(x, y); }
 inline double min(double x, double y) { return fmin(x, y); }
 inline double max(double x, double y) { return fmax(x, y); }
 
-/* ---- 16-bit floats: all roundings to nearest, ties to even; every NaN becomes 0x7FFF, as on the GPU -------------- */
+/* ---- 16-bit floats --------------------------------------------------------------------------- */
+
+/* All roundings are to nearest, ties to even; every NaN becomes 0x7FFF, as on the GPU. */
 
 namespace cudaemu
 {
@@ -404,9 +450,10 @@ inline uint16_t half_from_float(float x)
     uint32_t u = __float_as_uint(x), sign = u >> 16 & 0x8000, a = u & 0x7FFFFFFF;
     if (a > 0x7F800000) return 0x7FFF;
     if (a >= 0x477FF000) return (uint16_t)(sign | 0x7C00); /* 65520 and more round to infinity */
-    if (a >= 0x38800000)                                   /* 2^-14: the exponent's bias goes from 127 to 15 */
+    if (a >= 0x38800000) /* 2^-14: the exponent's bias goes from 127 to 15 */
         return (uint16_t)(sign | (a - 0x38000000 + 0xFFF + (a >> 13 & 1)) >> 13);
-    float grid = __uint_as_float(a) + 0.5f; /* below, units of 2^-24: the last bit of floats from 0.5 to 1 */
+    /* Below, units of 2^-24: the last bit of floats from 0.5 to 1. */
+    float grid = __uint_as_float(a) + 0.5f;
     return (uint16_t)(sign | (__float_as_uint(grid) - 0x3F000000));
 }
 inline float half_to_float(uint16_t h)
@@ -442,7 +489,10 @@ typedef __half2 half2;
 inline __nv_bfloat16 __float2bfloat16(float x) { return __nv_bfloat16(x); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__nv_bfloat16(x), __nv_bfloat16(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y)
+{
+    return {__nv_bfloat16(x), __nv_bfloat16(y)};
+}
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return __floats2bfloat162_rn(v.x, v.y); }
 inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {v.x, v.y}; }
@@ -470,12 +520,13 @@ inline __half __ushort_as_half(unsigned short u)
     return x.bits = u, x;
 }
 
-/* ---- PTX of tensor cores, under the names that the .cu gives its wrappers ---------------------------------------- */
+/* ---- PTX of tensor cores, under the names that the .cu gives its wrappers -------------------- */
 
 namespace cudaemu
 {
-/* Layouts of PTX ISA "Matrix fragments for mma.m16n8k16": with g = lane / 4 and t = 2 (lane % 4), each register holds
- * columns (of B: rows) t and t+1 of row (of B: column) g, plus 8 where noted in the loops below. */
+/* Layouts of PTX ISA "Matrix fragments for mma.m16n8k16": with g = lane / 4 and t = 2 (lane % 4),
+ * each register holds columns (of B: rows) t and t+1 of row (of B: column) g, plus 8 where noted in
+ * the loops below. */
 struct Mma {
     float *d;
     const uint32_t *a, *b;
@@ -490,8 +541,10 @@ inline void mma_combine(void *const slots[32], unsigned mask, Site at)
         int g = l / 4, t = l % 4 * 2;
         for (int high = 0; high < 2; high++) { /* the low half of a register comes first */
             for (int r = 0; r < 4; r++)
-                a[g + r % 2 * 8][t + r / 2 * 8 + high] = m->to_float((uint16_t)(m->a[r] >> 16 * high));
-            for (int r = 0; r < 2; r++) b[t + r * 8 + high][g] = m->to_float((uint16_t)(m->b[r] >> 16 * high));
+                a[g + r % 2 * 8][t + r / 2 * 8 + high] =
+                    m->to_float((uint16_t)(m->a[r] >> 16 * high));
+            for (int r = 0; r < 2; r++)
+                b[t + r * 8 + high][g] = m->to_float((uint16_t)(m->b[r] >> 16 * high));
         }
     }
     for (int l = 0; l < 32; l++) {
@@ -506,7 +559,8 @@ inline void mma_combine(void *const slots[32], unsigned mask, Site at)
 }
 
 struct Ldmatrix {
-    uint32_t row[4], r[4]; /* the row of 16 bytes that the lane's address gives; what the lane receives */
+    uint32_t row[4]; /* the row of 16 bytes that the lane's address gives */
+    uint32_t r[4];   /* what the lane receives */
 };
 template <bool trans> void ldmatrix_combine(void *const slots[32], unsigned mask, Site at)
 {
@@ -516,7 +570,8 @@ template <bool trans> void ldmatrix_combine(void *const slots[32], unsigned mask
     for (int l = 0; l < 32; l++)
         for (int i = 0; i < 4; i++) {
             int g = l / 4, t = l % 4 * 2;
-            uint32_t low = trans ? tile[i][t][g] : tile[i][g][t], high = trans ? tile[i][t + 1][g] : tile[i][g][t + 1];
+            uint32_t low = trans ? tile[i][t][g] : tile[i][g][t],
+                     high = trans ? tile[i][t + 1][g] : tile[i][g][t + 1];
             ((Ldmatrix *)slots[l])->r[i] = low | high << 16;
         }
 }
@@ -533,14 +588,16 @@ template <bool trans> void ldmatrix(uint32_t r[4], const void *row, Site at)
 
 /* d (16,8) += a (16,16) b (16,8): fragments of a warp; T is __nv_bfloat16 or __half. */
 template <class T>
-void mma_m16n8k16(float d[4], const uint32_t a[4], const uint32_t b[2], cudaemu::Site at = cudaemu::here())
+void mma_m16n8k16(float d[4], const uint32_t a[4], const uint32_t b[2],
+                  cudaemu::Site at = cudaemu::here())
 {
     constexpr bool bf16 = std::is_same<T, __nv_bfloat16>::value;
     static_assert(bf16 || std::is_same<T, __half>::value, "mma_m16n8k16 multiplies bf16 or fp16");
     cudaemu::Mma slot = {d, a, b, bf16 ? cudaemu::bf16_to_float : cudaemu::half_to_float};
     cudaemu::warp(0xFFFFFFFFu, &slot, cudaemu::mma_combine, "mma", at);
 }
-/* Four 8x8 tiles of 16-bit numbers from shared memory: lane l gives the address of row l % 8 of tile l / 8. */
+/* Four 8x8 tiles of 16-bit numbers from shared memory: lane l gives the address of row l % 8 of
+ * tile l / 8. */
 inline void ldmatrix_x4(uint32_t r[4], const void *row, cudaemu::Site at = cudaemu::here())
 {
     cudaemu::ldmatrix<false>(r, row, at);
@@ -549,33 +606,42 @@ inline void ldmatrix_x4_trans(uint32_t r[4], const void *row, cudaemu::Site at =
 {
     cudaemu::ldmatrix<true>(r, row, at);
 }
-/* 16 bytes from global to shared memory, zeros if not valid; they land no sooner than at the wait. */
-inline void cp_async_16(void *shared, const void *global, bool valid = true, cudaemu::Site at = cudaemu::here())
+/* 16 bytes from global to shared memory, zeros if not valid; they land no sooner than at the
+ * wait. */
+inline void cp_async_16(void *shared, const void *global, bool valid = true,
+                        cudaemu::Site at = cudaemu::here())
 {
     cudaemu::copy_async(shared, global, valid, at);
 }
 inline void cp_async_commit() { cudaemu::copy_async_commit(); }
-template <int N> void cp_async_wait() { cudaemu::copy_async_wait(N); } /* all but the latest N groups have landed */
+template <int N> void cp_async_wait()
+{
+    cudaemu::copy_async_wait(N);
+} /* all but the latest N groups have landed */
 
-/* ---- Host API: memory, streams, events, devices ------------------------------------------------------------------ */
+/* ---- Host API: memory, streams, events, devices ---------------------------------------------- */
 
 cudaError_t cudaMalloc(void **p, size_t size, cudaemu::Site at = cudaemu::here());
-cudaError_t cudaMallocAsync(void **p, size_t size, cudaStream_t stream, cudaemu::Site at = cudaemu::here());
+cudaError_t cudaMallocAsync(void **p, size_t size, cudaStream_t stream,
+                            cudaemu::Site at = cudaemu::here());
 cudaError_t cudaFree(void *p, cudaemu::Site at = cudaemu::here());
 cudaError_t cudaFreeAsync(void *p, cudaStream_t stream, cudaemu::Site at = cudaemu::here());
 cudaError_t cudaMallocHost(void **p, size_t size, cudaemu::Site at = cudaemu::here());
-cudaError_t cudaHostAlloc(void **p, size_t size, unsigned flags, cudaemu::Site at = cudaemu::here());
+cudaError_t cudaHostAlloc(void **p, size_t size, unsigned flags,
+                          cudaemu::Site at = cudaemu::here());
 cudaError_t cudaFreeHost(void *p, cudaemu::Site at = cudaemu::here());
 template <class T> cudaError_t cudaMalloc(T **p, size_t size, cudaemu::Site at = cudaemu::here())
 {
     return cudaMalloc((void **)p, size, at);
 }
 template <class T>
-cudaError_t cudaMallocAsync(T **p, size_t size, cudaStream_t stream, cudaemu::Site at = cudaemu::here())
+cudaError_t cudaMallocAsync(T **p, size_t size, cudaStream_t stream,
+                            cudaemu::Site at = cudaemu::here())
 {
     return cudaMallocAsync((void **)p, size, stream, at);
 }
-template <class T> cudaError_t cudaMallocHost(T **p, size_t size, cudaemu::Site at = cudaemu::here())
+template <class T>
+cudaError_t cudaMallocHost(T **p, size_t size, cudaemu::Site at = cudaemu::here())
 {
     return cudaMallocHost((void **)p, size, at);
 }
@@ -585,12 +651,13 @@ cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t stream 
                             cudaemu::Site at = cudaemu::here());
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind kind,
                        cudaemu::Site at = cudaemu::here());
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t stream = nullptr,
-                            cudaemu::Site at = cudaemu::here());
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind,
+                            cudaStream_t stream = nullptr, cudaemu::Site at = cudaemu::here());
 cudaError_t cudaMemcpyPeer(void *to, int to_device, const void *from, int from_device, size_t size,
                            cudaemu::Site at = cudaemu::here());
-cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device, size_t size,
-                                cudaStream_t stream = nullptr, cudaemu::Site at = cudaemu::here());
+cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device,
+                                size_t size, cudaStream_t stream = nullptr,
+                                cudaemu::Site at = cudaemu::here());
 
 cudaError_t cudaStreamCreate(cudaStream_t *stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
@@ -627,17 +694,19 @@ namespace cudaemu
 cudaError_t set_max_dynamic_shared(const void *kernel, int attribute, int value);
 cudaError_t max_active_blocks(int *blocks, const void *kernel, int threads, size_t shared);
 } // namespace cudaemu
-template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute attribute, int value)
+template <class F>
+cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute attribute, int value)
 {
     return cudaemu::set_max_dynamic_shared((const void *)kernel, attribute, value);
 }
 template <class F>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, F *kernel, int threads, size_t shared)
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, F *kernel, int threads,
+                                                          size_t shared)
 {
     return cudaemu::max_active_blocks(blocks, (const void *)kernel, threads, shared);
 }
 
-/* ---- cuBLAS: column-major, sums in float ------------------------------------------------------------------------- */
+/* ---- cuBLAS: column-major, sums in float ----------------------------------------------------- */
 
 typedef enum { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_16BF = 14 } cudaDataType;
 typedef cudaDataType cudaDataType_t;
@@ -668,25 +737,32 @@ cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t stream);
 cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode);
 cublasStatus_t cublasSetWorkspace(cublasHandle_t handle, void *workspace, size_t size);
 const char *cublasGetStatusString(cublasStatus_t status);
-cublasStatus_t cublasSgemm(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
-                           const float *alpha, const float *a, int lda, const float *b, int ldb, const float *beta,
-                           float *c, int ldc, cudaemu::Site at = cudaemu::here());
-cublasStatus_t cublasSgemmStridedBatched(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
-                                         int n, int k, const float *alpha, const float *a, int lda, long long stride_a,
-                                         const float *b, int ldb, long long stride_b, const float *beta, float *c,
-                                         int ldc, long long stride_c, int batch, cudaemu::Site at = cudaemu::here());
-cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
-                            const void *alpha, const void *a, cudaDataType a_type, int lda, const void *b,
-                            cudaDataType b_type, int ldb, const void *beta, void *c, cudaDataType c_type, int ldc,
-                            cublasComputeType_t compute, cublasGemmAlgo_t algo, cudaemu::Site at = cudaemu::here());
-cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
-                                          int n, int k, const void *alpha, const void *a, cudaDataType a_type, int lda,
-                                          long long stride_a, const void *b, cudaDataType b_type, int ldb,
-                                          long long stride_b, const void *beta, void *c, cudaDataType c_type, int ldc,
-                                          long long stride_c, int batch, cublasComputeType_t compute,
-                                          cublasGemmAlgo_t algo, cudaemu::Site at = cudaemu::here());
+cublasStatus_t cublasSgemm(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
+                           int n, int k, const float *alpha, const float *a, int lda,
+                           const float *b, int ldb, const float *beta, float *c, int ldc,
+                           cudaemu::Site at = cudaemu::here());
+cublasStatus_t cublasSgemmStridedBatched(cublasHandle_t handle, cublasOperation_t ta,
+                                         cublasOperation_t tb, int m, int n, int k,
+                                         const float *alpha, const float *a, int lda,
+                                         long long stride_a, const float *b, int ldb,
+                                         long long stride_b, const float *beta, float *c, int ldc,
+                                         long long stride_c, int batch,
+                                         cudaemu::Site at = cudaemu::here());
+cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb,
+                            int m, int n, int k, const void *alpha, const void *a,
+                            cudaDataType a_type, int lda, const void *b, cudaDataType b_type,
+                            int ldb, const void *beta, void *c, cudaDataType c_type, int ldc,
+                            cublasComputeType_t compute, cublasGemmAlgo_t algo,
+                            cudaemu::Site at = cudaemu::here());
+cublasStatus_t
+cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
+                           int n, int k, const void *alpha, const void *a, cudaDataType a_type,
+                           int lda, long long stride_a, const void *b, cudaDataType b_type, int ldb,
+                           long long stride_b, const void *beta, void *c, cudaDataType c_type,
+                           int ldc, long long stride_c, int batch, cublasComputeType_t compute,
+                           cublasGemmAlgo_t algo, cudaemu::Site at = cudaemu::here());
 
-/* ---- cuBLASLt: D = epilogue(alpha op(A) op(B) + beta C) ---------------------------------------------------------- */
+/* ---- cuBLASLt: D = epilogue(alpha op(A) op(B) + beta C) -------------------------------------- */
 
 typedef enum {
     CUBLASLT_MATMUL_DESC_COMPUTE_TYPE = 0,
@@ -737,30 +813,35 @@ typedef struct {
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle);
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle);
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *desc, cublasComputeType_t compute, cudaDataType_t scale);
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *desc, cublasComputeType_t compute,
+                                        cudaDataType_t scale);
 cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc);
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t attribute,
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
+                                              cublasLtMatmulDescAttributes_t attribute,
                                               const void *value, size_t size);
-cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType type, uint64_t rows,
-                                          uint64_t cols, int64_t ld);
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType type,
+                                          uint64_t rows, uint64_t cols, int64_t ld);
 cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout);
 cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
-                                                cublasLtMatrixLayoutAttribute_t attribute, const void *value,
-                                                size_t size);
+                                                cublasLtMatrixLayoutAttribute_t attribute,
+                                                const void *value, size_t size);
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *preference);
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference);
 cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
-                                                    cublasLtMatmulPreferenceAttributes_t attribute, const void *value,
-                                                    size_t size);
+                                                    cublasLtMatmulPreferenceAttributes_t attribute,
+                                                    const void *value, size_t size);
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
                                               cublasLtMatmulPreference_t preference, int requested,
-                                              cublasLtMatmulHeuristicResult_t *results, int *returned);
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void *alpha, const void *a,
-                              cublasLtMatrixLayout_t a_layout, const void *b, cublasLtMatrixLayout_t b_layout,
-                              const void *beta, const void *c, cublasLtMatrixLayout_t c_layout, void *d,
-                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algo, void *workspace,
-                              size_t workspace_size, cudaStream_t stream, cudaemu::Site at = cudaemu::here());
+                                              cublasLtMatmulHeuristicResult_t *results,
+                                              int *returned);
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void *alpha,
+                              const void *a, cublasLtMatrixLayout_t a_layout, const void *b,
+                              cublasLtMatrixLayout_t b_layout, const void *beta, const void *c,
+                              cublasLtMatrixLayout_t c_layout, void *d,
+                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algo,
+                              void *workspace, size_t workspace_size, cudaStream_t stream,
+                              cudaemu::Site at = cudaemu::here());
 
 #endif

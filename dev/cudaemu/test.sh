@@ -1,7 +1,7 @@
 #!/bin/sh
-# Tests the emulator and its checker: each feature against plain C, with and without the checker; every planted bug
-# reported, no twin of one reported. Exit status 0 if all is well. CXX=clang++ sh dev/cudaemu/test.sh tries another
-# compiler.
+# Tests the emulator and its checker: each feature against plain C, with and without the checker;
+# every planted bug reported, no twin of one reported. Exit status 0 if all is well.
+# CXX=clang++ sh dev/cudaemu/test.sh tries another compiler.
 cd "$(dirname "$0")" || exit 2
 CXX=${CXX:-g++}
 export CXX
@@ -17,8 +17,8 @@ try() { # what it does, then the command
 
 emulate() {
     (echo '#line 1 "test_cudaemu.cu"'; sed -f cu2cpp.sed test_cudaemu.cu) > "$work/test.cpp" &&
-    $CXX -std=gnu++17 -O2 -Wall -Wextra -Wshadow -Werror -I. $1 "$work/test.cpp" cudaemu.cpp -lpthread \
-        -o "$work/test" &&
+    $CXX -std=gnu++17 -O2 -Wall -Wextra -Wshadow -Werror -I. $1 \
+        "$work/test.cpp" cudaemu.cpp -lpthread -o "$work/test" &&
     "$work/test"
 }
 try 'emulator' emulate

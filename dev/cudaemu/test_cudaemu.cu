@@ -28,14 +28,17 @@
 #endif
 
 #ifdef __CUDACC__ /* the wrappers that cudaemu.h emulates */
-template <class T> __device__ void mma_m16n8k16(float d[4], const uint32_t a[4], const uint32_t b[2])
+template <class T>
+__device__ void mma_m16n8k16(float d[4], const uint32_t a[4], const uint32_t b[2])
 {
     if (std::is_same<T, __half>::value)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+            "{%8,%9}, {%0,%1,%2,%3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+            "{%8,%9}, {%0,%1,%2,%3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -55,19 +58,24 @@ __device__ void ldmatrix_x4_trans(uint32_t r[4], const void *row)
 }
 __device__ void cp_async_16(void *shared, const void *global, bool valid = true)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
-                 "l"(global), "r"(valid ? 16 : 0)
+    const uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+                 "r"(valid ? 16 : 0)
                  : "memory");
 }
 __device__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+template <int N> __device__ void cp_async_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 #endif
 
 static int failures, checks;
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        checks++;                                                                                                      \
-        if (!(condition)) failures++, fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);          \
+#define CHECK(condition)                                                                           \
+    do {                                                                                           \
+        checks++;                                                                                  \
+        if (!(condition))                                                                          \
+            failures++, fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);    \
     } while (0)
 #define OK(call) CHECK((call) == 0)
 
@@ -100,14 +108,15 @@ static uint32_t random_bits()
 static float random_float() { return (float)(int32_t)random_bits() * 0x1p-31f; }
 static float poison() { return nanf(""); }
 
-/* ---- Indices, fresh memory, shared variables, barriers ----------------------------------------------------------- */
+/* ---- Indices, fresh memory, shared variables, barriers --------------------------------------- */
 
 __global__ void indices(int *out)
 {
     int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
     int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     out[block * (blockDim.x * blockDim.y * blockDim.z) + thread] =
-        threadIdx.x + 10 * threadIdx.y + 100 * threadIdx.z + 1000 * (blockIdx.x + 10 * blockIdx.y + 100 * blockIdx.z);
+        threadIdx.x + 10 * threadIdx.y + 100 * threadIdx.z +
+        1000 * (blockIdx.x + 10 * blockIdx.y + 100 * blockIdx.z);
 }
 
 static void test_indices()
@@ -123,7 +132,8 @@ static void test_indices()
                 for (unsigned z = 0; z < b.z; z++)
                     for (unsigned y = 0; y < b.y; y++)
                         for (unsigned x = 0; x < b.x; x++)
-                            bad += *p++ != (int)(x + 10 * y + 100 * z + 1000 * (bx + 10 * by + 100 * bz));
+                            bad += *p++ !=
+                                   (int)(x + 10 * y + 100 * z + 1000 * (bx + 10 * by + 100 * bz));
     CHECK(bad == 0);
 }
 
@@ -151,7 +161,8 @@ __global__ void fresh(int *bad, const float *global, int n)
         wrong += sizeof x != 32 || (size_t)x % 16 || (size_t)pairs % 8 || (size_t)dynamic % 16;
     }
     __syncthreads();
-    x[t % 8] = y = m[t % 3][t % 4] = pairs[t % 2].a = dynamic[t % n] = 1; /* the next block must not see it */
+    /* The next block must not see it. */
+    x[t % 8] = y = m[t % 3][t % 4] = pairs[t % 2].a = dynamic[t % n] = 1;
     float *a = twice_declared<4>(), *b = twice_declared<8>();
     a[t % 4] = 1, b[t % 8] = 2; /* each instance has its own */
     __syncthreads();
@@ -188,7 +199,8 @@ __global__ void sums(int *out, int *votes)
         float fsum = block_sum((float)t);
         if (t == (i * 37) % (int)blockDim.x) out[blockIdx.x * 5 + i] = sum + (int)fsum;
     }
-    int count = __syncthreads_count(t % 3 == 0), any = __syncthreads_or(t == 7), none = __syncthreads_or(t < 0);
+    int count = __syncthreads_count(t % 3 == 0), any = __syncthreads_or(t == 7),
+        none = __syncthreads_or(t < 0);
     int all = __syncthreads_and(t >= 0), most = __syncthreads_and(t != 9);
     votes[blockIdx.x * blockDim.x + t] = count * 16 + any * 8 + none * 4 + all * 2 + most;
 }
@@ -206,7 +218,7 @@ static void test_barriers()
     }
 }
 
-/* ---- Warps ------------------------------------------------------------------------------------------------------- */
+/* ---- Warps ----------------------------------------------------------------------------------- */
 
 __global__ void warps(int *out, int width, int arg, unsigned mask)
 {
@@ -249,7 +261,8 @@ static void test_warps()
         }
 }
 
-/* Two halves of a warp go different ways with masks of their own, then meet; lanes of a short warp; lanes that left. */
+/* Two halves of a warp go different ways with masks of their own, then meet; lanes of a short warp;
+ * lanes that left. */
 __global__ void halves(int *out)
 {
     int l = threadIdx.x, v = l;
@@ -279,9 +292,10 @@ static void test_partial_warps()
     CHECK(bad == 0);
 }
 
-/* ---- Tensor cores, cp.async -------------------------------------------------------------------------------------- */
+/* ---- Tensor cores, cp.async ------------------------------------------------------------------ */
 
-/* One warp: c (16,8) = a (16,16) b (16,8), a row-major and b stored by columns, all by the layouts of the PTX ISA. */
+/* One warp: c (16,8) = a (16,16) b (16,8), a row-major and b stored by columns, all by the layouts
+ * of the PTX ISA. */
 template <class T> __global__ void one_mma(float *c, const T *a, const T *b)
 {
     int l = threadIdx.x, g = l / 4, t = l % 4;
@@ -318,7 +332,8 @@ template <class T> static void test_mma()
         for (int j = 0; j < 8; j++) {
             double sum = 1;
             for (int k = 0; k < 16; k++) sum += (double)(float)a[i * 16 + k] * (float)b[j * 16 + k];
-            bad += !(fabs(c.h[i * 8 + j] - sum) <= 4e-6); /* 17 roundings of numbers below 17: 17 * 8 * 2^-24 = 8e-6 */
+            /* 17 roundings of numbers below 17: 17 * 8 * 2^-24 = 8e-6 */
+            bad += !(fabs(c.h[i * 8 + j] - sum) <= 4e-6);
         }
     CHECK(bad == 0);
 }
@@ -385,7 +400,7 @@ static void test_copies()
     CHECK(out.h[0] == 10 && out.h[1] == 0);
 }
 
-/* ---- 16-bit floats ----------------------------------------------------------------------------------------------- */
+/* ---- 16-bit floats --------------------------------------------------------------------------- */
 
 static float bits_to_float(uint32_t u)
 {
@@ -396,7 +411,8 @@ static float bits_to_float(uint32_t u)
 /* The value of a 16-bit float from its fields. */
 static double value16(unsigned h, int mantissa_bits, int bias)
 {
-    int exponent = h >> mantissa_bits & ((1 << (15 - mantissa_bits)) - 1), mantissa = h & ((1 << mantissa_bits) - 1);
+    int exponent = h >> mantissa_bits & ((1 << (15 - mantissa_bits)) - 1),
+        mantissa = h & ((1 << mantissa_bits) - 1);
     double x = exponent ? ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits)
                         : ldexp(mantissa, 1 - bias - mantissa_bits);
     return h & 0x8000 ? -x : x;
@@ -417,11 +433,12 @@ static void test_16bit(int mantissa_bits, int bias, FromBits from_bits, ToBits t
         else bad += x != value16(h, mantissa_bits, bias);
     }
     CHECK(bad == 0);
-    /* Rounding can only go wrong at a midpoint of neighbours, or beside one: it goes to the even one, not before. */
+    /* Rounding can only go wrong at a midpoint of neighbours, or beside one: it goes to the even
+     * one, not before. */
     for (unsigned h = 0; h < infinity; h++) {
         double low = value16(h, mantissa_bits, bias);
-        double high =
-            h + 1 == infinity ? ldexp(1, (int)(infinity >> mantissa_bits) - bias) : value16(h + 1, mantissa_bits, bias);
+        double high = h + 1 == infinity ? ldexp(1, (int)(infinity >> mantissa_bits) - bias)
+                                        : value16(h + 1, mantissa_bits, bias);
         float middle = (float)((low + high) / 2); /* exact: a float has more bits */
         for (unsigned sign = 0; sign < 2; sign++) {
             float m = sign ? -middle : middle, s = sign ? -1.0f : 1.0f;
@@ -431,24 +448,29 @@ static void test_16bit(int mantissa_bits, int bias, FromBits from_bits, ToBits t
             bad += to_bits(T(s * nextafterf(middle, INFINITY))) != base + h + 1;
         }
     }
-    bad += to_bits(T(bits_to_float(0xFFC12345))) != 0x7FFF || to_bits(T(bits_to_float(0x7F800001))) != 0x7FFF;
-    bad += to_bits(T(3.4e38f)) != infinity || to_bits(T(-0.0f)) != 0x8000 || to_bits(T(bits_to_float(1))) != 0;
+    bad += to_bits(T(bits_to_float(0xFFC12345))) != 0x7FFF ||
+           to_bits(T(bits_to_float(0x7F800001))) != 0x7FFF;
+    bad += to_bits(T(3.4e38f)) != infinity || to_bits(T(-0.0f)) != 0x8000 ||
+           to_bits(T(bits_to_float(1))) != 0;
     CHECK(bad == 0);
 }
 
 static void test_conversions()
 {
     test_16bit<__half>(
-        10, 15, [](unsigned short u) { return __ushort_as_half(u); }, [](__half x) { return __half_as_ushort(x); });
+        10, 15, [](unsigned short u) { return __ushort_as_half(u); },
+        [](__half x) { return __half_as_ushort(x); });
     test_16bit<__nv_bfloat16>(
         7, 127, [](unsigned short u) { return __ushort_as_bfloat16(u); },
         [](__nv_bfloat16 x) { return __bfloat16_as_ushort(x); });
-    CHECK(__half2float(__float2half(1.5f)) == 1.5f && __bfloat162float(__float2bfloat16(-2.25f)) == -2.25f);
-    float2 p = __bfloat1622float2(__floats2bfloat162_rn(1, 2)), q = __half22float2(__floats2half2_rn(3, 4));
+    CHECK(__half2float(__float2half(1.5f)) == 1.5f &&
+          __bfloat162float(__float2bfloat16(-2.25f)) == -2.25f);
+    float2 p = __bfloat1622float2(__floats2bfloat162_rn(1, 2)),
+           q = __half22float2(__floats2half2_rn(3, 4));
     CHECK(p.x == 1 && p.y == 2 && q.x == 3 && q.y == 4);
 }
 
-/* ---- Intrinsics and atomics -------------------------------------------------------------------------------------- */
+/* ---- Intrinsics and atomics ------------------------------------------------------------------ */
 
 __global__ void intrinsics(int *bad, int *counter, float *sum, const float *x)
 {
@@ -457,11 +479,15 @@ __global__ void intrinsics(int *bad, int *counter, float *sum, const float *x)
     atomicAdd(sum, 0.25f);
     atomicMax(counter + 1, i);
     if (i == 0) {
-        w += __umulhi(0xFFFFFFFFu, 0xFFFFFFFFu) != 0xFFFFFFFEu || __popc(0xF0F0) != 8 || __clz(1) != 31;
-        w += __clz(0) != 32 || __ffs(8) != 4 || __float_as_uint(1.0f) != 0x3F800000u || __int_as_float(0x40000000) != 2;
-        w += min(3, 4) != 3 || max(3u, 4u) != 4u || max(1.0f, 2.0f) != 2 || __ldg(x) != 7 || fmaf(2, 3, 4) != 10;
+        w += __umulhi(0xFFFFFFFFu, 0xFFFFFFFFu) != 0xFFFFFFFEu || __popc(0xF0F0) != 8 ||
+             __clz(1) != 31;
+        w += __clz(0) != 32 || __ffs(8) != 4 || __float_as_uint(1.0f) != 0x3F800000u ||
+             __int_as_float(0x40000000) != 2;
+        w += min(3, 4) != 3 || max(3u, 4u) != 4u || max(1.0f, 2.0f) != 2 || __ldg(x) != 7 ||
+             fmaf(2, 3, 4) != 10;
         w += fabsf(rsqrtf(4.0f) - 0.5f) > 1e-6f || fabsf(__expf(1.0f) - 2.718282f) > 1e-5f;
-        w += fabsf(__fdividef(1.0f, 4.0f) - 0.25f) > 1e-6f || fabsf(erff(0.5f) - 0.5204999f) > 1e-6f;
+        w +=
+            fabsf(__fdividef(1.0f, 4.0f) - 0.25f) > 1e-6f || fabsf(erff(0.5f) - 0.5204999f) > 1e-6f;
         int old = atomicCAS(counter + 2, 5, 6), same = atomicCAS(counter + 2, 5, 7);
         w += old != 5 || same != 6 || atomicExch(counter + 2, 9) != 6;
         __threadfence();
@@ -479,7 +505,7 @@ static void test_intrinsics()
     CHECK(sum.down()[0] == 250);
 }
 
-/* ---- Streams, events, devices ------------------------------------------------------------------------------------ */
+/* ---- Streams, events, devices ---------------------------------------------------------------- */
 
 __global__ void set(float *p, float v) { *p = v; }
 __global__ void add(float *p, const float *q, float v) { *p = *q + v; }
@@ -514,8 +540,8 @@ static void test_streams()
     OK(cudaStreamSynchronize(a));
     CHECK(*h == 1 && cudaStreamQuery(a) == cudaSuccess);
 
-    /* Without the event b would run first, because it is waited for first. The wait means the record before it, not the
-     * later one. */
+    /* Without the event b would run first, because it is waited for first. The wait means the
+     * record before it, not the later one. */
     set<<<1, 1, 0, a>>>(x.d, 2);
     OK(cudaEventRecord(e, a));
     OK(cudaStreamWaitEvent(b, e, 0));
@@ -569,7 +595,8 @@ static void test_streams()
     OK(cudaFreeHost(h));
 }
 
-/* A ring of threads as ranks: each sums what its neighbour wrote, ordered by events alone, over devices. */
+/* A ring of threads as ranks: each sums what its neighbour wrote, ordered by events alone, over
+ * devices. */
 constexpr int RANKS = 4, ROUNDS = 20;
 struct Ring {
     float *slot[RANKS][ROUNDS];
@@ -632,7 +659,8 @@ static void test_ranks()
 {
     pthread_t threads[RANKS];
     pthread_barrier_init(&ring.meet, nullptr, RANKS);
-    for (int r = 0; r < RANKS; r++) pthread_create(&threads[r], nullptr, rank_main, (void *)(size_t)r);
+    for (int r = 0; r < RANKS; r++)
+        pthread_create(&threads[r], nullptr, rank_main, (void *)(size_t)r);
     for (int r = 0; r < RANKS; r++) pthread_join(threads[r], nullptr);
     for (int r = 0; r < RANKS; r++) CHECK(ring.bad[r] == 0);
 }
@@ -644,8 +672,10 @@ static void test_devices()
     cudaDeviceProp prop;
     OK(cudaGetDeviceProperties(&prop, 0));
     CHECK(prop.warpSize == 32 && prop.multiProcessorCount > 0 && prop.maxThreadsPerBlock == 1024);
-    CHECK(cudaSetDevice(count) == cudaErrorInvalidDevice && cudaGetLastError() == cudaErrorInvalidDevice);
-    CHECK(cudaGetLastError() == cudaSuccess && strlen(cudaGetErrorString(cudaErrorMemoryAllocation)) > 0);
+    CHECK(cudaSetDevice(count) == cudaErrorInvalidDevice &&
+          cudaGetLastError() == cudaErrorInvalidDevice);
+    CHECK(cudaGetLastError() == cudaSuccess &&
+          strlen(cudaGetErrorString(cudaErrorMemoryAllocation)) > 0);
     if (count < 2) return;
     float *p, *q, h = 3;
     OK(cudaSetDevice(1));
@@ -684,7 +714,7 @@ static void test_memory()
     CHECK(after == before);
 }
 
-/* ---- Matrix products --------------------------------------------------------------------------------------------- */
+/* ---- Matrix products ------------------------------------------------------------------------- */
 
 template <class T> struct Type;
 template <> struct Type<float> {
@@ -700,23 +730,27 @@ template <> struct Type<__nv_bfloat16> {
     static constexpr double epsilon = 0x1p-8;
 };
 
-/* Random matrix of ld * cols numbers; the rows beyond `rows` are NaN, and must not be read or written. */
+/* Random matrix of ld * cols numbers; the rows beyond `rows` are NaN, and must not be read or
+ * written. */
 template <class T> static std::vector<T> random_matrix(int rows, int cols, int ld)
 {
     std::vector<T> x((size_t)ld * cols);
     for (int j = 0; j < cols; j++)
-        for (int i = 0; i < ld; i++) x[(size_t)j * ld + i] = T(i < rows ? random_float() : poison());
+        for (int i = 0; i < ld; i++)
+            x[(size_t)j * ld + i] = T(i < rows ? random_float() : poison());
     return x;
 }
 
 /* op(A) op(B), and the sum of the products' magnitudes for the bound. */
 template <class T>
-static double product(const T *a, const T *b, int ta, int tb, int lda, int ldb, int i, int j, int k, double *magnitude)
+static double product(const T *a, const T *b, int ta, int tb, int lda, int ldb, int i, int j, int k,
+                      double *magnitude)
 {
     double sum = 0;
     *magnitude = 0;
     for (int l = 0; l < k; l++) {
-        double x = (float)a[ta ? l + i * lda : i + l * lda], y = (float)b[tb ? j + l * ldb : l + j * ldb];
+        double x = (float)a[ta ? l + i * lda : i + l * lda],
+               y = (float)b[tb ? j + l * ldb : l + j * ldb];
         sum += x * y;
         *magnitude += fabs(x * y);
     }
@@ -732,7 +766,8 @@ template <class D> static int wrong(D got, double want, double magnitude, int k)
 
 template <class T, class D> static void test_gemm(cublasHandle_t handle)
 {
-    int sizes[][3] = {{1, 1, 1}, {5, 3, 7}, {33, 17, 64}, {64, 64, 64}, {130, 9, 300}, {8, 70, 513}};
+    int sizes[][3] = {{1, 1, 1},    {5, 3, 7},     {33, 17, 64},
+                      {64, 64, 64}, {130, 9, 300}, {8, 70, 513}};
     for (auto &s : sizes)
         for (int t = 0; t < 8; t++) {
             int m = s[0], n = s[1], k = s[2], ta = t & 1, tb = t >> 1 & 1, batch = t >> 2 ? 3 : 1;
@@ -745,14 +780,17 @@ template <class T, class D> static void test_gemm(cublasHandle_t handle)
             Buffer<D> c(random_matrix<D>(m, n * batch, ldc));
             std::vector<D> old = c.h;
             if (!beta) OK(cudaMemset(c.d, 0xFF, c.h.size() * sizeof(D))); /* C is not read */
-            cublasOperation_t oa = ta ? CUBLAS_OP_T : CUBLAS_OP_N, ob = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+            cublasOperation_t oa = ta ? CUBLAS_OP_T : CUBLAS_OP_N,
+                              ob = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
             if (batch > 1)
-                OK(cublasGemmStridedBatchedEx(handle, oa, ob, m, n, k, &alpha, a.d, Type<T>::id, lda, sa, b.d,
-                                              Type<T>::id, ldb, sb, &beta, c.d, Type<D>::id, ldc, sc, batch,
-                                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+                OK(cublasGemmStridedBatchedEx(handle, oa, ob, m, n, k, &alpha, a.d, Type<T>::id,
+                                              lda, sa, b.d, Type<T>::id, ldb, sb, &beta, c.d,
+                                              Type<D>::id, ldc, sc, batch, CUBLAS_COMPUTE_32F,
+                                              CUBLAS_GEMM_DEFAULT));
             else
-                OK(cublasGemmEx(handle, oa, ob, m, n, k, &alpha, a.d, Type<T>::id, lda, b.d, Type<T>::id, ldb, &beta,
-                                c.d, Type<D>::id, ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+                OK(cublasGemmEx(handle, oa, ob, m, n, k, &alpha, a.d, Type<T>::id, lda, b.d,
+                                Type<T>::id, ldb, &beta, c.d, Type<D>::id, ldc, CUBLAS_COMPUTE_32F,
+                                CUBLAS_GEMM_DEFAULT));
             c.down();
             int bad = 0;
             for (int q = 0; q < batch; q++)
@@ -763,28 +801,35 @@ template <class T, class D> static void test_gemm(cublasHandle_t handle)
                             bad += !isnan((float)c.h[at]);
                             continue;
                         }
-                        double size, sum = product(&a.h[q * sa], &b.h[q * sb], ta, tb, lda, ldb, i, j, k, &size);
+                        double size, sum = product(&a.h[q * sa], &b.h[q * sb], ta, tb, lda, ldb, i,
+                                                   j, k, &size);
                         sum *= alpha;
-                        if (beta != 0) sum += beta * (float)old[at], size += fabs(beta * (float)old[at]);
+                        if (beta != 0)
+                            sum += beta * (float)old[at], size += fabs(beta * (float)old[at]);
                         bad += wrong(c.h[at], sum, size, k);
                     }
             CHECK(bad == 0);
         }
 }
 
-static double gelu(double x) { return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
+static double gelu(double x)
+{
+    return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+}
 static double gelu_slope(double x)
 {
     double u = sqrt(2 / M_PI) * (x + 0.044715 * x * x * x), t = tanh(u);
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * sqrt(2 / M_PI) * (1 + 3 * 0.044715 * x * x);
 }
 
-template <class T> static void test_lt(cublasLtHandle_t lt, int epilogue, int ta, int tb, float beta)
+template <class T>
+static void test_lt(cublasLtHandle_t lt, int epilogue, int ta, int tb, float beta)
 {
     constexpr int m = 40, n = 21, k = 72;
     int lda = ta ? k : m, ldb = tb ? n : k;
     Buffer<T> a(random_matrix<T>(lda, ta ? m : k, lda)), b(random_matrix<T>(ldb, tb ? k : n, ldb));
-    Buffer<T> c(random_matrix<T>(m, n, m)), d(random_matrix<T>(m, n, m)), aux(random_matrix<T>(m, n, m));
+    Buffer<T> c(random_matrix<T>(m, n, m)), d(random_matrix<T>(m, n, m)),
+        aux(random_matrix<T>(m, n, m));
     Buffer<T> bias(random_matrix<T>(m, 1, m));
     std::vector<T> old_bias = bias.h, old_aux = aux.h;
     bool reads_bias = epilogue & 4, keeps = epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
@@ -801,31 +846,35 @@ template <class T> static void test_lt(cublasLtHandle_t lt, int epilogue, int ta
     OK(cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     OK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &oa, sizeof oa));
     OK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSB, &ob, sizeof ob));
-    OK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
-    OK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias_pointer, sizeof bias_pointer));
+    OK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                                      sizeof epilogue));
+    OK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias_pointer,
+                                      sizeof bias_pointer));
     if (keeps || derives) {
-        OK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux_pointer,
-                                          sizeof aux_pointer));
-        OK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &ld, sizeof ld));
+        OK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
+                                          &aux_pointer, sizeof aux_pointer));
+        OK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &ld,
+                                          sizeof ld));
     }
     OK(cublasLtMatrixLayoutCreate(&la, Type<T>::id, lda, ta ? m : k, lda));
     OK(cublasLtMatrixLayoutCreate(&lb, Type<T>::id, ldb, tb ? k : n, ldb));
     OK(cublasLtMatrixLayoutCreate(&lc, Type<T>::id, m, n, m));
     OK(cublasLtMatmulPreferenceCreate(&preference));
     size_t workspace = 0;
-    OK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
-                                            sizeof workspace));
+    OK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                            &workspace, sizeof workspace));
     OK(cublasLtMatmulAlgoGetHeuristic(lt, desc, la, lb, lc, lc, preference, 1, &result, &returned));
     CHECK(returned == 1);
-    OK(cublasLtMatmul(lt, desc, &alpha, a.d, la, b.d, lb, &beta, beta != 0 ? c.d : d.d, lc, d.d, lc, &result.algo,
-                      nullptr, 0, nullptr));
+    OK(cublasLtMatmul(lt, desc, &alpha, a.d, la, b.d, lb, &beta, beta != 0 ? c.d : d.d, lc, d.d, lc,
+                      &result.algo, nullptr, 0, nullptr));
     d.down(), aux.down(), bias.down();
     int bad = 0;
     std::vector<double> gradient(m, 0.0);
     for (int j = 0; j < n; j++)
         for (int i = 0; i < m; i++) {
             int at = j * m + i;
-            double size, x = alpha * product(a.h.data(), b.h.data(), ta, tb, lda, ldb, i, j, k, &size);
+            double size,
+                x = alpha * product(a.h.data(), b.h.data(), ta, tb, lda, ldb, i, j, k, &size);
             if (beta != 0) x += beta * (float)c.h[at];
             if (reads_bias) x += (float)old_bias[i];
             if (keeps) bad += wrong(aux.h[at], x, size, k);
@@ -856,9 +905,10 @@ template <class T> static void test_lt(cublasLtHandle_t lt, int epilogue, int ta
 
 template <class T> static void test_epilogues(cublasLtHandle_t lt)
 {
-    for (int epilogue : {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_BIAS,
-                         CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU, CUBLASLT_EPILOGUE_DGELU_BGRAD,
-                         CUBLASLT_EPILOGUE_BGRADA, CUBLASLT_EPILOGUE_BGRADB})
+    for (int epilogue :
+         {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_BIAS,
+          CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU, CUBLASLT_EPILOGUE_DGELU_BGRAD,
+          CUBLASLT_EPILOGUE_BGRADA, CUBLASLT_EPILOGUE_BGRADB})
         for (int t = 0; t < 4; t++) {
             test_lt<T>(lt, epilogue, t & 1, t >> 1, 0);
             if (epilogue < 8) test_lt<T>(lt, epilogue, t & 1, t >> 1, 1);
@@ -887,7 +937,7 @@ static void test_products()
     OK(cublasLtDestroy(lt));
 }
 
-/* ---- Misuse ends the program with one line ----------------------------------------------------------------------- */
+/* ---- Misuse ends the program with one line --------------------------------------------------- */
 
 __global__ void exits_early()
 {
@@ -978,10 +1028,10 @@ static const struct {
          cublasHandle_t h;
          float one = 1;
          cublasCreate(&h);
-         cublasSgemm(h, CUBLAS_OP_N, CUBLAS_OP_N, 4, 1, 17, &one, (float *)some, 1, (float *)some + 16, 17, &one,
-                     (float *)some, 4);
-         cublasSgemm(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 17, &one, (float *)some, 1, (float *)some + 16, 17, &one,
-                     (float *)some, 4);
+         cublasSgemm(h, CUBLAS_OP_N, CUBLAS_OP_N, 4, 1, 17, &one, (float *)some, 1,
+                     (float *)some + 16, 17, &one, (float *)some, 4);
+         cublasSgemm(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 17, &one, (float *)some, 1,
+                     (float *)some + 16, 17, &one, (float *)some, 4);
      }},
     {"stream has been destroyed",
      [] {
@@ -1008,15 +1058,19 @@ static void test_misuses()
             _exit(0);
         }
         close(pipe_ends[1]);
-        for (ssize_t got; n < sizeof text - 1 && (got = read(pipe_ends[0], text + n, sizeof text - 1 - n)) > 0;)
+        for (ssize_t got;
+             n < sizeof text - 1 && (got = read(pipe_ends[0], text + n, sizeof text - 1 - n)) > 0;)
             n += (size_t)got;
         text[n] = 0;
         close(pipe_ends[0]);
         waitpid(child, &status, 0);
-        bool one_line =
-            n && (strchr(text, '\n') == text + n - 1 || text[11] == '['); /* the checker's reports are longer */
-        bool ok = WIFEXITED(status) && WEXITSTATUS(status) == 1 && one_line && strstr(text, m.expect);
-        if (!ok) fprintf(stderr, "expected one line with \"%s\" and status 1, got %x: %s\n", m.expect, status, text);
+        bool one_line = n && (strchr(text, '\n') == text + n - 1 ||
+                              text[11] == '['); /* the checker's reports are longer */
+        bool ok =
+            WIFEXITED(status) && WEXITSTATUS(status) == 1 && one_line && strstr(text, m.expect);
+        if (!ok)
+            fprintf(stderr, "expected one line with \"%s\" and status 1, got %x: %s\n", m.expect,
+                    status, text);
         if (getenv("VERBOSE")) fputs(text, stderr);
         CHECK(ok);
     }

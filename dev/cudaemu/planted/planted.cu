@@ -1,10 +1,11 @@
-/* planted.cu - kernels and host code with one bug each, and the same without: the checker must report every bug, of the
- * right kind and at the line marked BUG(name), and must not report a twin.
+/* planted.cu - kernels and host code with one bug each, and the same without: the checker must
+ * report every bug, of the right kind and at the line marked BUG(name), and must not report a twin.
  *
  *     planted          all of them; exit status 0 if all is as it must be
  *     planted NAME     the bug, to see its report;   planted NAME fixed   its twin
  *
- * Compiled like a program to check (../cudacheck.cpp); reads its own source, planted.cu, to find the marked lines. */
+ * Compiled like a program to check (../cudacheck.cpp); reads its own source, planted.cu, to find
+ * the marked lines. */
 #include "cudaemu.h"
 #include <stdlib.h>
 #include <sys/wait.h>
@@ -13,7 +14,7 @@
 
 constexpr int N = 128; /* threads of most blocks */
 
-/* ---- Races in shared memory -------------------------------------------------------------------------------------- */
+/* ---- Races in shared memory ------------------------------------------------------------------ */
 
 template <bool bug> __global__ void barrier_missing(float *out)
 {
@@ -126,7 +127,8 @@ template <bool bug> __global__ void scan(float *out)
     out[t] = x[t];
 }
 
-/* Halves of words: two threads may each write one of them, but who reads the whole word must come after both. */
+/* Halves of words: two threads may each write one of them, but who reads the whole word must come
+ * after both. */
 template <bool bug> __global__ void words_and_halves(int *out)
 {
     typedef uint32_t word __attribute__((may_alias));
@@ -176,8 +178,8 @@ template <bool bug> __global__ void partial_warp_barrier(float *out)
     if (t == 0) x = 2; /* BUG(partial_warp_barrier) */
 }
 
-/* Three read x: two of the last warp, which __syncwarp then orders before the write, and one of another. Two barriers
- * turn the order of threads so that the two come first. */
+/* Three read x: two of the last warp, which __syncwarp then orders before the write, and one of
+ * another. Two barriers turn the order of threads so that the two come first. */
 template <bool bug> __global__ void far_reader(float *out)
 {
     __shared__ float x;
@@ -191,7 +193,7 @@ template <bool bug> __global__ void far_reader(float *out)
     if (t == N - 2) x = 2; /* BUG(far_reader) */
 }
 
-/* ---- Races in global memory -------------------------------------------------------------------------------------- */
+/* ---- Races in global memory ------------------------------------------------------------------ */
 
 template <bool bug> __global__ void sum_over_blocks(float *out)
 {
@@ -213,7 +215,8 @@ template <bool bug> __global__ void other_blocks_result(float *out)
 template <bool bug> __global__ void rows_overlap(float *out)
 {
     int width = N + bug;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) out[blockIdx.x * N + i] = blockIdx.x; /* BUG(rows_overlap) */
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+        out[blockIdx.x * N + i] = blockIdx.x; /* BUG(rows_overlap) */
 }
 
 /* The last block to come adds up all blocks' sums. */
@@ -228,7 +231,8 @@ template <int fences> __global__ void last_block(float *part, int *counter, floa
     __syncthreads();
     if (last && threadIdx.x == 0) {
         float sum = 0;
-        for (unsigned i = 0; i < gridDim.x; i++) sum += part[i]; /* BUG(fence_missing) BUG(fence_in_a_branch) */
+        for (unsigned i = 0; i < gridDim.x; i++)
+            sum += part[i]; /* BUG(fence_missing) BUG(fence_in_a_branch) */
         *out = sum;
     }
 }
@@ -240,7 +244,7 @@ template <bool bug> __global__ void atomic_and_plain(int *counter, int *out)
     if (threadIdx.x == 5) *out = *counter;
 }
 
-/* ---- Bounds, alignment, overflow --------------------------------------------------------------------------------- */
+/* ---- Bounds, alignment, overflow ------------------------------------------------------------- */
 
 template <bool bug> __global__ void off_by_one(float *out, int n)
 {
@@ -304,7 +308,7 @@ template <bool bug> __global__ void int_overflow(float *out, int big)
     else out[((size_t)row * big) & 127] = 1;
 }
 
-/* ---- Uninitialised memory ---------------------------------------------------------------------------------------- */
+/* ---- Uninitialised memory -------------------------------------------------------------------- */
 
 template <bool bug> __global__ void shared_unwritten(float *out)
 {
@@ -325,14 +329,15 @@ template <bool bug> __global__ void shared_does_not_stay(float *out)
 __global__ void add_one(float *x) { x[threadIdx.x] += 1; /* BUG(global_unwritten) */ }
 __global__ void fill(float *x, float v)
 {
-    x[blockIdx.x * blockDim.x + threadIdx.x] = v; /* BUG(ranks_unordered) BUG(default_stream_does_not_wait) */
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    x[i] = v; /* BUG(ranks_unordered) BUG(default_stream_does_not_wait) */
 }
 __global__ void copy_to(float *to, const float *from)
 {
     to[threadIdx.x] = from[threadIdx.x]; /* BUG(event_missing) BUG(waited_before_record) */
 }
 
-/* ---- Warps and barriers ------------------------------------------------------------------------------------------ */
+/* ---- Warps and barriers ---------------------------------------------------------------------- */
 
 template <bool bug> __global__ void mask_without_lane(int *out)
 {
@@ -342,7 +347,8 @@ template <bool bug> __global__ void mask_without_lane(int *out)
 template <bool bug> __global__ void shuffle_in_branch(int *out)
 {
     int t = threadIdx.x, v = t;
-    if (t < 16) v = __shfl_xor_sync(bug ? 0xFFFFFFFF : 0x0000FFFF, v, 1); /* BUG(shuffle_in_branch) */
+    if (t < 16)
+        v = __shfl_xor_sync(bug ? 0xFFFFFFFF : 0x0000FFFF, v, 1); /* BUG(shuffle_in_branch) */
     __syncthreads();
     out[t] = v;
 }
@@ -370,11 +376,12 @@ template <bool bug> __global__ void half_a_warp_multiplies(float *out)
 {
     float d[4] = {};
     uint32_t a[4] = {}, b[2] = {};
-    if (!bug || threadIdx.x < 16) mma_m16n8k16<__nv_bfloat16>(d, a, b); /* BUG(half_a_warp_multiplies) */
+    if (!bug || threadIdx.x < 16)
+        mma_m16n8k16<__nv_bfloat16>(d, a, b); /* BUG(half_a_warp_multiplies) */
     out[threadIdx.x] = d[0];
 }
 
-/* ---- cp.async ---------------------------------------------------------------------------------------------------- */
+/* ---- cp.async -------------------------------------------------------------------------------- */
 
 template <bool bug> __global__ void wait_missing(float *out, const float *in)
 {
@@ -433,11 +440,12 @@ template <bool bug> __global__ void row_copied_beyond(float *out, const float *i
     out[t] = x[4 * t];
 }
 
-/* ---- The host's side --------------------------------------------------------------------------------------------- */
+/* ---- The host's side ------------------------------------------------------------------------- */
 
 __global__ void read_pointer(float *out, const float *p)
 {
-    out[threadIdx.x] = p[threadIdx.x]; /* BUG(host_pointer) BUG(null_pointer) BUG(no_peer_access) BUG(use_after_free) */
+    int t = threadIdx.x;
+    out[t] = p[t]; /* BUG(host_pointer) BUG(null_pointer) BUG(no_peer_access) BUG(use_after_free) */
 }
 
 static float *device_floats(size_t n, float v = 0) /* filled */
@@ -455,23 +463,25 @@ struct Bug {
     void (*run)(bool bug);
 };
 
-#define RUN(kernel, grid, block, ...)                                                                                  \
-    do {                                                                                                               \
-        if (bug) kernel<true><<<grid, block>>>(__VA_ARGS__);                                                           \
-        else kernel<false><<<grid, block>>>(__VA_ARGS__);                                                              \
+#define RUN(kernel, grid, block, ...)                                                              \
+    do {                                                                                           \
+        if (bug) kernel<true><<<grid, block>>>(__VA_ARGS__);                                       \
+        else kernel<false><<<grid, block>>>(__VA_ARGS__);                                          \
     } while (0)
 
 /* a (8,8) b (8,8), a never written or with columns so far apart that the last lies outside. */
 static void product(bool bug, bool unwritten)
 {
-    float one = 1, zero = 0, *a = device_floats(64), *b = device_floats(64), *c = device_floats(64), *fresh;
+    float one = 1, zero = 0, *a = device_floats(64), *b = device_floats(64), *c = device_floats(64),
+          *fresh;
     cudaMalloc(&fresh, 64 * sizeof(float));
     cublasHandle_t h;
     cublasCreate(&h);
     auto op = CUBLAS_OP_N;
     if (bug && unwritten) a = fresh;
     int lda = bug && !unwritten ? 9 : 8;
-    cublasSgemm(h, op, op, 8, 8, 8, &one, a, lda, b, 8, &zero, c, 8); /* BUG(factor_unwritten) BUG(factor_too_small) */
+    cublasSgemm(h, op, op, 8, 8, 8, &one, a, lda, /* BUG(factor_unwritten) BUG(factor_too_small) */
+                b, 8, &zero, c, 8);
 }
 
 static void two_streams(bool event)
@@ -492,21 +502,31 @@ static void two_streams(bool event)
 
 static const Bug bugs[] = {
     {"barrier_missing", "[race]", [](bool bug) { RUN(barrier_missing, 1, N, device_floats(N)); }},
-    {"read_before_written", "[uninitialised]", [](bool bug) { RUN(read_before_written, 1, N, device_floats(N)); }},
+    {"read_before_written", "[uninitialised]",
+     [](bool bug) { RUN(read_before_written, 1, N, device_floats(N)); }},
     {"second_barrier", "[race]", [](bool bug) { RUN(second_barrier, 1, N, device_floats(3 * N)); }},
-    {"overwritten_too_soon", "[race]", [](bool bug) { RUN(overwritten_too_soon, 1, N, device_floats(N)); }},
-    {"warp_barrier_missing", "[race]", [](bool bug) { RUN(warp_barrier_missing, 1, N, device_floats(N)); }},
-    {"shuffle_is_no_barrier", "[race]", [](bool bug) { RUN(shuffle_is_no_barrier, 1, N, device_floats(N)); }},
-    {"warp_for_block_barrier", "[race]", [](bool bug) { RUN(warp_for_block_barrier, 1, N, device_floats(N)); }},
+    {"overwritten_too_soon", "[race]",
+     [](bool bug) { RUN(overwritten_too_soon, 1, N, device_floats(N)); }},
+    {"warp_barrier_missing", "[race]",
+     [](bool bug) { RUN(warp_barrier_missing, 1, N, device_floats(N)); }},
+    {"shuffle_is_no_barrier", "[race]",
+     [](bool bug) { RUN(shuffle_is_no_barrier, 1, N, device_floats(N)); }},
+    {"warp_for_block_barrier", "[race]",
+     [](bool bug) { RUN(warp_for_block_barrier, 1, N, device_floats(N)); }},
     {"half_words", "[race]", [](bool bug) { RUN(half_words, 1, N, (__half *)device_floats(N)); }},
-    {"words_and_halves", "[race]", [](bool bug) { RUN(words_and_halves, 1, N, (int *)device_floats(N)); }},
-    {"half_of_a_word", "[race]", [](bool bug) { RUN(half_of_a_word, 1, N, (int *)device_floats(N)); }},
-    {"half_after_word", "[race]", [](bool bug) { RUN(half_after_word, 1, N, (int *)device_floats(N)); }},
-    {"partial_warp_barrier", "[race]", [](bool bug) { RUN(partial_warp_barrier, 1, 32, device_floats(32)); }},
+    {"words_and_halves", "[race]",
+     [](bool bug) { RUN(words_and_halves, 1, N, (int *)device_floats(N)); }},
+    {"half_of_a_word", "[race]",
+     [](bool bug) { RUN(half_of_a_word, 1, N, (int *)device_floats(N)); }},
+    {"half_after_word", "[race]",
+     [](bool bug) { RUN(half_after_word, 1, N, (int *)device_floats(N)); }},
+    {"partial_warp_barrier", "[race]",
+     [](bool bug) { RUN(partial_warp_barrier, 1, 32, device_floats(32)); }},
     {"far_reader", "[race]", [](bool bug) { RUN(far_reader, 1, N, device_floats(N)); }},
     {"scan", "[race]", [](bool bug) { RUN(scan, 1, 32, device_floats(32)); }},
     {"sum_over_blocks", "[race]", [](bool bug) { RUN(sum_over_blocks, 4, 32, device_floats(1)); }},
-    {"other_blocks_result", "[race]", [](bool bug) { RUN(other_blocks_result, 3, N, device_floats(6 * N)); }},
+    {"other_blocks_result", "[race]",
+     [](bool bug) { RUN(other_blocks_result, 3, N, device_floats(6 * N)); }},
     {"rows_overlap", "[race]", [](bool bug) { RUN(rows_overlap, 3, N, device_floats(4 * N)); }},
     {"fence_missing", "[race]",
      [](bool bug) {
@@ -523,23 +543,31 @@ static const Bug bugs[] = {
          else last_block<2><<<5, 32>>>(part, counter, out);
      }},
     {"atomic_and_plain", "[race]",
-     [](bool bug) { RUN(atomic_and_plain, 1, N, (int *)device_floats(1), (int *)device_floats(1)); }},
+     [](bool bug) {
+         RUN(atomic_and_plain, 1, N, (int *)device_floats(1), (int *)device_floats(1));
+     }},
     {"off_by_one", "[bounds]", [](bool bug) { RUN(off_by_one, 1, N, device_floats(100), 100); }},
     {"before_the_start", "[bounds]",
      [](bool bug) { RUN(before_the_start, 1, N, device_floats(N), device_floats(N), N); }},
-    {"far_outside", "[bounds]", [](bool bug) { RUN(far_outside, 1, N, device_floats(1 << 16), 64); }},
+    {"far_outside", "[bounds]",
+     [](bool bug) { RUN(far_outside, 1, N, device_floats(1 << 16), 64); }},
     {"static_shared", "[bounds]", [](bool bug) { RUN(static_shared, 1, N, device_floats(N)); }},
-    {"shared_by_pointer", "[bounds]", [](bool bug) { RUN(shared_by_pointer, 1, N, device_floats(N)); }},
+    {"shared_by_pointer", "[bounds]",
+     [](bool bug) { RUN(shared_by_pointer, 1, N, device_floats(N)); }},
     {"dynamic_too_small", "[bounds]",
-     [](bool bug) { dynamic_too_small<false><<<1, N, (N - bug) * sizeof(float)>>>(device_floats(N)); }},
+     [](bool bug) {
+         dynamic_too_small<false><<<1, N, (N - bug) * sizeof(float)>>>(device_floats(N));
+     }},
 #ifndef __clang__ /* which copies structures without looking at their alignment */
     {"misaligned", "[misaligned]",
      [](bool bug) { RUN(misaligned, 1, 32, (float4 *)device_floats(128), device_floats(132)); }},
 #endif
     {"row_misaligned", "must be a multiple of 16",
      [](bool bug) { RUN(row_misaligned, 1, 32, (uint32_t *)device_floats(32)); }},
-    {"int_overflow", "[overflow]", [](bool bug) { RUN(int_overflow, 1, 1, device_floats(128), 4096); }},
-    {"shared_unwritten", "[uninitialised]", [](bool bug) { RUN(shared_unwritten, 1, N, device_floats(N)); }},
+    {"int_overflow", "[overflow]",
+     [](bool bug) { RUN(int_overflow, 1, 1, device_floats(128), 4096); }},
+    {"shared_unwritten", "[uninitialised]",
+     [](bool bug) { RUN(shared_unwritten, 1, N, device_floats(N)); }},
     {"shared_does_not_stay", "[uninitialised]",
      [](bool bug) { RUN(shared_does_not_stay, 2, N, device_floats(2 * N)); }},
     {"global_unwritten", "[uninitialised]",
@@ -559,14 +587,20 @@ static const Bug bugs[] = {
      }},
     {"mask_without_lane", "does not hold the calling lane",
      [](bool bug) { RUN(mask_without_lane, 1, 32, (int *)device_floats(32)); }},
-    {"shuffle_in_branch", "never come", [](bool bug) { RUN(shuffle_in_branch, 1, 32, (int *)device_floats(32)); }},
-    {"absent_source", "takes no part", [](bool bug) { RUN(absent_source, 1, 32, (int *)device_floats(32)); }},
-    {"divergent_barrier", "divergent __syncthreads", [](bool bug) { RUN(divergent_barrier, 1, N, device_floats(N)); }},
-    {"early_return", "divergent __syncthreads", [](bool bug) { RUN(early_return, 1, N, device_floats(N), 100); }},
+    {"shuffle_in_branch", "never come",
+     [](bool bug) { RUN(shuffle_in_branch, 1, 32, (int *)device_floats(32)); }},
+    {"absent_source", "takes no part",
+     [](bool bug) { RUN(absent_source, 1, 32, (int *)device_floats(32)); }},
+    {"divergent_barrier", "divergent __syncthreads",
+     [](bool bug) { RUN(divergent_barrier, 1, N, device_floats(N)); }},
+    {"early_return", "divergent __syncthreads",
+     [](bool bug) { RUN(early_return, 1, N, device_floats(N), 100); }},
     {"half_a_warp_multiplies", "needs all 32 lanes",
      [](bool bug) { RUN(half_a_warp_multiplies, 1, 32, device_floats(32)); }},
-    {"wait_missing", "[cp.async]", [](bool bug) { RUN(wait_missing, 1, N, device_floats(N), device_floats(4 * N)); }},
-    {"wait_too_weak", "[cp.async]", [](bool bug) { RUN(wait_too_weak, 1, N, device_floats(N), device_floats(8 * N)); }},
+    {"wait_missing", "[cp.async]",
+     [](bool bug) { RUN(wait_missing, 1, N, device_floats(N), device_floats(4 * N)); }},
+    {"wait_too_weak", "[cp.async]",
+     [](bool bug) { RUN(wait_too_weak, 1, N, device_floats(N), device_floats(8 * N)); }},
     {"barrier_after_wait", "[uninitialised]",
      [](bool bug) { RUN(barrier_after_wait, 1, N, device_floats(N), device_floats(4 * N)); }},
     {"refilled_too_soon", "[race]",
@@ -580,14 +614,17 @@ static const Bug bugs[] = {
      }},
     {"much_dynamic_shared", "cudaFuncSetAttribute",
      [](bool bug) {
-         if (!bug) cudaFuncSetAttribute(dynamic_too_small<false>, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536);
+         if (!bug)
+             cudaFuncSetAttribute(dynamic_too_small<false>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, 65536);
          float *x = device_floats(N);
          dynamic_too_small<false><<<1, N, 65536>>>(x); /* BUG(much_dynamic_shared) */
      }},
     {"copy_too_long", "pass the end",
      [](bool bug) {
          float *x = device_floats(N);
-         cudaMemcpy(host_floats, x, (N + bug) * sizeof(float), cudaMemcpyDeviceToHost); /* BUG(copy_too_long) */
+         size_t size = (N + bug) * sizeof(float);
+         cudaMemcpy(host_floats, x, size, cudaMemcpyDeviceToHost); /* BUG(copy_too_long) */
      }},
     {"copy_wrong_way", "is device memory",
      [](bool bug) {
@@ -671,7 +708,8 @@ static const Bug bugs[] = {
              copy_to<<<1, N, 0, s[r]>>>(x[r] + N, x[1 - r]);
          }
      }},
-    {"default_stream_does_not_wait", "[stream-order]", /* a copy in it, for a stream that does not block it */
+    {"default_stream_does_not_wait",
+     "[stream-order]", /* a copy in it, for a stream that does not block it */
      [](bool bug) {
          cudaStream_t s;
          cudaStreamCreateWithFlags(&s, bug ? cudaStreamNonBlocking : cudaStreamDefault);
@@ -702,7 +740,7 @@ static const Bug bugs[] = {
      }},
 };
 
-/* ---- The driver -------------------------------------------------------------------------------------------------- */
+/* ---- The driver ------------------------------------------------------------------------------ */
 
 /* The line of planted.cu that is marked BUG(name), or 0. */
 static int marked_line(const char *name)
@@ -746,7 +784,8 @@ static int run_apart(const Bug &b, bool bug, char *text, size_t size)
         _exit(0);
     }
     close(ends[1]);
-    for (ssize_t got; n < size - 1 && (got = read(ends[0], text + n, size - 1 - n)) > 0;) n += (size_t)got;
+    for (ssize_t got; n < size - 1 && (got = read(ends[0], text + n, size - 1 - n)) > 0;)
+        n += (size_t)got;
     text[n] = 0;
     close(ends[0]);
     waitpid(child, &status, 0);
@@ -769,14 +808,20 @@ int main(int argc, char **argv)
         int status = run_apart(b, true, text, sizeof text), at = marked_line(b.name);
         snprintf(line, sizeof line, ":%d", at);
         const char *place = at ? strstr(text, line) : text, *other = strstr(text, "    against ");
-        if (other && place > other) place = nullptr; /* the mark is at the access that shows the bug */
-        bool caught = WIFEXITED(status) && WEXITSTATUS(status) == 1 && strstr(text, b.kind) && place;
+        if (other && place > other)
+            place = nullptr; /* the mark is at the access that shows the bug */
+        bool caught =
+            WIFEXITED(status) && WEXITSTATUS(status) == 1 && strstr(text, b.kind) && place;
         if (!caught)
-            fprintf(stderr, "%s: expected \"%s\" at line %d, got status %x:\n%s", b.name, b.kind, at, status, text);
+            fprintf(stderr, "%s: expected \"%s\" at line %d, got status %x:\n%s", b.name, b.kind,
+                    at, status, text);
         status = run_apart(b, false, text, sizeof text);
-        if (status) fprintf(stderr, "%s: its twin without the bug is reported, status %x:\n%s", b.name, status, text);
+        if (status)
+            fprintf(stderr, "%s: its twin without the bug is reported, status %x:\n%s", b.name,
+                    status, text);
         wrong += !caught || status;
-        printf("%-28s %s, twin %s\n", b.name, caught ? "reported" : "MISSED", status ? "REPORTED" : "silent");
+        printf("%-28s %s, twin %s\n", b.name, caught ? "reported" : "MISSED",
+               status ? "REPORTED" : "silent");
     }
     printf("%d planted bugs, %d not as they must be\n", count, wrong);
     return wrong != 0;
