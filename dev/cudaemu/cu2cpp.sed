@@ -9,13 +9,16 @@
 # kernel<T><<<grid, block, shared, stream>>>(
 # ->   kernel<T> << cudaemu::launch(NAME, grid, block, shared, stream)(
 /<<</s/NULL/nullptr/g
-s/\([A-Za-z_][A-Za-z0-9_:]*\(<[^<>;]*>\)\{0,1\}\) *<<<\(.*\)>>> *(/\1 << cudaemu::launch(CUDAEMU_NAME(\1), \3)(/
+s/\([A-Za-z0-9_:]*\(<[^<>;]*>\)*\) *<<<\(.*\)>>> *(/\1 << cudaemu::launch(CUDAEMU_NAME(\1), \3)(/
+
+# No blanks behind the variables of a __shared__ declaration, which lets the rules be short.
+/__shared__/s/  *\([[,;]\)/\1/g
 
 # extern __shared__ T x[];
-s/extern  *__shared__  *\([^,;]*[^A-Za-z0-9_,;]\)\([A-Za-z_][A-Za-z0-9_]*\) *\[ *\] *;/CUDAEMU_DYNAMIC_SHARED(\1, \2);/
+s/extern  *__shared__  *\([^[,;]*[ *]\)\([^[,; ]*\)\[ *\];/CUDAEMU_DYNAMIC_SHARED(\1, \2);/
 
 # __shared__ T x[n][m], y;   first all but the last variable, one by one, then the last
 :next
-s/__shared__  *\([^,;]*[^A-Za-z0-9_,;]\)\([A-Za-z_][A-Za-z0-9_]*\) *\(\(\[[^];]*\]\)*\) *, *\([^;]*;\)/CUDAEMU_SHARED(\1, \2, \3); __shared__ \1\5/
+s/__shared__  *\([^[,;]*[ *]\)\([^[,; ]*\)\([^,;]*\), */CUDAEMU_SHARED(\1, \2, \3); __shared__ \1/
 t next
-s/__shared__  *\([^,;]*[^A-Za-z0-9_,;]\)\([A-Za-z_][A-Za-z0-9_]*\) *\(\(\[[^];]*\]\)*\) *;/CUDAEMU_SHARED(\1, \2, \3);/
+s/__shared__  *\([^[,;]*[ *]\)\([^[,; ]*\)\([^,;]*\);/CUDAEMU_SHARED(\1, \2, \3);/
