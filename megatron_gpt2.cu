@@ -122,8 +122,9 @@ static thread_local Gpu this_gpu;
 static void plan_free(ProductPlan *p)
 {
     cublasLtMatmulDescDestroy(p->desc);
-    cublasLtMatrixLayoutDestroy(p->a), cublasLtMatrixLayoutDestroy(p->b),
-        cublasLtMatrixLayoutDestroy(p->c);
+    cublasLtMatrixLayoutDestroy(p->a);
+    cublasLtMatrixLayoutDestroy(p->b);
+    cublasLtMatrixLayoutDestroy(p->c);
 }
 
 Gpu::~Gpu() /* when the rank ends */
@@ -540,8 +541,8 @@ static void add_column_sums(act *db, act *y, const act *x, size_t N, size_t C, M
 {
     const bool w = wide(C, x, y);
     const unsigned groups = blocks(C, WARP * (w ? WIDE : 1));
-    const size_t chunk = round_up(ceil_div(N, ceil_div(SUM_BLOCKS, groups)), SUM_WARPS),
-                 chunks = ceil_div(N, chunk);
+    const size_t chunk = round_up(ceil_div(N, ceil_div(SUM_BLOCKS, groups)), SUM_WARPS);
+    const size_t chunks = ceil_div(N, chunk);
     real *part = (real *)workspace(chunks * C * sizeof *part);
     const dim3 grid(groups, (unsigned)chunks);
     if (w) LAUNCH(column_sums_kernel<WIDE>, grid, SUM_WARPS * WARP, part, y, x, N, C, chunk, mask);
@@ -630,7 +631,10 @@ static ProductPlan plan_product(const Product *p, const act *bias, const act *au
         gpu()->lt, plan.desc, plan.a, plan.b, plan.c, plan.c, preference, 1, &found, &count);
     plan.possible =
         status == CUBLAS_STATUS_SUCCESS && count > 0 && found.state == CUBLAS_STATUS_SUCCESS;
-    if (plan.possible) plan.algorithm = found.algo, plan.workspace = found.workspaceSize;
+    if (plan.possible) {
+        plan.algorithm = found.algo;
+        plan.workspace = found.workspaceSize;
+    }
     cublasLtMatmulPreferenceDestroy(preference);
     return plan;
 }
@@ -643,7 +647,8 @@ static ProductPlan *find_plan(const Product *p, const act *bias, const act *aux)
     for (size_t i = 0; i < min_size(g->plans, PLANS); i++)
         if (!memcmp(&g->plan[i].product, p, sizeof *p)) return &g->plan[i];
     ProductPlan *plan = &g->plan[g->plans % PLANS];
-    if (g->plans++ >= PLANS) plan_free(plan);
+    if (g->plans >= PLANS) plan_free(plan);
+    g->plans++;
     *plan = plan_product(p, bias, aux);
     return plan;
 }
@@ -976,7 +981,10 @@ static __device__ void layernorm_row(act *y, real *mean, real *rstd, const act *
         for (int i = 0; i < W; i++) v[i] = (v[i] - m) * r * gain[i] + bias[i];
         store(y + c, v);
     }
-    if (threadIdx.x == 0) *mean = m, *rstd = r;
+    if (threadIdx.x == 0) {
+        *mean = m;
+        *rstd = r;
+    }
 }
 
 /* A block has a row. */
@@ -1006,9 +1014,13 @@ static __global__ void layernorm_backward_kernel(act *dx, real *part, const act 
 {
     extern __shared__ float4 shared[];
     const size_t packs = C / W;
-    real *sum_g = (real *)shared, *sum_b = sum_g + C;
+    real *sum_g = (real *)shared;
+    real *sum_b = sum_g + C;
     for (size_t p = threadIdx.x; p < packs; p += blockDim.x)
-        for (int i = 0; i < W; i++) sum_g[i * packs + p] = sum_b[i * packs + p] = 0;
+        for (int i = 0; i < W; i++) {
+            sum_g[i * packs + p] = 0;
+            sum_b[i * packs + p] = 0;
+        }
     for (size_t n = blockIdx.x; n < N; n += gridDim.x) {
         const act *dy_n = dy + n * C, *x_n = x + n * C;
         const real m = mean[n], r = rstd[n];
@@ -1028,7 +1040,8 @@ static __global__ void layernorm_backward_kernel(act *dx, real *part, const act 
             }
         }
         block_reduce<Add>(sums);
-        sums[0] /= (real)C, sums[1] /= (real)C;
+        sums[0] /= (real)C;
+        sums[1] /= (real)C;
         for (size_t p = threadIdx.x; p < packs; p += blockDim.x) {
             real d[W], v[W], gain[W], out[W] = {};
             load(d, dy_n + p * W);
@@ -1045,8 +1058,10 @@ static __global__ void layernorm_backward_kernel(act *dx, real *part, const act 
     for (size_t p = threadIdx.x; p < packs; p += blockDim.x) {
         real g_sums[W], b_sums[W];
 #pragma unroll
-        for (int i = 0; i < W; i++)
-            g_sums[i] = sum_g[i * packs + p], b_sums[i] = sum_b[i * packs + p];
+        for (int i = 0; i < W; i++) {
+            g_sums[i] = sum_g[i * packs + p];
+            b_sums[i] = sum_b[i * packs + p];
+        }
         store(to + p * W, g_sums);
         store(to + C + p * W, b_sums);
     }
@@ -1234,8 +1249,10 @@ static __device__ inline void multiply_rows(real (&s)[4][4], AttentionShared &sh
         for (int c = 0; c < CHUNK / 4; c++) {
             float4 u[4], w[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                u[i] = shared.ab[0][4 * y + i][c], w[i] = shared.ab[1][x + 16 * i][c];
+            for (int i = 0; i < 4; i++) {
+                u[i] = shared.ab[0][4 * y + i][c];
+                w[i] = shared.ab[1][x + 16 * i][c];
+            }
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -1256,6 +1273,23 @@ static __device__ inline void put(AttentionShared &shared, const real (&p)[4][4]
         for (int j = 0; j < 4; j++) ((real *)shared.p[4 * y + i])[x + 16 * j] = p[i][j];
 }
 
+/* to += factor * x. */
+static __device__ inline void add_product(float4 &to, real factor, const float4 &x)
+{
+    to.x += factor * x.x;
+    to.y += factor * x.y;
+    to.z += factor * x.z;
+    to.w += factor * x.w;
+}
+
+static __device__ inline void multiply_by(float4 &x, real factor)
+{
+    x.x *= factor;
+    x.y *= factor;
+    x.z *= factor;
+    x.w *= factor;
+}
+
 /* o (64,COLUMNS) += shared.p (64,64) v (64,COLUMNS), of whose columns `columns` exist. It begins
  * with a barrier. */
 template <int COLUMNS>
@@ -1274,23 +1308,16 @@ static __device__ inline void accumulate(float4 (&o)[4][COLUMNS / 64], Attention
         __syncthreads();
 #pragma unroll 2
         for (int k = 0; k < CHUNK / 4; k++) {
-            float4 p[4];
+            real p[4][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) p[i] = shared.p[4 * y + i][k0 / 4 + k];
+            for (int i = 0; i < 4; i++) load(p[i], (const real *)&shared.p[4 * y + i][k0 / 4 + k]);
 #pragma unroll
             for (int j = 0; j < COLUMNS / 64; j++)
 #pragma unroll
                 for (int kk = 0; kk < 4; kk++) {
                     const float4 w = tile[4 * k + kk][x + 16 * j];
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const real q = kk == 0   ? p[i].x
-                                       : kk == 1 ? p[i].y
-                                       : kk == 2 ? p[i].z
-                                                 : p[i].w;
-                        o[i][j].x += q * w.x, o[i][j].y += q * w.y, o[i][j].z += q * w.z,
-                            o[i][j].w += q * w.w;
-                    }
+                    for (int i = 0; i < 4; i++) add_product(o[i][j], p[i][kk], w);
                 }
         }
     }
@@ -1397,8 +1424,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
             /* The softmax is of all scores: dropout comes after it. */
             sum[i] = sum[i] * shrink + row_reduce<Add>(total);
 #pragma unroll
-            for (int j = 0; j < COLUMNS / 64; j++)
-                o[i][j].x *= shrink, o[i][j].y *= shrink, o[i][j].z *= shrink, o[i][j].w *= shrink;
+            for (int j = 0; j < COLUMNS / 64; j++) multiply_by(o[i][j], shrink);
         }
         put(shared, s);
         accumulate<COLUMNS>(o, shared, rows_from(v, 3 * C, j0, T), D - column, vectors);
@@ -1487,8 +1513,8 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
     const int j0 = blockIdx.y * SIDE, column = blockIdx.z * COLUMNS;
     const size_t C = (size_t)H * D, head = (size_t)b * T * 3 * C + h * D;
     const act *q = qkv + head, *k = q + C, *v = k + C, *go = dout + (size_t)b * T * C + h * D;
-    const real scale = 1 / sqrtf((real)D), scales[4] = {scale, scale, scale, scale},
-               ones[4] = {1, 1, 1, 1};
+    const real scale = 1 / sqrtf((real)D), scales[4] = {scale, scale, scale, scale};
+    const real ones[4] = {1, 1, 1, 1};
     float4 dk[4][COLUMNS / 64] = {}, dv[4][COLUMNS / 64] = {};
     mask.d = head_dropout(mask.d, b, h, T);
 
@@ -1698,8 +1724,8 @@ static __device__ inline void load_rows(act *to, Rows from)
     const act *at = from.p + r0 * from.row + c;
 #pragma unroll
     for (int i = 0; i < COUNT; i += DOWN, at += DOWN * from.row) {
-        const int r = i + r0,
-                  place = STREAMED ? (r & ~15) | (r & 2) << 2 | (r & 12) >> 1 | (r & 1) : r;
+        const int r = i + r0;
+        const int place = STREAMED ? (r & ~15) | (r & 2) << 2 | (r & 12) >> 1 | (r & 1) : r;
         cp_async_16(to + place * Row<D>::SIZE + c, at, r < from.rows);
     }
 }
@@ -1888,10 +1914,10 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
     enum { M = Size::M, N = Size::N, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
     extern __shared__ float4 shared[];
     act *const queries = (act *)shared, *const stream = queries + ROWS * ROW;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, b = blockIdx.x / H,
-              h = blockIdx.x % H;
-    const int i0 = (gridDim.y - 1 - blockIdx.y) * ROWS, first = i0 + warp * 16 * M,
-              keys = min(i0 + ROWS, T);
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int b = blockIdx.x / H, h = blockIdx.x % H;
+    const int i0 = (gridDim.y - 1 - blockIdx.y) * ROWS, first = i0 + warp * 16 * M;
+    const int keys = min(i0 + ROWS, T);
     const size_t C = (size_t)H * D;
     const act *const q = qkv + (size_t)b * T * 3 * C + h * D, *const k = q + C, *const v = k + C;
     const float scale = 1 / sqrtf(D), scale2 = scale * LOG2_E;
@@ -1943,8 +1969,10 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
                         s[m][n][e] = DROP && !(keep[m] >> (4 * n + e) & 1) ? 0 : p;
                     }
 #pragma unroll
-                for (int n = 0; n < D / 8; n++)
-                    o[m][n][2 * half] *= shrink, o[m][n][2 * half + 1] *= shrink;
+                for (int n = 0; n < D / 8; n++) {
+                    o[m][n][2 * half] *= shrink;
+                    o[m][n][2 * half + 1] *= shrink;
+                }
             }
         multiply_nn<M, N, D>(o, s, v_rows);
     }
@@ -1960,8 +1988,10 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
             if (lane % 4 == 0 && i < T)
                 lse[(size_t)blockIdx.x * T + i] = top[m][half] * scale + logf(all);
 #pragma unroll
-            for (int n = 0; n < D / 8; n++)
-                o[m][n][2 * half] *= 1 / all, o[m][n][2 * half + 1] *= 1 / all;
+            for (int n = 0; n < D / 8; n++) {
+                o[m][n][2 * half] *= 1 / all;
+                o[m][n][2 * half + 1] *= 1 / all;
+            }
         }
     write_rows<M, D>(out + ((size_t)b * T + first) * C + h * D, C, T - first, o,
                      DROP ? mask.scale : 1, queries + warp * 16 * M * ROW);
@@ -1988,14 +2018,14 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardQ<D, DROP>:
     typedef FlashBackwardQ<D, DROP> Size;
     enum { M = Size::M, N = Size::N, STREAM = Size::STREAM, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
     extern __shared__ float4 shared[];
-    act *const queries = (act *)shared, *const gradients = queries + ROWS * ROW,
-               *const stream = gradients + ROWS * ROW;
+    act *const queries = (act *)shared, *const gradients = queries + ROWS * ROW;
+    act *const stream = gradients + ROWS * ROW;
     const int warp = threadIdx.x / WARP, b = blockIdx.x / H, h = blockIdx.x % H;
-    const int i0 = (gridDim.y - 1 - blockIdx.y) * ROWS, first = i0 + warp * 16 * M,
-              keys = min(i0 + ROWS, T);
+    const int i0 = (gridDim.y - 1 - blockIdx.y) * ROWS, first = i0 + warp * 16 * M;
+    const int keys = min(i0 + ROWS, T);
     const size_t C = (size_t)H * D, head = (size_t)b * T * 3 * C + h * D;
-    const act *const q = qkv + head, *const k = q + C, *const v = k + C,
-                     *const go = dout + (size_t)b * T * C + h * D;
+    const act *const q = qkv + head, *const k = q + C, *const v = k + C;
+    const act *const go = dout + (size_t)b * T * C + h * D;
     const float scale = 1 / sqrtf(D), scale2 = scale * LOG2_E, keep_scale = DROP ? mask.scale : 1;
     mask.d = head_dropout(mask.d, b, h, T);
 
@@ -2067,13 +2097,13 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardKV<D, DROP>
     extern __shared__ float4 shared[];
     /* Of two queries of a stage: lse, delta, lse, delta. */
     __shared__ float4 statistics[2][STREAM / 2];
-    act *const keys = (act *)shared, *const values = keys + ROWS * ROW,
-               *const stream = values + ROWS * ROW;
+    act *const keys = (act *)shared, *const values = keys + ROWS * ROW;
+    act *const stream = values + ROWS * ROW;
     const int warp = threadIdx.x / WARP, b = blockIdx.x / H, h = blockIdx.x % H;
     const int j0 = blockIdx.y * ROWS, first = j0 + warp * 16 * M;
     const size_t C = (size_t)H * D, head = (size_t)b * T * 3 * C + h * D;
-    const act *const q = qkv + head, *const k = q + C, *const v = k + C,
-                     *const go = dout + (size_t)b * T * C + h * D;
+    const act *const q = qkv + head, *const k = q + C, *const v = k + C;
+    const act *const go = dout + (size_t)b * T * C + h * D;
     const float scale = 1 / sqrtf(D), scale2 = scale * LOG2_E, keep_scale = DROP ? mask.scale : 1;
     mask.d = head_dropout(mask.d, b, h, T);
 
@@ -2158,22 +2188,35 @@ static void flash_backward(act *dqkv, const real *delta, const act *dout, const 
     LAUNCH_FLASH((flash_backward_kv_kernel<D, DROP>), SizeKV, B, T, H, dqkv, delta, dout, lse, qkv);
 }
 
-/* Whether f<D, DROP> was called: there are three head sizes. */
+#define FLASH_BY_DROP(f, D, drop, ...)                                                             \
+    do {                                                                                           \
+        if (drop) f<D, true>(__VA_ARGS__);                                                         \
+        else f<D, false>(__VA_ARGS__);                                                             \
+    } while (0)
+
+/* Calls the f<D, DROP> that fits: there are three head sizes. */
 #define FLASH_BY_SIZE(f, D, drop, ...)                                                             \
-    ((D) == 64    ? ((drop) ? f<64, true>(__VA_ARGS__) : f<64, false>(__VA_ARGS__), true)          \
-     : (D) == 96  ? ((drop) ? f<96, true>(__VA_ARGS__) : f<96, false>(__VA_ARGS__), true)          \
-     : (D) == 128 ? ((drop) ? f<128, true>(__VA_ARGS__) : f<128, false>(__VA_ARGS__), true)        \
-                  : false)
+    do {                                                                                           \
+        if ((D) == 64) FLASH_BY_DROP(f, 64, drop, __VA_ARGS__);                                    \
+        if ((D) == 96) FLASH_BY_DROP(f, 96, drop, __VA_ARGS__);                                    \
+        if ((D) == 128) FLASH_BY_DROP(f, 128, drop, __VA_ARGS__);                                  \
+    } while (0)
 #else
-#define FLASH_BY_SIZE(...) false
+#define FLASH_BY_SIZE(...)
 #endif
+
+/* Are there tensor-core kernels for heads of D columns? */
+static bool flash_fits(size_t D) { return !FULL_PRECISION && (D == 64 || D == 96 || D == 128); }
 
 static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H,
                               size_t D, Dropout d)
 {
     const bool vectors = D % 4 == 0 && ((uintptr_t)out | (uintptr_t)qkv) % 16 == 0;
     const Mask m = make_mask(d);
-    if (vectors && FLASH_BY_SIZE(flash_forward, D, d.p > 0, out, lse, qkv, B, T, H, m)) return;
+    if (vectors && flash_fits(D)) {
+        FLASH_BY_SIZE(flash_forward, D, d.p > 0, out, lse, qkv, B, T, H, m);
+        return;
+    }
     LAUNCH_ATTENTION(attention_forward_kernel, B, T, H, D, out, lse, qkv);
 }
 
@@ -2186,9 +2229,10 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
     const Mask m = make_mask(d);
     LAUNCH(attention_delta_kernel, blocks(B * T * H, 256 / WARP), 256, delta, dout, out, B * T * H,
            T, H, D);
-    if (vectors &&
-        FLASH_BY_SIZE(flash_backward, D, d.p > 0, dqkv, delta, dout, lse, qkv, B, T, H, m))
+    if (vectors && flash_fits(D)) {
+        FLASH_BY_SIZE(flash_backward, D, d.p > 0, dqkv, delta, dout, lse, qkv, B, T, H, m);
         return;
+    }
     LAUNCH_ATTENTION(attention_backward_q_kernel, B, T, H, D, dqkv, delta, dout, lse, qkv);
     LAUNCH_ATTENTION(attention_backward_kv_kernel, B, T, H, D, dqkv, delta, dout, lse, qkv);
 }
@@ -2232,7 +2276,10 @@ static __global__ void attention_cached_forward_kernel(act *out, const act *k_ca
             o[c] = o[c] * shrink + (exists ? p * to_real(v[j * C + lane + WARP * c]) : 0);
         }
     }
-    if (lane == 0) tops[warp] = top, sums[warp] = sum;
+    if (lane == 0) {
+        tops[warp] = top;
+        sums[warp] = sum;
+    }
     for (int c = 0; c < 4; c++) parts[warp][lane + WARP * c] = o[c];
     __syncthreads();
     const int c = threadIdx.x;
@@ -2457,10 +2504,10 @@ static __global__ void reduce_slice_kernel(const Arrays a, int P, size_t begin, 
         real x[W];
         load(x, (const T *)a.x[r] + begin + i);
 #pragma unroll
-        for (int j = 0; j < W; j++)
-            total[j] = op == SUM                         ? total[j] + x[j]
-                       : x[j] > total[j] || x[j] != x[j] ? x[j]
-                                                         : total[j];
+        for (int j = 0; j < W; j++) {
+            if (op == SUM) total[j] += x[j];
+            else if (x[j] > total[j] || x[j] != x[j]) total[j] = x[j];
+        }
     }
     for (int r = 0; r < P; r++) store((T *)a.x[r] + begin + i, total);
 }
@@ -2472,7 +2519,10 @@ static void reduce_slice_of(void *const *x, int P, size_t begin, size_t n, Op op
     Arrays a;
     uintptr_t addresses = 0;
     if (n == 0) return;
-    for (int r = 0; r < P; r++) a.x[r] = x[r], addresses |= (uintptr_t)x[r];
+    for (int r = 0; r < P; r++) {
+        a.x[r] = x[r];
+        addresses |= (uintptr_t)x[r];
+    }
     if (begin % MANY == 0 && n % MANY == 0 && addresses % 16 == 0)
         LAUNCH((reduce_slice_kernel<T, MANY>), blocks(n, MANY * 256), 256, a, P, begin, n, op);
     else LAUNCH((reduce_slice_kernel<T, 1>), blocks(n, 256), 256, a, P, begin, n, op);

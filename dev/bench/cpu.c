@@ -101,7 +101,10 @@ static double fma_loop(void)
 {
     vec t[CHAINS], by = {0}, plus = {0};
     double sum = 0;
-    for (int j = 0; j < LANES; j++) by[j] = (real)0.999, plus[j] = (real)(1e-3 * (j + 1));
+    for (int j = 0; j < LANES; j++) {
+        by[j] = (real)0.999;
+        plus[j] = (real)(1e-3 * (j + 1));
+    }
     for (int i = 0; i < CHAINS; i++) t[i] = plus + (real)i;
     for (int n = 0; n < FMA_LOOPS; n++)
         for (int i = 0; i < CHAINS; i++) t[i] = t[i] * by + plus;
@@ -185,11 +188,14 @@ static double product_error(Product p, size_t n)
     double difference = 0, norm = 0;
     ours.openblas = NULL;
     ours.out = scratch(n);
-    memset(ours.out, 0, n * sizeof *ours.out), memset(p.out, 0, n * sizeof *p.out);
-    run_product(&ours), run_product(&p);
+    memset(ours.out, 0, n * sizeof *ours.out);
+    memset(p.out, 0, n * sizeof *p.out);
+    run_product(&ours);
+    run_product(&p);
     for (size_t i = 0; i < n; i++) {
         const double b = (double)p.out[i], d = (double)ours.out[i] - b;
-        difference += d * d, norm += b * b;
+        difference += d * d;
+        norm += b * b;
     }
     free(ours.out);
     return sqrt(difference / norm);
@@ -243,8 +249,10 @@ static void sgemm_turn(const char *shape, Product p, Calls calls, void (*set_thr
                   {"head", c.C, padded_vocab(c.V, 1)}};
     for (size_t l = 0; l < (plus ? 5 : 4); l++)
         for (p.kind = 0; p.kind < 3; p.kind++) {
-            p.N = M, p.I = layers[l].I, p.O = layers[l].O;
-            const size_t n = p.kind == 0 ? p.N * p.O : p.kind == 1 ? p.N * p.I : p.O * p.I;
+            p.N = M;
+            p.I = layers[l].I;
+            p.O = layers[l].O;
+            const size_t made[] = {p.N * p.O, p.N * p.I, p.O * p.I}, n = made[p.kind];
             const double flops = 2.0 * (double)p.N * (double)p.I * (double)p.O;
             if (first && p.openblas)
                 printf("kind=error name=%s/%zu/%s/%s value=%.3g\n", config, M, layers[l].name,
@@ -274,8 +282,13 @@ static void sgemm(const char *who, char **shape, int shapes)
     /* The head's logits and weights; 4096 x 4096 fits, too. */
     const size_t large = (size_t)50304 * 1024;
     Product p = {0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
-    if (!strcmp(who, "openblas") && !(p.openblas = (Sgemm)openblas_open(&set_threads))) return;
-    p.x = random_reals(large), p.w = random_reals(large), p.dy = random_reals(large),
+    if (!strcmp(who, "openblas")) {
+        p.openblas = (Sgemm)openblas_open(&set_threads);
+        if (!p.openblas) return;
+    }
+    p.x = random_reals(large);
+    p.w = random_reals(large);
+    p.dy = random_reals(large);
     p.out = random_reals(large);
     Calls *calls = (Calls *)xcalloc((size_t)shapes, sizeof *calls);
     int turn = 0;
@@ -299,7 +312,8 @@ typedef struct {
 static void watch_step(Rank *k, const Steps *s, Progress *progress, int *tokens)
 {
     watch.on = 1;
-    watch.parts = 0, watch.repeated = 0;
+    watch.parts = 0;
+    watch.repeated = 0;
     const double start = now();
     train_step(k, &bench_optimizer, progress, s->ranks.micro_batches, feed_same, tokens);
     const double all = now() - start - watch.repeated;
@@ -349,8 +363,8 @@ static void attention(size_t B, size_t H, size_t D, char **length, int lengths)
     int turn = 0;
     for (const char *word = NULL; await_turn(word); word = turn ? "done" : "round") {
         const size_t T = number(length[turn]), n = B * T * H * D;
-        real *qkv = random_reals(3 * n), *dout = random_reals(n), *out = scratch(n),
-             *dqkv = scratch(3 * n);
+        real *qkv = random_reals(3 * n), *dout = random_reals(n), *out = scratch(n);
+        real *dqkv = scratch(3 * n);
         real *lse = scratch(B * T * H), *delta = scratch(B * T * H);
         for (int all = 0; all < 1 + (threads() > 1); all++) {
             use_threads(all ? threads() : 1);
@@ -362,12 +376,20 @@ static void attention(size_t B, size_t H, size_t D, char **length, int lengths)
                 const double middle = now() - start;
                 attention_backward(dqkv, delta, dout, out, lse, qkv, B, T, H, D, none);
                 if (i == 0) calls = calls_for(5 * SHORT, now() - start);
-                else forward += middle, both += now() - start;
+                else {
+                    forward += middle;
+                    both += now() - start;
+                }
             }
             printf("part=attention name=%zu who=ours threads=%d ms=%.6g forward=%.6g\n", T,
                    all ? threads() : 1, 1e3 * both / (double)calls, 1e3 * forward / (double)calls);
         }
-        free(qkv), free(dout), free(out), free(dqkv), free(lse), free(delta);
+        free(qkv);
+        free(dout);
+        free(out);
+        free(dqkv);
+        free(lse);
+        free(delta);
         turn = (turn + 1) % lengths;
     }
 }
@@ -412,17 +434,22 @@ static Worker worker_start(char *command)
 {
     int from[2], to[2];
     if (pipe(from) || pipe(to)) die("no pipe: %s", strerror(errno));
-    for (int i = 0; i < 2; i++)
-        fcntl(from[0], F_SETFD, FD_CLOEXEC), fcntl(to[1], F_SETFD, FD_CLOEXEC);
+    for (int i = 0; i < 2; i++) {
+        fcntl(from[0], F_SETFD, FD_CLOEXEC);
+        fcntl(to[1], F_SETFD, FD_CLOEXEC);
+    }
     Worker w = {fdopen(from[0], "r"), fdopen(to[1], "w"), fork()};
     if (w.pid < 0 || !w.in || !w.out) die("cannot start a worker: %s", strerror(errno));
     if (w.pid == 0) {
-        dup2(to[0], 0), dup2(from[1], 1);
-        close(to[0]), close(from[1]);
+        dup2(to[0], 0);
+        dup2(from[1], 1);
+        close(to[0]);
+        close(from[1]);
         execl("/bin/sh", "sh", "-c", command, (char *)NULL);
         _exit(127);
     }
-    close(to[0]), close(from[1]);
+    close(to[0]);
+    close(from[1]);
     return w;
 }
 
@@ -430,7 +457,8 @@ static Worker worker_start(char *command)
 static int worker_turn(Worker *w, int round)
 {
     char line[4096];
-    fputc('\n', w->out), fflush(w->out);
+    fputc('\n', w->out);
+    fflush(w->out);
     while (fgets(line, sizeof line, w->in)) {
         if (!strcmp(line, "round\n")) return 0;
         if (!strcmp(line, "done\n")) return 1;

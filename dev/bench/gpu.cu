@@ -54,7 +54,8 @@ template <typename F> static double timed(F run)
     CUDA_CHECK(cudaEventRecord(end, gpu()->stream));
     CUDA_CHECK(cudaEventSynchronize(end));
     CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    cudaEventDestroy(begin), cudaEventDestroy(end);
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
     return ms;
 }
 
@@ -159,10 +160,10 @@ static double sheet_peak(const char *name)
     } known[] = {
         {"H200", 989, 494, 67}, {"H100 80GB HBM3", 989, 494, 67}, {"A100", 312, 156, 19.5}};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (strstr(name, known[i].name))
-            return 1e12 * (!FULL_PRECISION                      ? known[i].half
-                           : COMPUTE_TYPE == CUBLAS_COMPUTE_32F ? known[i].fp32
-                                                                : known[i].tf32);
+        if (strstr(name, known[i].name)) {
+            if (!FULL_PRECISION) return 1e12 * known[i].half;
+            return 1e12 * (COMPUTE_TYPE == CUBLAS_COMPUTE_32F ? known[i].fp32 : known[i].tf32);
+        }
     return 0;
 }
 
@@ -180,11 +181,15 @@ static void ceilings(bool tiny)
 
     void *from = device_calloc(n), *to = device_calloc(n);
     measure(flood, "ceiling", "copy", 0, 2.0 * (double)n, [&] { device_copy(to, from, n); });
-    device_free(from), device_free(to);
+    device_free(from);
+    device_free(to);
     act *a = numbers(side * side, 1), *b = numbers(side * side, 1), *c = numbers(side * side, 1);
     measure(flood, "ceiling", "product", flops, 0,
             [&] { matmul(c, a, false, b, true, side, side, side, false); });
-    device_free(a), device_free(b), device_free(c), device_free(flood.p);
+    device_free(a);
+    device_free(b);
+    device_free(c);
+    device_free(flood.p);
 }
 
 /* Every operator, in the order of chapter 2. Backward passes add to the same few arrays again and
@@ -194,8 +199,8 @@ static void operators(const Config *config, bool tiny, size_t B)
 {
     const size_t T = config->P, N = B * T, C = config->C, F = config->F, H = config->H, D = C / H;
     const size_t V = padded_vocab(config->V, 1), valid = config->V, P = max_size(V, F) * C;
-    const double e = sizeof(act), NC = (double)(N * C), NV = (double)(N * V), nc = e * NC,
-                 nv = e * NV;
+    const double e = sizeof(act), NC = (double)(N * C), NV = (double)(N * V), nc = e * NC;
+    const double nv = e * NV;
     /* Half of T x T scores, times 2 C: FLOPs of a product for all heads. */
     const double scores = NC * (double)T;
     const Dropout off = {1, 2, 3, 0, 0, H}, on = {1, 2, 3, (real)0.1, 0, H};
@@ -207,13 +212,13 @@ static void operators(const Config *config, bool tiny, size_t B)
     int *host = random_tokens(N, valid), *tokens = (int *)device_malloc(N * sizeof *tokens);
     device_upload(tokens, host, N * sizeof *tokens);
     free(host);
-    act *x = numbers(N * C, 1), *y = numbers(N * C, 1), *res = numbers(N * C, 1),
-        *ln = numbers(N * C, 1);
+    act *x = numbers(N * C, 1), *y = numbers(N * C, 1), *res = numbers(N * C, 1);
+    act *ln = numbers(N * C, 1);
     act *qkv = numbers(N * 3 * C, 1), *dqkv = numbers(N * 3 * C, (real)0.01);
-    act *pre = numbers(N * F, 1), *z = numbers(N * F, 1), *dpre = numbers(N * F, 1),
-        *logits = numbers(N * V, 1);
-    act *w = numbers(P, (real)0.02), *dw = numbers(P, (real)0.02), *b = numbers(F, (real)0.02),
-        *db = numbers(F, (real)0.02);
+    act *pre = numbers(N * F, 1), *z = numbers(N * F, 1), *dpre = numbers(N * F, 1);
+    act *logits = numbers(N * V, 1);
+    act *w = numbers(P, (real)0.02), *dw = numbers(P, (real)0.02), *b = numbers(F, (real)0.02);
+    act *db = numbers(F, (real)0.02);
     real *mean = ones(N), *rstd = ones(N), *lse = ones(N * H), *delta = ones(N * H);
     real *max = ones(N), *sum = ones(N), *target = ones(N), *loss = ones(N), *weight = ones(N);
     real *m = ones(P), *v = ones(P), *master = FULL_PRECISION ? NULL : ones(P);

@@ -229,7 +229,10 @@ static real *products(Product p[PRODUCTS], size_t M, size_t I, size_t O)
 
 static void products_free(Product p[PRODUCTS], real *c)
 {
-    free((void *)p[0].a.p), free((void *)p[0].b.p), free((void *)p[1].a.p), free(c);
+    free((void *)p[0].a.p);
+    free((void *)p[0].b.p);
+    free((void *)p[1].a.p);
+    free(c);
 }
 
 /* exact (M,N): the definition in double; B's columns are copied first, for speed. */
@@ -277,8 +280,10 @@ static void check(const Product *p, real *c)
             for (size_t i = made; i < n + GUARD; i++) behind += !isnan(c[i]);
             if (!all) memcpy(alone, c, made * sizeof *c);
         }
-        for (size_t i = 0; i < made; i++)
-            error += pow(c[i] - exact[i], 2), norm += pow(exact[i], 2);
+        for (size_t i = 0; i < made; i++) {
+            error += pow(c[i] - exact[i], 2);
+            norm += pow(exact[i], 2);
+        }
         error = sqrt(error / norm);
         if (!(error <= bound) || behind || memcmp(alone, c, made * sizeof *c))
             die("step %s, %s, M %zu, N %zu, K %zu: an error of %.3g of C, expected at most %.3g; "
@@ -287,7 +292,8 @@ static void check(const Product *p, real *c)
                 steps[s].name, p->name, p->M, p->N, p->K, error, bound, behind, all_threads(),
                 memcmp(alone, c, made * sizeof *c) ? "NOT EQUAL" : "equal");
     }
-    free(exact), free(alone);
+    free(exact);
+    free(alone);
 }
 
 /* ---- Measurement ----------------------------------------------------------------------------- */
@@ -304,8 +310,8 @@ static void measure(const Product *p, real *c, int rounds, size_t fma_repeats)
                 const size_t M = rows_of(s, p->M);
                 const double start = now();
                 steps[s].run(c, p->a, p->b, M, p->N, p->K);
-                const double flops = 2 * (double)M * (double)p->N * (double)p->K,
-                             seconds = now() - start;
+                const double flops = 2 * (double)M * (double)p->N * (double)p->K;
+                const double seconds = now() - start;
                 if (round >= 0)
                     printf("rate %s %s %zu %zu %zu %s %.2f %.2f\n", p->name, steps[s].name, p->M,
                            p->N, p->K, all ? "all" : "one", 1e-9 * flops / seconds, ceiling);
@@ -349,10 +355,11 @@ int main(int argc, char **argv)
                                      {1024, 1024, 4096}};
     static const size_t awkward[] = {1, 6, 65, 391}; /* 391 is more than a block of K */
     const int is_tiny = getenv("BENCH_TINY") != NULL, rounds = is_tiny ? 3 : 9;
-    const size_t shapes = argc > 1 ? (size_t)argc / 3 : is_tiny ? 1 : 5;
+    size_t shapes = is_tiny ? 1 : 5;
     real *c;
     Product p[PRODUCTS];
     if (argc % 3 != 1) usage_error("sizes come in threes: rows of X, inputs, outputs");
+    if (argc > 1) shapes = (size_t)argc / 3;
     for (size_t i = 0; i < 64; i++) {
         c = products(p, awkward[i / 16], awkward[i / 4 % 4], awkward[i % 4]);
         for (int which = 0; which < PRODUCTS; which++) check(&p[which], c);
@@ -362,10 +369,10 @@ int main(int argc, char **argv)
     measure_reads(rounds, is_tiny ? 8 << 20 : 128 << 20);
     for (size_t i = 0; i < shapes; i++) {
         size_t size[3];
-        for (size_t j = 0; j < 3; j++)
-            size[j] = argc > 1  ? size_argument(argv[1 + 3 * i + j])
-                      : is_tiny ? (size_t)60 + 30 * j
-                                : gpt2[i][j];
+        for (size_t j = 0; j < 3; j++) {
+            if (argc > 1) size[j] = size_argument(argv[1 + 3 * i + j]);
+            else size[j] = is_tiny ? (size_t)60 + 30 * j : gpt2[i][j];
+        }
         c = products(p, size[0], size[1], size[2]);
         for (int which = 0; which < PRODUCTS; which++) {
             check(&p[which], c);

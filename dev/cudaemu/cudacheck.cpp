@@ -134,7 +134,8 @@ static bool comes_before_running(uint32_t work)
     const Work &w = works[work];
     if ((size_t)w.stream >= running_clock.size() || running_clock[(size_t)w.stream] < w.count)
         return false;
-    k.running = running, k.work = work;
+    k.running = running;
+    k.work = work;
     return true;
 }
 
@@ -354,7 +355,8 @@ static void settle_doubt()
 static int distance(const Access &a, const Access &b)
 {
     uint64_t difference = a.who ^ b.who;
-    return difference >> BLOCK_SHIFT ? 3 : difference >> (THREAD_SHIFT + 5) ? 2 : 1;
+    if (difference >> BLOCK_SHIFT) return 3;
+    return difference >> (THREAD_SHIFT + 5) ? 2 : 1;
 }
 
 [[noreturn]] static void report_landing(Kind kind, const Access &now, const Access &w, char *p,
@@ -383,7 +385,12 @@ static void touch(Cell *cell, Kind kind, const Access &now, char *p, size_t size
             report_race(p, size, shared, kind, now, w, "write", c);
         auto &d = watch->doubt;
         if (!d.p) {
-            d.p = p, d.size = size, d.ours = now, d.theirs = w, d.shared = shared, d.missing = c;
+            d.p = p;
+            d.size = size;
+            d.ours = now;
+            d.theirs = w;
+            d.shared = shared;
+            d.missing = c;
             memcpy(d.before, p, size);
         }
     }
@@ -421,8 +428,8 @@ static void split_word(Cell *even)
 static void touch_all(Cell *cells, Kind kind, const Access &now, char *p, size_t size, bool shared,
                       bool strict)
 {
-    size_t n = ((uintptr_t)p % GRANULE + size + GRANULE - 1) / GRANULE,
-           odd = (uintptr_t)p / GRANULE % 2, unwritten = 0;
+    size_t n = ((uintptr_t)p % GRANULE + size + GRANULE - 1) / GRANULE;
+    size_t odd = (uintptr_t)p / GRANULE % 2, unwritten = 0;
     Cell *end = cells + n;
     if (odd) split_word(cells - 1);
     if ((odd + n) % 2) split_word(end - 1);
@@ -569,7 +576,10 @@ static void kernel_access(char *p, size_t size, Kind kind, unsigned flags, uint3
     } else if ((size_t)(p - arena) < ARENA) {
         Cell *cells = global_cells(p, size, kind_name[kind], true, pc);
         if (kind == UPDATE) {
-            if (watch->fenced) released[watch->block_number & 0xFFFF] = any_released = true;
+            if (watch->fenced) {
+                released[watch->block_number & 0xFFFF] = true;
+                any_released = true;
+            }
             if (any_released) watch->acquired = true;
         }
         touch_all(cells, kind, me(false, pc, flags), p, size, false, true);
@@ -718,7 +728,8 @@ static Watch *new_watch()
 {
     Watch *w = (Watch *)reserve(sizeof(Watch));
     for (uint16_t &e : w->epoch) e = 1; /* and seen[][] is 0: nobody comes after anything */
-    w->statics[0] = (uintptr_t)__executable_start, w->statics[1] = (uintptr_t)end;
+    w->statics[0] = (uintptr_t)__executable_start;
+    w->statics[1] = (uintptr_t)end;
     dl_iterate_phdr(
         [](dl_phdr_info *info, size_t, void *arg) {
             Watch *to = (Watch *)arg;
@@ -747,8 +758,8 @@ static void check_block(Block *b)
     w->phase = 0;
     w->fenced = w->acquired = false;
     w->block_number = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-    w->global_base = (uint64_t)running << WORK_SHIFT | (uint64_t)(w->block_number & 0xFFFF)
-                                                           << BLOCK_SHIFT;
+    w->global_base = (uint64_t)running << WORK_SHIFT;
+    w->global_base |= (uint64_t)(w->block_number & 0xFFFF) << BLOCK_SHIFT;
     for (size_t i = 0; i < w->count; i++)
         memset(w->lines + (size_t)(w->variables[i].at - b->memory) / LINE, 0,
                (w->variables[i].size + LINE - 1) / LINE);

@@ -472,8 +472,10 @@ static void run_block(Block *b)
     CHECKED(check_block(b));
     CHECKED(check_shared(
         {nullptr, "dynamic shared memory", b->memory, b->charged, b->launch->config.at}));
-    for (int i = 0; i < b->count; i += 32)
-        b->warps[i / 32].live = b->count - i >= 32 ? 0xFFFFFFFFu : (1u << (b->count - i)) - 1;
+    for (int i = 0; i < b->count; i += 32) {
+        int lanes = b->count - i;
+        b->warps[i / 32].live = lanes >= 32 ? 0xFFFFFFFFu : (1u << lanes) - 1;
+    }
     for (int i = 0; i < b->count; i++) {
         Thread *t = &b->threads[i];
         t->done = false;
@@ -499,12 +501,15 @@ int barrier(bool predicate, Site at)
         while (!gone->done) gone++;
         fail(at, "divergent __syncthreads: %s has left the kernel", name_thread(gone).c_str());
     }
-    if (!b->barrier_came) b->barrier_at = at, b->barrier_votes = 0;
-    else if (at.line != b->barrier_at.line || strcmp(at.file, b->barrier_at.file))
+    if (!b->barrier_came) {
+        b->barrier_at = at;
+        b->barrier_votes = 0;
+    } else if (at.line != b->barrier_at.line || strcmp(at.file, b->barrier_at.file))
         fail(at, "divergent __syncthreads: %s waits in the one at %s:%d",
              name_thread(b->barrier_waiting[0]).c_str(), b->barrier_at.file, b->barrier_at.line);
     b->barrier_votes += predicate;
-    b->barrier_waiting[b->barrier_came++] = self;
+    b->barrier_waiting[b->barrier_came] = self;
+    b->barrier_came++;
     if (b->barrier_came < b->count) {
         wait_in("__syncthreads", at);
     } else {
@@ -616,8 +621,8 @@ void copy_async_wait(int pending)
 {
     in_kernel("cp.async.wait_group", {nullptr, 0});
     Thread *t = self;
-    size_t landing = 0,
-           groups = t->groups.size() > (size_t)pending ? t->groups.size() - (size_t)pending : 0;
+    size_t landing = 0;
+    size_t groups = t->groups.size() > (size_t)pending ? t->groups.size() - (size_t)pending : 0;
     for (size_t g = 0; g < groups; g++) landing += t->groups[g];
     for (size_t i = 0; i < landing; i++) {
         const AsyncCopy &c = t->copies[i];
@@ -1100,7 +1105,8 @@ cudaError_t cudaStreamQuery(cudaStream_t stream)
     uint64_t done, count;
     {
         std::lock_guard<std::mutex> hold(streams_lock);
-        done = s->done, count = s->enqueued;
+        done = s->done;
+        count = s->enqueued;
     }
     if (done < count) {
         drain(s, done + 1); /* who polls a lazy stream must see it move */
@@ -1259,15 +1265,14 @@ static bool is_device(const void *p)
 static void copy(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t stream,
                  const char *what, Site at)
 {
-    if (kind == cudaMemcpyDefault)
-        kind = is_device(to) ? is_device(from) ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice
-               : is_device(from) ? cudaMemcpyDeviceToHost
-                                 : cudaMemcpyHostToHost;
-    auto need_to = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice ? need_device
-                                                                                      : need_host;
-    auto need_from = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice
-                         ? need_device
-                         : need_host;
+    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if (kind == cudaMemcpyDefault) {
+        to_device = is_device(to);
+        from_device = is_device(from);
+    }
+    auto need_to = to_device ? need_device : need_host;
+    auto need_from = from_device ? need_device : need_host;
     need_to(to, size, what, at);
     need_from(from, size, what, at);
     stream = resolve(stream);
@@ -1275,15 +1280,15 @@ static void copy(void *to, const void *from, size_t size, cudaMemcpyKind kind, c
         need_to(to, size, what, at); /* it may have been freed since */
         need_from(from, size, what, at);
 #ifdef CUDACHECK
-        if (need_from == need_device) check_range(from, size, COPIES, false, what);
-        if (need_to == need_device) check_range(to, size, WRITES, false, what);
-        if (kind == cudaMemcpyDeviceToDevice) check_copied(to, from, size);
+        if (from_device) check_range(from, size, COPIES, false, what);
+        if (to_device) check_range(to, size, WRITES, false, what);
+        if (to_device && from_device) check_copied(to, from, size);
 #endif
         memmove(to, from, size);
     });
 #ifdef CUDACHECK
-    if (need_from == need_host) check_host(from, size, READS, stream, count, at);
-    if (need_to == need_host) check_host(to, size, WRITES, stream, count, at);
+    if (!from_device) check_host(from, size, READS, stream, count, at);
+    if (!to_device) check_host(to, size, WRITES, stream, count, at);
 #endif
     (void)count;
 }
@@ -1534,14 +1539,24 @@ static void multiply_tile(float *sum, const float *a, const float *b, size_t k)
     Floats s00{}, s01{}, s10{}, s11{}, s20{}, s21{}, s30{}, s31{};
     for (size_t i = 0; i < k; i++, a += TILE_M, b += TILE_N) {
         Floats a0 = *(const Floats *)a, a1 = *(const Floats *)(a + VECTOR);
-        s00 += a0 * b[0], s01 += a1 * b[0];
-        s10 += a0 * b[1], s11 += a1 * b[1];
-        s20 += a0 * b[2], s21 += a1 * b[2];
-        s30 += a0 * b[3], s31 += a1 * b[3];
+        s00 += a0 * b[0];
+        s01 += a1 * b[0];
+        s10 += a0 * b[1];
+        s11 += a1 * b[1];
+        s20 += a0 * b[2];
+        s21 += a1 * b[2];
+        s30 += a0 * b[3];
+        s31 += a1 * b[3];
     }
     Floats *s = (Floats *)sum;
-    s[0] += s00, s[1] += s01, s[2] += s10, s[3] += s11, s[4] += s20, s[5] += s21, s[6] += s30,
-        s[7] += s31;
+    s[0] += s00;
+    s[1] += s01;
+    s[2] += s10;
+    s[3] += s11;
+    s[4] += s20;
+    s[5] += s21;
+    s[6] += s30;
+    s[7] += s31;
 }
 
 struct Epilogue {
@@ -1603,8 +1618,10 @@ static void multiply(bool ta, bool tb, size_t m, size_t n, size_t k, float alpha
         bool of_a = e.kind == CUBLASLT_EPILOGUE_BGRADA;
         for (size_t i = 0; i < (of_a ? m : n); i++) {
             float sum = 0;
-            for (size_t l = 0; l < k; l++)
-                sum += of_a ? ta ? a.at(l, i) : a.at(i, l) : tb ? b.at(i, l) : b.at(l, i);
+            for (size_t l = 0; l < k; l++) {
+                if (of_a) sum += ta ? a.at(l, i) : a.at(i, l);
+                else sum += tb ? b.at(i, l) : b.at(l, i);
+            }
             store(e.bias, e.bias_type, i, sum);
         }
     }
@@ -1751,12 +1768,20 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
         return CUBLAS_STATUS_NOT_SUPPORTED;
     if (!m || !n || !batch) return CUBLAS_STATUS_SUCCESS;
     Product p = {};
-    p.ta = ta, p.tb = tb, p.m = (size_t)m, p.n = (size_t)n, p.k = (size_t)k, p.batch = batch;
-    p.alpha = *(const float *)alpha, p.beta = *(const float *)beta;
+    p.ta = ta;
+    p.tb = tb;
+    p.m = (size_t)m;
+    p.n = (size_t)n;
+    p.k = (size_t)k;
+    p.batch = batch;
+    p.alpha = *(const float *)alpha;
+    p.beta = *(const float *)beta;
     p.a = {(void *)a, a_type, ta ? p.k : p.m, ta ? p.m : p.k, (size_t)lda};
     p.b = {(void *)b, b_type, tb ? p.n : p.k, tb ? p.k : p.n, (size_t)ldb};
     p.c = p.d = {c, c_type, p.m, p.n, (size_t)ldc};
-    p.stride_a = stride_a, p.stride_b = stride_b, p.stride_c = p.stride_d = stride_c;
+    p.stride_a = stride_a;
+    p.stride_b = stride_b;
+    p.stride_c = p.stride_d = stride_c;
     p.e.kind = CUBLASLT_EPILOGUE_DEFAULT;
     submit_product(p, "cublasGemm", handle->stream, at);
     return CUBLAS_STATUS_SUCCESS;
@@ -1825,10 +1850,22 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
     case CUBLASLT_MATMUL_DESC_EPILOGUE: field = &desc->epilogue; break;
     case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: field = &desc->bias_type; break;
     case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE: field = &desc->aux_type; break;
-    case CUBLASLT_MATMUL_DESC_BIAS_POINTER: field = &desc->bias, need = 8; break;
-    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER: field = &desc->aux, need = 8; break;
-    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD: field = &desc->aux_ld, need = 8; break;
-    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE: field = &desc->aux_stride, need = 8; break;
+    case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
+        field = &desc->bias;
+        need = 8;
+        break;
+    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER:
+        field = &desc->aux;
+        need = 8;
+        break;
+    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD:
+        field = &desc->aux_ld;
+        need = 8;
+        break;
+    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE:
+        field = &desc->aux_stride;
+        need = 8;
+        break;
     default: return CUBLAS_STATUS_NOT_SUPPORTED;
     }
     if (size != need) return CUBLAS_STATUS_INVALID_VALUE;
@@ -1887,13 +1924,21 @@ static cublasStatus_t lt_product(Product *p, cublasLtMatmulDesc_t desc, cublasLt
 {
     if (!desc || !a || !b || !c || !d) return CUBLAS_STATUS_INVALID_VALUE;
     *p = {};
-    p->ta = desc->ta, p->tb = desc->tb;
-    p->m = d->rows, p->n = d->cols, p->k = p->ta ? a->rows : a->cols;
+    p->ta = desc->ta;
+    p->tb = desc->tb;
+    p->m = d->rows;
+    p->n = d->cols;
+    p->k = p->ta ? a->rows : a->cols;
     auto matrix = [](cublasLtMatrixLayout_t l) {
         return Matrix{nullptr, l->type, l->rows, l->cols, (size_t)l->ld};
     };
-    p->a = matrix(a), p->b = matrix(b), p->c = matrix(c), p->d = matrix(d);
-    p->stride_a = a->stride, p->stride_b = b->stride, p->stride_c = c->stride,
+    p->a = matrix(a);
+    p->b = matrix(b);
+    p->c = matrix(c);
+    p->d = matrix(d);
+    p->stride_a = a->stride;
+    p->stride_b = b->stride;
+    p->stride_c = c->stride;
     p->stride_d = d->stride;
     p->batch = d->batch;
     if ((p->ta ? a->cols : a->rows) != p->m || (p->tb ? b->cols : b->rows) != p->k ||
@@ -1975,8 +2020,12 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     if (workspace_size < needs || (uintptr_t)workspace % 16) return CUBLAS_STATUS_INVALID_VALUE;
     cublasStatus_t status = lt_product(&p, desc, a_layout, b_layout, c_layout, d_layout);
     if (status) return status;
-    p.alpha = *(const float *)alpha, p.beta = *(const float *)beta;
-    p.a.p = (void *)a, p.b.p = (void *)b, p.c.p = (void *)c, p.d.p = d;
+    p.alpha = *(const float *)alpha;
+    p.beta = *(const float *)beta;
+    p.a.p = (void *)a;
+    p.b.p = (void *)b;
+    p.c.p = (void *)c;
+    p.d.p = d;
     if (p.beta != 0 && !c) return CUBLAS_STATUS_INVALID_VALUE;
     /* Whoever still wants what was there, sees it. */
     if (needs) cudaMemsetAsync(workspace, POISON, needs, stream, at);

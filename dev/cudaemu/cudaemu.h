@@ -382,14 +382,22 @@ inline float __log2f(float x) { return log2f(x); }
 inline float __powf(float x, float y) { return powf(x, y); }
 inline float __sinf(float x) { return sinf(x); }
 inline float __cosf(float x) { return cosf(x); }
-inline void __sincosf(float x, float *s, float *c) { *s = sinf(x), *c = cosf(x); }
+inline void __sincosf(float x, float *s, float *c)
+{
+    *s = sinf(x);
+    *c = cosf(x);
+}
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }
+inline float __saturatef(float x)
+{
+    if (!(x > 0)) return 0;
+    return x < 1 ? x : 1;
+}
 inline unsigned __umulhi(unsigned x, unsigned y) { return (unsigned)((uint64_t)x * y >> 32); }
 inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y)
 {
@@ -401,22 +409,26 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline unsigned __float_as_uint(float x)
 {
     unsigned u;
-    return memcpy(&u, &x, 4), u;
+    memcpy(&u, &x, 4);
+    return u;
 }
 inline int __float_as_int(float x)
 {
     int u;
-    return memcpy(&u, &x, 4), u;
+    memcpy(&u, &x, 4);
+    return u;
 }
 inline float __uint_as_float(unsigned u)
 {
     float x;
-    return memcpy(&x, &u, 4), x;
+    memcpy(&x, &u, 4);
+    return x;
 }
 inline float __int_as_float(int u)
 {
     float x;
-    return memcpy(&x, &u, 4), x;
+    memcpy(&x, &u, 4);
+    return x;
 }
 inline int min(int x, int y) { return x < y ? x : y; }
 inline int max(int x, int y) { return x > y ? x : y; }
@@ -502,7 +514,8 @@ inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u)
 {
     __nv_bfloat16 x;
-    return x.bits = u, x;
+    x.bits = u;
+    return x;
 }
 inline __half __float2half(float x) { return __half(x); }
 inline __half __float2half_rn(float x) { return __half(x); }
@@ -517,7 +530,8 @@ inline unsigned short __half_as_ushort(__half x) { return x.bits; }
 inline __half __ushort_as_half(unsigned short u)
 {
     __half x;
-    return x.bits = u, x;
+    x.bits = u;
+    return x;
 }
 
 /* ---- PTX of tensor cores, under the names that the .cu gives its wrappers -------------------- */
@@ -570,8 +584,8 @@ template <bool trans> void ldmatrix_combine(void *const slots[32], unsigned mask
     for (int l = 0; l < 32; l++)
         for (int i = 0; i < 4; i++) {
             int g = l / 4, t = l % 4 * 2;
-            uint32_t low = trans ? tile[i][t][g] : tile[i][g][t],
-                     high = trans ? tile[i][t + 1][g] : tile[i][g][t + 1];
+            uint32_t low = trans ? tile[i][t][g] : tile[i][g][t];
+            uint32_t high = trans ? tile[i][t + 1][g] : tile[i][g][t + 1];
             ((Ldmatrix *)slots[l])->r[i] = low | high << 16;
         }
 }

@@ -74,8 +74,10 @@ static int failures, checks;
 #define CHECK(condition)                                                                           \
     do {                                                                                           \
         checks++;                                                                                  \
-        if (!(condition))                                                                          \
-            failures++, fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);    \
+        if (!(condition)) {                                                                        \
+            failures++;                                                                            \
+            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);                \
+        }                                                                                          \
     } while (0)
 #define OK(call) CHECK((call) == 0)
 
@@ -102,7 +104,9 @@ template <class T> struct Buffer {
 static uint32_t rng = 1;
 static uint32_t random_bits()
 {
-    rng ^= rng << 13, rng ^= rng >> 17, rng ^= rng << 5;
+    rng ^= rng << 13;
+    rng ^= rng >> 17;
+    rng ^= rng << 5;
     return rng;
 }
 static float random_float() { return (float)(int32_t)random_bits() * 0x1p-31f; }
@@ -161,10 +165,15 @@ __global__ void fresh(int *bad, const float *global, int n)
         wrong += sizeof x != 32 || (size_t)x % 16 || (size_t)pairs % 8 || (size_t)dynamic % 16;
     }
     __syncthreads();
-    /* The next block must not see it. */
-    x[t % 8] = y = m[t % 3][t % 4] = pairs[t % 2].a = dynamic[t % n] = 1;
+    /* The next block must not see these. */
+    x[t % 8] = 1;
+    y = 1;
+    m[t % 3][t % 4] = 1;
+    pairs[t % 2].a = 1;
+    dynamic[t % n] = 1;
     float *a = twice_declared<4>(), *b = twice_declared<8>();
-    a[t % 4] = 1, b[t % 8] = 2; /* each instance has its own */
+    a[t % 4] = 1;
+    b[t % 8] = 2; /* each instance has its own */
     __syncthreads();
     wrong += a[t % 4] != 1 || b[t % 8] != 2 || a != twice_declared<4>();
     bad[blockIdx.x * blockDim.x + t] = wrong;
@@ -199,8 +208,8 @@ __global__ void sums(int *out, int *votes)
         float fsum = block_sum((float)t);
         if (t == (i * 37) % (int)blockDim.x) out[blockIdx.x * 5 + i] = sum + (int)fsum;
     }
-    int count = __syncthreads_count(t % 3 == 0), any = __syncthreads_or(t == 7),
-        none = __syncthreads_or(t < 0);
+    int count = __syncthreads_count(t % 3 == 0), any = __syncthreads_or(t == 7);
+    int none = __syncthreads_or(t < 0);
     int all = __syncthreads_and(t >= 0), most = __syncthreads_and(t != 9);
     votes[blockIdx.x * blockDim.x + t] = count * 16 + any * 8 + none * 4 + all * 2 + most;
 }
@@ -411,8 +420,8 @@ static float bits_to_float(uint32_t u)
 /* The value of a 16-bit float from its fields. */
 static double value16(unsigned h, int mantissa_bits, int bias)
 {
-    int exponent = h >> mantissa_bits & ((1 << (15 - mantissa_bits)) - 1),
-        mantissa = h & ((1 << mantissa_bits) - 1);
+    int exponent = h >> mantissa_bits & ((1 << (15 - mantissa_bits)) - 1);
+    int mantissa = h & ((1 << mantissa_bits) - 1);
     double x = exponent ? ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits)
                         : ldexp(mantissa, 1 - bias - mantissa_bits);
     return h & 0x8000 ? -x : x;
@@ -465,8 +474,8 @@ static void test_conversions()
         [](__nv_bfloat16 x) { return __bfloat16_as_ushort(x); });
     CHECK(__half2float(__float2half(1.5f)) == 1.5f &&
           __bfloat162float(__float2bfloat16(-2.25f)) == -2.25f);
-    float2 p = __bfloat1622float2(__floats2bfloat162_rn(1, 2)),
-           q = __half22float2(__floats2half2_rn(3, 4));
+    float2 p = __bfloat1622float2(__floats2bfloat162_rn(1, 2));
+    float2 q = __half22float2(__floats2half2_rn(3, 4));
     CHECK(p.x == 1 && p.y == 2 && q.x == 3 && q.y == 4);
 }
 
@@ -749,8 +758,8 @@ static double product(const T *a, const T *b, int ta, int tb, int lda, int ldb, 
     double sum = 0;
     *magnitude = 0;
     for (int l = 0; l < k; l++) {
-        double x = (float)a[ta ? l + i * lda : i + l * lda],
-               y = (float)b[tb ? j + l * ldb : l + j * ldb];
+        double x = (float)a[ta ? l + i * lda : i + l * lda];
+        double y = (float)b[tb ? j + l * ldb : l + j * ldb];
         sum += x * y;
         *magnitude += fabs(x * y);
     }
@@ -780,8 +789,8 @@ template <class T, class D> static void test_gemm(cublasHandle_t handle)
             Buffer<D> c(random_matrix<D>(m, n * batch, ldc));
             std::vector<D> old = c.h;
             if (!beta) OK(cudaMemset(c.d, 0xFF, c.h.size() * sizeof(D))); /* C is not read */
-            cublasOperation_t oa = ta ? CUBLAS_OP_T : CUBLAS_OP_N,
-                              ob = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+            cublasOperation_t oa = ta ? CUBLAS_OP_T : CUBLAS_OP_N;
+            cublasOperation_t ob = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
             if (batch > 1)
                 OK(cublasGemmStridedBatchedEx(handle, oa, ob, m, n, k, &alpha, a.d, Type<T>::id,
                                               lda, sa, b.d, Type<T>::id, ldb, sb, &beta, c.d,
@@ -804,8 +813,10 @@ template <class T, class D> static void test_gemm(cublasHandle_t handle)
                         double size, sum = product(&a.h[q * sa], &b.h[q * sb], ta, tb, lda, ldb, i,
                                                    j, k, &size);
                         sum *= alpha;
-                        if (beta != 0)
-                            sum += beta * (float)old[at], size += fabs(beta * (float)old[at]);
+                        if (beta != 0) {
+                            sum += beta * (float)old[at];
+                            size += fabs(beta * (float)old[at]);
+                        }
                         bad += wrong(c.h[at], sum, size, k);
                     }
             CHECK(bad == 0);
@@ -867,7 +878,9 @@ static void test_lt(cublasLtHandle_t lt, int epilogue, int ta, int tb, float bet
     CHECK(returned == 1);
     OK(cublasLtMatmul(lt, desc, &alpha, a.d, la, b.d, lb, &beta, beta != 0 ? c.d : d.d, lc, d.d, lc,
                       &result.algo, nullptr, 0, nullptr));
-    d.down(), aux.down(), bias.down();
+    d.down();
+    aux.down();
+    bias.down();
     int bad = 0;
     std::vector<double> gradient(m, 0.0);
     for (int j = 0; j < n; j++)
@@ -1022,7 +1035,11 @@ static const struct {
     {"is device memory", [] { cudaMemcpy(some, some, 4, cudaMemcpyHostToDevice); }},
     {"no device memory", [] { cudaMemset(host, 0, 4); }},
     {"not allocated", [] { cudaFree(some + 1); }},
-    {"freed already", [] { cudaFree(some), cudaFree(some); }},
+    {"freed already",
+     [] {
+         cudaFree(some);
+         cudaFree(some);
+     }},
     {"matrix B: 68 bytes",
      [] {
          cublasHandle_t h;
@@ -1058,9 +1075,10 @@ static void test_misuses()
             _exit(0);
         }
         close(pipe_ends[1]);
-        for (ssize_t got;
-             n < sizeof text - 1 && (got = read(pipe_ends[0], text + n, sizeof text - 1 - n)) > 0;)
-            n += (size_t)got;
+        for (ssize_t got = 1; n < sizeof text - 1 && got > 0;) {
+            got = read(pipe_ends[0], text + n, sizeof text - 1 - n);
+            if (got > 0) n += (size_t)got;
+        }
         text[n] = 0;
         close(pipe_ends[0]);
         waitpid(child, &status, 0);

@@ -174,7 +174,8 @@ template <bool bug> __global__ void partial_warp_barrier(float *out)
     x = 1;
     __syncwarp();
     if (t < 31) out[t] = x;
-    __syncwarp(!bug ? 0xFFFFFFFF : t % 30 ? 0xBFFFFFFE : 0x40000001);
+    unsigned half = t % 30 ? 0xBFFFFFFE : 0x40000001;
+    __syncwarp(bug ? half : 0xFFFFFFFF);
     if (t == 0) x = 2; /* BUG(partial_warp_barrier) */
 }
 
@@ -472,8 +473,8 @@ struct Bug {
 /* a (8,8) b (8,8), a never written or with columns so far apart that the last lies outside. */
 static void product(bool bug, bool unwritten)
 {
-    float one = 1, zero = 0, *a = device_floats(64), *b = device_floats(64), *c = device_floats(64),
-          *fresh;
+    float one = 1, zero = 0, *a = device_floats(64), *b = device_floats(64), *c = device_floats(64);
+    float *fresh;
     cudaMalloc(&fresh, 64 * sizeof(float));
     cublasHandle_t h;
     cublasCreate(&h);
@@ -784,8 +785,10 @@ static int run_apart(const Bug &b, bool bug, char *text, size_t size)
         _exit(0);
     }
     close(ends[1]);
-    for (ssize_t got; n < size - 1 && (got = read(ends[0], text + n, size - 1 - n)) > 0;)
-        n += (size_t)got;
+    for (ssize_t got = 1; n < size - 1 && got > 0;) {
+        got = read(ends[0], text + n, size - 1 - n);
+        if (got > 0) n += (size_t)got;
+    }
     text[n] = 0;
     close(ends[0]);
     waitpid(child, &status, 0);
