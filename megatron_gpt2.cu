@@ -2484,53 +2484,47 @@ static double sum_squares(const act *x, size_t n)
     return total;
 }
 
-enum { MOST_ARRAYS = 64 };
-
-/* The ranks' arrays, also those in the memory of other GPUs. */
-typedef struct {
-    void *x[MOST_ARRAYS];
-} Arrays;
-
-/* A thread has W neighbouring elements of all P arrays, and takes them in rank order. A NaN wins
- * every maximum. */
+/* x[r]: the array of rank r, which may be in the memory of another GPU. A thread has W neighbouring
+ * elements of all the arrays, and takes them in rank order. A NaN wins every maximum. */
 template <typename T, int W>
-static __global__ void reduce_slice_kernel(const Arrays a, int P, size_t begin, size_t n, Op op)
+static __global__ void reduce_slice_kernel(void *const *x, int ranks, size_t begin, size_t n, Op op)
 {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= n) return;
     real total[W];
-    load(total, (const T *)a.x[0] + begin + i);
-    for (int r = 1; r < P; r++) {
-        real x[W];
-        load(x, (const T *)a.x[r] + begin + i);
+    load(total, (const T *)x[0] + begin + i);
+    for (int r = 1; r < ranks; r++) {
+        real next[W];
+        load(next, (const T *)x[r] + begin + i);
 #pragma unroll
         for (int j = 0; j < W; j++) {
-            if (op == SUM) total[j] += x[j];
-            else if (x[j] > total[j] || x[j] != x[j]) total[j] = x[j];
+            if (op == SUM) total[j] += next[j];
+            else if (next[j] > total[j] || next[j] != next[j]) total[j] = next[j];
         }
     }
-    for (int r = 0; r < P; r++) store((T *)a.x[r] + begin + i, total);
+    for (int r = 0; r < ranks; r++) store((T *)x[r] + begin + i, total);
 }
 
+/* The kernel finds the ranks' pointers in the working space. They come there in the stream's order,
+ * from x on the host, which stays as it is until the collective has waited for the stream. */
 template <typename T>
-static void reduce_slice_of(void *const *x, int P, size_t begin, size_t n, Op op)
+static void reduce_slice_of(void *const *x, int ranks, size_t begin, size_t n, Op op)
 {
     enum { MANY = 16 / sizeof(T) };
-    Arrays a;
+    const size_t bytes = (size_t)ranks * sizeof *x;
     uintptr_t addresses = 0;
     if (n == 0) return;
-    for (int r = 0; r < P; r++) {
-        a.x[r] = x[r];
-        addresses |= (uintptr_t)x[r];
-    }
+    void **space = (void **)workspace(bytes);
+    CUDA_CHECK(cudaMemcpyAsync(space, x, bytes, cudaMemcpyHostToDevice, gpu()->stream));
+    for (int r = 0; r < ranks; r++) addresses |= (uintptr_t)x[r];
     if (begin % MANY == 0 && n % MANY == 0 && addresses % 16 == 0)
-        LAUNCH((reduce_slice_kernel<T, MANY>), blocks(n, MANY * 256), 256, a, P, begin, n, op);
-    else LAUNCH((reduce_slice_kernel<T, 1>), blocks(n, 256), 256, a, P, begin, n, op);
+        LAUNCH((reduce_slice_kernel<T, MANY>), blocks(n, MANY * 256), 256, space, ranks, begin, n,
+               op);
+    else LAUNCH((reduce_slice_kernel<T, 1>), blocks(n, 256), 256, space, ranks, begin, n, op);
 }
 
-static void reduce_slice(void *const *x, int P, size_t begin, size_t n, Type type, Op op)
+static void reduce_slice(void *const *x, int ranks, size_t begin, size_t n, Type type, Op op)
 {
-    assert(P <= MOST_ARRAYS);
-    if (type == ACT) reduce_slice_of<act>(x, P, begin, n, op);
-    if (type == REAL_ARRAY) reduce_slice_of<real>(x, P, begin, n, op);
+    if (type == ACT) reduce_slice_of<act>(x, ranks, begin, n, op);
+    if (type == REAL_ARRAY) reduce_slice_of<real>(x, ranks, begin, n, op);
 }
