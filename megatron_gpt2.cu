@@ -11,9 +11,9 @@
  * of the .c.
  *
  * Ranks are threads of one process: rank r works on GPU r mod their number, in a stream of its own.
- * What an operator is given is this rank's memory; only reduce_slice and device_copy reach into
- * that of others, between the barriers of a collective. Products are cuBLAS's, with bias and GeLU in their
- * epilogues; all else are kernels below.
+ * An operator works in its own rank's memory; only reduce_slice and device_copy also reach into the
+ * memory of other ranks, between the barriers of a collective. cuBLAS makes matrix products, with bias and
+ * GeLU in their epilogues; kernels below do everything else.
  *
  * Every run repeats bit for bit: no kernel adds with atomics, and sums have an order that depends
  * on shapes alone. */
@@ -54,13 +54,13 @@ static const cublasComputeType_t COMPUTE_TYPE = CUBLAS_COMPUTE_32F;
  * Chapters 4 and 11 for the GPU: how the operators of chapter 1 do it, products, memory
  * =================================================================================================
  *
- * Each operator does what the one of the same name in megatron_gpt2.c does; what its arguments mean
- * is said there. It puts work into the rank's stream and returns; only what hands numbers to the
- * host waits. A kernel bears the operator's name with _kernel behind it, and a comment says which
- * thread meets which numbers.
+ * Each operator does the same as its namesake in megatron_gpt2.c, which explains the arguments. It
+ * puts work into the rank's stream and returns at once; only a function that hands numbers to the
+ * host waits. A kernel has its operator's name with _kernel at the end, and a comment says which
+ * thread works on which numbers.
  *
- * Rows are read 16 bytes a thread where their length and address allow it. Such kernels have a
- * parameter W, the numbers that a thread takes at once: WIDE, or 1 for rows of any length. */
+ * A thread reads 16 bytes at a time where the length and the address of rows allow it. Such kernels
+ * have a parameter W, how many numbers a thread takes at once: WIDE, or 1 for rows of any length. */
 
 enum { WARP = 32, WIDE = 16 / sizeof(act), FULL_PRECISION = sizeof(act) == sizeof(real) };
 
@@ -83,7 +83,8 @@ static void check_cublas(cublasStatus_t status, int line)
         die("cuBLAS: %s (megatron_gpt2.cu, line %d)", cublasGetStatusString(status), line);
 }
 
-/* What a matrix product needs to know beforehand, and the way cuBLASLt has found for it. */
+/* What decides how a matrix product is computed. Products that are equal in all this share a
+ * plan. */
 typedef struct {
     size_t M, N, K;
     cublasLtEpilogue_t epilogue;
@@ -105,7 +106,7 @@ typedef struct {
 
 enum { PLANS = 64 };
 
-/* What this rank, a thread, has of its GPU. */
+/* What one rank, which is a thread, holds of its GPU. */
 struct Gpu {
     int selected, device;
     cudaStream_t stream;
@@ -114,7 +115,7 @@ struct Gpu {
     void *workspace;
     size_t workspace_bytes;
     ProductPlan plan[PLANS];
-    size_t plans; /* made so far; the next one takes place plans % PLANS */
+    size_t plans; /* made so far; the next one goes to plan[plans % PLANS] */
     ~Gpu();
 };
 static thread_local Gpu this_gpu;
@@ -127,7 +128,7 @@ static void plan_free(ProductPlan *p)
     cublasLtMatrixLayoutDestroy(p->c);
 }
 
-Gpu::~Gpu() /* when the rank ends */
+Gpu::~Gpu() /* when the rank's thread ends */
 {
     if (!selected) return;
     cudaStreamSynchronize(stream);
@@ -140,7 +141,7 @@ Gpu::~Gpu() /* when the rank ends */
 
 static const char *device_kind(void) { return "GPUs"; }
 
-/* How many there are; dies if there are none. */
+/* How many GPUs there are; dies if there are none. */
 static int device_count(void)
 {
     int count = 0;
@@ -151,8 +152,8 @@ static int device_count(void)
     return count;
 }
 
-/* Gives this thread its GPU: rank r has number r mod count. The ranks' GPUs must reach into each
- * other's memory. */
+/* Gives this thread its GPU: rank r gets number r mod count. Every GPU in use must reach the memory
+ * of the others. */
 static void device_select(int rank, int ranks)
 {
     Gpu *g = &this_gpu;
@@ -170,7 +171,7 @@ static void device_select(int rank, int ranks)
                 g->device, other);
         cudaError_t error = cudaDeviceEnablePeerAccess(other, 0);
         if (error == cudaErrorPeerAccessAlreadyEnabled)
-            cudaGetLastError(); /* by another rank on this GPU: forget it */
+            cudaGetLastError(); /* another rank on this GPU did it: no error */
         else CUDA_CHECK(error);
     }
     CUDA_CHECK(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
@@ -178,15 +179,15 @@ static void device_select(int rank, int ranks)
     g->selected = 1;
 }
 
-/* This thread's GPU: the first one, where nobody has selected it. */
+/* This thread's GPU. It is the first one if nobody has selected another. */
 static Gpu *gpu(void)
 {
     if (!this_gpu.selected) device_select(0, 1);
     return &this_gpu;
 }
 
-/* The one place where kernels start: in the rank's stream, with an eye on errors. `bytes`: dynamic
- * shared memory. */
+/* Starts a kernel in the rank's stream and checks for errors. All kernels start here. `bytes`:
+ * dynamic shared memory. */
 #define LAUNCH_SHARED(kernel, grid, block, bytes, ...)                                             \
     do {                                                                                           \
         kernel<<<grid, block, bytes, gpu()->stream>>>(__VA_ARGS__);                                \
@@ -194,15 +195,15 @@ static Gpu *gpu(void)
     } while (0)
 #define LAUNCH(kernel, grid, block, ...) LAUNCH_SHARED(kernel, grid, block, 0, __VA_ARGS__)
 
-/* A kernel whose blocks have one of N rows of C numbers each, and whose threads take W neighbours
- * of each blockDim W. */
+/* Starts a kernel that has a block for each of N rows of C numbers. A thread takes W neighbouring
+ * columns out of each blockDim W. */
 #define LAUNCH_ROWS(kernel, by_packs, N, C, ...)                                                   \
     do {                                                                                           \
         if (by_packs) LAUNCH(kernel<WIDE>, blocks(N, 1), row_threads(C, WIDE), __VA_ARGS__);       \
         else LAUNCH(kernel<1>, blocks(N, 1), row_threads(C, 1), __VA_ARGS__);                      \
     } while (0)
 
-/* Blocks of `each` that n things need, for a grid's x dimension. */
+/* How many blocks n things need, `each` things a block, for a grid's x dimension. */
 static unsigned blocks(size_t n, size_t each)
 {
     const size_t count = ceil_div(n, each);
@@ -246,7 +247,7 @@ static void *device_calloc(size_t bytes)
 {
     void *p = device_malloc(bytes);
     device_zero(p, bytes);
-    device_synchronize(); /* other ranks may use it next */
+    device_synchronize(); /* another rank may use it next */
     return p;
 }
 
@@ -254,11 +255,11 @@ static void device_free(void *p)
 {
     if (!p) return;
     if (this_gpu.selected)
-        device_synchronize(); /* cudaFree need not wait for kernels that use it */
+        device_synchronize(); /* cudaFree itself may not wait for kernels that still use it */
     CUDA_CHECK(cudaFree(p));
 }
 
-/* Bytes of all GPUs together. */
+/* The memory of all GPUs together, in bytes. */
 static double device_memory(void)
 {
     double total = 0;
@@ -273,7 +274,7 @@ static double device_memory(void)
 static void device_upload(void *to, const void *from, size_t bytes)
 {
     CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, gpu()->stream));
-    device_synchronize(); /* `from` may be changed from now on */
+    device_synchronize(); /* the caller may change `from` next */
 }
 
 static void device_download(void *to, const void *from, size_t bytes)
@@ -282,8 +283,8 @@ static void device_download(void *to, const void *from, size_t bytes)
     device_synchronize();
 }
 
-/* The rank's working space: what an operator leaves there is gone when the next one asks. Grows to
- * what is needed, so a later training step allocates nothing. */
+/* The rank's working space. Its contents last only until the next operator asks for it. It grows to
+ * the largest size that was asked for, so later training steps allocate nothing. */
 static void *workspace(size_t bytes)
 {
     Gpu *g = gpu();
@@ -304,7 +305,7 @@ static __global__ void convert_kernel(To *to, const From *from, size_t n)
     if (i < n) to[i] = (To)to_real(from[i]);
 }
 
-enum { CONVERT_RUN = 1 << 22 }; /* numbers that cross between float and act at a time */
+enum { CONVERT_RUN = 1 << 22 }; /* how many numbers are converted between float and act at a time */
 
 static void act_upload(act *to, const real *from, size_t n)
 {
@@ -330,14 +331,14 @@ static void act_download(real *to, const act *from, size_t n)
 
 /* ---- What kernels share ---------------------------------------------------------------------- */
 
-/* What one instruction moves, up to 16 bytes, or two where it is 32; whatever type its numbers
- * have. */
+/* What one instruction moves, up to 16 bytes; 32 bytes take two. It may stand for numbers of any
+ * type. */
 template <int BYTES> struct alignas(BYTES < 16 ? BYTES : 16) Words {
     uint32_t w[BYTES / 4];
 } __attribute__((may_alias));
 
 #if defined PRECISION_BF16 || defined PRECISION_FP16
-/* Two numbers as one word, x at the lower address. */
+/* Two numbers packed into one word, x at the lower address. */
 static __device__ inline uint32_t pack(float x, float y)
 {
 #ifdef PRECISION_BF16
@@ -350,7 +351,7 @@ static __device__ inline uint32_t pack(float x, float y)
     return word;
 }
 
-/* The first word of act, or of real, that stands for x. */
+/* The word that holds the first two numbers of x, as act, or the first one, as real. */
 static __device__ inline uint32_t first_word(const act *, const real *x)
 {
     return pack(x[0], x[1]);
@@ -361,7 +362,8 @@ static __device__ inline uint32_t first_word(const real *, const real *x)
     return __float_as_uint(x[0]);
 }
 
-/* x = W numbers, from memory that is aligned to as many, or to 16 bytes. */
+/* Reads W numbers from memory. It is aligned to the size of all W, or to 16 bytes if that is
+ * more. */
 template <int W, typename T> static __device__ inline void load(real (&x)[W], const T *from)
 {
     T number[W];
@@ -374,7 +376,7 @@ template <int W, typename T> static __device__ inline void load(real (&x)[W], co
     for (int i = 0; i < W; i++) x[i] = to_real(number[i]);
 }
 
-/* And back. */
+/* Writes W numbers to memory, aligned in the same way. */
 template <int W, typename T> static __device__ inline void store(T *to, const real (&x)[W])
 {
     if constexpr (W == 1) *to = (T)x[0];
@@ -387,13 +389,13 @@ template <int W, typename T> static __device__ inline void store(T *to, const re
     }
 }
 
-/* May rows of C numbers at these addresses be read WIDE at a time? */
+/* Can rows of C numbers at these addresses be read WIDE numbers at a time? */
 template <typename... P> static bool wide(size_t C, const P *...address)
 {
     return C % WIDE == 0 && (((uintptr_t)address % 16 == 0) && ...);
 }
 
-/* Threads of a block that has one row of C numbers, W a thread at a time. */
+/* How many threads a block has for one row of C numbers, when a thread takes W at a time. */
 static unsigned row_threads(size_t C, size_t W)
 {
     return (unsigned)min_size(round_up(ceil_div(C, W), WARP), 512);
@@ -402,15 +404,15 @@ static unsigned row_threads(size_t C, size_t W)
 struct Add {
     template <typename T> static __device__ T of(T a, T b) { return a + b; }
 };
-struct Max { /* passes over NaNs */
+struct Max { /* ignores NaNs */
     template <typename T> static __device__ T of(T a, T b) { return b > a || a != a ? b : a; }
 };
 
 static const unsigned ALL_LANES = 0xFFFFFFFF;
 
-/* x[i] of every thread = x[i] of all threads of the block together, i < N, in the same order for
- * everyone. All threads must come; it ends in a barrier. Warps first, by shuffles, then their
- * results, by way of shared memory. */
+/* Combines x[i] of all threads of the block, for each i < N; every thread gets the result. The
+ * order is always the same. All threads must call it, and it ends with a barrier. First each warp
+ * combines its values by shuffles, then the warps' results meet in shared memory. */
 template <typename Op, int N, typename T> static __device__ void block_reduce(T (&x)[N])
 {
     __shared__ T side[N][WARP];
@@ -431,11 +433,11 @@ template <typename Op, int N, typename T> static __device__ void block_reduce(T 
 
 /* ---- Dropout --------------------------------------------------------------------------------- */
 
-/* A site's dropout as kernels want it. */
+/* One site's dropout in the form that kernels use. */
 typedef struct {
     Dropout d;
     uint32_t threshold;
-    real scale; /* of what is kept */
+    real scale; /* numbers that are kept are multiplied by this */
 } Mask;
 
 static Mask make_mask(Dropout d)
@@ -444,8 +446,8 @@ static Mask make_mask(Dropout d)
     return m;
 }
 
-/* Bit i: element index + i of the stream is kept, i < 4. Two calls of philox where they straddle
- * its blocks, and none where there is no dropout. */
+/* Bit i of the result: element index + i of the stream is kept, i < 4. Philox is called twice if
+ * the four lie in two of its blocks, and not at all without dropout. */
 static __device__ inline uint32_t keep_four(const Mask &m, uint64_t index)
 {
     const int skip = (int)(index % 4);
@@ -477,9 +479,10 @@ template <int W> static __device__ inline void apply_mask(real (&x)[W], const Ma
 
 enum { SUM_WARPS = 8, SUM_BLOCKS = 512 };
 
-/* part (chunks,C) = column sums over each chunk of rows of x (N,C), times their mask; y (N,C) = the
- * masked x, or NULL. A warp has 32 W columns, W a lane, and every eighth row of its block's chunk;
- * the block's eight warps add up in shared memory. Grid: groups of columns, chunks. */
+/* part (chunks,C) = column sums of each chunk of rows of x (N,C) times its mask. If y (N,C) is not
+ * NULL, it gets the masked x. A warp has 32 W columns, W for each lane, and every eighth row of its
+ * block's chunk. The block's eight warps add their sums up in shared memory. Grid: groups of
+ * columns, chunks. */
 template <int W>
 static __global__ void column_sums_kernel(real *part, act *y, const act *x, size_t N, size_t C,
                                           size_t chunk, Mask mask)
@@ -490,7 +493,7 @@ static __global__ void column_sums_kernel(real *part, act *y, const act *x, size
     const size_t end = min_size(first + chunk, N);
     real sum[W] = {};
     for (size_t n = first + warp; c < C && n < end; n += SUM_WARPS) {
-        /* It is a multiple of W anyway, but now nvcc sees it, and stores at once. */
+        /* This is a multiple of W anyway; now nvcc sees that too, and stores W numbers at once. */
         const size_t at = (n * C + c) / W * W;
         real v[W];
         load(v, x + at);
@@ -501,7 +504,7 @@ static __global__ void column_sums_kernel(real *part, act *y, const act *x, size
     }
 #pragma unroll
     for (int i = 0; i < W; i++)
-        side[warp][i * WARP + lane] = sum[i]; /* neighbouring lanes: neighbouring banks */
+        side[warp][i * WARP + lane] = sum[i]; /* neighbouring lanes use neighbouring banks */
     __syncthreads();
     for (int i = threadIdx.x; i < WARP * W; i += blockDim.x) {
         const size_t column = c0 + i % WARP * W + i / WARP;
@@ -511,8 +514,9 @@ static __global__ void column_sums_kernel(real *part, act *y, const act *x, size
     }
 }
 
-/* db (C) += the sums over chunks of part (chunks,columns); columns C .. 2C-1, where columns = 2C,
- * go to db2 (C). A block has 32 columns, one a lane, and its eight warps every eighth chunk. */
+/* db (C) += the sums over all chunks of part (chunks,columns). If columns = 2C, columns C .. 2C-1
+ * go to db2 (C). A block has 32 columns, one for each lane; each of its eight warps has every
+ * eighth chunk. */
 static __global__ void add_parts_kernel(act *db, act *db2, const real *part, size_t chunks,
                                         size_t columns, size_t C)
 {
@@ -536,7 +540,7 @@ static void add_parts(act *db, act *db2, const real *part, size_t chunks, size_t
            columns, C);
 }
 
-/* db (C) += column sums of x (N,C) times its mask; y (N,C) = the masked x, or NULL. */
+/* db (C) += column sums of x (N,C) times its mask. If y (N,C) is not NULL, it gets the masked x. */
 static void add_column_sums(act *db, act *y, const act *x, size_t N, size_t C, Mask mask)
 {
     const bool w = wide(C, x, y);
@@ -552,7 +556,7 @@ static void add_column_sums(act *db, act *y, const act *x, size_t N, size_t C, M
 
 /* ---- Matrix product -------------------------------------------------------------------------- */
 
-/* Largest power of two, up to 256, that divides all the addresses. */
+/* The largest power of two, up to 256, that divides all the addresses. */
 template <typename... P> static uint32_t alignment_of(const P *...address)
 {
     const uintptr_t all = ((uintptr_t)address | ...) | 256;
@@ -568,7 +572,7 @@ static void set_attribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttribute
 static void set_preference(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t name,
                            uint64_t value, size_t size)
 {
-    /* Little-endian: size may be 4. */
+    /* Bytes are little-endian, so size may be 4. */
     CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(p, name, &value, size));
 }
 
@@ -579,7 +583,7 @@ static cublasLtMatrixLayout_t matrix_layout(size_t rows, size_t cols)
     return layout;
 }
 
-/* The pointers that an epilogue reads or writes. */
+/* Sets the pointers that an epilogue reads or writes. */
 static void set_epilogue(cublasLtMatmulDesc_t desc, const Product *p, const act *bias,
                          const act *aux)
 {
@@ -595,12 +599,12 @@ static void set_epilogue(cublasLtMatmulDesc_t desc, const Product *p, const act 
     }
 }
 
-/* Asks cuBLASLt for its best algorithm. cuBLAS's matrices are column-major: ours, row-major, are
- * their transposes, so that c' = b' a' is what it is told to make. */
+/* Asks cuBLASLt for its best algorithm. cuBLAS's matrices are column-major, and ours are row-major:
+ * cuBLAS sees the transpose of each. So it is told to compute c' = b' a'. */
 static ProductPlan plan_product(const Product *p, const act *bias, const act *aux)
 {
-    enum { MOST = 32 << 20 }; /* bytes of working space: what NVIDIA advises for Hopper */
-    /* Addresses that are asked about, not read: any that are no better aligned do. */
+    enum { MOST = 32 << 20 }; /* bytes of working space, as NVIDIA advises for Hopper */
+    /* cuBLASLt looks only at the alignment of these addresses and reads nothing there. */
     const act *const bias_like = bias ? (const act *)(uintptr_t)p->bias_alignment : NULL;
     const act *const aux_like = aux ? (const act *)(uintptr_t)p->aux_alignment : NULL;
     const cublasOperation_t ta = p->b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -622,7 +626,7 @@ static ProductPlan plan_product(const Product *p, const act *bias, const act *au
 
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     set_preference(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, MOST, sizeof(uint64_t));
-    /* 2: parts in float. */
+    /* 2: partial sums are kept in float. */
     set_preference(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, 2, sizeof(uint32_t));
     for (int i = 0; i < 4; i++) /* CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, and of B, C and D */
         set_preference(preference, (cublasLtMatmulPreferenceAttributes_t)(5 + i), p->alignment,
@@ -639,8 +643,8 @@ static ProductPlan plan_product(const Product *p, const act *bias, const act *au
     return plan;
 }
 
-/* The plan of a product, made when it is met for the first time: asking takes longer than many a
- * product. */
+/* The plan of a product. It is made once, when the product first occurs, because asking takes
+ * longer than many products do. */
 static ProductPlan *find_plan(const Product *p, const act *bias, const act *aux)
 {
     Gpu *g = gpu();
@@ -653,9 +657,9 @@ static ProductPlan *find_plan(const Product *p, const act *bias, const act *aux)
     return plan;
 }
 
-/* c (M,N) [+]= a b, and the epilogue; a is (M,K), or (K,M) if transposed, b (K,N), or (N,K). bias
- * (N) and aux (M,N) are the epilogue's, or NULL. False, and nothing done, if cuBLASLt cannot do
- * it. */
+/* c (M,N) [+]= a b, then the epilogue. a is (M,K), or (K,M) if transposed; b is (K,N), or (N,K).
+ * bias (N) and aux (M,N) belong to the epilogue; they may be NULL. Returns false and does nothing
+ * if cuBLASLt cannot do it. */
 static bool matmul_epilogue(act *c, const act *a, bool a_transposed, const act *b,
                             bool b_transposed, size_t M, size_t N, size_t K, bool add,
                             cublasLtEpilogue_t epilogue, const act *bias, act *aux)
@@ -678,11 +682,11 @@ static bool matmul_epilogue(act *c, const act *a, bool a_transposed, const act *
         cublasLtMatmul(gpu()->lt, plan->desc, &one, b, plan->a, a, plan->b, &beta, c, plan->c, c,
                        plan->c, &plan->algorithm, space, plan->workspace, gpu()->stream);
     plan->possible = status != CUBLAS_STATUS_NOT_SUPPORTED && status != CUBLAS_STATUS_INVALID_VALUE;
-    if (plan->possible) CUBLAS_CHECK(status); /* what it proposes is not promised to run */
+    if (plan->possible) CUBLAS_CHECK(status); /* a proposed algorithm may still fail to run */
     return plan->possible;
 }
 
-/* c (M,N) [+]= a b, as above: by cuBLAS, which takes any shape, where cuBLASLt refuses. */
+/* c (M,N) [+]= a b, as above. Where cuBLASLt refuses, cuBLAS does it, which takes any shape. */
 static void matmul(act *c, const act *a, bool a_transposed, const act *b, bool b_transposed,
                    size_t M, size_t N, size_t K, bool add)
 {
@@ -694,7 +698,7 @@ static void matmul(act *c, const act *a, bool a_transposed, const act *b, bool b
     if (!g->blas) {
         CUBLAS_CHECK(cublasCreate(&g->blas));
         CUBLAS_CHECK(cublasSetStream(g->blas, g->stream));
-        /* Parts in float. */
+        /* Partial sums are kept in float. */
         const cublasMath_t mode = CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
         CUBLAS_CHECK(cublasSetMathMode(g->blas, mode));
     }
@@ -707,16 +711,16 @@ static void matmul(act *c, const act *a, bool a_transposed, const act *b, bool b
 
 /* ---- Linear layers [§3 eq.1, eq.3] ----------------------------------------------------------- */
 
-/* May GeLU be the product's epilogue? cuBLASLt's is the tanh form, on rows that are a multiple of 8
- * long. In float the product takes so long that a kernel of our own costs nothing, and its GeLU is
- * exact to float's last bits. */
+/* Can GeLU be the product's epilogue? cuBLASLt has the tanh form only, for rows whose length is a
+ * multiple of 8. In float the product takes so long that a kernel of our own costs nothing, and its
+ * GeLU is exact to the last bits of a float. */
 static bool gelu_fits(Gelu kind, size_t columns)
 {
     return !FULL_PRECISION && kind == GELU_TANH && columns % 8 == 0;
 }
 
-/* y (N,O) = x + b (O), then gelu of it if with_gelu; pre (N,O) gets what gelu is taken of, or is
- * NULL. x may be y or pre. A block has a row, a thread W neighbouring columns. */
+/* y (N,O) = x + b (O), or gelu of that if with_gelu. If pre (N,O) is not NULL, it gets x + b. x may
+ * be the same array as y or pre. A block has a row, a thread W neighbouring columns at a time. */
 template <int W>
 static __global__ void bias_gelu_kernel(act *y, act *pre, const act *x, const act *b, size_t O,
                                         bool with_gelu, Gelu kind)
@@ -741,7 +745,7 @@ static void bias_gelu(act *y, act *pre, const act *x, const act *b, size_t N, si
     LAUNCH_ROWS(bias_gelu_kernel, wide(O, y, pre, x, b), N, O, y, pre, x, b, O, with_gelu, kind);
 }
 
-/* dx (N,I) *= gelu'(pre). A block has a row, a thread W neighbouring columns. */
+/* dx (N,I) *= gelu'(pre). A block has a row, a thread W neighbouring columns at a time. */
 template <int W>
 static __global__ void gelu_slope_kernel(act *dx, const act *pre, size_t I, Gelu kind)
 {
@@ -824,9 +828,10 @@ static void token_embedding_forward(act *x, const int *tokens, const act *wte, s
 
 enum { SORT_TILE = 256 };
 
-/* order (N) = 0 .. N-1, sorted by tokens[n], equal tokens by n. Thread n counts what comes before
- * n, and that is its place: N^2 comparisons, but a billion of them take a tenth of a millisecond.
- * Tokens pass by in tiles, in shared memory. */
+/* order (N) = the numbers 0 .. N-1, sorted by tokens[n], and by n where tokens are equal. Thread n
+ * counts how many tokens come before its own; the count is its place. That takes N^2 comparisons,
+ * but a billion of them need only a tenth of a millisecond. The tokens pass through shared memory
+ * in tiles. */
 static __global__ void sort_tokens_kernel(int *order, const int *tokens, int N)
 {
     __shared__ int tile[SORT_TILE];
@@ -843,9 +848,9 @@ static __global__ void sort_tokens_kernel(int *order, const int *tokens, int N)
     if (n < N) order[place] = n;
 }
 
-/* dwte[token] += the sum of dx[n] over all n with this token. The block that stands at a token's
- * first place in the order has all of them: 32 W columns, W a lane, and its eight warps take every
- * eighth n. Grid: places, groups of columns. */
+/* dwte[token] += the sum of dx[n] over all n with this token. The block at a token's first place in
+ * the order adds up all of them: it has 32 W columns, W for each lane, and each of its eight warps
+ * takes every eighth n. Grid: places, groups of columns. */
 template <int W>
 static __global__ void token_embedding_backward_kernel(act *dwte, const act *dx, const int *tokens,
                                                        const int *order, size_t N, size_t C,
@@ -918,7 +923,7 @@ static void position_embedding_forward(act *x, const act *wpe, size_t B, size_t 
                 m);
 }
 
-/* A block has a position t, a thread W neighbouring columns of it, in all sequences. */
+/* A block has a position t in all sequences, a thread W neighbouring columns at a time. */
 template <int W>
 static __global__ void position_embedding_backward_kernel(act *dx, act *dwpe, size_t B, size_t T,
                                                           size_t C, Mask mask)
@@ -948,9 +953,9 @@ static void position_embedding_backward(act *dx, act *dwpe, size_t B, size_t T, 
 
 /* ---- LayerNorm ------------------------------------------------------------------------------- */
 
-/* One row by one block: y (C) = (x - mean) * rstd * g + b. Two passes, as on the CPU. A thread has
- * W neighbouring columns of each blockDim W, and reads nobody else's: so x may be what it has just
- * written. */
+/* One block computes one row: y (C) = (x - mean) * rstd * g + b. It takes two passes, as on the
+ * CPU. A thread has W neighbouring columns out of each blockDim W and reads only these. So x may be
+ * memory that this thread has just written. */
 template <int W>
 static __device__ void layernorm_row(act *y, real *mean, real *rstd, const act *x, const act *g,
                                      const act *b, size_t C, real eps)
@@ -1003,10 +1008,10 @@ static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, cons
                 eps);
 }
 
-/* dx as in megatron_gpt2.c, and part (gridDim,2,C) = sums of dg and of db over this block's rows,
- * every gridDim-th one. A thread has W neighbouring columns of each blockDim W, the same in all
- * rows, and keeps their sums in shared memory: column W p + i stands at i packs + p, so that lanes
- * use different banks. */
+/* dx as in megatron_gpt2.c, and part (gridDim,2,C) = sums of dg and of db over the block's rows:
+ * every gridDim-th row is this block's. A thread has W neighbouring columns out of each blockDim W,
+ * the same ones in all rows, and keeps their sums in shared memory. Column W p + i is stored at i
+ * packs + p, so that the lanes use different banks. */
 template <int W>
 static __global__ void layernorm_backward_kernel(act *dx, real *part, const act *dy, const act *x,
                                                  const act *g, const real *mean, const real *rstd,
@@ -1024,7 +1029,7 @@ static __global__ void layernorm_backward_kernel(act *dx, real *part, const act 
     for (size_t n = blockIdx.x; n < N; n += gridDim.x) {
         const act *dy_n = dy + n * C, *x_n = x + n * C;
         const real m = mean[n], r = rstd[n];
-        real sums[2] = {}; /* of dh, and of dh h */
+        real sums[2] = {}; /* sums of dh and of dh h */
         for (size_t p = threadIdx.x; p < packs; p += blockDim.x) {
             real d[W], v[W], gain[W];
             load(d, dy_n + p * W);
@@ -1098,7 +1103,8 @@ static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const a
 
 /* ---- Bias + dropout + residual (+ LayerNorm) ------------------------------------------------- */
 
-/* One row by one block: out (C) = residual + mask * (y + bias), for elements index .. index+C-1. */
+/* One block computes one row: out (C) = residual + mask * (y + bias), for the elements index ..
+ * index+C-1. */
 template <int W>
 static __device__ void bias_dropout_add_row(act *out, const act *y, const act *bias,
                                             const act *residual, size_t C, const Mask &mask,
@@ -1135,8 +1141,8 @@ static void bias_dropout_add_forward(act *out, const act *y, const act *bias, co
                 bias, residual, C, m);
 }
 
-/* A block has a row. LayerNorm reads res as it was rounded for backward, each thread what it wrote
- * itself. */
+/* A block has a row. LayerNorm reads res as it was rounded, as the backward pass will; each thread
+ * reads what it wrote itself. */
 template <int W>
 static __global__ void
 bias_dropout_add_layernorm_forward_kernel(act *ln, act *res, real *mean, real *rstd, const act *y,
@@ -1167,20 +1173,20 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
 
 /* ---- Causal self-attention [§3 Fig. 3b] ------------------------------------------------------ */
 
-/* Any head size, any type of act, products in float: the attention of megatron_gpt2.c, whose
- * comment tells the online softmax and what lse is. A block of 256 threads, 16 x 16, makes 64 x 64
- * scores of one head at a time:
+/* Attention for any head size and any type of act, with products in float. megatron_gpt2.c explains
+ * the online softmax and lse. A block of 256 threads, 16 x 16, computes 64 x 64 scores of one head
+ * at a time:
  *
  *                b' (D,64)
  *              +----------+      Thread (y, x) has rows 4y .. 4y+3 and columns x, x+16, x+32, x+48:
  *     a (64,D) | s (64,64)|      16 scores, in registers. Rows of a and b come through shared
  *              +----------+      memory, 32 columns of D at a time, read four numbers at a time.
  *
- * A row of scores is in the 16 neighbouring threads of one y, which find its maximum and sum by
- * shuffles. Then p (64,64) goes to shared memory, and o (64,COLUMNS) += p v: thread (y, x) has rows
- * 4y .. 4y+3 again, and columns 4x .. 4x+3 of each 64. COLUMNS is 64, or 128 where D is larger;
- * where that is not enough, blocks along the grid's z share the columns, and each makes the scores
- * for itself.
+ * A row of scores belongs to the 16 neighbouring threads of one y, which find its maximum and sum
+ * by shuffles. Then p (64,64) goes to shared memory, and o (64,COLUMNS) += p v. In that product
+ * thread (y, x) has rows 4y .. 4y+3 again, and columns 4x .. 4x+3 of each 64. COLUMNS is 64, or 128
+ * if D > 64. If D > 128, several blocks along the grid's z share the columns, and each computes the
+ * scores for itself.
  *
  *     forward   a block owns queries and walks over keys   S = Q K', O += dropout(P) V
  *     dQ        a block owns queries and walks over keys   S, dP = dO V', dQ += dS K
@@ -1188,14 +1194,14 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
  *                                                          dK += dS' Q
  *
  * Grid: heads of all sequences, blocks of 64 rows, groups of columns. Blocks above the diagonal are
- * skipped; the longest walks start first, so that the last ones to start are short. */
+ * skipped. The longest walks start first, so that the last ones to start are short. */
 enum { SIDE = 64, CHUNK = 32, ATTENTION_THREADS = 256 };
 
-/* Some rows of one head in global memory: row i begins at p + i * row. */
+/* Rows of one head in global memory: row i begins at p + i * row. */
 typedef struct {
     const act *p;
     size_t row;
-    int rows; /* that exist, from here on; the others are read as zeros */
+    int rows; /* how many rows exist from p on; further ones are read as zeros */
 } Rows;
 
 static __device__ inline Rows rows_from(const act *head, size_t row, int first, int T)
@@ -1204,21 +1210,20 @@ static __device__ inline Rows rows_from(const act *head, size_t row, int first, 
     return r;
 }
 
-/* What the threads of a block share. Rows are padded by one float4, so that those which are read
+/* What the threads of a block share. Rows are padded by one float4, so that rows which are read
  * together start in different banks. */
 struct AttentionShared {
     union {
-        float4 ab[2][SIDE]
-                 [CHUNK / 4 + 1];      /* columns of a and b on their way into a product over D */
-        float4 v64[CHUNK][64 / 4 + 1]; /* .. or rows of v into a product over 64 */
+        float4 ab[2][SIDE][CHUNK / 4 + 1]; /* columns of a and b, for a product over D */
+        float4 v64[CHUNK][64 / 4 + 1];     /* .. or rows of v, for a product over 64 */
         float4 v128[CHUNK][128 / 4 + 1];
     };
     float4 p[SIDE][SIDE / 4 + 1];
-    uint16_t keep[SIDE][SIDE / 16]; /* dropout's bits of 64 queries x 64 keys */
+    uint16_t keep[SIDE][SIDE / 16]; /* dropout's bits for 64 queries x 64 keys */
 };
 
-/* Four numbers of row r, from column c on; zeros where there are none. At once where rows begin at
- * multiples of four. */
+/* Four numbers of row r, from column c on; zeros outside the matrix. `vectors`: they can be read at
+ * once, because rows begin at multiples of four. */
 static __device__ inline float4 load_four(const Rows &m, int r, int c, int columns, bool vectors)
 {
     real x[4] = {};
@@ -1238,7 +1243,7 @@ static __device__ inline void multiply_rows(real (&s)[4][4], AttentionShared &sh
 #pragma unroll
     for (int i = 0; i < 16; i++) s[i / 4][i % 4] = 0;
     for (int c0 = 0; c0 < D; c0 += CHUNK) {
-        __syncthreads(); /* all are done with what stood there */
+        __syncthreads(); /* all threads are done with the old contents */
         for (int i = threadIdx.x; i < SIDE * CHUNK / 4; i += ATTENTION_THREADS) {
             const int r = i / (CHUNK / 4), c = i % (CHUNK / 4);
             shared.ab[0][r][c] = load_four(a, r, c0 + 4 * c, D, vectors);
@@ -1263,7 +1268,7 @@ static __device__ inline void multiply_rows(real (&s)[4][4], AttentionShared &sh
     }
 }
 
-/* Puts a thread's 16 numbers where accumulate() wants them. */
+/* Stores a thread's 16 numbers where accumulate() reads them. */
 static __device__ inline void put(AttentionShared &shared, const real (&p)[4][4])
 {
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
@@ -1290,8 +1295,8 @@ static __device__ inline void multiply_by(float4 &x, real factor)
     x.w *= factor;
 }
 
-/* o (64,COLUMNS) += shared.p (64,64) v (64,COLUMNS), of whose columns `columns` exist. It begins
- * with a barrier. */
+/* o (64,COLUMNS) += shared.p (64,64) v (64,COLUMNS); only the first `columns` columns exist. It
+ * begins with a barrier. */
 template <int COLUMNS>
 static __device__ inline void accumulate(float4 (&o)[4][COLUMNS / 64], AttentionShared &shared,
                                          const Rows &v, int columns, bool vectors)
@@ -1300,7 +1305,7 @@ static __device__ inline void accumulate(float4 (&o)[4][COLUMNS / 64], Attention
     float4(*const tile)[COLUMNS / 4 + 1] =
         (float4(*)[COLUMNS / 4 + 1])(COLUMNS == 64 ? (void *)shared.v64 : shared.v128);
     for (int k0 = 0; k0 < SIDE && k0 < v.rows; k0 += CHUNK) {
-        __syncthreads(); /* p has come, and all are done with what stood in tile */
+        __syncthreads(); /* p is complete, and all threads are done with the old tile */
         for (int i = threadIdx.x; i < CHUNK * COLUMNS / 4; i += ATTENTION_THREADS) {
             const int r = i / (COLUMNS / 4), c = i % (COLUMNS / 4);
             tile[r][c] = load_four(v, k0 + r, 4 * c, columns, vectors);
@@ -1323,7 +1328,8 @@ static __device__ inline void accumulate(float4 (&o)[4][COLUMNS / 64], Attention
     }
 }
 
-/* to (64,COLUMNS), rows to_row apart = o times factor[row], where rows and columns exist. */
+/* to (64,COLUMNS) = o times factor[row], where rows and columns exist. Rows of `to` are to_row
+ * apart. */
 template <int COLUMNS>
 static __device__ inline void
 write_columns(act *to, size_t to_row, const float4 (&o)[4][COLUMNS / 64], const real (&factor)[4],
@@ -1356,8 +1362,8 @@ static inline HOST_DEVICE Dropout head_dropout(Dropout d, size_t b, size_t h, si
     return d;
 }
 
-/* Draws shared.keep for queries i0 .. i0+63 and keys j0 .. j0+63: 16 bits a thread. The next
- * barrier makes them seen. */
+/* Draws shared.keep for queries i0 .. i0+63 and keys j0 .. j0+63, 16 bits a thread. Others may read
+ * it after the next barrier. */
 static __device__ inline void draw_keep(AttentionShared &shared, const Mask &m, int i0, int j0,
                                         int T)
 {
@@ -1375,7 +1381,7 @@ static __device__ inline real keep_factor(const AttentionShared &shared, const M
     return shared.keep[query][key / 16] >> key % 16 & 1 ? m.scale : 0;
 }
 
-/* x op the same of the 16 neighbouring threads that have parts of its row. */
+/* Combines x of the 16 neighbouring threads that share a row. */
 template <typename Op> static __device__ inline real row_reduce(real x)
 {
     for (int other = 8; other > 0; other /= 2) x = Op::of(x, __shfl_xor_sync(ALL_LANES, x, other));
@@ -1407,8 +1413,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
         for (int i = 0; i < 4; i++) {
             real now = -INFINITY, total = 0;
 #pragma unroll
-            for (int j = 0; j < 4;
-                 j++) { /* key j0 + x + 16 j is in the future of query i0 + 4 y + i */
+            for (int j = 0; j < 4; j++) { /* is key j0 + x + 16 j after query i0 + 4 y + i? */
                 s[i][j] = j0 + x + 16 * j > i0 + 4 * y + i ? -INFINITY : s[i][j] * scale;
                 now = Max::of(now, s[i][j]);
             }
@@ -1421,7 +1426,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
                 total += s[i][j];
                 s[i][j] *= keep_factor(shared, mask, 4 * y + i, x + 16 * j);
             }
-            /* The softmax is of all scores: dropout comes after it. */
+            /* The sum is over all scores: dropout comes after the softmax. */
             sum[i] = sum[i] * shrink + row_reduce<Add>(total);
 #pragma unroll
             for (int j = 0; j < COLUMNS / 64; j++) multiply_by(o[i][j], shrink);
@@ -1441,7 +1446,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
                            D - column, vectors);
 }
 
-/* delta (B,H,T) = sum over a head's columns of dout * out, both (B,T,H*D): a warp a row. */
+/* delta (B,H,T) = sum of dout * out over a head's columns; both are (B,T,H*D). A warp has a row. */
 static __global__ void attention_delta_kernel(real *delta, const act *dout, const act *out,
                                               size_t rows, size_t T, size_t H, size_t D)
 {
@@ -1454,7 +1459,7 @@ static __global__ void attention_delta_kernel(real *delta, const act *dout, cons
     if (row < rows && threadIdx.x % WARP == 0) delta[(b * H + h) * T + t] = sum;
 }
 
-/* Scores s become the dropped-out P, and dp = dO V' becomes dS. */
+/* Turns scores s into P after dropout, and dp = dO V' into dS. */
 static __device__ inline void softmax_backward(real &s, real &dp, bool visible, real scale,
                                                real lse, real delta, real keep)
 {
@@ -1519,7 +1524,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
     mask.d = head_dropout(mask.d, b, h, T);
 
     for (int i0 = j0; i0 < T; i0 += SIDE) {
-        real s[4][4], dp[4][4]; /* their rows are keys, their columns queries */
+        real s[4][4], dp[4][4]; /* rows are keys, columns are queries */
         if (mask.d.p > 0) draw_keep(shared, mask, i0, j0, T);
         multiply_rows(s, shared, rows_from(k, 3 * C, j0, T), rows_from(q, 3 * C, i0, T), D,
                       vectors);
@@ -1536,7 +1541,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
         }
         put(shared, s);
         accumulate<COLUMNS>(dv, shared, rows_from(go + column, C, i0, T), D - column, vectors);
-        __syncthreads(); /* all are done with P */
+        __syncthreads(); /* all threads are done with P */
         put(shared, dp);
         accumulate<COLUMNS>(dk, shared, rows_from(q + column, 3 * C, i0, T), D - column, vectors);
     }
@@ -1545,7 +1550,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
     write_columns<COLUMNS>(to + 2 * C, 3 * C, dv, ones, T - j0, D - column, vectors);
 }
 
-/* Launches the kernel<COLUMNS> that fits. */
+/* Starts the kernel<COLUMNS> that fits D. */
 #define LAUNCH_ATTENTION(kernel, B, T, H, D, ...)                                                  \
     do {                                                                                           \
         const dim3 grid(blocks((B) * (H), 1), blocks(T, SIDE), blocks(D, (D) > 64 ? 128 : 64));    \
@@ -1560,33 +1565,34 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
 /* ---- The same on tensor cores, for act of 16 bits and heads of 64, 96 or 128 ----------------- */
 
 #if defined PRECISION_BF16 || defined PRECISION_FP16
-/* Flash attention: the online softmax of megatron_gpt2.c with its products on tensor cores. A block
- * of four warps owns some rows of one head and streams the other side past them. A warp works on 16
- * M of the rows by itself, and meets the others only where shared memory changes hands. No kernel
- * writes what two blocks own:
+/* Flash attention: the online softmax of megatron_gpt2.c, with products on tensor cores. A block of
+ * four warps owns some rows of one head, and the other side streams past them. Each warp works on
+ * 16 M of the rows by itself; it waits for the other warps only when shared memory is refilled. No
+ * two blocks write to the same place:
  *
  *     forward    a block owns queries, keys stream past    S = Q K', O = dropout(P) V
  *     dQ         a block owns queries, keys stream past    S, dP = dO V', dQ = dS K
  *     dK, dV     a block owns keys, queries stream past    S', dP', dV = dropout(P)' dO, dK = dS' Q
  *
- * Backward makes seven products where one kernel would make five, but each sum has one order, and
- * needs no atomics.
+ * The backward pass makes seven products where a single kernel would make five. But so each sum has
+ * one fixed order and needs no atomics.
  *
- * One instruction multiplies tiles, C (16,8) += A (16,16) B (16,8). Of these lane 4 g + t of the
- * warp holds
+ * One instruction multiplies tiles: C (16,8) += A (16,16) B (16,8). Lane 4 g + t of the warp holds
+ * these elements of them:
  *
  *                 columns                        columns                             column
  *              2t    2t+1                2t, 2t+1   2t+8, 2t+9                          g
  *     row g    c[0]  c[1]       row g      a[0]        a[2]       rows 2t,   2t+1     b[0]
  *     row g+8  c[2]  c[3]       row g+8    a[1]        a[3]       rows 2t+8, 2t+9     b[1]
  *
- * c in float, a and b two act a word. So two tiles of C side by side, rounded to act, are one of A:
- * the softmax goes from S to P V in registers. A matrix c (16 M, N) in registers is c[M][N / 8][4].
+ * c is in float; a and b have two act in a word. So two tiles of C side by side, rounded to act,
+ * are one tile of A: the softmax goes from S to P V in registers. A matrix c (16 M, N) in registers
+ * is c[M][N / 8][4].
  *
- * Dropout wants four neighbouring columns in one lane, since that is what a call of philox gives.
- * So the rows that stream past are stored, of every 16, in the order 0 1 4 5 8 9 12 13 2 3 6 7 10
- * 11 14 15: as columns 2t and 2t+1 of a tile and of the next one, a lane meets 4t .. 4t+3. Sums
- * over them do not care. */
+ * Dropout needs four neighbouring columns in one lane, because one call of philox draws for four.
+ * So of every 16 rows that stream past, the order in shared memory is 0 1 4 5 8 9 12 13 2 3 6 7 10
+ * 11 14 15. Columns 2t and 2t+1 of a tile and of the next one are then 4t .. 4t+3. The order does
+ * not matter to sums over these rows. */
 
 #ifdef __CUDACC__
 #ifdef PRECISION_BF16
@@ -1610,8 +1616,8 @@ static __device__ inline uint32_t shared_address(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-/* Four tiles of 8 x 8 act from shared memory: r[i] = columns 2t and 2t+1 of row g of tile i. Lane l
- * tells where row l % 8 of tile l / 8 begins. */
+/* Loads four tiles of 8 x 8 act from shared memory: r[i] = columns 2t and 2t+1 of row g of tile i.
+ * Lane l passes the address of row l % 8 of tile l / 8. */
 static __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const act *row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -1620,7 +1626,7 @@ static __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const act *row)
                  : "memory");
 }
 
-/* The same, but rows 2t and 2t+1 of column g. */
+/* The same, but r[i] = rows 2t and 2t+1 of column g. */
 static __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const act *row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -1629,8 +1635,8 @@ static __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const act *row
                  : "memory");
 }
 
-/* Copies 16 bytes to shared memory while the thread goes on; zeros, and nothing is read, where not
- * valid. */
+/* Copies 16 bytes to shared memory while the thread goes on. If not valid, it reads nothing and
+ * writes zeros. */
 static __device__ inline void cp_async_16(void *to, const void *from, bool valid)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
@@ -1638,7 +1644,8 @@ static __device__ inline void cp_async_16(void *to, const void *from, bool valid
                  : "memory");
 }
 
-/* Ends a group of this thread's copies; waits until all but its latest N groups have come. */
+/* cp_async_commit ends a group of this thread's copies; cp_async_wait waits until all groups but
+ * the latest N have arrived. */
 static __device__ inline void cp_async_commit()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -1651,15 +1658,15 @@ template <int N> static __device__ inline void cp_async_wait()
 
 enum { FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP };
 
-/* Rows in shared memory are padded by 16 bytes: so the eight that ldmatrix reads together are in
- * different banks. */
+/* Rows in shared memory are padded by 16 bytes. So the eight rows that ldmatrix reads together are
+ * in different banks. */
 template <int D> struct Row {
     enum { SIZE = D + 8 };
 };
 
-/* How much a kernel does at a time. M: tiles of 16 rows a warp owns. N: columns of S in registers.
- * STREAM: rows in one of the stream's two stages. KEEP: the owned rows stay in registers too.
- * BLOCKS: so many should find room on an SM. */
+/* How much a kernel does at a time. M: how many tiles of 16 rows a warp owns. N: columns of S in
+ * registers. STREAM: rows in each of the stream's two stages. KEEP: the owned rows stay in
+ * registers, too. BLOCKS: how many blocks should fit on an SM. */
 template <int D, bool DROP> struct FlashForward {
     enum {
         M = 2,
@@ -1700,7 +1707,8 @@ template <int D, bool DROP> struct FlashBackwardKV {
     };
 };
 
-/* Where this lane's c[m][n][e] is in the matrix; columns in the order of the stream. */
+/* Row and column of this lane's c[m][n][e] in the matrix. Columns are in the order of the
+ * stream. */
 static __device__ inline int row_of(int m, int e)
 {
     return 16 * m + threadIdx.x % WARP / 4 + 8 * (e / 2);
@@ -1710,8 +1718,8 @@ static __device__ inline int column_of(int n, int e)
     return 16 * (n / 2) + 4 * (threadIdx.x % 4) + 2 * (n % 2) + e % 2;
 }
 
-/* Starts the copy of COUNT rows of D numbers to shared memory. A thread takes 16 bytes of every
- * eighth or sixteenth row, always the same columns. */
+/* Starts the copy of COUNT rows of D numbers to shared memory. A thread copies 16 bytes of every
+ * eighth or sixteenth row, always of the same columns. */
 template <int D, int COUNT, bool STREAMED>
 static __device__ inline void load_rows(act *to, Rows from)
 {
@@ -1730,7 +1738,8 @@ static __device__ inline void load_rows(act *to, Rows from)
     }
 }
 
-/* Two matrices, one behind the other, as one group to wait for. */
+/* Starts the copy of two matrices, one behind the other in shared memory, as one group to wait
+ * for. */
 template <int D, int COUNT, bool STREAMED>
 static __device__ inline void load_pair(act *to, Rows x, Rows y)
 {
@@ -1739,7 +1748,7 @@ static __device__ inline void load_pair(act *to, Rows x, Rows y)
     cp_async_commit();
 }
 
-/* a = the 16 M rows at `rows`, 16 columns. */
+/* Loads a = 16 columns of the 16 M rows at `rows`. */
 template <int M, int D>
 static __device__ inline void load_tiles(uint32_t (&a)[M][4], const act *rows)
 {
@@ -1749,8 +1758,8 @@ static __device__ inline void load_tiles(uint32_t (&a)[M][4], const act *rows)
         ldmatrix_x4(a[m], rows + (16 * m + lane % 16) * Row<D>::SIZE + lane / 16 * 8);
 }
 
-/* The owned side of a product over D: kept in registers, or read again from shared memory each
- * time. */
+/* The owned side of a product over D. It is kept in registers, or read from shared memory again
+ * each time. */
 template <int M, int D, bool KEEP> struct Owned {
     const act *rows;
     uint32_t a[KEEP ? D / 16 : 1][M][4];
@@ -1817,8 +1826,8 @@ static __device__ inline void multiply_nn(float (&c)[M][D / 8][4], const float (
     }
 }
 
-/* Scores of keys after their query become -infinity. ahead: first key - first query of s, whose
- * rows are queries, or keys. */
+/* Sets scores of keys after their query to -infinity. ahead = first key - first query of s. The
+ * rows of s are queries, or keys if ROWS_ARE_KEYS. */
 template <bool ROWS_ARE_KEYS, int M, int TILES>
 static __device__ inline void mask_future(float (&s)[M][TILES][4], int ahead)
 {
@@ -1828,14 +1837,14 @@ static __device__ inline void mask_future(float (&s)[M][TILES][4], int ahead)
         for (int n = 0; n < TILES; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                /* Query - key, or key - query, less ahead. */
+                /* Query - key + ahead; if ROWS_ARE_KEYS, key - query - ahead. */
                 const int below = row_of(m, e) - column_of(n, e);
                 if (ROWS_ARE_KEYS ? ahead + below > 0 : ahead > below) s[m][n][e] = -INFINITY;
             }
 }
 
-/* Which elements of c (16M,N) dropout keeps: bit 4n + e of keep[m] is for c[m][n][e]. Row 0, column
- * 0 of c has this index, and a row T numbers. */
+/* Which elements of c (16M,N) dropout keeps: bit 4n + e of keep[m] is for c[m][n][e]. `index` is
+ * that of row 0, column 0 of c; a row has T numbers. */
 template <int M, int N>
 static __device__ inline void keep_by_rows(uint32_t (&keep)[M], const Mask &mask, uint64_t index,
                                            int T)
@@ -1848,15 +1857,15 @@ static __device__ inline void keep_by_rows(uint32_t (&keep)[M], const Mask &mask
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
                 const uint64_t at = index + (uint64_t)row_of(m, e) * T + column_of(n, 0);
-                const uint32_t bits = keep_four(mask, at); /* two in tile n, two in the next */
+                const uint32_t bits = keep_four(mask, at); /* two for this tile, two for the next */
                 keep[m] |= ((bits & 3) | (bits & 12) << 2) << (4 * n + e);
             }
     }
 }
 
-/* The same for c (16,N) of a transposed matrix, a column of which has T numbers. Four neighbouring
- * numbers of a column are in four lanes, of one t and neighbouring g, which hold four such groups
- * of each tile: each lane draws one of them for all. */
+/* The same for c (16,N) of a transposed matrix, whose columns have T numbers. Four neighbouring
+ * numbers of a column belong to four lanes with the same t and neighbouring g. These lanes share
+ * four such groups in each tile: each lane draws one group for all four. */
 template <int N>
 static __device__ inline void keep_by_columns(uint32_t (&keep)[1], const Mask &mask, uint64_t index,
                                               int T)
@@ -1876,13 +1885,13 @@ static __device__ inline void keep_by_columns(uint32_t (&keep)[1], const Mask &m
     }
 }
 
-/* The rows of c (16M,D) times factor, from row `valid` on none, to global memory by way of the
- * warp's own rows in shared memory: 16 bytes a lane. */
+/* Writes the first `valid` rows of c (16M,D), times factor, to global memory, 16 bytes a lane. They
+ * pass through the warp's own rows in shared memory. */
 template <int M, int D>
 static __device__ inline void write_rows(act *to, size_t to_row, int valid,
                                          const float (&c)[M][D / 8][4], float factor, act *rows)
 {
-    __syncwarp(); /* the last products have read the rows */
+    __syncwarp(); /* the last products no longer read the rows */
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -1904,8 +1913,9 @@ static __device__ inline void write_rows(act *to, size_t to_row, int valid,
 
 static const float LOG2_E = 1.44269504f;
 
-/* out (B,T,H*D), lse (B,H,T), of qkv (B,T,3*H*D), as attention_forward has them. Grid: heads of all
- * sequences, then blocks of queries, the longest first: the last to start are short. */
+/* out (B,T,H*D) and lse (B,H,T) of qkv (B,T,3*H*D), as in attention_forward. Grid: heads of all
+ * sequences, then blocks of queries. The longest blocks start first, so that the last to start are
+ * short. */
 template <int D, bool DROP>
 static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::BLOCKS)
     flash_forward_kernel(act *out, real *lse, const act *qkv, int T, int H, Mask mask)
@@ -1929,7 +1939,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
     __syncthreads();
     Owned<M, D, Size::KEEP> owned(queries + warp * 16 * M * ROW);
 
-    /* Of a lane's rows; sum is of its columns only. */
+    /* Of this lane's rows; sum covers only this lane's columns. */
     float o[M][D / 8][4] = {}, top[M][2], sum[M][2] = {};
     for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
     for (int j0 = 0, stage = 0; j0 < keys; j0 += N, stage ^= 1) {
@@ -1939,7 +1949,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
         if (j0 + N < keys)
             load_pair<D, N, true>(stream + (stage ^ 1) * 2 * N * ROW,
                                   rows_from(k, 3 * C, j0 + N, T), rows_from(v, 3 * C, j0 + N, T));
-        if (j0 > first + 16 * M - 1) continue; /* the future of all this warp's queries */
+        if (j0 > first + 16 * M - 1) continue; /* keys after all of this warp's queries */
 
         uint32_t keep[M];
         float s[M][N / 8][4];
@@ -1964,7 +1974,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
 #pragma unroll
                     for (int e = 2 * half; e < 2 * half + 2; e++) {
                         const float p = exp2f(s[m][n][e] * scale2 - now * scale2);
-                        /* The softmax is of all scores: dropout comes after it. */
+                        /* The sum is over all scores: dropout comes after the softmax. */
                         sum[m][half] += p;
                         s[m][n][e] = DROP && !(keep[m] >> (4 * n + e) & 1) ? 0 : p;
                     }
@@ -1997,7 +2007,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
                      DROP ? mask.scale : 1, queries + warp * 16 * M * ROW);
 }
 
-/* Scores s become the dropped-out P but for its factor 1/(1-p), and dp = dO V' becomes dS, at
+/* Turns scores s into P after dropout, without its factor 1/(1-p), and dp = dO V' into dS, at
  * c[m][n][e]. */
 template <bool DROP>
 static __device__ inline void flash_softmax_backward(float &s, float &dp, float scale2, float lse2,
@@ -2009,7 +2019,7 @@ static __device__ inline void flash_softmax_backward(float &s, float &dp, float 
     dp = p * (dp - delta);
 }
 
-/* dq of dqkv (B,T,3*H*D). Grid as flash_forward_kernel's. */
+/* dq of dqkv (B,T,3*H*D). The grid is that of flash_forward_kernel. */
 template <int D, bool DROP>
 static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardQ<D, DROP>::BLOCKS)
     flash_backward_q_kernel(act *dqkv, const real *delta, const act *dout, const real *lse,
@@ -2078,14 +2088,14 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardQ<D, DROP>:
                      queries + warp * 16 * M * ROW);
 }
 
-/* lse, times log2(e), and delta of query i of this block's head; zeros from T on. */
+/* lse times log2(e), and delta, of query i of this block's head; zeros if i >= T. */
 static __device__ inline float2 query_statistics(const real *lse, const real *delta, int i, int T)
 {
     const size_t at = (size_t)blockIdx.x * T + i;
     return i < T ? make_float2(lse[at] * LOG2_E, delta[at]) : make_float2(0, 0);
 }
 
-/* dk and dv of dqkv. Grid: heads of all sequences, then blocks of keys: the first ones are the
+/* dk and dv of dqkv. Grid: heads of all sequences, then blocks of keys. The first blocks are the
  * longest. */
 template <int D, bool DROP>
 static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardKV<D, DROP>::BLOCKS)
@@ -2095,7 +2105,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardKV<D, DROP>
     typedef FlashBackwardKV<D, DROP> Size;
     enum { M = Size::M, N = Size::N, STREAM = Size::STREAM, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
     extern __shared__ float4 shared[];
-    /* Of two queries of a stage: lse, delta, lse, delta. */
+    /* For two queries each: lse, delta, lse, delta. */
     __shared__ float4 statistics[2][STREAM / 2];
     act *const keys = (act *)shared, *const values = keys + ROWS * ROW;
     act *const stream = values + ROWS * ROW;
@@ -2132,7 +2142,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardKV<D, DROP>
 #pragma unroll
         for (int i = 0; i < STREAM; i += N) {
             const int i0 = first_query + i;
-            if (i0 + N <= first) continue; /* the past of all this warp's keys */
+            if (i0 + N <= first) continue; /* queries before all of this warp's keys */
             uint32_t keep[M];
             float s[M][N / 8][4], dp[M][N / 8][4];
             if (DROP) keep_by_columns<N>(keep, mask, mask.d.first + (uint64_t)i0 * T + first, T);
@@ -2160,7 +2170,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardKV<D, DROP>
     write_rows<M, D>(to + 2 * C, 3 * C, T - first, dv, keep_scale, values + warp * 16 * M * ROW);
 }
 
-/* Starts a kernel above with its shared memory, more than a kernel has unasked. */
+/* Starts a kernel above. It needs more shared memory than a kernel has by default. */
 #define LAUNCH_FLASH(kernel, Size, B, T, H, ...)                                                   \
     do {                                                                                           \
         CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,       \
@@ -2194,7 +2204,7 @@ static void flash_backward(act *dqkv, const real *delta, const act *dout, const 
         else f<D, false>(__VA_ARGS__);                                                             \
     } while (0)
 
-/* Calls the f<D, DROP> that fits: there are three head sizes. */
+/* Calls the f<D, DROP> that fits. There are three head sizes. */
 #define FLASH_BY_SIZE(f, D, drop, ...)                                                             \
     do {                                                                                           \
         if ((D) == 64) FLASH_BY_DROP(f, 64, drop, __VA_ARGS__);                                    \
@@ -2237,7 +2247,8 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
     LAUNCH_ATTENTION(attention_backward_kv_kernel, B, T, H, D, dqkv, delta, dout, lse, qkv);
 }
 
-/* Rows past .. of the caches (positions,C) = K and V of qkv (n,3C). A block has a row. */
+/* Appends K and V of qkv (n,3C) to the caches (positions,C), from row `past` on. A block has a
+ * row. */
 static __global__ void append_kernel(act *k_cache, act *v_cache, const act *qkv, size_t past,
                                      size_t C)
 {
@@ -2248,10 +2259,10 @@ static __global__ void append_kernel(act *k_cache, act *v_cache, const act *qkv,
     }
 }
 
-/* One query of one head against all keys so far. Each of the block's eight warps takes every eighth
- * key, with a softmax of its own: lanes share the columns of the dot product, and a lane has four
- * columns of o, 32 apart. In the end the eight softmaxes become one. Grid: heads, queries, groups
- * of 128 columns. */
+/* One query of one head meets all keys so far. Each of the block's eight warps takes every eighth
+ * key and has a softmax of its own. Its lanes share the columns of the dot product, and each lane
+ * has four columns of o, 32 apart. At the end the eight softmaxes become one. Grid: heads, queries,
+ * groups of 128 columns. */
 static __global__ void attention_cached_forward_kernel(act *out, const act *k_cache,
                                                        const act *v_cache, const act *qkv,
                                                        size_t past, int D)
@@ -2287,7 +2298,7 @@ static __global__ void attention_cached_forward_kernel(act *out, const act *k_ca
     real all = tops[0], total = 0, value = 0;
     for (int w = 1; w < SUM_WARPS; w++) all = Max::of(all, tops[w]);
     for (int w = 0; w < SUM_WARPS; w++) {
-        const real share = expf(tops[w] - all); /* 0 for a warp that had no key */
+        const real share = expf(tops[w] - all); /* 0 if the warp had no key */
         total += sums[w] * share;
         value += parts[w][c] * share;
     }
@@ -2299,7 +2310,7 @@ static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const
 {
     const Dropout none = {0, 0, 0, 0, 0, H};
     LAUNCH(append_kernel, blocks(n, 1), row_threads(H * D, 1), k_cache, v_cache, qkv, past, H * D);
-    if (past == 0 && n > 1) { /* a prompt: nothing but itself to attend to */
+    if (past == 0 && n > 1) { /* a prompt attends only to itself */
         attention_forward(out, (real *)workspace(H * n * sizeof(real)), qkv, 1, n, H, D, none);
         return;
     }
@@ -2310,8 +2321,8 @@ static void attention_cached_forward(act *out, act *k_cache, act *v_cache, const
 
 /* ---- Softmax and cross entropy over a slice of the vocabulary [§3] --------------------------- */
 
-/* A block has a row of logits (N,Vp), a thread W neighbouring ones of each blockDim W; so have the
- * two kernels below. */
+/* A block has a row of logits (N,Vp), a thread W neighbouring columns out of each blockDim W. The
+ * two kernels below do the same. */
 template <int W>
 static __global__ void logits_max_kernel(real *max, const act *logits, size_t Vp, size_t valid)
 {
@@ -2405,7 +2416,7 @@ static void cross_entropy_backward(act *logits, const real *max, const real *sum
 
 /* ---- Optimiser's and collectives' inner loops ------------------------------------------------ */
 
-/* AdamW's numbers in float, as all threads need them. */
+/* AdamW's numbers in float, the same for all threads. */
 typedef struct {
     real lr, decay, eps, grad_scale, b1, b2, r1, r2, c1, c2;
 } AdamWReal;
@@ -2455,8 +2466,8 @@ static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n
 
 enum { SQUARES_BLOCKS = 1024 };
 
-/* part[block] = sum of squares of what its threads meet: W neighbouring numbers of each gridDim
- * blockDim W. */
+/* part[block] = sum of squares of the numbers that the block's threads read: W neighbouring ones
+ * out of each gridDim blockDim W. */
 template <int W> static __global__ void sum_squares_kernel(double *part, const act *x, size_t n)
 {
     double sum[1] = {};
@@ -2505,8 +2516,8 @@ static __global__ void reduce_slice_kernel(void *const *x, int ranks, size_t beg
     for (int r = 0; r < ranks; r++) store((T *)x[r] + begin + i, total);
 }
 
-/* The kernel finds the ranks' pointers in the working space. They come there in the stream's order,
- * from x on the host, which stays as it is until the collective has waited for the stream. */
+/* The ranks' pointers go to the working space, where the kernel reads them. The copy runs in the
+ * stream; the host's array x stays unchanged until the collective has waited for the stream. */
 template <typename T>
 static void reduce_slice_of(void *const *x, int ranks, size_t begin, size_t n, Op op)
 {
