@@ -60,7 +60,8 @@ static const cublasComputeType_t COMPUTE_TYPE = CUBLAS_COMPUTE_32F;
  * thread works on which numbers.
  *
  * A thread reads 16 bytes at a time where the length and the address of rows allow it. Such kernels
- * have a parameter W, how many numbers a thread takes at once: WIDE, or 1 for rows of any length. */
+ * have a parameter W, how many numbers a thread takes at once: WIDE, or 1 for rows of any
+ * length. */
 
 enum { WARP = 32, WIDE = 16 / sizeof(act), FULL_PRECISION = sizeof(act) == sizeof(real) };
 

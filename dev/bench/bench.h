@@ -13,15 +13,15 @@ static int *random_tokens(size_t n, size_t V)
     return tokens;
 }
 
-/* A Feed: every micro-batch is the same tokens, source (B * T + 1). */
+/* A Feed that gives the same tokens for every micro-batch: source (B * T + 1). */
 static void feed_same(void *source, Rank *k, MicroBatch *mb, size_t i)
 {
     mb->sequence = i * k->B;
     set_tokens(k, mb, (const int *)source, NULL);
 }
 
-/* Says word, unless it is NULL, and waits for a line on stdin: others are at work then. 0: there
- * was none, the end. */
+/* Prints word, unless it is NULL, and waits for a line on stdin. Meanwhile others work. Returns 0
+ * at the end of stdin. */
 static int await_turn(const char *word)
 {
     int c;

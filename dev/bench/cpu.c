@@ -1,11 +1,11 @@
 /* cpu.c - how fast megatron_gpt2.c is on this CPU. dev/bench/cpu.sh runs it; README.md has more.
  *
  *     cpu turns ROUNDS COMMAND..   lets workers work in turns, and prints what they print; round 0
- *                                  is for warming up
- *     cpu peak COMMAND ARG..       runs it; peak of its memory, in bytes
+ *                                  only warms up
+ *     cpu peak COMMAND ARG..       runs it, and prints the peak of its memory in bytes
  *
- * and the workers. They do a turn's work for each line on stdin, and then say `done`, or `round`
- * where the next turn begins a round:
+ * The others are workers. A worker does one turn's work for each line on stdin. Then it prints
+ * `done`, or `round` if the next turn begins a new round:
  *
  *     cpu ceilings PART MB      registers' and memory's speed, over arrays of MB
  *     cpu sgemm ours|openblas CONFIG[+head]/M..
@@ -35,9 +35,10 @@
 #include <sys/resource.h>
 #include <sys/wait.h>
 
-/* Seconds: a product or attention, and steps, are repeated so long. */
+/* How long measurements are repeated, in seconds: SHORT for a product or attention, LONG for
+ * steps. */
 static const double SHORT = 0.02, LONG = 0.3;
-static volatile double sink; /* keeps loops alive whose results nobody else reads */
+static volatile double sink; /* results go here, so that the compiler keeps their loops */
 
 static int threads(void)
 {
@@ -57,7 +58,7 @@ static void use_threads(int n)
 #endif
 }
 
-/* A record of words, whose blanks it makes underscores. */
+/* Prints a record with a text as value. Blanks become underscores. */
 static void print_text(const char *kind, const char *name, const char *text)
 {
     printf("kind=%s name=%s text=", kind, name);
@@ -83,7 +84,7 @@ static real *random_reals(size_t n)
     return x;
 }
 
-/* How many calls take `seconds`, if one takes `one`. */
+/* How many calls take `seconds`, if one call takes `one`. */
 static size_t calls_for(double seconds, double one)
 {
     return one > 0 ? (size_t)least(ceil(seconds / one), 1000) : 1;
@@ -95,7 +96,7 @@ enum {
     CHAINS = 12,
     FMA_LOOPS = 10000000,
     PASSES = 4
-}; /* chains of multiply-adds that hide each other's latency, in registers */
+}; /* chains of multiply-adds in registers, which hide each other's latency */
 
 static double fma_loop(void)
 {
@@ -113,7 +114,7 @@ static double fma_loop(void)
     return sum;
 }
 
-/* From four places at once: one stream alone does not keep the memory busy. */
+/* Reads from four places at once, because one stream alone does not keep the memory busy. */
 static double read_loop(const real *x, size_t n)
 {
     enum { STREAMS = 4 };
@@ -154,17 +155,17 @@ static void ceilings(const char *part, size_t megabytes)
 
 /* ---- Products -------------------------------------------------------------------------------- */
 
-enum { ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112 }; /* CBLAS's */
+enum { ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112 }; /* constants of CBLAS */
 typedef void (*Sgemm)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a,
                       int lda, const float *b, int ldb, float beta, float *c, int ldc);
 
-/* One of a linear layer's three products: y = x w', dx = dy w, dw += dy' x; as our operators call
- * matmul. */
+/* One of a linear layer's three products, as our operators call matmul:
+ * y = x w', dx = dy w, dw += dy' x. */
 typedef struct {
     int kind;
     size_t N, I, O;
     real *x, *w, *dy, *out;
-    Sgemm openblas; /* NULL: ours */
+    Sgemm openblas; /* NULL: our matmul */
 } Product;
 
 static void run_product(const Product *p)
@@ -181,7 +182,7 @@ static void run_product(const Product *p)
     else linear_backward(NULL, p->out, NULL, p->dy, p->x, p->w, p->N, p->I, p->O);
 }
 
-/* |ours - openblas| / |openblas| of the same product, both from zeros. */
+/* |ours - openblas| / |openblas| for the same product; both start from zeros. */
 static double product_error(Product p, size_t n)
 {
     Product ours = p;
@@ -201,13 +202,13 @@ static double product_error(Product p, size_t n)
     return sqrt(difference / norm);
 }
 
-/* cblas_sgemm; NULL: it is not installed. */
+/* Returns cblas_sgemm, or NULL if OpenBLAS is not installed. */
 static void *openblas_open(void (**set_threads)(int))
 {
     const char *asked = getenv("OPENBLAS_CORETYPE");
 #if defined __x86_64__
     if (__builtin_cpu_supports("avx512f"))
-        setenv("OPENBLAS_CORETYPE", "SKYLAKEX", 0); /* newer CPUs get AVX2 else */
+        setenv("OPENBLAS_CORETYPE", "SKYLAKEX", 0); /* otherwise newer CPUs get AVX2 kernels */
 #endif
     void *library = dlopen("libopenblas.so.0", RTLD_NOW);
     if (!library) library = dlopen("libopenblas.so", RTLD_NOW);
@@ -224,10 +225,10 @@ static void *openblas_open(void (**set_threads)(int))
     return dlsym(library, "cblas_sgemm");
 }
 
-/* How often a turn calls each layer's products, with 1 and with all threads; 0: not known yet. */
+/* How often a turn calls each layer's products, with 1 thread and with all; 0: not known yet. */
 typedef size_t Calls[5][3][2];
 
-/* One turn: all layers of a shape CONFIG[+head]/M. The first one also compares the products with
+/* One turn: all layers of a shape CONFIG[+head]/M. The first turn also compares the products with
  * OpenBLAS's. */
 static void sgemm_turn(const char *shape, Product p, Calls calls, void (*set_threads)(int))
 {
@@ -265,7 +266,7 @@ static void sgemm_turn(const char *shape, Product p, Calls calls, void (*set_thr
                 size_t *often = &calls[l][p.kind][all];
                 double start = now();
                 if (*often != 1)
-                    run_product(&p); /* warms the caches up; its first time tells how often */
+                    run_product(&p); /* warms up the caches; call 0 gives the number of calls */
                 if (*often == 0) *often = calls_for(SHORT, now() - start);
                 start = now();
                 for (size_t i = 0; i < *often; i++) run_product(&p);
@@ -279,7 +280,7 @@ static void sgemm_turn(const char *shape, Product p, Calls calls, void (*set_thr
 static void sgemm(const char *who, char **shape, int shapes)
 {
     void (*set_threads)(int) = NULL;
-    /* The head's logits and weights; 4096 x 4096 fits, too. */
+    /* Room for the head's logits and weights, and for 4096 x 4096. */
     const size_t large = (size_t)50304 * 1024;
     Product p = {0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
     if (!strcmp(who, "openblas")) {
@@ -303,12 +304,12 @@ static void sgemm(const char *who, char **shape, int shapes)
 typedef struct {
     const char *part, *row;
     RankOptions ranks;
-    int watched; /* 1: the operators' times, too */
+    int watched; /* 1: print the operators' times, too */
     int over;
-    size_t steps; /* in a turn */
+    size_t steps; /* how many in a turn */
 } Steps;
 
-/* One step under the stopwatch: rank 0's time of every operator, and of all together. */
+/* One step under the stopwatch: prints rank 0's time of every operator, and of all together. */
 static void watch_step(Rank *k, const Steps *s, Progress *progress, int *tokens)
 {
     watch.on = 1;
@@ -370,7 +371,7 @@ static void attention(size_t B, size_t H, size_t D, char **length, int lengths)
             use_threads(all ? threads() : 1);
             double start = 0, forward = 0, both = 0;
             size_t calls = 1;
-            for (size_t i = 0; i <= calls; i++) { /* call 0 tells how many there must be */
+            for (size_t i = 0; i <= calls; i++) { /* call 0 tells how many more to make */
                 start = now();
                 attention_forward(out, lse, qkv, B, T, H, D, none);
                 const double middle = now() - start;
@@ -410,10 +411,10 @@ static void generation_rank(Comm *world, void *arg)
     Generator *g = generator_create(k);
     for (const char *word = NULL; await_turn(word); word = "round") {
         Tokens text = {NULL, 0, 0};
-        push_token(&text, 0); /* a prompt of one token: every token then costs the same */
+        push_token(&text, 0); /* with a prompt of one token, every token costs the same */
         const double start = now();
         generate(g, &text, s->tokens, &greedy, -1, NULL, NULL);
-        /* What a token reads. */
+        /* A token reads so many bytes. */
         const double bytes = (double)(count_parameters(c) - c->P * c->C) * sizeof(act);
         printf("part=generate name=%s who=ours ms=%.6g work=%.6g\n", s->name,
                1e3 * (now() - start) / (double)s->tokens, bytes);
@@ -426,7 +427,7 @@ static void generation_rank(Comm *world, void *arg)
 /* ---- The conductor --------------------------------------------------------------------------- */
 
 typedef struct {
-    FILE *in, *out; /* what the worker writes and reads; in == NULL: it has ended */
+    FILE *in, *out; /* what the worker writes and what it reads; in == NULL: it has ended */
     pid_t pid;
 } Worker;
 
@@ -453,7 +454,7 @@ static Worker worker_start(char *command)
     return w;
 }
 
-/* A turn of w: prints what it says. 1: its round goes on. */
+/* Gives w a turn and prints what it says. Returns 1 if its round goes on. */
 static int worker_turn(Worker *w, int round)
 {
     char line[4096];
@@ -468,8 +469,8 @@ static int worker_turn(Worker *w, int round)
     return 0;
 }
 
-/* In every round the workers change places. After a turn all wait until the last worker's idle
- * threads have stopped spinning: OpenBLAS's do so for 26 ms. */
+/* The workers change places in every round. After a turn all wait until the idle threads of the
+ * last worker have stopped spinning: OpenBLAS's spin for 26 ms. */
 static void turns(int rounds, char **command, int n)
 {
     enum { MAX_WORKERS = 16 };

@@ -9,10 +9,10 @@
  *                              warm-up and `done` after each round, and after each waits for a line
  *                              on stdin, so that a peer's rounds can take turns with ours
  *
- * A record is a line of name=value pairs on stdout: ms is the median of the rounds, ms_least the
- * shortest, both of a call or step; flops and bytes are what the work needs, not what is really
- * done. Built once for each precision. CONFIG tiny has tiny ceilings too: it is for trying this
- * program where kernels are emulated. */
+ * A record is a line of name=value pairs on stdout. ms is the median of the rounds and ms_least the
+ * shortest, both for one call or step. flops and bytes are what the work needs, not what the GPU
+ * really does. The program is built once for each precision. CONFIG tiny is for trying it where
+ * kernels are emulated; its ceilings are tiny, too. */
 
 #define main gpt2_main
 #define PROGRAM "gpu"
@@ -38,11 +38,11 @@ enum {
     WARMUP = 3,
     ROUNDS = 9,
     STEPS = 3
-}; /* rounds that do not count; that do; training steps in a round */
+}; /* rounds that do not count, rounds that count, training steps in a round */
 
 /* ---- Time ------------------------------------------------------------------------------------ */
 
-/* Milliseconds from here on this rank's stream until all that run() puts into it is done. */
+/* How many milliseconds the stream needs for everything that run() puts into it. */
 template <typename F> static double timed(F run)
 {
     cudaEvent_t begin, end;
@@ -65,7 +65,7 @@ static int compare_doubles(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* Begins a record; ms (ROUNDS) gets sorted. */
+/* Prints the first part of a record. Sorts ms (ROUNDS). */
 static void print_times(const char *kind, const char *name, double *ms)
 {
     qsort(ms, ROUNDS, sizeof *ms, compare_doubles);
@@ -75,7 +75,7 @@ static void print_times(const char *kind, const char *name, double *ms)
 
 /* ---- One operator alone ---------------------------------------------------------------------- */
 
-/* What the GPU's second-level cache is emptied with. */
+/* Memory that is read to empty the GPU's second-level cache. */
 typedef struct {
     float4 *p;
     size_t n;
@@ -88,8 +88,8 @@ static Flood flood_create(bool tiny)
     return f;
 }
 
-/* Reads x (n), all zeros. It writes nothing, which would have to leave the cache in the next
- * operator's time. */
+/* Reads x (n), which is all zeros. It writes nothing: written lines would leave the cache later, in
+ * the next operator's time. */
 static __global__ void flood_kernel(float4 *x, size_t n)
 {
     float sum = 0;
@@ -99,8 +99,8 @@ static __global__ void flood_kernel(float4 *x, size_t n)
     if (sum != 0) x[0].x = sum;
 }
 
-/* Times run(), always with a cold cache: in a training step other operators fill it in between.
- * While the flood lasts the host puts all of run() into the stream. */
+/* Times run(), always with a cold cache, because in a training step other operators fill the cache
+ * in between. While the flood runs, the host puts all of run() into the stream. */
 template <typename F>
 static void measure(Flood flood, const char *kind, const char *name, double flops, double bytes,
                     F run)
@@ -116,8 +116,8 @@ static void measure(Flood flood, const char *kind, const char *name, double flop
     fflush(stdout);
 }
 
-/* n normal numbers times scale. They repeat after a million: a product's power, and so its speed,
- * wants many different ones, but no more. */
+/* n normal numbers times scale. They repeat after a million. A product's power, and so its speed,
+ * depends on many different numbers, but a million is enough. */
 static act *numbers(size_t n, real scale)
 {
     const size_t some = min_size(n, 1 << 20);
@@ -142,8 +142,8 @@ static real *ones(size_t n)
     return x;
 }
 
-/* A model of this name, but with heads of 64 columns also where it is tiny: for these there are
- * tensor-core kernels. */
+/* A model of this name, but its heads have 64 columns even if it is tiny, because there are
+ * tensor-core kernels for 64. */
 static Config bench_config(const char *name)
 {
     Config c = find_preset(name);
@@ -151,7 +151,7 @@ static Config bench_config(const char *name)
     return c;
 }
 
-/* FLOP/s that the data sheet promises of dense products in this precision; 0: not known here. */
+/* FLOP/s of dense products in this precision by the data sheet; 0: not known here. */
 static double sheet_peak(const char *name)
 {
     static const struct {
@@ -192,16 +192,16 @@ static void ceilings(bool tiny)
     device_free(flood.p);
 }
 
-/* Every operator, in the order of chapter 2. Backward passes add to the same few arrays again and
- * again: their numbers become meaningless, not infinite. The process ends when it is done, and its
- * memory with it. */
+/* Times every operator, in the order of chapter 2. Backward passes add to the same few arrays again
+ * and again; the numbers become meaningless, but not infinite. The process ends afterwards and
+ * frees all memory. */
 static void operators(const Config *config, bool tiny, size_t B)
 {
     const size_t T = config->P, N = B * T, C = config->C, F = config->F, H = config->H, D = C / H;
     const size_t V = padded_vocab(config->V, 1), valid = config->V, P = max_size(V, F) * C;
     const double e = sizeof(act), NC = (double)(N * C), NV = (double)(N * V), nc = e * NC;
     const double nv = e * NV;
-    /* Half of T x T scores, times 2 C: FLOPs of a product for all heads. */
+    /* Half of T x T scores, times 2 C: the FLOPs of one product for all heads. */
     const double scores = NC * (double)T;
     const Dropout off = {1, 2, 3, 0, 0, H}, on = {1, 2, 3, (real)0.1, 0, H};
     const AdamW step = {1e-4, 0.9, 0.999, 1e-8, 0.01, 1, 1};
@@ -247,7 +247,7 @@ static void operators(const Config *config, bool tiny, size_t B)
     ATTENTION("attention_forward/dropout", 2, attention_forward(y, lse, qkv, B, T, H, D, on));
     ATTENTION("attention_backward/dropout", 5,
               attention_backward(dqkv, delta, x, y, lse, qkv, B, T, H, D, on));
-    /* One more token after T-1. */
+    /* One more token after T-1 others. */
     MOVE("attention_cached_forward", 2 * e * (double)(T * C),
          attention_cached_forward(y, x, res, qkv, 1, T - 1, H, D));
 
@@ -284,7 +284,7 @@ typedef struct {
     const char *name;
     RankOptions ranks;
     bool paced;
-    double memory; /* bytes free before */
+    double memory; /* free bytes before the model */
 } Steps;
 
 static double free_memory(void)
@@ -294,7 +294,7 @@ static double free_memory(void)
     return (double)left;
 }
 
-/* Rank 0 says so and waits for the peer's round; the others wait for rank 0. */
+/* Rank 0 prints `word` and waits for the peer's round. The others wait for rank 0. */
 static void take_turns(Rank *k, const Steps *s, const char *word)
 {
     if (s->paced && k->world.rank == 0) await_turn(word);
@@ -327,7 +327,7 @@ static void step_rank(Comm *world, void *arg)
         die("the loss became %g, the gradient's norm %g", r.loss, r.grad_norm);
     if (world->rank == 0) {
         const double full = flops_exact(c, s->ranks.layout.tp, k->B, k->T, 0);
-        /* That causality saves. */
+        /* The FLOPs that causality saves. */
         const double half_attention = 6.0 * (double)c->L * (double)N * (double)(k->T * c->C);
         print_times("step", s->name, ms);
         printf(" batch=%zu seq=%zu dropout=%g tp=%d tokens=%zu flops=%.6g flops_full=%.6g "
@@ -352,7 +352,7 @@ int main(int argc, char **argv)
         Config c = bench_config(name);
         c.embd_pdrop = c.attn_pdrop = c.resid_pdrop = (real)atof(argv[4]);
         const Layout layout = {atoi(argv[5]), 1, 1};
-        device_synchronize(); /* the GPU's context exists: what it takes is not ours to count */
+        device_synchronize(); /* now the GPU's context exists; its memory is not ours to count */
         Steps s = {name, {c, layout, B, 1, c.P, 1, 0, 1}, argc > 6, free_memory()};
         check_layout(&c, layout);
         run_ranks(layout.tp, step_rank, &s);

@@ -4,11 +4,12 @@
  *     matmul_steps [M I O]..     rows of X, inputs and outputs of a linear layer; without any,
  *                                those of GPT-2
  *
- * Each step makes C (M,N) = A (M,K) B (K,N), and reads A and B through strides; the last one is the
- * project's matmul. Every step must agree with the definition in double, on awkward shapes and on
- * those that are timed, with the same bits from one thread and from all; if not: one line, exit
- * status 1. Then the steps take turns, a round of all after a round of all. stdout gets records,
- * which matmul.sh makes tables of. BENCH_TINY=1: seconds instead of minutes. */
+ * Each step computes C (M,N) = A (M,K) B (K,N) and reads A and B through strides. The last step is
+ * the project's matmul. First every step is checked against the definition in double, on awkward
+ * shapes and on the timed ones; one thread and all threads must give the same bits. If a check
+ * fails, the program prints one line and ends with status 1. Then the steps take turns, in rounds.
+ * Records go to stdout; matmul.sh makes tables of them. BENCH_TINY=1 takes seconds instead of
+ * minutes. */
 
 #define main gpt2_main
 #define PROGRAM "matmul_steps"
@@ -36,7 +37,7 @@ static void definition(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
         }
 }
 
-/* B (K,N), row-major: as it is, or a copy for the caller to free. */
+/* Returns B (K,N) in row-major order: B itself, or a copy that the caller frees. */
 static const real *in_rows(real **copy, Mat b, size_t N, size_t K)
 {
     *copy = NULL;
@@ -71,8 +72,8 @@ static void rows(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
     free(copy);
 }
 
-/* c (m,TILE_COLS) [+]= a (m,K) b (K,TILE_COLS), m <= 6: sums stay in registers. Missing rows repeat
- * the last one. */
+/* c (m,TILE_COLS) [+]= a (m,K) b (K,TILE_COLS), m <= 6. The sums stay in registers. Missing rows
+ * repeat the last one. */
 static void register_tile(real *c, Mat a, const real *b, size_t m, size_t N, size_t K, int add)
 {
     vec t[TILE_ROWS][TILE_VECS] = {{{0}}};
@@ -90,7 +91,7 @@ static void register_tile(real *c, Mat a, const real *b, size_t m, size_t N, siz
         }
 }
 
-/* Step 3: tiles of C, row by row. What no tile covers is left to step 2. */
+/* Step 3: tiles of C, row by row. Step 2 computes what no tile covers. */
 static void tiles(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
 {
     real *copy;
@@ -105,7 +106,7 @@ static void tiles(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
     free(copy);
 }
 
-/* Step 4: all rows of C for a panel of B, K_BLOCK x TILE_COLS, before the next one. */
+/* Step 4: all rows of C for one panel of B, K_BLOCK x TILE_COLS, then the next panel. */
 static void blocks(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
 {
     real *copy;
@@ -131,7 +132,7 @@ static void packed(real *c, Mat a, Mat b, size_t M, size_t N, size_t K)
 
 /* ---- The machine's ceilings ------------------------------------------------------------------ */
 
-static volatile real sink; /* what a ceiling computes ends here, lest the compiler leave it out */
+static volatile real sink; /* results go here, so that the compiler keeps the loops */
 
 #ifdef _OPENMP
 static int all_threads(void) { return omp_get_num_procs(); }
@@ -140,7 +141,7 @@ static int all_threads(void) { return 1; }
 static void omp_set_num_threads(int n) { (void)n; }
 #endif
 
-/* GFLOP/s of multiply-adds that stay in registers, as many chains of them as a tile has. */
+/* GFLOP/s of multiply-adds that stay in registers, in as many chains as a tile has. */
 static double fma_rate(size_t repeats, int threads)
 {
     const double start = now();
@@ -150,7 +151,7 @@ static double fma_rate(size_t repeats, int threads)
         vec t[TILE_ROWS][TILE_VECS];
         for (int i = 0; i < TILE_ROWS; i++)
             for (int j = 0; j < TILE_VECS; j++)
-                t[i][j] = x * (real)(i * TILE_VECS + j); /* not all alike */
+                t[i][j] = x * (real)(i * TILE_VECS + j); /* different values */
         for (size_t k = 0; k < repeats; k++)
             for (int i = 0; i < TILE_ROWS; i++)
                 for (int j = 0; j < TILE_VECS; j++) t[i][j] = t[i][j] * x + y;
@@ -162,8 +163,8 @@ static double fma_rate(size_t repeats, int threads)
     return 2e-9 * (double)(repeats * TILE_ROWS * TILE_COLS * (size_t)threads) / (now() - start);
 }
 
-/* GB/s at which each thread reads n numbers of its own, a multiple of 8 * LANES, again and
- * again. */
+/* GB/s at which all threads read, each n numbers of its own again and again. n is a multiple of 8 *
+ * LANES. */
 static double read_rate(const real *x, size_t n, size_t repeats, int threads)
 {
     const double start = now();
@@ -200,15 +201,15 @@ static const struct {
                   {"blocks", blocks},
                   {"packed", packed}};
 
-/* Rows of C that a step makes. The triple loop is equally slow on each of them, so some are
+/* How many rows of C a step computes. The triple loop is equally slow on each row, so some rows are
  * enough. */
 static size_t rows_of(int step, size_t M)
 {
     return step ? M : min_size(M, max_size(24, (size_t)all_threads()));
 }
 
-/* n numbers in (0, 1): a sum of their products never cancels, so an error means the same for
- * each. */
+/* n numbers in (0, 1). Sums of their products never cancel, so an error means the same for each of
+ * them. */
 static real *numbers(size_t n, uint32_t stream)
 {
     real *x = scratch(n);
@@ -216,8 +217,8 @@ static real *numbers(size_t n, uint32_t stream)
     return x;
 }
 
-/* The three products of a linear layer, X (M,I), W (O,I), dY (M,O), and room for the largest C.
- * Free with the next. */
+/* The three products of a linear layer with X (M,I), W (O,I), dY (M,O). Returns room for the
+ * largest C. products_free frees all of it. */
 static real *products(Product p[PRODUCTS], size_t M, size_t I, size_t O)
 {
     const real *x = numbers(M * I, 0), *w = numbers(O * I, 1), *dy = numbers(M * O, 2);
@@ -235,7 +236,7 @@ static void products_free(Product p[PRODUCTS], real *c)
     free(c);
 }
 
-/* exact (M,N): the definition in double; B's columns are copied first, for speed. */
+/* exact (M,N) = the definition in double. B's columns are copied first, for speed. */
 static void in_double(double *exact, const Product *p)
 {
     double *columns = (double *)xcalloc(p->N * p->K, sizeof *columns);
@@ -258,9 +259,9 @@ static void in_double(double *exact, const Product *p)
     free(columns);
 }
 
-/* Dies unless every step makes p: each element written and none behind C, the norm of the error
- * within 2 sqrt(K) units of 2^-24 of C's (doc/matmul.md says why), and the same bits whether one
- * thread works or all. */
+/* Dies unless every step computes p. Each element must be written and nothing behind C. The norm of
+ * the error must be at most 2 sqrt(K) units of 2^-24 of C's norm (doc/matmul.md says why). One
+ * thread and all threads must give the same bits. */
 static void check(const Product *p, real *c)
 {
     const size_t n = p->M * p->N;
@@ -298,7 +299,7 @@ static void check(const Product *p, real *c)
 
 /* ---- Measurement ----------------------------------------------------------------------------- */
 
-/* A record for each round, step and number of threads; the first round only warms up. */
+/* Prints a record for each round, step and number of threads. The first round only warms up. */
 static void measure(const Product *p, real *c, int rounds, size_t fma_repeats)
 {
     for (int round = -1; round < rounds; round++)
@@ -319,7 +320,7 @@ static void measure(const Product *p, real *c, int rounds, size_t fma_repeats)
         }
 }
 
-/* Records of the speed at which memory is read: L1, L2, L3 and what lies behind, on the machines
+/* Prints records of the speed at which memory is read: L1, L2, L3 and main memory, on the machines
  * that we know. */
 static void measure_reads(int rounds, size_t most)
 {

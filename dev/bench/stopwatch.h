@@ -2,21 +2,21 @@
  * includes this file before chapter 3, and in which every call of an operator f is a call of
  * watched_f. It takes times only in the thread that has set watch.on.
  *
- * Linear layers are told apart into their products and the rest. The bias's gradient is a call of
- * its own then. GeLU is fused into the product: there the product runs again, alone and off the
- * clock, and the rest is the difference. */
+ * A linear layer's time is split into its products and the rest. The bias's gradient is then a call
+ * of its own. Where GeLU is fused into the product, the product runs a second time, alone and
+ * outside the measured time; the rest is the difference. */
 
 enum { WATCHED = 64 };
 
 typedef struct {
     const char *name;
-    int product; /* 1: nothing but a matrix product; adding a bias to it counts as part of it */
+    int product; /* 1: only a matrix product, which may add a bias */
     double seconds;
 } Watched;
 
 typedef struct {
     int on;
-    double began, repeated; /* seconds; those spent on running products again */
+    double began, repeated; /* the start, and seconds spent on repeated products */
     Watched part[WATCHED];
     size_t parts;
     real *space[2]; /* where repeated products go */
@@ -56,7 +56,7 @@ static real *watch_space(int i, size_t n)
     return watch.space[i];
 }
 
-/* A fused operator took `fused` seconds; its products alone ran from watch.began until now. */
+/* A fused operator took `fused` seconds. Its products alone ran from watch.began until now. */
 static void watch_split(const char *product, const char *rest, double fused)
 {
     const double alone = now() - watch.began;

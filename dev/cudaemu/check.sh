@@ -1,10 +1,11 @@
 #!/bin/sh
-# Builds a CUDA program with the checker (cudacheck.cpp) for the CPU; run the program to check it.
+# Builds a CUDA program for the CPU, with the checker (cudacheck.cpp) in it. Run the program to
+# check its kernels.
 #
 #     sh dev/cudaemu/check.sh PROGRAM SOURCE [compiler flags]
 #
-# SOURCE is a .cu, or C++ that cu2cpp.sed has made already. CXX=g++ (the default) sees more than
-# clang++: see README.md.
+# SOURCE is a .cu, or C++ made by cu2cpp.sed. CXX=g++ (the default) finds more errors than clang++:
+# see README.md.
 set -e
 here=$(dirname "$0")
 program=$1 source=$2
@@ -18,7 +19,7 @@ case $source in
 *) (echo "#include \"$PWD/$source\"") > "$work/program.cpp" ;;
 esac
 
-# clang leaves out reads that a write to the same place follows, unless told so.
+# By default clang does not report reads that a write to the same place follows.
 case $($CXX --version) in
 *clang*) whole='-mllvm -tsan-instrument-read-before-write=1' ;;
 *) whole= ;;

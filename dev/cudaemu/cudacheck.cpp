@@ -1,5 +1,5 @@
-/* cudacheck.cpp - the emulator with a checker for kernels: what compute-sanitizer does on a GPU,
- * without one.
+/* cudacheck.cpp - the emulator with a checker for kernels. It does the work of compute-sanitizer,
+ * without a GPU.
  *
  *     sed -f cu2cpp.sed program.cu > program.cpp
  *     g++ -std=gnu++17 -O1 -g -DCUDACHECK -fno-sanitize-recover=all -c program.cpp \
@@ -9,11 +9,12 @@
  *         --redefine-sym memset=__tsan_memset program.o
  *     g++ program.o cudacheck.o -lpthread
  *
- * -fsanitize=thread makes the compiler call __tsan_read4(p) and the like at every access; linked
- * without the sanitizer's library, the calls come here. Each granule of 2 bytes of device and
- * shared memory has a shadow cell that remembers who wrote it last and who has read it since. An
- * access outside the memory, one that reads what nobody wrote, or one that is not ordered after
- * those in the cell, is reported with both source lines, and the program ends with status 1.
+ * -fsanitize=thread makes the compiler call __tsan_read4(p) and the like at every access. The
+ * program is linked without the sanitizer's library, so these calls come here. Each granule of 2
+ * bytes of device and shared memory has a shadow cell: which thread wrote the granule last, and
+ * which threads have read it since. There are three errors: an access outside the memory, a read of
+ * unwritten memory, and an access that nothing orders after those in the cell. The checker reports
+ * an error with both source lines and ends the program with status 1.
  *
  *     1 places in the source   2 clocks of streams   3 shadow   4 accesses
  *     5 what the engine tells   6 what the compiler calls: accesses, atomics, undefined
@@ -25,14 +26,14 @@
 #include <link.h>
 #include <string>
 
-extern "C" char __executable_start[], end[]; /* the linker's: where the program begins and ends */
+extern "C" char __executable_start[], end[]; /* set by the linker: begin and end of the program */
 
 namespace cudaemu
 {
 
 /* ---- 1. Places in the source ----------------------------------------------------------------- */
 
-static __thread bool quiet; /* accesses are the engine's, not the program's */
+static __thread bool quiet; /* accesses are made by the engine, not by the program */
 
 static const uintptr_t image_base = [] {
     Dl_info info = {};
@@ -43,8 +44,8 @@ static const uintptr_t image_base = [] {
 /* A return address as 32 bits: its distance from the start of the program. */
 static uint32_t pack_pc(const void *pc) { return (uint32_t)((uintptr_t)pc - image_base); }
 
-/* "file:line" of a packed return address; the innermost one outside cudaemu.h, as inlining has
- * it. */
+/* "file:line" of a packed return address. Among inlined functions it is the innermost one outside
+ * cudaemu.h. */
 static std::string place(uint32_t pc)
 {
     char program[1024], command[2048], line[4096];
@@ -53,7 +54,7 @@ static std::string place(uint32_t pc)
     program[n] = 0;
     /* Whether addresses in the file are absolute. */
     bool fixed = ((const ElfW(Ehdr) *)image_base)->e_type == ET_EXEC;
-    /* -1: the call, not what follows it. */
+    /* -1: the address is in the call, not in what follows it. */
     unsigned long address = pc + (fixed ? image_base : 0) - 1;
     snprintf(command, sizeof command, "addr2line -is -e '%s' %#lx 2>/dev/null", program, address);
     FILE *f = popen(command, "r");
@@ -99,26 +100,26 @@ static void join(Clock &to, int stream, uint64_t count)
     to[(size_t)stream] = std::max(to[(size_t)stream], count);
 }
 
-struct Work { /* a kernel, a copy, a product: one that has run or is running */
+struct Work { /* a kernel, copy or product that has run or is running */
     const char *what;
     Site at;
     int stream, device;
     uint64_t count;
 };
 
-/* Only one piece of work runs at a time, whichever OS threads they come from: the shadow needs no
- * locks then. */
+/* Only one piece of work runs at a time, even if several OS threads run work. So the shadow needs
+ * no locks. */
 static auto &running_lock = *new std::mutex();
 static auto &clock_lock = *new std::mutex();
-static auto &works = *new std::vector<Work>(1); /* by number; 0 is none */
-/* By stream: what its next piece of work comes after. */
+static auto &works = *new std::vector<Work>(1); /* by number; 0 means none */
+/* By stream: which work its next piece of work comes after. */
 static auto &clocks = *new std::vector<Clock>();
-/* All host threads count as one. */
+/* The same for the host. All its threads count as one. */
 static auto &host_clock = *new std::shared_ptr<const Clock>(new Clock());
-static uint32_t running; /* number of the work that runs */
+static uint32_t running; /* number of the running work */
 static Clock running_clock;
 
-static Clock &clock_of(int stream) /* with clock_lock held */
+static Clock &clock_of(int stream) /* the caller holds clock_lock */
 {
     if (clocks.size() <= (size_t)stream) clocks.resize((size_t)stream + 1);
     return clocks[(size_t)stream];
@@ -128,7 +129,7 @@ static bool comes_before_running(uint32_t work)
 {
     static struct {
         uint32_t running, work;
-    } known[1024]; /* pairs for which it is so */
+    } known[1024]; /* pairs of which the answer is known to be yes */
     auto &k = known[work % 1024];
     if (k.running == running && k.work == work) return true;
     const Work &w = works[work];
@@ -148,22 +149,24 @@ static std::string name_work(uint32_t number)
 
 /* ---- 3. Shadow: what has happened to each granule of memory ---------------------------------- */
 
-constexpr size_t GRANULE = 2; /* bytes. Of single bytes only bounds and writing are watched */
-constexpr size_t ARENA = (size_t)1 << 36; /* addresses for device memory, each used once */
-constexpr size_t PAGE = 1 << 16; /* an allocation begins a page, and leaves one free behind it */
-constexpr size_t LINE = 128;     /* of shared memory belongs to one variable */
+/* Bytes. For single bytes only bounds are checked, and whether they have been written. */
+constexpr size_t GRANULE = 2;
+constexpr size_t ARENA = (size_t)1 << 36; /* address space; each address is used once */
+constexpr size_t PAGE = 1 << 16;          /* allocations start at a page; a free page follows */
+constexpr size_t LINE = 128;              /* bytes of shared memory that belong to one variable */
 
-/* Flags of an access: by an atomic operation; a cp.async not waited for; of a cell's write: the
- * cell stands for a whole word, and the next one for nothing. */
+/* Flags of an access. ATOMIC: by an atomic operation. LANDING: by a cp.async that was not waited
+ * for yet. WHOLE, for a cell's write: the cell stands for a whole word, and the next cell is
+ * unused. */
 enum { ATOMIC = 1, LANDING = 2, WHOLE = 4 };
 
-/* Who: work 26 bits, block 16, thread 10, phase 12: how many barriers the block has passed. Blocks
- * of shared memory are numbered through instead of work and block. Counters wrap: of equal numbers
- * far apart a conflict may be missed. */
+/* `who` has 26 bits for the work, 16 for the block, 10 for the thread and 12 for the phase: how
+ * many barriers the block has passed. In shared memory a running number of the block replaces work
+ * and block. Counters wrap: a conflict may be missed if equal numbers are far apart. */
 struct Access {
     uint64_t who; /* 0: nobody */
     uint32_t pc;
-    uint16_t epoch; /* how many times the lane has passed __syncwarp */
+    uint16_t epoch; /* how often the lane has passed __syncwarp */
     uint16_t flags;
 };
 constexpr int THREAD_SHIFT = 12, BLOCK_SHIFT = 22, WORK_SHIFT = 38;
@@ -171,7 +174,7 @@ static int thread_of(const Access &a) { return (int)(a.who >> THREAD_SHIFT & 102
 
 struct Cell {
     Access write;
-    Access read[2]; /* two readers since then, of different blocks or warps if there were such */
+    Access read[2]; /* two readers since then, of different blocks or warps if possible */
 };
 
 struct Tracked {
@@ -182,9 +185,9 @@ struct Tracked {
     Site allocated_at, freed_at;
 };
 
-static char *arena;           /* addresses of device memory */
-static Cell *arena_cells;     /* their shadow, */
-static uint32_t *arena_pages; /* and for each page the number of its allocation */
+static char *arena;           /* the address space of device memory */
+static Cell *arena_cells;     /* its shadow */
+static uint32_t *arena_pages; /* for each page: the number of its allocation */
 static size_t arena_used = PAGE;
 static Tracked *tracked; /* allocations by number, from 1 */
 static uint32_t tracked_count;
@@ -203,19 +206,21 @@ struct Watch {
     Cell cells[SHARED_ROOM / GRANULE]; /* shadow of its shared memory */
     uint8_t lines[SHARED_ROOM / LINE]; /* which variable each line belongs to: its number + 1 */
     SharedVariable variables[255];
-    size_t count;           /* of them */
-    uint64_t shared_serial; /* of the block, among all that this OS thread has run */
+    size_t count;           /* of the variables */
+    uint64_t shared_serial; /* the block's number among all that this OS thread has run */
     uint64_t global_base;   /* `who` of the block's thread 0 in phase 0 */
     unsigned phase;
     uint32_t block_number;
     bool fenced;   /* __threadfence was called */
-    bool acquired; /* an atomic operation of a fenced block has been seen */
+    bool acquired; /* it has seen an atomic operation of a fenced block */
     uint16_t epoch[MAX_THREADS];
-    /* For each thread: up to which epoch of each lane of its warp it comes after. */
+    /* For each thread and each lane of its warp: up to which epoch of that lane the thread comes
+     * after it. */
     uint16_t seen[MAX_THREADS][32];
     uintptr_t statics[2]; /* the program's own variables */
     uintptr_t locals[2];  /* this OS thread's thread-local ones */
-    /* A write that another thread's write may race with, but perhaps both write the same value. */
+    /* A write that may race with another thread's write. If both write the same value, it is
+     * harmless. */
     struct {
         char *p;
         size_t size;
@@ -227,8 +232,8 @@ struct Watch {
 };
 static __thread Watch *watch;
 
-/* Blocks of the running work that did __threadfence and then an atomic operation: who sees that one
- * comes after. */
+/* Blocks of the running work that did __threadfence and then an atomic operation. A block that sees
+ * such an atomic comes after them. */
 static auto &released = *new std::vector<bool>(65536);
 static bool any_released;
 
@@ -272,7 +277,7 @@ static Access me(bool shared, uint32_t pc, unsigned flags)
 
 enum Conflict { NONE, LANES, THREADS, BLOCKS, WORKS };
 
-/* What should have ordered `before` before the running thread's access `now`, and did not. */
+/* What is missing to order `before` before the running thread's access `now`. */
 static Conflict conflict_apart(const Access &before, const Access &now, bool shared)
 {
     uint64_t difference = before.who ^ now.who;
@@ -292,7 +297,7 @@ static Conflict conflict_apart(const Access &before, const Access &now, bool sha
 static inline Conflict conflict(const Access &before, const Access &now, bool shared)
 {
     if (!before.who || !((before.who ^ now.who) >> THREAD_SHIFT))
-        return NONE; /* nobody, or the same thread */
+        return NONE; /* nobody yet, or the same thread */
     return conflict_apart(before, now, shared);
 }
 
@@ -340,7 +345,7 @@ static std::string where_is(const void *p, bool shared)
            ours.pc, other_side(theirs, did, c));
 }
 
-/* The doubtful write has been done by now: did it change anything? */
+/* The doubtful write has been done by now. Reports a race if it changed anything. */
 static void settle_doubt()
 {
     auto &d = watch->doubt;
@@ -351,7 +356,7 @@ static void settle_doubt()
     report_race(p, d.size, d.shared, WRITE, d.ours, d.theirs, "write", (Conflict)d.missing);
 }
 
-/* How far apart two threads are that have read the same: other lanes, other warps, other blocks. */
+/* How far apart two readers are: 1 for other lanes, 2 for other warps, 3 for other blocks. */
 static int distance(const Access &a, const Access &b)
 {
     uint64_t difference = a.who ^ b.who;
@@ -368,12 +373,12 @@ static int distance(const Access &a, const Access &b)
            now.pc, other_side(w, "cp.async", THREADS));
 }
 
-/* The access `now` to what the cell stands for, a part of p .. p + size. */
+/* The access `now` reaches what the cell stands for, a part of p .. p + size. */
 static void touch(Cell *cell, Kind kind, const Access &now, char *p, size_t size, bool shared)
 {
     Access &w = cell->write, *r = cell->read;
     if (kind == READ && r[0].who == now.who &&
-        r[0].flags == now.flags) { /* once more, and nobody has written since */
+        r[0].flags == now.flags) { /* read again, and nobody has written since */
         r[0] = now;
         return;
     }
@@ -395,9 +400,9 @@ static void touch(Cell *cell, Kind kind, const Access &now, char *p, size_t size
         }
     }
     if (kind == READ) {
-        /* Who comes after us comes after those that came before us, so that we can stand for one of
-         * them. Of three that nothing orders, keep two that are far apart: a write that conflicts
-         * with any conflicts with one of them. */
+        /* A reader that comes before this one can be forgotten: whoever comes after this one comes
+         * after both. Of three readers without any order, keep two that are far apart. A write that
+         * conflicts with any of the three then conflicts with one that is kept. */
         if (!r[0].who || conflict(r[0], now, shared) == NONE) r[0] = now;
         else if (!r[1].who || conflict(r[1], now, shared) == NONE) r[1] = now;
         else if (distance(r[0], r[1]) < distance(r[0], now)) r[1] = now;
@@ -414,7 +419,7 @@ static void touch(Cell *cell, Kind kind, const Access &now, char *p, size_t size
     w.flags |= whole;
 }
 
-/* Gives both halves of a word a cell again, if one stands for both. */
+/* If one cell stands for a whole word, gives both halves a cell of their own again. */
 static void split_word(Cell *even)
 {
     if (!(even->write.flags & WHOLE)) return;
@@ -422,9 +427,9 @@ static void split_word(Cell *even)
     even[1] = even[0];
 }
 
-/* The access `now` to all of p .. p + size; cells: the granules' from p's on. strict: what is read
- * must have been written. Where the two granules of a word of 4 bytes are accessed together, one
- * cell stands for both. */
+/* The access `now` reaches all of p .. p + size; `cells` begins with the cell of p's granule.
+ * strict: what is read must have been written. If the two granules of a 4-byte word are accessed
+ * together, one cell stands for both. */
 static void touch_all(Cell *cells, Kind kind, const Access &now, char *p, size_t size, bool shared,
                       bool strict)
 {
@@ -445,7 +450,7 @@ static void touch_all(Cell *cells, Kind kind, const Access &now, char *p, size_t
                text("%s of %s that nobody has written%s: %s", kind_name[kind], bytes(size).c_str(),
                     shared ? " yet (is a barrier missing?)" : "", where_is(p, shared).c_str()),
                now.pc);
-    if (size == 1) { /* the granule holds another byte, of which another thread may write */
+    if (size == 1) { /* the granule's other byte may belong to another thread */
         if (kind != READ) cells->write.who = now.who;
         return;
     }
@@ -466,7 +471,7 @@ static Cell *global_cells(const char *p, size_t size, const char *doing, bool pe
 {
     uint32_t *page = &arena_pages[(size_t)(p - arena) / PAGE], number = page[0];
     auto it = [&] { return text("%s of %s ", doing, bytes(size).c_str()); };
-    if (!number && page[-1]) { /* in the gap behind an allocation, or before the next */
+    if (!number && page[-1]) { /* in the gap between two allocations */
         const Tracked &t = tracked[page[-1]];
         report("bounds",
                it() + text("%s behind the end: ", bytes((size_t)(p - t.base) - t.size).c_str()) +
@@ -517,7 +522,7 @@ static Cell *shared_cells(const char *p, size_t size, const char *doing, uint32_
            pc);
 }
 
-/* Host memory that copies may still read or write: the host has not waited for them. */
+/* Host memory that copies may still read or write, because the host has not waited for them. */
 struct Pending {
     const char *begin, *end;
     Touch touch;
@@ -525,7 +530,7 @@ struct Pending {
     uint64_t count;
     Site at;
 };
-/* With clock_lock held; all of it lies in pending_from .. _to. */
+/* Used with clock_lock held. All of its memory lies in pending_from .. pending_to. */
 static auto &pending = *new std::vector<Pending>();
 static const char *pending_from, *pending_to;
 
@@ -566,7 +571,7 @@ static bool within(const char *p, const uintptr_t range[2])
     return (uintptr_t)p - range[0] < range[1] - range[0];
 }
 
-/* An access of the running CUDA thread beyond its own stack. */
+/* An access of the running CUDA thread to memory outside its own stack. */
 static void kernel_access(char *p, size_t size, Kind kind, unsigned flags, uint32_t pc)
 {
     if (watch->doubt.p) settle_doubt();
@@ -593,7 +598,7 @@ static void kernel_access(char *p, size_t size, Kind kind, unsigned flags, uint3
     }
 }
 
-/* Every access of the program that the compiler saw. */
+/* Called for every access of the program that the compiler saw. */
 static inline void access(const void *address, size_t size, Kind kind, unsigned flags,
                           const void *pc)
 {
@@ -646,7 +651,7 @@ static void check_joined(cudaStream_t s, cudaStream_t of)
     Clock known = clock_of(of->index);
     join(clock_of(s->index), known);
 }
-static void host_learns(const Clock &clock) /* with clock_lock held */
+static void host_learns(const Clock &clock) /* the caller holds clock_lock */
 {
     auto next = std::make_shared<Clock>(*host_clock);
     join(*next, clock);
@@ -727,7 +732,7 @@ static void check_copied(void *to, const void *from, size_t size)
 static Watch *new_watch()
 {
     Watch *w = (Watch *)reserve(sizeof(Watch));
-    for (uint16_t &e : w->epoch) e = 1; /* and seen[][] is 0: nobody comes after anything */
+    for (uint16_t &e : w->epoch) e = 1; /* seen[][] is 0: no thread comes after another yet */
     w->statics[0] = (uintptr_t)__executable_start;
     w->statics[1] = (uintptr_t)end;
     dl_iterate_phdr(
@@ -738,7 +743,7 @@ static Watch *new_watch()
                     to->locals[0] = (uintptr_t)info->dlpi_tls_data;
                     to->locals[1] = to->locals[0] + info->dlpi_phdr[i].p_memsz;
                 }
-            return 1; /* the first is the program itself */
+            return 1; /* the first entry is the program itself */
         },
         w);
     return w;
@@ -782,8 +787,8 @@ static void check_barrier()
 static void check_fence() { watch->fenced = true; }
 static void check_quiet(bool on) { quiet = on; }
 
-/* The lanes of mask have met in __syncwarp: each comes after all that they had done or come
- * after. */
+/* The lanes of mask have met in __syncwarp. Each now comes after everything that any of them has
+ * done or comes after. */
 static void check_lanes(unsigned mask)
 {
     int first = self->warp * 32;
@@ -900,7 +905,7 @@ ATOMICS(16, uint16_t)
 ATOMICS(32, uint32_t)
 ATOMICS(64, uint64_t)
 
-/* objcopy gives the program's memcpy these names; newer compilers do it themselves. */
+/* objcopy renames the program's memcpy etc. to these; newer compilers do so themselves. */
 void *__tsan_memcpy(void *to, const void *from, size_t size)
 {
     access(from, size, READ, 0, HERE);
@@ -919,8 +924,7 @@ void *__tsan_memset(void *to, int byte, size_t size)
     return memset(to, byte, size);
 }
 
-/* -fsanitize=bounds,alignment,..: the compiler passes where it is, and calls these when it has gone
- * wrong. */
+/* -fsanitize=bounds,alignment,..: the compiler calls these on an error and passes the place. */
 struct UbsanPlace {
     const char *file;
     uint32_t line, column;

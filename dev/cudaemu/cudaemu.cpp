@@ -4,8 +4,8 @@
  *     1 messages   2 fibers   3 blocks and warps   4 launches   5 memory   6 streams and events
  *     7 copies   8 devices   9 matrix products   10 cuBLAS and cuBLASLt
  *
- * One OS thread runs a block from start to end, so that blocks need no locks; several OS threads
- * may run kernels at the same time. README.md tells the whole design. */
+ * One OS thread runs a block from start to end, so blocks need no locks. Several OS threads may run
+ * kernels at the same time. README.md explains the whole design. */
 #include "cudaemu.h"
 
 #include <assert.h>
@@ -50,23 +50,23 @@ namespace cudaemu
 
 #ifdef CUDACHECK
 #define PROGRAM "cudacheck"
-/* Unused bytes behind shared variables: who strays there is caught. */
+/* Unused bytes behind each shared variable. An access there is an error that the checker
+ * reports. */
 constexpr size_t SHARED_GAP = 128;
 #else
 #define PROGRAM "cudaemu"
 constexpr size_t SHARED_GAP = 32; /* ASan watches them */
 #endif
-constexpr int MAX_THREADS = 1024; /* of a block */
-/* Bytes of shared memory a block may have without asking .. */
-constexpr size_t SHARED_DEFAULT = 48 << 10;
-constexpr size_t SHARED_OPTIN = 227 << 10;       /* .. and with cudaFuncSetAttribute */
-constexpr size_t SHARED_ROOM = 2 * SHARED_OPTIN; /* for them and the gaps between */
+constexpr int MAX_THREADS = 1024; /* in a block */
+/* Most bytes of shared memory in a block: by default, and with cudaFuncSetAttribute. */
+constexpr size_t SHARED_DEFAULT = 48 << 10, SHARED_OPTIN = 227 << 10;
+constexpr size_t SHARED_ROOM = 2 * SHARED_OPTIN; /* for variables and the gaps between */
 constexpr size_t DEVICE_MEMORY = (size_t)16 << 30;
-constexpr size_t LT_WORKSPACE = 1 << 16; /* bytes that each product of cuBLASLt claims to need */
-constexpr int POISON = 0xFF; /* fresh memory: every float, bf16 and fp16 of such bytes is a NaN */
+constexpr size_t LT_WORKSPACE = 1 << 16; /* bytes that each product of cuBLASLt asks for */
+constexpr int POISON = 0xFF; /* bytes of fresh memory: as float, bf16 or fp16 each is a NaN */
 
-/* The checker, cudacheck.cpp, includes this file and hears of what happens; otherwise nothing
- * does. */
+/* cudacheck.cpp, the checker, includes this file and is told what happens. Without it these calls
+ * are nothing. */
 #ifdef CUDACHECK
 #define CHECKED(call) call
 #else
@@ -77,10 +77,10 @@ constexpr int POISON = 0xFF; /* fresh memory: every float, bf16 and fp16 of such
 
 struct Block;
 struct Thread;
-static __thread Block *block; /* the block that this OS thread runs, if any, */
-static __thread Thread *self; /* and the CUDA thread of it */
+static __thread Block *block; /* the block that this OS thread runs, or null */
+static __thread Thread *self; /* the running CUDA thread of that block */
 
-/* "kernel k (f.cu:12), block (..), thread (..): " or "" */
+/* Writes "kernel k (f.cu:12), block (..), thread (..): ", or "" outside kernels. */
 static void describe_running(char *text, size_t size);
 
 void fail(Site at, const char *format, ...)
@@ -92,22 +92,21 @@ void fail(Site at, const char *format, ...)
     va_end(args);
     describe_running(running, sizeof running);
     if (at.file) snprintf(place, sizeof place, "%s:%d: ", at.file, at.line);
-    static int
-        spoken; /* several ranks may fail at once: the first speaks, the others wait for the end */
+    static int spoken; /* if several ranks fail, only the first prints its line; the others wait */
     while (__atomic_exchange_n(&spoken, 1, __ATOMIC_SEQ_CST)) pause();
     fflush(stdout);
     fprintf(stderr, "%s: %s%s%s\n", PROGRAM, place, running, message);
-    _exit(1); /* not exit(): other ranks still run */
+    _exit(1); /* not exit(), because other ranks still run */
 }
 
 /* ---- 2. Fibers: stacks of their own within one OS thread ------------------------------------- */
 
-constexpr size_t STACK = 256 << 10; /* address space; pages come when touched */
+constexpr size_t STACK = 256 << 10; /* address space; the system adds pages when they are touched */
 
 struct Fiber {
-    void *sp;           /* where the saved registers lie, while it does not run */
-    char *stack;        /* lowest address; a page below it is the guard */
-    const void *bottom; /* ASan's view of the stack, its size, and its fake stack */
+    void *sp;           /* address of the saved registers while the fiber does not run */
+    char *stack;        /* lowest address; the page below it is a guard */
+    const void *bottom; /* ASan's data: the stack, its size, and its fake stack */
     size_t size;
     void *fake;
 #ifdef CUDAEMU_UCONTEXT
@@ -120,13 +119,14 @@ static void fiber_main(); /* never returns */
 #ifndef CUDAEMU_UCONTEXT
 extern "C" void cudaemu_switch(void **save, void *load) __asm__("cudaemu_switch");
 #ifdef __x86_64__
-/* Pushes what a function must preserve (System V ABI), swaps stack pointers, pops the same. */
+/* Pushes the registers that a function must preserve (System V ABI), swaps the stack pointers, and
+ * pops the same registers. */
 __asm__(".text\n.p2align 4\n.globl cudaemu_switch\ncudaemu_switch:\n"
         "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
         "movq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
         "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
-constexpr int FRAME = 8, /* words from the new stack pointer to the top */
-    ENTRY = 6;           /* where the return address lies */
+constexpr int FRAME = 8, /* words between the new stack pointer and the top */
+    ENTRY = 6;           /* position of the return address */
 #else
 /* The same for AAPCS64: x19-x30 and the low halves of v8-v15. */
 __asm__(".text\n.p2align 4\n.globl cudaemu_switch\ncudaemu_switch:\n"
@@ -155,8 +155,8 @@ static Fiber *fiber_new(int number)
     Fiber *f = new Fiber();
     f->stack = base + page;
     f->bottom = f->stack;
-    /* Neighbouring stacks start at different offsets, or they would all compete for the same few
-     * cache lines. */
+    /* Neighbouring stacks start at different offsets. Otherwise they would all compete for the same
+     * few cache lines. */
     f->size = STACK - (size_t)(number % 32) * 320;
 #ifdef CUDAEMU_UCONTEXT
     getcontext(&f->context);
@@ -167,7 +167,7 @@ static Fiber *fiber_new(int number)
 #else
     void **frame = (void **)(f->stack + f->size) - FRAME;
     memset(frame, 0, FRAME * sizeof *frame);
-    frame[ENTRY] = (void *)fiber_main; /* returning from the first switch enters it */
+    frame[ENTRY] = (void *)fiber_main; /* the first switch returns into fiber_main */
     f->sp = frame;
 #endif
     return f;
@@ -222,13 +222,13 @@ struct Thread {
     uint3 index;
     int number, lane, warp;
     bool done;
-    const char *waits_in; /* null: it does not wait */
+    const char *waits_in; /* the operation it waits in, or null */
     Site waits_at;
-    std::vector<AsyncCopy> copies; /* cp.async not yet landed, */
-    std::vector<size_t> groups;    /* and how many of them each commit closed */
+    std::vector<AsyncCopy> copies; /* cp.async copies that have not arrived, */
+    std::vector<size_t> groups;    /* and how many of them belong to each commit */
 };
 
-/* Lanes of a warp that wait in the same operation with the same mask. */
+/* Lanes of a warp that wait in the same operation, with the same mask. */
 struct Meeting {
     unsigned mask, came;
     Combine combine;
@@ -238,17 +238,17 @@ struct Meeting {
 };
 
 struct Warp {
-    unsigned live; /* lanes that exist and have not left the kernel */
+    unsigned live; /* lanes that exist and are still in the kernel */
     std::vector<Meeting *> meetings;
 };
 
 struct Launch {
     Config config;
-    void (*call)(void *bound); /* runs the kernel's text with the arguments it is bound to */
+    void (*call)(void *bound); /* runs the kernel with its bound arguments */
     std::shared_ptr<void> bound;
     size_t bound_size;
     int device;
-    size_t dynamic_allowed; /* bytes of dynamic shared memory by cudaFuncSetAttribute */
+    size_t dynamic_allowed; /* bytes of dynamic shared memory that cudaFuncSetAttribute allowed */
 };
 
 struct SharedVariable {
@@ -260,15 +260,15 @@ struct SharedVariable {
 };
 
 #ifdef CUDACHECK
-static void check_end(); /* of an OS thread that has run blocks */
+static void check_end(); /* an OS thread that has run blocks ends */
 #endif
 
 struct Block {
     Launch *launch;
     Thread threads[MAX_THREADS];
     Warp warps[MAX_THREADS / 32];
-    int count, started, exited; /* threads */
-    Thread *ready[MAX_THREADS]; /* ring of threads that wait no longer */
+    int count, started, exited; /* numbers of threads */
+    Thread *ready[MAX_THREADS]; /* a ring of threads that are ready to run */
     unsigned ready_head, ready_tail;
     int barrier_came, barrier_votes, barrier_result;
     Thread *barrier_waiting[MAX_THREADS];
@@ -277,10 +277,10 @@ struct Block {
     Fiber *running;
     std::vector<Fiber *> fibers, idle;
     std::vector<Meeting *> spare;
-    char *memory; /* shared memory: dynamic part, then the variables in order of appearance */
+    char *memory; /* shared memory: the dynamic part, then variables in order of appearance */
     size_t used, charged; /* bytes with and without gaps */
     std::vector<SharedVariable> variables;
-    char fault_stack[32768]; /* for on_fault: the thread's own may be full */
+    char fault_stack[32768]; /* stack for on_fault, as the thread's own may be full */
     ~Block()
     {
         CHECKED(check_end());
@@ -292,11 +292,11 @@ struct Block {
 
 #ifdef CUDACHECK
 static void check_block(Block *b); /* the block's first thread is about to run */
-static void check_pause();         /* the running thread stops for others, or leaves the kernel */
+static void check_pause();         /* the running thread stops to wait, or leaves the kernel */
 static void check_barrier();       /* all threads of the block have met */
 static void check_lanes(unsigned mask);
 static void check_fence();
-static void check_quiet(bool on); /* from here on, or no longer, accesses are the engine's own */
+static void check_quiet(bool on); /* accesses are the engine's own, from now on or no longer */
 static void check_shared(const SharedVariable &v);
 static void check_copy_issued(const AsyncCopy &c, const void *pc);
 static void check_copy_landed(const AsyncCopy &c);
@@ -340,7 +340,7 @@ static void run_on(Thread *t)
     threadIdx = t->index;
 }
 
-/* All threads that are left wait for others that will never come. */
+/* All remaining threads wait for threads that will never come. */
 [[noreturn]] static void deadlock()
 {
     Thread *first = nullptr, *other = nullptr;
@@ -360,7 +360,7 @@ static void run_on(Thread *t)
          other->waits_at.line);
 }
 
-/* Lets another thread of the block run; returns when the calling one has been woken. */
+/* Lets another thread of the block run. Returns when the calling thread has been woken. */
 static void wait_in(const char *name, Site at)
 {
     Block *b = block;
@@ -372,7 +372,7 @@ static void wait_in(const char *name, Site at)
         Thread *t = b->ready[b->ready_head++ % MAX_THREADS];
         run_on(t);
         b->running = t->fiber;
-    } else if (b->started < b->count) { /* a fresh fiber takes the next threads */
+    } else if (b->started < b->count) { /* a new fiber runs the next threads */
         if (b->idle.empty()) {
             b->fibers.push_back(fiber_new((int)b->fibers.size()));
             b->idle.push_back(b->fibers.back());
@@ -385,7 +385,7 @@ static void wait_in(const char *name, Site at)
     fiber_switch(from, b->running);
 }
 
-static void meet(Warp *w, Meeting *m) /* all have come */
+static void meet(Warp *w, Meeting *m) /* all lanes have come */
 {
     CHECKED(check_quiet(true));
     m->combine(m->slots, m->came, m->at);
@@ -401,8 +401,8 @@ static void wake_meeting(const Thread *last, const Meeting *m)
         if (m->came >> l & 1 && first + l != last) wake(first + l);
 }
 
-/* The running thread leaves the kernel: a warp operation may have waited for nobody else; a barrier
- * waits in vain. */
+/* The running thread leaves the kernel. If a warp operation waited only for this thread, it goes
+ * on. If a barrier waits for it, that is an error. */
 static void leave()
 {
     Thread *t = self;
@@ -423,8 +423,8 @@ static void leave()
     }
 }
 
-/* Runs threads of the block that have not started, one after the other for as long as none has to
- * wait: a kernel without barriers is a plain loop. Then passes on to whoever is ready. */
+/* Runs threads of the block that have not started yet, one after the other while none has to wait.
+ * So a kernel without barriers is a plain loop. Then it switches to a thread that is ready. */
 static void fiber_main()
 {
     Fiber *me = block->running;
@@ -491,7 +491,8 @@ static void run_block(Block *b)
     fiber_switch(&b->host, b->running);
 }
 
-/* The running thread's block-wide barrier. Every thread must come, and to the same one. */
+/* The running thread enters the block-wide barrier. Every thread must come, and to the same
+ * barrier. */
 int barrier(bool predicate, Site at)
 {
     in_kernel("__syncthreads", at);
@@ -637,21 +638,21 @@ void copy_async_wait(int pending)
 /* ---- 4. Launches ----------------------------------------------------------------------------- */
 
 static std::mutex attributes_lock;
-/* What cudaFuncSetAttribute allowed. */
+/* By kernel: the dynamic shared memory that cudaFuncSetAttribute allowed. */
 static auto &max_dynamic_shared = *new std::map<const void *, size_t>();
 
 #ifdef CUDAEMU_ASAN
-static void watch_faults(Block *) {} /* ASan explains faults itself */
+static void watch_faults(Block *) {} /* ASan reports faults itself */
 #else
-/* A kernel that touches memory it does not have, or its stack's guard page: the line, then the
- * default action. */
+/* A kernel touched memory that it does not have, or its stack's guard page. Prints the line, then
+ * lets the default action end the program. */
 static void on_fault(int signal, siginfo_t *info, void *)
 {
     struct sigaction standard = {};
     standard.sa_handler = SIG_DFL;
     sigaction(signal, &standard, nullptr);
     if (!block || !block->running)
-        return; /* not a kernel's: the instruction runs again and ends the program */
+        return; /* no kernel runs: the instruction runs again and ends the program */
     const char *stack = block->running->stack, *p = (const char *)info->si_addr;
     fail({nullptr, 0},
          p >= stack - 65536 && p < stack ? "its stack overflows" : "memory fault at address %p",
@@ -674,11 +675,11 @@ static void watch_faults(Block *b)
 }
 #endif
 
-/* The state of one OS thread that runs blocks, kept from launch to launch. */
+/* The state of one OS thread that runs blocks. It is kept from launch to launch. */
 static Block *this_block()
 {
     static __thread Block
-        *mine; /* a plain pointer: other destructors of the thread may yet run kernels */
+        *mine; /* a plain pointer, as the thread's other destructors may still run kernels */
     static thread_local struct Owner {
         ~Owner()
         {
@@ -789,23 +790,24 @@ struct Allocation {
     char *base;
 };
 #ifdef CUDACHECK
-/* Device memory, at addresses never used before. */
+/* Allocates device memory at addresses that were never used before. */
 static char *check_allocate(size_t size, int device, Site at);
 static void check_free(const Allocation &a, Site at);
 #endif
 static std::mutex memory_lock;
-/* By the byte after the last: the one that holds p is the first whose end lies beyond p. This and
- * other state is never destroyed: other ranks may still run while the program exits. */
+/* The key is the address after the last byte: p lies in the first allocation whose end is beyond p.
+ * This and other state is never destroyed, because other ranks may still run while the program
+ * exits. */
 static auto &allocations = *new std::map<const char *, Allocation>();
 static size_t device_used[64];
 
-static const Allocation *find_allocation(const void *p) /* with memory_lock held */
+static const Allocation *find_allocation(const void *p) /* the caller holds memory_lock */
 {
     auto a = allocations.upper_bound((const char *)p);
     return a != allocations.end() && (const char *)p >= a->second.base ? &a->second : nullptr;
 }
 
-/* That p..p+size lies in one live allocation of some device. */
+/* Checks that p..p+size lies in one live allocation of some device. */
 static void need_device(const void *p, size_t size, const char *what, Site at)
 {
     if (!size) return;
@@ -878,7 +880,7 @@ static void deallocate(void *p, bool of_device, const char *what, Site at)
 /* ---- 6. Streams and events ------------------------------------------------------------------- */
 
 static std::mutex peers_lock;
-static bool peer_enabled[64][64]; /* [device][peer]: kernels on device may touch memory of peer */
+static bool peer_enabled[64][64]; /* [device][peer]: kernels on device may use memory of peer */
 
 static bool lazy()
 {
@@ -907,21 +909,21 @@ static int device_count()
 using namespace cudaemu;
 
 struct CUstream_st {
-    int index; /* in the list of all streams */
+    int index; /* position in the list of all streams */
     int device;
     bool blocking; /* ordered with the device's default stream */
-    bool busy;     /* some OS thread runs the first piece of work */
+    bool busy;     /* an OS thread is running the first piece of work */
     bool destroyed;
     std::deque<std::function<void()>> work;
-    uint64_t enqueued, done; /* pieces of work so far */
+    uint64_t enqueued, done; /* how many pieces of work, so far */
 };
 
-/* A record of an event is a place in a stream: behind its first `count` pieces of work. */
+/* A record of an event marks a place in a stream: after its first `count` pieces of work. */
 struct Record {
     cudaStream_t stream;
     uint64_t count;
     timespec when;
-    std::vector<uint64_t> clock; /* for the checker: how much of each stream is done by then */
+    std::vector<uint64_t> clock; /* for the checker: how much of each stream is done here */
 };
 struct CUevent_st {
     int device;
@@ -931,7 +933,7 @@ struct CUevent_st {
 namespace cudaemu
 {
 
-/* Streams live as long as the program, so that an event may outlast its stream. */
+/* Streams live as long as the program, because an event may outlive its stream. */
 static std::mutex streams_lock;
 static auto &streams_moved = *new std::condition_variable();
 static auto &streams = *new std::vector<std::unique_ptr<CUstream_st>>();
@@ -958,10 +960,10 @@ static cudaStream_t resolve(cudaStream_t stream)
 
 static int stream_device(cudaStream_t stream) { return stream ? stream->device : current_device; }
 
-/* Runs the stream's work, one piece after the other, until `count` pieces are done. Where another
- * OS thread is at it, waits for that one. Work that waits for another stream's event runs that
- * stream in turn; as an event is recorded before it can be waited for, this cannot go in
- * circles. */
+/* Runs the stream's work, one piece after the other, until `count` pieces are done. If another OS
+ * thread is running that work, waits for it. A piece that waits for another stream's event runs
+ * that stream in turn. This cannot go in circles, as an event is recorded before it can be waited
+ * for. */
 static void drain(cudaStream_t s, uint64_t count)
 {
     std::unique_lock<std::mutex> hold(streams_lock);
@@ -996,12 +998,12 @@ static std::shared_ptr<Record> last_record(cudaEvent_t event)
 }
 
 #ifdef CUDACHECK
-/* Wraps work, the stream's piece number `count`, so that the checker knows when it runs and what
- * comes before it. */
+/* Wraps work, which is piece number `count` of the stream. So the checker knows when it runs and
+ * which work it comes after. */
 static std::function<void()> check_work(cudaStream_t s, uint64_t count, const char *what, Site at,
                                         std::function<void()> work);
-static void check_recorded(Record *r); /* inside the record's work */
-/* The stream s goes on after the record, or after what `of` has done. */
+static void check_recorded(Record *r); /* called by the record's piece of work */
+/* Stream s goes on after the record, or after what `of` has done. */
 static void check_waited(cudaStream_t s, const Record &r);
 static void check_joined(cudaStream_t s, cudaStream_t of);
 /* The host goes on after the record, or after what the stream has done. */
@@ -1015,8 +1017,8 @@ static void push(cudaStream_t s, std::function<void()> work) /* with streams_loc
     s->enqueued++;
 }
 
-/* Puts work at the end of a stream; returns which piece of its work it is. The default stream waits
- * for all blocking streams of its device, and they for it. */
+/* Puts work at the end of a stream; returns its number in that stream. The default stream waits for
+ * all blocking streams of its device, and they wait for it. */
 static uint64_t enqueue(cudaStream_t stream, const char *what, Site at, std::function<void()> work)
 {
     if (block) fail(at, "%s: called inside a kernel", what);
@@ -1096,7 +1098,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
         stream->destroyed = true;
         count = stream->enqueued;
     }
-    drain(stream, count); /* the real one only promises to finish the work some time */
+    drain(stream, count); /* the real function only promises to finish the work at some time */
     return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream)
@@ -1109,7 +1111,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream)
         count = s->enqueued;
     }
     if (done < count) {
-        drain(s, done + 1); /* who polls a lazy stream must see it move */
+        drain(s, done + 1); /* a caller who polls a lazy stream must see progress */
         return cudaErrorNotReady;
     }
     CHECKED(check_synchronized(s));
@@ -1128,7 +1130,7 @@ cudaError_t cudaEventCreate(cudaEvent_t *event)
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
-    delete event; /* who waits for its record still holds that */
+    delete event; /* a stream that waits for its record still holds the record */
     return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
@@ -1180,7 +1182,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event)
     if (!record) return cudaSuccess;
     uint64_t done = done_count(record->stream);
     if (done < record->count) {
-        drain(record->stream, done + 1); /* who polls must see it move */
+        drain(record->stream, done + 1); /* a caller who polls must see progress */
         return cudaErrorNotReady;
     }
     CHECKED(check_synchronized(*record));
@@ -1216,7 +1218,7 @@ cudaError_t cudaFree(void *p, Site at)
         const Allocation *a = find_allocation(p);
         device = a ? a->device : -1;
     }
-    if (device >= 0) synchronize_device(device); /* as the real one does */
+    if (device >= 0) synchronize_device(device); /* as the real function does */
     deallocate(p, true, "cudaFree", at);
     return cudaSuccess;
 }
@@ -1247,7 +1249,7 @@ namespace cudaemu
 {
 #ifdef CUDACHECK
 enum Touch { READS, COPIES, WRITES };
-/* A copy or a product touches device memory; peers: of another device only with peer access. */
+/* A copy or a product uses device memory. peers: memory of another device needs peer access. */
 static void check_range(const void *p, size_t size, Touch touch, bool peers, const char *what);
 /* `to` is now as well written as `from`. */
 static void check_copied(void *to, const void *from, size_t size);
@@ -1304,7 +1306,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind k
 {
     copy(to, from, size, kind, nullptr, "cudaMemcpy", at);
     if (is_device(to) && is_device(from))
-        return cudaSuccess; /* the real one does not wait either */
+        return cudaSuccess; /* the real function does not wait either */
     return cudaStreamSynchronize(nullptr);
 }
 cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device,
@@ -1378,7 +1380,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device)
     p->warpSize = 32;
     p->maxThreadsPerBlock = MAX_THREADS;
     p->maxThreadsPerMultiProcessor = 2048;
-    p->multiProcessorCount = 4; /* few: kernels that fill the GPU and stride launch few blocks */
+    p->multiProcessorCount = 4; /* few, so that grids that fill the GPU have few blocks */
     p->major = 9;
     p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024;
     p->maxThreadsDim[2] = 64;
@@ -1479,7 +1481,7 @@ constexpr int VECTOR = 8;
 constexpr int VECTOR = 4;
 #endif
 typedef float Floats __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float))));
-/* Of the product that the innermost loop keeps in registers. */
+/* The tile of the product that the innermost loop keeps in registers. */
 constexpr int TILE_M = 2 * VECTOR, TILE_N = 4;
 
 static size_t type_size(cudaDataType t) { return t == CUDA_R_32F ? 4 : 2; }
@@ -1502,7 +1504,7 @@ static void store(void *p, cudaDataType t, size_t i, float x)
     }
 }
 
-/* A column-major matrix of the memory. */
+/* A column-major matrix in memory. */
 struct Matrix {
     void *p;
     cudaDataType type;
@@ -1514,8 +1516,8 @@ struct Matrix {
     float at(size_t i, size_t j) const { return load(p, type, i + j * ld); }
 };
 
-/* Copies m (or, transposed, its columns for rows) to floats, as bands of `tile` rows: band, column,
- * row; zeros pad. */
+/* Copies m, or its transpose, to floats in bands of `tile` rows. The order is band, column, row;
+ * the last band is padded with zeros. */
 static void pack(std::vector<float> &to, const Matrix &m, bool transposed, size_t rows, size_t cols,
                  size_t tile)
 {
@@ -1533,7 +1535,7 @@ static void pack(std::vector<float> &to, const Matrix &m, bool transposed, size_
     }
 }
 
-/* sum (TILE_M x TILE_N) += a b over k columns of a band of A and a band of B. */
+/* sum (TILE_M x TILE_N) += a b, over k columns of a band of A and of a band of B. */
 static void multiply_tile(float *sum, const float *a, const float *b, size_t k)
 {
     Floats s00{}, s01{}, s10{}, s11{}, s20{}, s21{}, s30{}, s31{};
@@ -1561,12 +1563,12 @@ static void multiply_tile(float *sum, const float *a, const float *b, size_t k)
 
 struct Epilogue {
     cublasLtEpilogue_t kind;
-    void *bias; /* or where the gradient of the bias goes */
+    void *bias; /* the bias, or the place for its gradient */
     cudaDataType bias_type;
     Matrix aux;
 };
 
-/* The tanh form of GELU, as cuBLASLt's, and its derivative. */
+/* The tanh form of GELU, as in cuBLASLt, and its derivative. */
 static float gelu(float x)
 {
     return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
@@ -1582,7 +1584,8 @@ static void multiply(bool ta, bool tb, size_t m, size_t n, size_t k, float alpha
                      const Matrix &b, float beta, const Matrix &c, const Matrix &d,
                      const Epilogue &e)
 {
-    /* Sums of so many products are added up: less rounding, and they stay in the cache. */
+    /* Products are summed in groups of so many, and the sums are added up. That rounds less and
+     * stays in the cache. */
     constexpr size_t CHUNK = 256;
     static thread_local std::vector<float> pa, pb;
     pack(pa, a, ta, m, k, TILE_M);
@@ -1637,8 +1640,8 @@ struct Product {
     Epilogue e;
 };
 
-/* Calls f(matrix or vector, name, whether it is written) for all that the product touches in batch
- * number i. */
+/* Calls f(matrix or vector, name, whether it is written) for all that batch number i of the product
+ * uses. */
 template <class F> static void for_operands(const Product &p, int i, F f)
 {
     auto of = [i](long long stride) { return (size_t)(stride * i); };
@@ -1718,7 +1721,7 @@ struct cublasLtMatrixLayoutOpaque {
     int batch;
 };
 struct cublasLtMatmulPreferenceOpaque {
-    uint64_t workspace; /* bytes that a product may have */
+    uint64_t workspace; /* most working space of a product, in bytes */
 };
 
 cublasStatus_t cublasCreate(cublasHandle_t *handle)
@@ -1830,7 +1833,7 @@ cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *desc, cublasComput
     if (scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
     *desc = new cublasLtMatmulDescOpaque();
     (*desc)->epilogue = CUBLASLT_EPILOGUE_DEFAULT;
-    (*desc)->bias_type = (*desc)->aux_type = -1; /* as D */
+    (*desc)->bias_type = (*desc)->aux_type = -1; /* the type of D */
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc)
@@ -1917,7 +1920,7 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
 
 namespace cudaemu
 {
-/* Fills in all but the pointers, alpha and beta; says whether cuBLASLt could do it. */
+/* Fills in everything but the pointers, alpha and beta. Returns whether cuBLASLt could do it. */
 static cublasStatus_t lt_product(Product *p, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
                                  cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
                                  cublasLtMatrixLayout_t d)
@@ -1979,7 +1982,7 @@ static cublasStatus_t lt_product(Product *p, cublasLtMatmulDesc_t desc, cublasLt
         p->e.aux = {desc->aux, type, p->m, p->n, (size_t)desc->aux_ld};
         if (!desc->aux || desc->aux_ld < (int64_t)p->m) return CUBLAS_STATUS_INVALID_VALUE;
         if (desc->aux_ld % 8 || (uintptr_t)desc->aux % 16)
-            return CUBLAS_STATUS_NOT_SUPPORTED; /* as the documentation */
+            return CUBLAS_STATUS_NOT_SUPPORTED; /* as documented */
         if (type != d->type) return CUBLAS_STATUS_NOT_SUPPORTED;
     }
     return CUBLAS_STATUS_SUCCESS;
@@ -1998,7 +2001,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     if (!handle || !preference || requested < 1) return CUBLAS_STATUS_INVALID_VALUE;
     cublasStatus_t status = lt_product(&p, desc, a, b, c, d);
     if (status) return status;
-    /* CUDAEMU_LT=off: it refuses all, so that the program's way without it runs */
+    /* CUDAEMU_LT=off: cuBLASLt refuses everything, to test how the program works without it. */
     if (getenv("CUDAEMU_LT") && !strcmp(getenv("CUDAEMU_LT"), "off"))
         return CUBLAS_STATUS_NOT_SUPPORTED;
     size_t workspace = std::min(preference->workspace, (uint64_t)LT_WORKSPACE);
@@ -2027,7 +2030,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     p.c.p = (void *)c;
     p.d.p = d;
     if (p.beta != 0 && !c) return CUBLAS_STATUS_INVALID_VALUE;
-    /* Whoever still wants what was there, sees it. */
+    /* A caller who still relies on the old contents will notice. */
     if (needs) cudaMemsetAsync(workspace, POISON, needs, stream, at);
     submit_product(p, "cublasLtMatmul", stream, at);
     return CUBLAS_STATUS_SUCCESS;

@@ -4,14 +4,14 @@
  *     sed -f dev/cudaemu/cu2cpp.sed program.cu > program.cpp
  *     g++ -std=gnu++17 -O2 -I. program.cpp dev/cudaemu/cudaemu.cpp -lpthread
  *
- * Every CUDA thread is a fiber; a block runs on the OS thread that launches it (or, with lazy
- * streams, that waits for it). A misuse that CUDA leaves undefined ends the program with one line
- * that names kernel, thread and source line.
+ * Every CUDA thread is a fiber. A block runs on the OS thread that launches it, or with lazy
+ * streams on the one that waits for it. A misuse that CUDA leaves undefined ends the program with
+ * one line that names kernel, thread and source line.
  *
- *     CUDAEMU_DEVICES=n   so many fake devices (1)
+ *     CUDAEMU_DEVICES=n   number of emulated devices (1)
  *     CUDAEMU_ASYNC=1     lazy streams: work runs only when something waits for it
  *
- * README.md tells how it works and what it cannot show. */
+ * README.md explains how it works and what it cannot show. */
 #ifndef CUDAEMU_H
 #define CUDAEMU_H
 
@@ -52,7 +52,7 @@ struct dim3 {
     inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                     \
     inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                             \
     inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-#define uint3 cudaemu_uint3 /* there is one already: the indices' */
+#define uint3 cudaemu_uint3 /* uint3 exists already, for the indices */
 CUDAEMU_VECTORS(unsigned, uint)
 #undef uint3
 CUDAEMU_VECTORS(float, float)
@@ -119,7 +119,7 @@ struct cudaDeviceProp {
 
 namespace cudaemu
 {
-struct Site { /* a place in the source; as a default argument, the caller's */
+struct Site { /* a place in the source; as a default argument it is the place of the call */
     const char *file;
     int line;
 };
@@ -128,11 +128,11 @@ constexpr Site here(const char *file = __builtin_FILE(), int line = __builtin_LI
     return {file, line};
 }
 
-/* Ends the program with status 1 and one line: the message, and the kernel, block, thread and place
- * it concerns. */
+/* Ends the program with status 1 and one line: the message, and which kernel, block, thread and
+ * place it concerns. */
 [[noreturn]] void fail(Site at, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-struct Config { /* what stands between <<< and >>> */
+struct Config { /* the launch arguments between <<< and >>> */
     const char *name;
     dim3 grid, block;
     size_t shared;
@@ -152,7 +152,8 @@ inline Config launch(const char *name, dim3 grid, dim3 block, size_t shared = 0,
 void submit(const Config &config, const void *kernel, void (*call)(void *bound),
             std::shared_ptr<void> bound, size_t bound_size);
 
-/* kernel << launch(..)(args): the arguments become the kernel's parameters at once, as in CUDA. */
+/* kernel << launch(..)(args): the arguments are converted to the kernel's parameters at once, as in
+ * CUDA. */
 template <class... Params> struct Bound {
     void (*kernel)(Params...);
     std::tuple<typename std::decay<Params>::type...> params;
@@ -171,29 +172,29 @@ void operator<<(void (*kernel)(Params...), std::tuple<Config, std::tuple<Args...
     submit(std::get<0>(call), (const void *)kernel, Bound<Params...>::call, bound, sizeof *bound);
 }
 
-/* The block's shared memory: the variable that tag stands for, the same for all threads of the
- * block. */
+/* A variable in the block's shared memory. `tag` identifies it; all threads of the block get the
+ * same one. */
 void *shared(const void *tag, size_t size, const char *name, Site at = here());
 void *dynamic_shared(size_t align, Site at = here());
 
-/* __syncthreads; returns how many threads of the block came with a true predicate. */
+/* __syncthreads. Returns how many threads of the block passed a true predicate. */
 int barrier(bool predicate, Site at);
 void fence();
 
-/* A warp operation: every live lane in mask comes with its slot; the last one calls combine(slots,
- * mask of lanes that came) for all of them. Returns when that is done. A lane that does not take
- * part has a null slot. */
+/* A warp operation. Every live lane in mask calls it with its slot; the last one to arrive calls
+ * combine(slots, mask of the lanes that came) for all of them. It returns when that is done. A lane
+ * that does not take part has a null slot. */
 typedef void (*Combine)(void *const slots[32], unsigned mask, Site at);
 void warp(unsigned mask, void *slot, Combine combine, const char *name, Site at);
-void sync_lanes(void *const slots[32], unsigned mask, Site at); /* the combine of __syncwarp */
-int lane(); /* of the running thread, in its warp */
+void sync_lanes(void *const slots[32], unsigned mask, Site at); /* for __syncwarp */
+int lane(); /* of the running thread in its warp */
 
-/* 16 bytes: seen only after the wait. */
+/* Copies 16 bytes, which become visible only after the wait. */
 void copy_async(void *shared, const void *global, bool valid, Site at);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
-/* Reading lane reader takes the value of lane source. */
+/* Lane `reader` takes the value of lane `source`: that lane must take part. */
 inline void check_source(void *const slots[32], int reader, int source, Site at)
 {
     if (!slots[source & 31])
@@ -276,8 +277,8 @@ inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, cudaemu::Site at = cudaemu::
     cudaemu::warp(mask, &slot, cudaemu::sync_lanes, "__syncwarp", at);
 }
 
-/* Shuffles within segments of width lanes, a power of two: a lane whose source is outside takes its
- * own value. */
+/* Shuffles work within segments of `width` lanes, a power of two. A lane whose source is outside
+ * its segment keeps its own value. */
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32,
               cudaemu::Site at = cudaemu::here())
@@ -291,7 +292,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
                   cudaemu::Site at = cudaemu::here())
 {
     int l = cudaemu::lane(), source = l ^ lane_mask;
-    if (source > (l | (width - 1))) source = l; /* a later segment; an earlier one may be read */
+    if (source > (l | (width - 1))) source = l; /* an earlier segment may be read */
     return cudaemu::shuffle(mask, value, source, "__shfl_xor_sync", at);
 }
 template <class T>
@@ -445,7 +446,7 @@ inline double max(double x, double y) { return fmax(x, y); }
 
 /* ---- 16-bit floats --------------------------------------------------------------------------- */
 
-/* All roundings are to nearest, ties to even; every NaN becomes 0x7FFF, as on the GPU. */
+/* Numbers are rounded to nearest, ties to even. Every NaN becomes 0x7FFF, as on the GPU. */
 
 namespace cudaemu
 {
@@ -462,9 +463,10 @@ inline uint16_t half_from_float(float x)
     uint32_t u = __float_as_uint(x), sign = u >> 16 & 0x8000, a = u & 0x7FFFFFFF;
     if (a > 0x7F800000) return 0x7FFF;
     if (a >= 0x477FF000) return (uint16_t)(sign | 0x7C00); /* 65520 and more round to infinity */
-    if (a >= 0x38800000) /* 2^-14: the exponent's bias goes from 127 to 15 */
+    if (a >= 0x38800000) /* 2^-14; the exponent's bias changes from 127 to 15 */
         return (uint16_t)(sign | (a - 0x38000000 + 0xFFF + (a >> 13 & 1)) >> 13);
-    /* Below, units of 2^-24: the last bit of floats from 0.5 to 1. */
+    /* Below 2^-14 the unit is 2^-24. That is the last bit of floats from 0.5 to 1, so the sum
+     * rounds. */
     float grid = __uint_as_float(a) + 0.5f;
     return (uint16_t)(sign | (__float_as_uint(grid) - 0x3F000000));
 }
@@ -538,9 +540,9 @@ inline __half __ushort_as_half(unsigned short u)
 
 namespace cudaemu
 {
-/* Layouts of PTX ISA "Matrix fragments for mma.m16n8k16": with g = lane / 4 and t = 2 (lane % 4),
- * each register holds columns (of B: rows) t and t+1 of row (of B: column) g, plus 8 where noted in
- * the loops below. */
+/* Layouts as in the PTX ISA, "Matrix fragments for mma.m16n8k16". With g = lane / 4 and t = 2 (lane
+ * % 4), each register holds columns (of B: rows) t and t+1 of row (of B: column) g. The loops below
+ * add 8 where a register has another row or column. */
 struct Mma {
     float *d;
     const uint32_t *a, *b;
@@ -573,8 +575,8 @@ inline void mma_combine(void *const slots[32], unsigned mask, Site at)
 }
 
 struct Ldmatrix {
-    uint32_t row[4]; /* the row of 16 bytes that the lane's address gives */
-    uint32_t r[4];   /* what the lane receives */
+    uint32_t row[4]; /* the 16 bytes at the lane's address */
+    uint32_t r[4];   /* what the lane gets */
 };
 template <bool trans> void ldmatrix_combine(void *const slots[32], unsigned mask, Site at)
 {
@@ -600,7 +602,7 @@ template <bool trans> void ldmatrix(uint32_t r[4], const void *row, Site at)
 }
 } // namespace cudaemu
 
-/* d (16,8) += a (16,16) b (16,8): fragments of a warp; T is __nv_bfloat16 or __half. */
+/* d (16,8) += a (16,16) b (16,8), in a warp's fragments; T is __nv_bfloat16 or __half. */
 template <class T>
 void mma_m16n8k16(float d[4], const uint32_t a[4], const uint32_t b[2],
                   cudaemu::Site at = cudaemu::here())
@@ -610,8 +612,8 @@ void mma_m16n8k16(float d[4], const uint32_t a[4], const uint32_t b[2],
     cudaemu::Mma slot = {d, a, b, bf16 ? cudaemu::bf16_to_float : cudaemu::half_to_float};
     cudaemu::warp(0xFFFFFFFFu, &slot, cudaemu::mma_combine, "mma", at);
 }
-/* Four 8x8 tiles of 16-bit numbers from shared memory: lane l gives the address of row l % 8 of
- * tile l / 8. */
+/* Loads four 8x8 tiles of 16-bit numbers from shared memory. Lane l passes the address of row l % 8
+ * of tile l / 8. */
 inline void ldmatrix_x4(uint32_t r[4], const void *row, cudaemu::Site at = cudaemu::here())
 {
     cudaemu::ldmatrix<false>(r, row, at);
@@ -620,8 +622,8 @@ inline void ldmatrix_x4_trans(uint32_t r[4], const void *row, cudaemu::Site at =
 {
     cudaemu::ldmatrix<true>(r, row, at);
 }
-/* 16 bytes from global to shared memory, zeros if not valid; they land no sooner than at the
- * wait. */
+/* Copies 16 bytes from global to shared memory, or zeros if not valid. They arrive at the wait, not
+ * before. */
 inline void cp_async_16(void *shared, const void *global, bool valid = true,
                         cudaemu::Site at = cudaemu::here())
 {
@@ -631,7 +633,7 @@ inline void cp_async_commit() { cudaemu::copy_async_commit(); }
 template <int N> void cp_async_wait()
 {
     cudaemu::copy_async_wait(N);
-} /* all but the latest N groups have landed */
+} /* all groups but the latest N have arrived */
 
 /* ---- Host API: memory, streams, events, devices ---------------------------------------------- */
 

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Tests the emulator and its checker: each feature against plain C, with and without the checker;
-# every planted bug reported, no twin of one reported. Exit status 0 if all is well.
-# CXX=clang++ sh dev/cudaemu/test.sh tries another compiler.
+# Tests the emulator and its checker. Each feature is compared with plain C, with and without the
+# checker; the checker must report every planted bug and no twin of one. Exit status 0 if all tests
+# pass. CXX=clang++ sh dev/cudaemu/test.sh tries another compiler.
 cd "$(dirname "$0")" || exit 2
 CXX=${CXX:-g++}
 export CXX
@@ -9,7 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 status=0
 
-try() { # what it does, then the command
+try() { # name, command ..
     printf '%s: ' "$1"
     shift
     if "$@" > "$work/log" 2>&1; then tail -n 1 "$work/log"; else cat "$work/log"; status=1; fi

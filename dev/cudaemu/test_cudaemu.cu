@@ -270,8 +270,8 @@ static void test_warps()
         }
 }
 
-/* Two halves of a warp go different ways with masks of their own, then meet; lanes of a short warp;
- * lanes that left. */
+/* The halves of a warp take different branches, each with its own mask, and then meet. Also lanes
+ * of a short warp, and lanes that have left. */
 __global__ void halves(int *out)
 {
     int l = threadIdx.x, v = l;
@@ -303,8 +303,8 @@ static void test_partial_warps()
 
 /* ---- Tensor cores, cp.async ------------------------------------------------------------------ */
 
-/* One warp: c (16,8) = a (16,16) b (16,8), a row-major and b stored by columns, all by the layouts
- * of the PTX ISA. */
+/* One warp: c (16,8) = a (16,16) b (16,8). a is row-major and b is stored by columns; fragments
+ * have the layouts of the PTX ISA. */
 template <class T> __global__ void one_mma(float *c, const T *a, const T *b)
 {
     int l = threadIdx.x, g = l / 4, t = l % 4;
@@ -374,7 +374,7 @@ __global__ void copies(int *out, const int4 *in, int lazy)
     int wrong = 0;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 4; i++) x[i] = make_int4(-1, -1, -1, -1);
-        for (int i = 0; i < 4; i++) { /* groups of one, one, none, two copies */
+        for (int i = 0; i < 4; i++) { /* groups of one, one, no and two copies */
             cp_async_16(&x[i], &in[i], i != 3);
             if (i != 2) cp_async_commit();
             if (i == 1) cp_async_commit();
@@ -402,7 +402,7 @@ static void test_copies()
     Buffer<int> out(2);
 #if defined(CUDAEMU) && !defined(CUDACHECK)
     copies<<<1, 32>>>(out.d, x.d, 1);
-#else /* looking before the wait is undefined */
+#else /* reading before the wait is undefined */
     copies<<<1, 32>>>(out.d, x.d, 0);
 #endif
     out.down();
@@ -437,18 +437,18 @@ static void test_16bit(int mantissa_bits, int bias, FromBits from_bits, ToBits t
             bad += !isnan(x) || to_bits(T(x)) != 0x7FFF;
             continue;
         }
-        bad += to_bits(T(x)) != h; /* there and back, infinities and signed zeros included */
+        bad += to_bits(T(x)) != h; /* to float and back, with infinities and signed zeros */
         if ((h & 0x7FFF) == infinity) bad += !isinf(x) || (x < 0) != (h >> 15);
         else bad += x != value16(h, mantissa_bits, bias);
     }
     CHECK(bad == 0);
-    /* Rounding can only go wrong at a midpoint of neighbours, or beside one: it goes to the even
-     * one, not before. */
+    /* Rounding can only go wrong at the midpoint of two neighbours, or right beside it. At the
+     * midpoint the even one is right. */
     for (unsigned h = 0; h < infinity; h++) {
         double low = value16(h, mantissa_bits, bias);
         double high = h + 1 == infinity ? ldexp(1, (int)(infinity >> mantissa_bits) - bias)
                                         : value16(h + 1, mantissa_bits, bias);
-        float middle = (float)((low + high) / 2); /* exact: a float has more bits */
+        float middle = (float)((low + high) / 2); /* exact, since a float has more bits */
         for (unsigned sign = 0; sign < 2; sign++) {
             float m = sign ? -middle : middle, s = sign ? -1.0f : 1.0f;
             unsigned base = sign << 15;
@@ -541,16 +541,16 @@ static void test_streams()
     float *h;
     OK(cudaMallocHost((void **)&h, 4));
     *h = 5;
-    set<<<1, 1, 0, a>>>(x.d, 1); /* nothing has run until someone waits */
+    set<<<1, 1, 0, a>>>(x.d, 1); /* nothing runs until something waits */
     OK(cudaMemcpyAsync(h, x.d, 4, cudaMemcpyDeviceToHost, a));
-#ifndef CUDACHECK /* which objects to the look */
+#ifndef CUDACHECK /* the checker would report this read */
     if (is_lazy()) CHECK(*h == 5 && cudaStreamQuery(a) == cudaErrorNotReady);
 #endif
     OK(cudaStreamSynchronize(a));
     CHECK(*h == 1 && cudaStreamQuery(a) == cudaSuccess);
 
-    /* Without the event b would run first, because it is waited for first. The wait means the
-     * record before it, not the later one. */
+    /* Without the event, b would run first, because it is waited for first. The wait is for the
+     * record made before it, not for the later one. */
     set<<<1, 1, 0, a>>>(x.d, 2);
     OK(cudaEventRecord(e, a));
     OK(cudaStreamWaitEvent(b, e, 0));
@@ -564,7 +564,7 @@ static void test_streams()
     OK(cudaEventSynchronize(e));
     CHECK(cudaEventQuery(e) == cudaSuccess && x.down()[2] == 9);
 
-    /* The default stream waits for blocking streams, and they for it. */
+    /* The default stream waits for blocking streams, and they wait for it. */
     cudaStream_t c;
     OK(cudaStreamCreate(&c));
     set<<<1, 1, 0, c>>>(x.d, 3);
@@ -595,7 +595,7 @@ static void test_streams()
     set<<<1, 1, 0, a>>>(p, 4);
     OK(cudaMemcpyAsync(h, p, 4, cudaMemcpyDeviceToHost, a));
     OK(cudaFreeAsync(p, a));
-    OK(cudaStreamDestroy(a)); /* finishes its work */
+    OK(cudaStreamDestroy(a)); /* this finishes the stream's work */
     OK(cudaDeviceSynchronize());
     CHECK(*h == 4);
     OK(cudaStreamDestroy(b));
@@ -604,8 +604,8 @@ static void test_streams()
     OK(cudaFreeHost(h));
 }
 
-/* A ring of threads as ranks: each sums what its neighbour wrote, ordered by events alone, over
- * devices. */
+/* A ring of threads plays ranks: each sums what its neighbour wrote, on several devices. Only
+ * events give the order. */
 constexpr int RANKS = 4, ROUNDS = 20;
 struct Ring {
     float *slot[RANKS][ROUNDS];
@@ -739,7 +739,7 @@ template <> struct Type<__nv_bfloat16> {
     static constexpr double epsilon = 0x1p-8;
 };
 
-/* Random matrix of ld * cols numbers; the rows beyond `rows` are NaN, and must not be read or
+/* A random matrix of ld * cols numbers. Rows beyond `rows` are NaN and must not be read or
  * written. */
 template <class T> static std::vector<T> random_matrix(int rows, int cols, int ld)
 {
@@ -750,7 +750,7 @@ template <class T> static std::vector<T> random_matrix(int rows, int cols, int l
     return x;
 }
 
-/* op(A) op(B), and the sum of the products' magnitudes for the bound. */
+/* op(A) op(B), and the sum of the products' magnitudes for the error bound. */
 template <class T>
 static double product(const T *a, const T *b, int ta, int tb, int lda, int ldb, int i, int j, int k,
                       double *magnitude)
@@ -766,7 +766,7 @@ static double product(const T *a, const T *b, int ta, int tb, int lda, int ldb, 
     return sum;
 }
 
-/* |got - want| within the rounding of k float sums and of the result's type. */
+/* Whether |got - want| exceeds the rounding of k float sums and of the result's type. */
 template <class D> static int wrong(D got, double want, double magnitude, int k)
 {
     double bound = 1.01 * (fabs(want) * Type<D>::epsilon + (k + 4) * 0x1p-24 * (magnitude + 1));
@@ -1022,7 +1022,7 @@ static const struct {
     {"bytes of shared memory", [] { much_shared<<<1, 32, 4>>>((float *)some); }},
 #ifdef CUDACHECK
     {"host-memory", [] { crash<<<1, 32>>>((int *)64); }},
-#elif !defined __SANITIZE_ADDRESS__ /* which has its own words for these */
+#elif !defined __SANITIZE_ADDRESS__ /* ASan has its own messages for these */
     {"memory fault", [] { crash<<<1, 32>>>((int *)64); }},
     {"stack overflows", [] { overflow_stack<<<1, 32>>>(some, 1 << 20); }},
 #endif
@@ -1099,7 +1099,7 @@ static int test_all()
     test_indices();
 #ifdef CUDAEMU
     test_misuses();
-#ifndef CUDACHECK /* which objects to reading what nobody has written */
+#ifndef CUDACHECK /* the checker would report reads of memory that nobody has written */
     test_fresh();
 #endif
 #endif
@@ -1123,7 +1123,7 @@ static int test_all()
 
 int main()
 {
-#ifdef CUDAEMU /* eager and lazy, on one and on three devices */
+#ifdef CUDAEMU /* eager and lazy streams, on one and on three devices */
     int failed = 0;
     for (int mode = 0; mode < 4; mode++) {
         int status;

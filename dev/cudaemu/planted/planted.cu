@@ -1,11 +1,13 @@
-/* planted.cu - kernels and host code with one bug each, and the same without: the checker must
- * report every bug, of the right kind and at the line marked BUG(name), and must not report a twin.
+/* planted.cu - kernels and host code with one bug each, and for each a twin without the bug. The
+ * checker must report every bug, with the right kind and at the line marked BUG(name). It must not
+ * report any twin.
  *
- *     planted          all of them; exit status 0 if all is as it must be
- *     planted NAME     the bug, to see its report;   planted NAME fixed   its twin
+ *     planted               runs all; exit status 0 if every report is right
+ *     planted NAME          runs one bug, to see its report
+ *     planted NAME fixed    runs its twin
  *
- * Compiled like a program to check (../cudacheck.cpp); reads its own source, planted.cu, to find
- * the marked lines. */
+ * It is compiled like any program to check (../cudacheck.cpp), and reads its own source,
+ * planted.cu, to find the marked lines. */
 #include "cudaemu.h"
 #include <stdlib.h>
 #include <sys/wait.h>
@@ -27,7 +29,7 @@ template <bool bug> __global__ void barrier_missing(float *out)
     out[t] = x[N - 1 - t];
 }
 
-/* Called in a loop: the next call writes part[] while slow warps still read it. */
+/* Called in a loop. The next call writes part[] while slow warps still read it. */
 template <bool bug> __device__ float block_sum(float v)
 {
     __shared__ float part[N / 32];
@@ -56,7 +58,7 @@ template <bool bug> __global__ void overwritten_too_soon(float *out)
     out[t] = x[t];
 }
 
-/* The emulator runs the reader before the others have written at all. */
+/* The emulator runs the reader before the others have written anything. */
 template <bool bug> __global__ void read_before_written(float *out)
 {
     __shared__ float x[N];
@@ -101,7 +103,7 @@ template <bool bug> __global__ void warp_for_block_barrier(float *out)
     out[t] = x[(t + 1) % N];
 }
 
-/* Two 16-bit numbers share a word: neighbours are no race, the same one is. */
+/* Two 16-bit numbers share a word. Writing neighbours is no race; writing the same one is. */
 template <bool bug> __global__ void half_words(__half *out)
 {
     __shared__ __half x[N];
@@ -111,7 +113,7 @@ template <bool bug> __global__ void half_words(__half *out)
     out[t] = x[bug ? t / 2 : t];
 }
 
-/* A running sum over the lanes, the step's read and write not apart. */
+/* A running sum over the lanes. Nothing separates a step's reads from its writes. */
 template <bool bug> __global__ void scan(float *out)
 {
     __shared__ float x[32];
@@ -127,8 +129,8 @@ template <bool bug> __global__ void scan(float *out)
     out[t] = x[t];
 }
 
-/* Halves of words: two threads may each write one of them, but who reads the whole word must come
- * after both. */
+/* Two threads may each write one half of a word. A thread that reads the whole word must come after
+ * both. */
 template <bool bug> __global__ void words_and_halves(int *out)
 {
     typedef uint32_t word __attribute__((may_alias));
@@ -166,7 +168,7 @@ template <bool bug> __global__ void half_after_word(int *out)
     out[t] = x[2 * t + 1]; /* BUG(half_after_word) */
 }
 
-/* Lane 0 waits for lane 30 only: others have read as well before it writes. */
+/* Lane 0 waits for lane 30 only, but other lanes have read too before it writes. */
 template <bool bug> __global__ void partial_warp_barrier(float *out)
 {
     __shared__ float x;
@@ -179,8 +181,8 @@ template <bool bug> __global__ void partial_warp_barrier(float *out)
     if (t == 0) x = 2; /* BUG(partial_warp_barrier) */
 }
 
-/* Three read x: two of the last warp, which __syncwarp then orders before the write, and one of
- * another. Two barriers turn the order of threads so that the two come first. */
+/* Three threads read x: two of the last warp, which __syncwarp then orders before the write, and
+ * one of another warp. Two barriers change the order of threads so that those two come first. */
 template <bool bug> __global__ void far_reader(float *out)
 {
     __shared__ float x;
@@ -212,7 +214,7 @@ template <bool bug> __global__ void other_blocks_result(float *out)
     out[gridDim.x * N + i] = out[other];
 }
 
-/* Overlapping rows: each block writes one number too many, its neighbour's first. */
+/* Rows overlap: each block writes one number too many, the first of its neighbour's row. */
 template <bool bug> __global__ void rows_overlap(float *out)
 {
     int width = N + bug;
@@ -220,7 +222,7 @@ template <bool bug> __global__ void rows_overlap(float *out)
         out[blockIdx.x * N + i] = blockIdx.x; /* BUG(rows_overlap) */
 }
 
-/* The last block to come adds up all blocks' sums. */
+/* The last block to arrive adds up all blocks' sums. */
 template <int fences> __global__ void last_block(float *part, int *counter, float *out)
 {
     __shared__ int last;
@@ -414,7 +416,7 @@ template <bool bug> __global__ void barrier_after_wait(float *out, const float *
     if (!bug) __syncthreads();
     out[t] = x[4 * (N - 1 - t)]; /* BUG(barrier_after_wait) */
 }
-/* The next tile is fetched into the buffer that other threads still read. */
+/* The next tile is copied into the buffer while other threads still read it. */
 template <bool bug> __global__ void refilled_too_soon(float *out, const float *in)
 {
     __shared__ __align__(16) float x[4 * N];
@@ -460,7 +462,7 @@ static float *device_floats(size_t n, float v = 0) /* filled */
 static float host_floats[1024];
 
 struct Bug {
-    const char *name, *kind; /* the kind is a part of the first line of the report */
+    const char *name, *kind; /* the first line of the report contains the kind */
     void (*run)(bool bug);
 };
 
@@ -470,7 +472,8 @@ struct Bug {
         else kernel<false><<<grid, block>>>(__VA_ARGS__);                                          \
     } while (0)
 
-/* a (8,8) b (8,8), a never written or with columns so far apart that the last lies outside. */
+/* a (8,8) b (8,8). Either a was never written, or its columns are so far apart that the last lies
+ * outside. */
 static void product(bool bug, bool unwritten)
 {
     float one = 1, zero = 0, *a = device_floats(64), *b = device_floats(64), *c = device_floats(64);
@@ -536,7 +539,7 @@ static const Bug bugs[] = {
          if (bug) last_block<0><<<5, 32>>>(part, counter, out);
          else last_block<2><<<5, 32>>>(part, counter, out);
      }},
-    {"fence_in_a_branch", "[race]", /* which one block does not take */
+    {"fence_in_a_branch", "[race]", /* one block does not take the branch */
      [](bool bug) {
          float *part = device_floats(5), *out = device_floats(1);
          int *counter = (int *)device_floats(1);
@@ -559,7 +562,7 @@ static const Bug bugs[] = {
      [](bool bug) {
          dynamic_too_small<false><<<1, N, (N - bug) * sizeof(float)>>>(device_floats(N));
      }},
-#ifndef __clang__ /* which copies structures without looking at their alignment */
+#ifndef __clang__ /* clang copies structures without a check of their alignment */
     {"misaligned", "[misaligned]",
      [](bool bug) { RUN(misaligned, 1, 32, (float4 *)device_floats(128), device_floats(132)); }},
 #endif
@@ -578,7 +581,7 @@ static const Bug bugs[] = {
          if (!bug) cudaMemset(x, 0, N * sizeof(float));
          add_one<<<1, N>>>(x);
      }},
-    {"unwritten_copied", "[uninitialised]", /* a copy of what nobody has written is no better */
+    {"unwritten_copied", "[uninitialised]", /* a copy of unwritten memory is unwritten as well */
      [](bool bug) {
          float *x, *y = device_floats(N);
          cudaMalloc(&x, N * sizeof(float));
@@ -680,13 +683,13 @@ static const Bug bugs[] = {
          cudaEventCreate(&e);
          float *x = device_floats(N), *y = device_floats(N);
          cudaEventRecord(e, a);
-         if (bug) cudaStreamWaitEvent(b, e, 0); /* of the record above, not the one below */
+         if (bug) cudaStreamWaitEvent(b, e, 0); /* this means the record above, not the one below */
          fill<<<1, N, 0, a>>>(x, 1);
          cudaEventRecord(e, a);
          if (!bug) cudaStreamWaitEvent(b, e, 0);
          copy_to<<<1, N, 0, b>>>(y, x);
      }},
-    {"ranks_unordered", "[stream-order]", /* the same over two devices, as ranks do it */
+    {"ranks_unordered", "[stream-order]", /* the same on two devices, as ranks do it */
      [](bool bug) {
          cudaStream_t s[2];
          cudaEvent_t e[2];
@@ -710,7 +713,7 @@ static const Bug bugs[] = {
          }
      }},
     {"default_stream_does_not_wait",
-     "[stream-order]", /* a copy in it, for a stream that does not block it */
+     "[stream-order]", /* a copy in the default stream, which does not wait for s */
      [](bool bug) {
          cudaStream_t s;
          cudaStreamCreateWithFlags(&s, bug ? cudaStreamNonBlocking : cudaStreamDefault);
@@ -766,7 +769,7 @@ static int marked_line(const char *name)
     return at ? line : 0;
 }
 
-/* Runs one in a process of its own; what it says goes to text. Returns the wait status. */
+/* Runs one bug in a process of its own; its output goes to text. Returns the wait status. */
 static int run_apart(const Bug &b, bool bug, char *text, size_t size)
 {
     int ends[2], status = 0;
@@ -812,7 +815,7 @@ int main(int argc, char **argv)
         snprintf(line, sizeof line, ":%d", at);
         const char *place = at ? strstr(text, line) : text, *other = strstr(text, "    against ");
         if (other && place > other)
-            place = nullptr; /* the mark is at the access that shows the bug */
+            place = nullptr; /* the mark must be at the access that shows the bug */
         bool caught =
             WIFEXITED(status) && WEXITSTATUS(status) == 1 && strstr(text, b.kind) && place;
         if (!caught)
