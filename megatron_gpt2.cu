@@ -682,8 +682,9 @@ static bool matmul_epilogue(act *c, const act *a, bool a_transposed, const act *
     cublasStatus_t status =
         cublasLtMatmul(gpu()->lt, plan->desc, &one, b, plan->a, a, plan->b, &beta, c, plan->c, c,
                        plan->c, &plan->algorithm, space, plan->workspace, gpu()->stream);
+    /* cuBLASLt may still refuse to run an algorithm that it has proposed. */
     plan->possible = status != CUBLAS_STATUS_NOT_SUPPORTED && status != CUBLAS_STATUS_INVALID_VALUE;
-    if (plan->possible) CUBLAS_CHECK(status); /* a proposed algorithm may still fail to run */
+    if (plan->possible) CUBLAS_CHECK(status);
     return plan->possible;
 }
 
@@ -703,10 +704,11 @@ static void matmul(act *c, const act *a, bool a_transposed, const act *b, bool b
         const cublasMath_t mode = CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
         CUBLAS_CHECK(cublasSetMathMode(g->blas, mode));
     }
-    CUBLAS_CHECK(cublasGemmEx(g->blas, b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                              a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, (int)N, (int)M, (int)K,
-                              &one, b, CUDA_ACT, (int)(b_transposed ? K : N), a, CUDA_ACT,
-                              (int)(a_transposed ? M : K), &beta, c, CUDA_ACT, (int)N, COMPUTE_TYPE,
+    const cublasOperation_t op_a = a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasOperation_t op_b = b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const int row_a = (int)(a_transposed ? M : K), row_b = (int)(b_transposed ? K : N);
+    CUBLAS_CHECK(cublasGemmEx(g->blas, op_b, op_a, (int)N, (int)M, (int)K, &one, b, CUDA_ACT, row_b,
+                              a, CUDA_ACT, row_a, &beta, c, CUDA_ACT, (int)N, COMPUTE_TYPE,
                               CUBLAS_GEMM_DEFAULT));
 }
 
