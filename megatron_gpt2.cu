@@ -12,8 +12,8 @@
  *
  * Ranks are threads of one process: rank r works on GPU r mod their number, in a stream of its own.
  * An operator works in its own rank's memory; only reduce_slice and device_copy also reach into the
- * memory of other ranks, between the barriers of a collective. cuBLAS makes matrix products, with bias and
- * GeLU in their epilogues; kernels below do everything else.
+ * memory of other ranks, between the barriers of a collective. cuBLAS makes matrix products, with
+ * bias and GeLU in their epilogues; kernels below do everything else.
  *
  * Every run repeats bit for bit: no kernel adds with atomics, and sums have an order that depends
  * on shapes alone. */

@@ -1,6 +1,6 @@
-/* stopwatch.h - a stopwatch around every operator. stopwatch.sed makes a copy of megatron_gpt2.c that
- * includes this file before chapter 3, and in which every call of an operator f is a call of
- * watched_f. It takes times only in the thread that has set watch.on.
+/* stopwatch.h - a stopwatch around every operator. stopwatch.sed makes a copy of megatron_gpt2.c,
+ * which includes this file before chapter 3, and in which every call of an operator f is a call of watched_f. It
+ * takes times only in the thread that has set watch.on.
  *
  * A linear layer's time is split into its products and the rest. The bias's gradient is then a call
  * of its own. Where GeLU is fused into the product, the product runs a second time, alone and
@@ -122,7 +122,7 @@ static double watched_sum_squares(const act *x, size_t n)
 #define watched_layernorm_forward(...) WATCH(layernorm_forward, 0, __VA_ARGS__)
 #define watched_layernorm_backward(...) WATCH(layernorm_backward, 0, __VA_ARGS__)
 #define watched_bias_dropout_add_forward(...) WATCH(bias_dropout_add_forward, 0, __VA_ARGS__)
-#define watched_bias_dropout_add_layernorm_forward(...)                                                    \
+#define watched_bias_dropout_add_layernorm_forward(...)                                            \
     WATCH(bias_dropout_add_layernorm_forward, 0, __VA_ARGS__)
 #define watched_bias_dropout_add_backward(...) WATCH(bias_dropout_add_backward, 0, __VA_ARGS__)
 #define watched_attention_forward(...) WATCH(attention_forward, 0, __VA_ARGS__)

@@ -44,30 +44,30 @@ fp32  | token_embedding_backward_kernel | if (tokens[n] != token) break; | | end
 fp32+ | token_embedding_backward_kernel | if (c >= C) continue; | | bound of columns
 fp32  | position_embedding_forward_kernel | past + n % T | n % T | positions after those in the cache
 fp32  | position_embedding_backward_kernel | mask, at); | mask, t * C + c); | dropout index without the sequence
-fp32+ | layernorm_row | if (threadIdx.x == 0) *mean | *mean | one writer
+fp32+ | layernorm_row | if (threadIdx.x == 0) { | { | one writer
 fp32+ | layernorm_forward_kernel | rstd + n, x | rstd, x | index of the row
-fp32+ | layernorm_backward_kernel | = sum_b[i * packs + p] = 0 | = 0 | sums begin at 0
+fp32+ | layernorm_backward_kernel | sum_b[i * packs + p] = 0; | | sums begin at 0
 fp32  | layernorm_backward_kernel | n += gridDim.x | n += N | a block's rows after its first
 fp32  | bias_dropout_add_row | index + c | c | dropout index without the row
 fp32+ | bias_dropout_add_forward_kernel | residual + at | residual | index of the row
 fp32  | bias_dropout_add_layernorm_forward_kernel | res + at, g, b | y + at, g, b | what is normalised
 fp32+ | load_four | vectors && r < m.rows && c < columns | vectors && c < columns | bound of rows
 fp32  | load_four | c + i < columns | true | bound of columns
-fp32+ | multiply_rows | __syncthreads(); /* all are done with what stood there */ | | first barrier
+fp32+ | multiply_rows | __syncthreads(); /* all threads are done with the old contents */ | | first barrier
 fp32+ | multiply_rows | __syncthreads();\n#pragma | \n#pragma | second barrier
-fp32+ | accumulate | __syncthreads(); /* p has come, and all are done with what stood in tile */ | | first barrier
+fp32+ | accumulate | __syncthreads(); /* p is complete, and all threads are done with the old tile */ | | first barrier
 fp32+ | accumulate | __syncthreads();\n#pragma | \n#pragma | second barrier
 fp32  | write_columns | c + k < columns) at[k] | true) at[k] | bound of columns
 fp32  | head_dropout | b * d.heads | b | dropout index of a head
 fp32  | draw_keep | + j0 + 16 | + 16 | dropout index without the key
 fp32  | attention_forward_kernel | > i0 + 4 * y + i ? | > i0 + 4 * y + i + 1 ? | causal mask: a token sees the next one
-fp32+ | attention_forward_kernel | && query < T) lse | ) lse | bound of rows
+fp32+ | attention_forward_kernel | && query < T)\n | )\n | bound of rows
 fp32  | attention_forward_kernel | sum[i] * shrink | sum[i] | online softmax: a new maximum
 fp32+ | attention_delta_kernel | if (row < rows && | if ( | bound of rows
 fp32  | attention_delta_kernel | (b * H + h) * T | (b + h) * T | order of (B,H,T)
 fp32  | attention_backward_q_kernel | j0 <= i0 | j0 < i0 | blocks on the diagonal
 fp32+ | attention_backward_q_kernel | query < T ? lse[ | true ? lse[ | bound of rows
-fp32+ | attention_backward_kv_kernel | __syncthreads(); /* all are done with P */ | | barrier
+fp32+ | attention_backward_kv_kernel | __syncthreads(); /* all threads are done with P */ | | barrier
 fp32  | attention_backward_kv_kernel | x + 16 * j, 4 * y + i) | 4 * y + i, x + 16 * j) | dropout's bits, transposed
 bf16+ | flash_forward_kernel | __syncthreads();\n    Owned | Owned | barrier before the owned rows are read
 bf16+ | flash_forward_kernel | __syncthreads(); /* this stage | /* this stage | barrier of a stage
@@ -82,7 +82,7 @@ bf16  | multiply_nt | lane / 8 % 2 * 8 | lane / 8 % 2 * 4 | shifted index of a t
 bf16  | multiply_nn | i % 2 * 2 | i % 2 | order of a tile's words
 bf16  | keep_by_rows | (bits & 12) << 2 | (bits & 12) | dropout's bits of the next tile
 bf16  | keep_by_columns | (lane & ~12) \| e << 2 | (lane & ~12) \| e << 1 | the lane that drew the bits
-bf16+ | write_rows | __syncwarp(); /* the last products have read the rows */ | | first __syncwarp
+bf16+ | write_rows | __syncwarp(); /* the last products no longer read the rows */ | | first __syncwarp
 bf16+ | write_rows | __syncwarp();\n    for | for | second __syncwarp
 bf16+ | write_rows | if (r < valid) | | bound of rows
 bf16+ | flash_backward_q_kernel | __syncthreads(); /* this stage | /* this stage | barrier of a stage
@@ -104,8 +104,8 @@ fp32+ | adamw_kernel | if (i >= n) return; | | bound of parameters
 bf16  | adamw_kernel | if (master) store(master + i, p); | | master weights
 fp32  | sum_squares_kernel | gridDim.x * blockDim.x * W | blockDim.x * W | stride over all blocks
 fp32+ | reduce_slice_kernel | if (i >= n) return; | | bound of the slice
-fp32  | reduce_slice_kernel | a.x[r] + begin + i, total) | a.x[r] + i, total) | where the slice is written
-fp32  | reduce_slice_kernel | load(x, (const T *)a.x[r] | load(x, (const T *)a.x[P - r] | order of the ranks
+fp32  | reduce_slice_kernel | x[r] + begin + i, total) | x[r] + i, total) | where the slice is written
+fp32  | reduce_slice_kernel | load(next, (const T *)x[r] | load(next, (const T *)x[ranks - r] | order of the ranks
 fp32  | wide | C % WIDE == 0 && | | rows that are no multiple of WIDE
 fp32+ | device_zero | gpu()->stream | 0 | stream order
 fp32+ | device_download | device_synchronize(); | | wait for the stream
