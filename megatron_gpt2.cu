@@ -1663,7 +1663,7 @@ enum { FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP };
 
 /* Rows in shared memory are padded by 16 bytes. So the eight rows that ldmatrix reads together are
  * in different banks. */
-template <int D> struct Row {
+template <int D> struct SharedRow {
     enum { SIZE = D + 8 };
 };
 
@@ -1680,7 +1680,7 @@ template <int D, bool DROP> struct FlashForward {
     };
     enum {
         ROWS = FLASH_WARPS * 16 * M,
-        BYTES = (ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act)
+        BYTES = (ROWS + 4 * STREAM) * SharedRow<D>::SIZE * (int)sizeof(act)
     };
 };
 template <int D, bool DROP> struct FlashBackwardQ {
@@ -1693,7 +1693,7 @@ template <int D, bool DROP> struct FlashBackwardQ {
     };
     enum {
         ROWS = FLASH_WARPS * 16 * M,
-        BYTES = (2 * ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act)
+        BYTES = (2 * ROWS + 4 * STREAM) * SharedRow<D>::SIZE * (int)sizeof(act)
     };
 };
 template <int D, bool DROP> struct FlashBackwardKV {
@@ -1706,7 +1706,7 @@ template <int D, bool DROP> struct FlashBackwardKV {
     };
     enum {
         ROWS = FLASH_WARPS * 16 * M,
-        BYTES = (2 * ROWS + 4 * STREAM) * Row<D>::SIZE * (int)sizeof(act)
+        BYTES = (2 * ROWS + 4 * STREAM) * SharedRow<D>::SIZE * (int)sizeof(act)
     };
 };
 
@@ -1737,7 +1737,7 @@ static __device__ inline void load_rows(act *to, Rows from)
     for (int i = 0; i < COUNT; i += DOWN, at += DOWN * from.row) {
         const int r = i + r0;
         const int place = STREAMED ? (r & ~15) | (r & 2) << 2 | (r & 12) >> 1 | (r & 1) : r;
-        cp_async_16(to + place * Row<D>::SIZE + c, at, r < from.rows);
+        cp_async_16(to + place * SharedRow<D>::SIZE + c, at, r < from.rows);
     }
 }
 
@@ -1747,7 +1747,7 @@ template <int D, int COUNT, bool STREAMED>
 static __device__ inline void load_pair(act *to, Rows x, Rows y)
 {
     load_rows<D, COUNT, STREAMED>(to, x);
-    load_rows<D, COUNT, STREAMED>(to + COUNT * Row<D>::SIZE, y);
+    load_rows<D, COUNT, STREAMED>(to + COUNT * SharedRow<D>::SIZE, y);
     cp_async_commit();
 }
 
@@ -1758,7 +1758,7 @@ static __device__ inline void load_tiles(uint32_t (&a)[M][4], const act *rows)
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int m = 0; m < M; m++)
-        ldmatrix_x4(a[m], rows + (16 * m + lane % 16) * Row<D>::SIZE + lane / 16 * 8);
+        ldmatrix_x4(a[m], rows + (16 * m + lane % 16) * SharedRow<D>::SIZE + lane / 16 * 8);
 }
 
 /* The owned side of a product over D. It is kept in registers, or read from shared memory again
@@ -1780,7 +1780,7 @@ static __device__ inline void multiply_nt(float (&c)[M][N / 8][4], Owned<M, D, K
                                           const act *b)
 {
     const int lane = threadIdx.x % WARP;
-    b += (lane % 8 + lane / 16 * 8) * Row<D>::SIZE + lane / 8 % 2 * 8;
+    b += (lane % 8 + lane / 16 * 8) * SharedRow<D>::SIZE + lane / 8 % 2 * 8;
     memset(c, 0, sizeof c);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
@@ -1789,7 +1789,7 @@ static __device__ inline void multiply_nt(float (&c)[M][N / 8][4], Owned<M, D, K
 #pragma unroll
         for (int n = 0; n < N / 16; n++) {
             uint32_t word[4]; /* two tiles of B: columns 16n .. 16n+15 of c */
-            ldmatrix_x4(word, b + 16 * n * Row<D>::SIZE + 16 * k);
+            ldmatrix_x4(word, b + 16 * n * SharedRow<D>::SIZE + 16 * k);
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 mma_m16n8k16<act>(c[m][2 * n], tile[m], word);
@@ -1805,7 +1805,7 @@ static __device__ inline void multiply_nn(float (&c)[M][D / 8][4], const float (
                                           const act *b)
 {
     const int lane = threadIdx.x % WARP;
-    b += lane % 16 * Row<D>::SIZE + lane / 16 * 8;
+    b += lane % 16 * SharedRow<D>::SIZE + lane / 16 * 8;
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
         uint32_t tile[M][4];
@@ -1819,7 +1819,7 @@ static __device__ inline void multiply_nn(float (&c)[M][D / 8][4], const float (
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
             uint32_t word[4];
-            ldmatrix_x4_trans(word, b + 16 * k * Row<D>::SIZE + 16 * n);
+            ldmatrix_x4_trans(word, b + 16 * k * SharedRow<D>::SIZE + 16 * n);
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 mma_m16n8k16<act>(c[m][2 * n], tile[m], word);
@@ -1902,15 +1902,15 @@ static __device__ inline void write_rows(act *to, size_t to_row, int valid,
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
                 const uint32_t word = pack(c[m][n][e] * factor, c[m][n][e + 1] * factor);
-                memcpy(rows + row_of(m, e) * Row<D>::SIZE + 8 * n + threadIdx.x % 4 * 2, &word,
-                       sizeof word);
+                memcpy(rows + row_of(m, e) * SharedRow<D>::SIZE + 8 * n + threadIdx.x % 4 * 2,
+                       &word, sizeof word);
             }
     __syncwarp();
     for (int i = threadIdx.x % WARP; i < 16 * M * (D / 8); i += WARP) {
         const int r = i / (D / 8), column = i % (D / 8) * 8;
         if (r < valid)
             *(uint4 *)(to + r * to_row + column) =
-                *(const uint4 *)(rows + r * Row<D>::SIZE + column);
+                *(const uint4 *)(rows + r * SharedRow<D>::SIZE + column);
     }
 }
 
@@ -1924,7 +1924,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashForward<D, DROP>::B
     flash_forward_kernel(act *out, real *lse, const act *qkv, int T, int H, Mask mask)
 {
     typedef FlashForward<D, DROP> Size;
-    enum { M = Size::M, N = Size::N, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
+    enum { M = Size::M, N = Size::N, ROWS = Size::ROWS, ROW = SharedRow<D>::SIZE };
     extern __shared__ float4 shared[];
     act *const queries = (act *)shared, *const stream = queries + ROWS * ROW;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -2029,7 +2029,13 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardQ<D, DROP>:
                             const act *qkv, int T, int H, Mask mask)
 {
     typedef FlashBackwardQ<D, DROP> Size;
-    enum { M = Size::M, N = Size::N, STREAM = Size::STREAM, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
+    enum {
+        M = Size::M,
+        N = Size::N,
+        STREAM = Size::STREAM,
+        ROWS = Size::ROWS,
+        ROW = SharedRow<D>::SIZE
+    };
     extern __shared__ float4 shared[];
     act *const queries = (act *)shared, *const gradients = queries + ROWS * ROW;
     act *const stream = gradients + ROWS * ROW;
@@ -2106,7 +2112,13 @@ static __global__ void __launch_bounds__(FLASH_THREADS, FlashBackwardKV<D, DROP>
                              const act *qkv, int T, int H, Mask mask)
 {
     typedef FlashBackwardKV<D, DROP> Size;
-    enum { M = Size::M, N = Size::N, STREAM = Size::STREAM, ROWS = Size::ROWS, ROW = Row<D>::SIZE };
+    enum {
+        M = Size::M,
+        N = Size::N,
+        STREAM = Size::STREAM,
+        ROWS = Size::ROWS,
+        ROW = SharedRow<D>::SIZE
+    };
     extern __shared__ float4 shared[];
     /* For two queries each: lse, delta, lse, delta. */
     __shared__ float4 statistics[2][STREAM / 2];
