@@ -1,14 +1,15 @@
 /* megatron_gpt2.c - Megatron-LM (Shoeybi et al., arXiv 1909.08053) in one C file.
  *
  * A GPT-2 that trains, evaluates and generates, cut over many GPUs as the paper cuts it, with the
- * pipeline and data parallelism that Megatron has around it. Every GPU of the paper is a rank, and
- * every rank is a thread. This line builds it, and nothing but this file is needed:
+ * pipeline and data parallelism that Megatron has around it. Where the paper has a GPU, this
+ * program has a rank, which is a thread. This line builds it, and nothing but this file is needed:
  *
  *     cc -O3 -march=native -fopenmp megatron_gpt2.c -lm -lpthread -o megatron_gpt2
  *
  * HOW TO READ IT. Part I is the paper. Read its 3,000 lines from top to bottom, with the paper
- * beside you, and stop at Part II. Every formula of the paper has its code there. Part II makes the
- * code fast and connects the ranks; Part III reads files, encodes text and prints.
+ * beside you, and stop where Part II begins. Every formula of the paper has its code in Part I.
+ * Part II makes the code fast and connects the ranks; Part III reads files, encodes text and
+ * prints.
  *
  *     Part I, the paper      1 operators, what they compute [§2.2]     2 ranks and groups [§2.3]
  *                            3 the model-parallel transformer [§3]     4 operators, how they do it
@@ -24,25 +25,28 @@
  * DEVIATION marks where this program departs from it on purpose. doc/ has the longer derivations.
  *
  * LEFT OUT: BERT [§5.3], the filtering of the training text [§4.1], other models, interleaved
- * pipelines, sequence parallelism, ZeRO. megatron_gpt2.cu has the operators for NVIDIA GPUs: it
- * defines OTHER_OPERATORS and includes this file, which then leaves out its own.
+ * pipelines, sequence parallelism, ZeRO.
  *
- * LETTERS. B sequences in a micro-batch, T tokens in a sequence, N = B*T rows; C hidden size,
- * H heads, D = C/H their size, F = 4C width of the MLP, L layers, P positions, V tokens in the
- * vocabulary; t x p x d ranks. Cp, Hp, Fp, Vp: this rank's part of C, H, F, V, as in Cp = C/t.
+ * FOR GPUS there is megatron_gpt2.cu. It defines OTHER_OPERATORS and includes this file; then the
+ * operators of chapters 4 and 11 are not compiled, and the .cu has functions of the same names.
  *
- * THE GRID of t x p x d ranks [App. B.1, Fig. 8], here t = 2, p = 2, d = 2:
+ * LETTERS. B sequences in a micro-batch, T tokens in a sequence, N = B*T rows; C hidden size, H
+ * heads, D = C/H their size, F = 4C width of the MLP, L layers, P positions, V tokens in the
+ * vocabulary; t x p x d ranks. Cp = C/t, Hp = H/t, Fp = F/t: this rank's part; Vp: of the padded V.
+ *
+ * THE GRID of t x d ranks [App. B.1, Fig. 8], and p stages; here t = 2, p = 2, d = 2:
  *
  *               stage 0       stage 1
- *     replica 0  | 0 1 |  ---> | 4 5 |   tensor groups:    0-1, 2-3, 4-5, 6-7   cut every matrix
+ *     replica 0  | 0 1 |  ---> | 4 5 |   tensor groups:    0-1, 2-3, 4-5, 6-7   cut the matrices
  *     replica 1  | 2 3 |  ---> | 6 7 |   pipeline groups:  0-4, 1-5, 2-6, 3-7   other layers
  *                                        data groups:      0-2, 1-3, 4-6, 5-7   other sequences
  *
- * CONTRACTS. Outputs come first, then inputs, then dimensions; before them the rank or group that a
- * function works for. Backward functions write dx and add to dw. Matrices are row-major, and their
- * shapes stand beside them. Bad input ends in die(): one line on stderr, exit status 1. Two global
- * variables change: `spoken` (chapter 13: an error is told once) and `interrupted` (chapter 17:
- * Ctrl-C). The source compiles as C11 and as C++17. */
+ * CONTRACTS. Outputs come first, then inputs, dimensions, options; before them the rank or group
+ * that a function works for. Backward functions write dx and add to dw. Matrices are row-major, and
+ * their shapes stand beside them. An array has a singular name, its length the plural: tensor
+ * [tensors]. Bad input ends in die(): one line on stderr, exit status 1. Two global variables
+ * change: `spoken` (chapter 13: an error is told once) and `interrupted` (chapter 17: Ctrl-C). The
+ * source compiles as C11 and as C++17. */
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -136,8 +140,9 @@ typedef struct {
 typedef struct Tokenizer Tokenizer;
 static void push_token(Tokens *tokens, int id);
 static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n);
-/* Bytes of the white space that ends text (n), or 0; text without white space at its two ends. */
+/* Bytes of the white-space character at the end of text (n); 0 if there is none. */
 static size_t space_before(const char *text, size_t n);
+/* The begin of text without the white space at both ends; *n becomes its length. */
 static const char *strip(const char *text, size_t *n);
 
 /* Chapter 11: memory of a device. On the CPU that is memory as usual; in megatron_gpt2.cu it is the
@@ -160,21 +165,22 @@ static double device_memory(void); /* bytes of all of them; 0: unknown */
  * Chapter 1. Operators, what they compute [§2.2]
  * =================================================================================================
  *
- * An operator is a function of pointers and dimensions. It knows no ranks and keeps no state. Here
- * stands what each computes; chapter 4 has the code. Each sum is made by a single thread, so
- * results do not depend on the number of threads, bit for bit.
+ * An operator is a function of pointers and dimensions. It knows no ranks and keeps no state. This
+ * chapter says what each one computes; chapter 4 has the code. Each sum, or each of a fixed number
+ * of its parts, is made by a single thread, so results do not depend on the number of threads, bit
+ * for bit.
  *
  * Shapes stand behind the names, rows first. N = B*T rows, C channels; a linear layer has I inputs
  * and O outputs, attention H heads of size D. On a tensor rank these are the rank's own numbers: an
- * operator sees one rank's part of a matrix as a matrix. w' is w transposed; gelu'(x) a
- * derivative. */
+ * operator sees one rank's part of a matrix as a matrix. In formulas w' is w transposed, gelu'(x) a
+ * derivative; a b is a product of matrices, a * b one element by element. */
 
 /* ---- Linear layers --------------------------------------------------------------------------- */
 
 /* Weights are stored [out, in]: the paper's A is w'. Chapter 3 calls these functions on one rank's
  * part of w. If that part is rows of w, and so columns of A, y is X A_i [§3 eq.3]. If it is columns
- * of w, and so rows of A, y is X_i A_i, one term of a sum over the ranks [§3 eq.2]; then b is NULL,
- * and the bias is added after the sum. */
+ * of w, and so rows of the paper's B, y is Y_i B_i, one term of the sum Z [§3]; then b is NULL, and
+ * the bias is added after the sum. */
 
 /* y (N,O) = x (N,I) w' + b; w (O,I); b (O), or NULL for none. */
 static void linear_forward(act *y, const act *x, const act *w, const act *b, size_t N, size_t I,
@@ -242,8 +248,8 @@ static void layernorm_forward(act *y, real *mean, real *rstd, const act *x, cons
  *     dx = dres + rstd * (dx^ - avg(dx^) - x^ * avg(dx^ * x^))     avg: over the C numbers of a row
  *     dg += sum of dy * x^       db += sum of dy                   sum: over the N rows
  *
- * dres is the gradient that passes LayerNorm by, on the residual connection. NULL: none; it may be
- * dx itself. */
+ * dres is the gradient of the residual connection, which goes around LayerNorm. NULL: none; it may
+ * be dx itself. */
 static void layernorm_backward(act *dx, act *dg, act *db, const act *dy, const act *x, const act *g,
                                const real *mean, const real *rstd, const act *dres, size_t N,
                                size_t C);
@@ -287,7 +293,8 @@ static void attention_backward(act *dqkv, real *delta, const act *dout, const ac
                                size_t D, Dropout d);
 
 /* Generation, one sequence: n new rows qkv (n,3*H*D) at positions past .. past+n-1. Appends their
- * keys and values to the caches (P,H*D), and attends to all so far. out (n,H*D). */
+ * keys and values to the caches, of room for past + n rows of H*D numbers, and attends to all so
+ * far. out (n,H*D). */
 static void attention_cached_forward(act *out, act *key_cache, act *value_cache, const act *qkv,
                                      size_t n, size_t past, size_t H, size_t D);
 
@@ -328,8 +335,8 @@ typedef struct {
  *     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
  *     w -= lr * (mh / (sqrt(vh) + eps) + decay * w)
  *
- * mh = m / (1 - beta1^step) and vh = v / (1 - beta2^step) correct that m and v start at 0. master:
- * float weights, of which the narrower w are a copy; NULL: w itself is updated. */
+ * mh = m / (1 - beta1^step) and vh = v / (1 - beta2^step) make up for the start of m and v at 0.
+ * master: float weights, of which the narrower w are a copy; NULL: w itself is updated. */
 static void adamw(act *w, real *master, real *m, real *v, const act *g, size_t n, AdamW h);
 
 /* Sum of squares of x (n), in double. The order of the sum depends on n alone. */
@@ -342,8 +349,9 @@ static double sum_squares(const act *x, size_t n);
  * Rank code is written as if the rank were alone. Ranks meet only in the collectives below, which
  * are named as in MPI and NCCL. Chapter 12 connects ranks that are threads of this process.
  *
- * A rank belongs to four groups [Fig. 8]: the ranks that share its layers' matrices (tp), the
- * stages of its pipeline (pp), the replicas that hold the same slices (dp), and all (world). */
+ * A rank belongs to these groups [Fig. 8 has tp and dp]: the ranks between which its layers'
+ * matrices are divided (tp), the stages of its pipeline (pp), the replicas that hold the same
+ * slices (dp), all (world), and one for the word embedding, below. */
 
 /* ---- The grid -------------------------------------------------------------------------------- */
 
@@ -417,8 +425,8 @@ static void all_gather(Comm *c, void *out, void *x, size_t n, Type type);
 /* x (n) of every rank = x of the root. */
 static void broadcast(Comm *c, void *x, size_t n, Type type, int root);
 
-/* Point to point. There is a mailbox for each pair of ranks, with room for one message: send copies
- * x (n) into it and returns, as soon as it is empty. */
+/* Point to point. There is a mailbox for each (from, to). send waits until it is empty, copies x
+ * (n) into it and returns. recv waits until it is full. */
 static void send(Comm *c, const void *x, size_t n, Type type, int to);
 static void recv(Comm *c, void *x, size_t n, Type type, int from);
 
@@ -449,7 +457,7 @@ static int is_writer(const Comm *world);
  * the same way: Q, K and V by columns, in whole heads, since a head needs no other head; the matrix
  * of its output by rows [Fig. 3b].
  *
- * ([Y_1, Y_2] stands side by side. Weights are stored transposed: columns of A are rows of w here.)
+ * ([Y_1, Y_2] are side by side. Weights are stored transposed: columns of A are rows of w here.)
  *
  * f and g [Code 1, Fig. 3] stand at the two ends of such a region:
  *
@@ -459,15 +467,16 @@ static int is_writer(const Comm *world);
  *     g      all-reduce: Z is a sum over the ranks  identity: all ranks have dZ
  *
  * Between f and g no rank talks [P7]. A layer has two such regions, so it needs two all-reduces
- * forward and two backward [Fig. 4, P5]; recomputation runs the forward pass again, and needs two
- * more [§4.2]. With the g of the embedding and the f of the logits, a pass through L layers needs
- * 4L + 2, with recomputation 6L + 2 [P6]. The paper counts the 4L.
+ * forward and two backward [Fig. 4, P5]. Recomputation [§4.2] runs the forward pass again, and
+ * needs two more. With the g of the embedding and the f of the logits, a micro-batch that goes
+ * forward and backward through L layers needs 4L + 2 all-reduces of N*C numbers, with recomputation
+ * 6L + 2 [P6]. The paper counts the 4L.
  *
  * Outside of these regions all ranks of a tensor group hold the same activations and do the same
  * work: LayerNorm, the residual, and bias and dropout after g are duplicated, and so are their
  * parameters. These stay equal without a message. Each rank has the same inputs, since g leaves the
- * same bits on all, and the same incoming gradients, since f does; so it computes the same
- * gradients and makes the same update [§3]. */
+ * same bits on all, and the same incoming gradients, since f's all-reduce does so, too. So it
+ * computes the same gradients and makes the same update [§3]. */
 
 /* ---- What a rank owns ------------------------------------------------------------------------ */
 
@@ -525,7 +534,7 @@ typedef struct {
 
 /* Keys and values of all earlier positions, for generation. */
 typedef struct {
-    act **keys, **values; /* [depth] arrays of (P,Cp) */
+    act **keys, **values; /* [depth] arrays of (room,Cp), room for k->T positions */
     size_t past;          /* positions filled */
 } Cache;
 
@@ -558,8 +567,8 @@ typedef struct {
     act *dpre, *dqkv, *datt; /* (N,Fp) (N,3Cp) (N,Cp) */
     real *delta;             /* (B,Hp,T) attention's backward pass */
     void *activations;       /* the arena of flight, dx .. delta */
-    real *host;              /* (2,N) weights, losses: on the host, on their way */
-    int *host_ids;           /* (2,N) tokens, targets: likewise */
+    real *host;              /* (2,N) on the host: weights on their way in; losses, weights out */
+    int *host_ids;           /* (2,N) on the host: tokens, targets */
     Cache *cache;            /* generation only */
 
     int recompute; /* recompute activations in the backward pass [§4.2] */
@@ -777,8 +786,9 @@ static void logits_backward(Rank *k, MicroBatch *mb, const act *x, real scale)
  * Chapter 4. Operators, how they do it [§2.2, Fig. 2, 3]
  * =================================================================================================
  *
- * The code of chapter 1's contracts, forward beside backward. First what the CPU and the GPU share,
- * then the CPU's operators. */
+ * The code of chapter 1's contracts, forward beside backward. First what the CPU and the GPU share;
+ * then the CPU's operators, from #ifndef OTHER_OPERATORS on, in whose place megatron_gpt2.cu has
+ * its own. */
 
 /* ---- Random numbers -------------------------------------------------------------------------- */
 
@@ -860,7 +870,7 @@ static inline HOST_DEVICE real gelu(real x, Gelu kind)
 }
 
 /* d gelu / dx. tanh: s + x s(1-s) 2u' with t = e^-2u, s = 1 / (1 + t), 1-s = t s. erf: Phi(x) + x
- * phi(x). x is clamped first: gelu' is 0 at `low` and 1 at 40, and t stays finite between. */
+ * phi(x). x is clamped first: gelu' is 0, or negligible, at `low`, and 1 at 40; t stays finite. */
 static inline HOST_DEVICE real gelu_slope(real x, Gelu kind)
 {
     const real low = kind == GELU_ERF ? -40 : -10;
@@ -987,7 +997,7 @@ static void token_embedding_forward(act *x, const int *tokens, const act *wte, s
     }
 }
 
-/* A token may occur several times, so threads share columns, not rows. */
+/* A token may occur several times, so each thread has columns of its own, not rows. */
 static void token_embedding_backward(act *dwte, const act *dx, const int *tokens, size_t N,
                                      size_t C, size_t v0, size_t Vp)
 {
@@ -1171,7 +1181,7 @@ static void bias_dropout_add_backward(act *dy, act *dbias, const act *dout, size
  * may see are skipped. */
 enum { QUERIES = 48, KEYS = 384 };
 static_assert(KEYS % QUERIES == 0,
-              "a block of keys must not begin inside a block of queries: each sees its first key");
+              "every query of a block must see the first key of each block of keys");
 
 /* One row of attention_forward: s (n), products q k', becomes the dropped-out e^(score - m); m, l
  * and out (D) of the row are updated. index: of s[0] in the mask. */
@@ -1195,8 +1205,8 @@ static void online_softmax_row(real *s, size_t n, real scale, real *m, real *l, 
         for (size_t c = 0; c < D; c++) out[c] *= shrink;
 }
 
-/* A task is a block of queries of one head. Tasks with the most keys come first: so the threads end
- * together. */
+/* A task is a block of queries of one head. Of a head's tasks those with the most keys come first:
+ * so the threads end together. */
 static void attention_forward(act *out, real *lse, const act *qkv, size_t B, size_t T, size_t H,
                               size_t D, Dropout d)
 {
@@ -1339,7 +1349,8 @@ static void logits_max(real *max, const act *logits, size_t N, size_t Vp, size_t
     for (size_t n = 0; n < N; n++) max[n] = largest(logits + n * Vp, valid, -INFINITY);
 }
 
-/* Summed in double, since V is large: only the errors of exponential() remain [P16]. */
+/* Summed in double, since V is large: the errors of exponential() remain, and the sum's rounding to
+ * real [P16]. */
 static void logits_sum_exp(real *sum, real *target_logit, const act *logits, const real *max,
                            const int *targets, size_t N, size_t Vp, size_t valid, size_t v0)
 {
@@ -1431,8 +1442,8 @@ static double sum_squares(const act *x, size_t n)
  * samples, loss scale, options. The tokenizer's files lie beside them. Tensors are whole, in float,
  * under Hugging Face's names, and nothing in them depends on the ranks that wrote them: each rank
  * finds its slices by whole_row() and whole_col() below. So a run can go on in any other layout. No
- * state of generators is stored, since masks are functions of seed and step, and the order of
- * samples is one of seed and sample number. Chapter 14 has the code. */
+ * state of generators is stored: masks follow from seed and step, the order of samples from seed
+ * and sample number. Chapter 14 has the code. */
 
 /* ---- Shapes ---------------------------------------------------------------------------------- */
 
@@ -1441,8 +1452,9 @@ typedef struct {
     size_t L, C, H, P, V;
 } Preset;
 
-/* The paper pads its vocabulary to 51,200 in all experiments [§5.1]; its presets have 51,200 tokens
- * here, the 943 of the padding among them. 124M, 774M and 1558M are OpenAI's GPT-2. */
+/* The paper pads its vocabulary to 51,200 in its GPT-2 experiments [§5.1]. In its presets all
+ * 51,200 are tokens here: the 943 of the padding take part in the softmax. 124M, 774M and 1558M are
+ * OpenAI's GPT-2. */
 /* clang-format off */
 static const Preset presets[] = {
     {"tiny", "the demo: text as bytes", 4, 128, 4, 64, 257},
@@ -1478,8 +1490,8 @@ static Config find_preset(const char *name)
     die("--config %s is not known; there are:%s", name, known);
 }
 
-/* The vocabulary is padded to a multiple of 128 t, so that all tensor ranks hold equally many
- * tokens [§5.1, P14]. */
+/* The vocabulary is padded to a multiple of 128 t: all tensor ranks hold equally many tokens, in
+ * products of a size that suits GPUs [§5.1, P14]. */
 static size_t padded_vocab(size_t V, int tp) { return round_up(V, 128 * (size_t)tp); }
 
 /* Dies unless the model can be cut this way. */
@@ -1500,8 +1512,8 @@ static void check_layout(const Config *c, Layout s)
 
 /* ---- The table of tensors -------------------------------------------------------------------- */
 
-/* How tensor ranks share a tensor [§3]. Weights are [out, in], the paper's matrices transposed: the
- * paper's columns are rows here. */
+/* How a tensor is divided between tensor ranks [§3]. Weights are [out, in], the paper's matrices
+ * transposed: the paper's columns are rows here. */
 typedef enum {
     WHOLE,           /* every rank has all of it */
     COLUMN_PARALLEL, /* rank r has the r-th part of the rows: outputs, or the vocabulary's tokens */
@@ -1530,8 +1542,7 @@ typedef struct {
 #define TOP(field) offsetof(Params, field), 0
 #define LAYER(field) offsetof(Layer, field), 1
 static const Spec specs[] = {
-    /* name                      field          rows    cols   split            init      decay
-     * conv1d */
+    /* name                      field          rows    cols   split            init decay conv1d */
     {"wte.weight",               TOP(wte),      DIM_V,  DIM_C, COLUMN_PARALLEL, INIT_NORMAL, 1, 0},
     {"wpe.weight",               TOP(wpe),      DIM_P,  DIM_C, WHOLE,           INIT_NORMAL, 1, 0},
     {"h.%zu.ln_1.weight",        LAYER(ln1_g),  DIM_C,  ONE,   WHOLE,           INIT_ONE,    0, 0},
@@ -1675,8 +1686,8 @@ static size_t real_rows(const Tensor *t, int r)
     return first >= t->rows ? 0 : min_size(t->local_rows, t->rows - first);
 }
 
-/* Points the fields of p into an arena at base; Spec says by its offset which field is a tensor's.
- * first_layer is the number of p->layer[0] in the model. */
+/* Points the fields of p into an arena at base; Spec.field says where in its struct a tensor's
+ * pointer is. first_layer is the number of p->layer[0] in the model. */
 static void place_params(Params *p, act *base, const Tensor *list, size_t n, size_t first_layer)
 {
     for (size_t i = 0; i < n; i++) {
@@ -1723,8 +1734,8 @@ static void init_row(real *x, Init init, double std, uint64_t seed, uint32_t sit
 
 /* Draws the initial weights of tensor rank r: N(0, 0.02), those of a branch's last matrix scaled by
  * 1/sqrt(2L); biases 0, LayerNorm 1 and 0 [§4.2, P40]. An element's value depends on the tensor and
- * the element's place in the whole of it, so every layout draws the same model [P13]. Megatron
- * draws the whole matrix on every rank and keeps a slice. */
+ * the element's place in the whole of it, so every layout draws the same model [P13].
+ * DEVIATION: for that Megatron draws the whole matrix on every rank, and keeps a slice. */
 static void init_params(act *base, const Tensor *list, size_t n, const Config *c, uint64_t seed,
                         int r)
 {
@@ -1766,11 +1777,12 @@ typedef struct {
     double loss_scale; /* fixed; 0: dynamic */
 } Optimizer;
 
-/* Learning rate of update n, counted from 0: lr * n / warmup, then a cosine down to min_lr. The
- * first update has rate 0, as in Megatron, and changes nothing [P33]. Three readings of "cosine":
+/* Learning rate of update n, counted from 0: lr * n / warmup, then a cosine down to min_lr. With a
+ * warm-up the first update has rate 0, as in Megatron, and changes no weight [P33]. Three
+ * readings of "cosine":
  *
  *     paper      lr (cos(pi (n - warmup) / (end - warmup)) + 1) / 2, never below min_lr [P35]
- *     megatron   its code of 2020: the period is `end`, so min_lr comes later [P34]
+ *     megatron   code V: the period is `end`, so min_lr comes later [P34]
  *     cosine     from lr down to min_lr itself: Megatron today, and most others */
 static double learning_rate(const Optimizer *o, size_t n)
 {
@@ -1784,19 +1796,19 @@ static double learning_rate(const Optimizer *o, size_t n)
 }
 
 /* Dynamic loss scaling keeps fp16 gradients from underflow: the loss is multiplied by the largest
- * factor that does not overflow. Two overflows (hysteresis) halve it, each further one halves it
- * again; 1000 steps without one double it [P36-P38]. */
+ * factor that does not overflow. 1000 steps without an overflow double it. The second overflow
+ * after that halves it (hysteresis), and each further one [P36-P38]. */
 typedef struct {
     double scale;
     int dynamic, hysteresis;
-    long long iteration, last_overflow;
+    long long iteration, last_overflow; /* -1: none; the first doubling is at iteration 999 */
 } LossScaler;
 
 enum { SCALE_WINDOW = 1000, HYSTERESIS = 2 };
 
 static LossScaler make_loss_scaler(double fixed) /* 0: dynamic */
 {
-    LossScaler s = {fixed > 0 ? fixed : 0x1p32, fixed <= 0, HYSTERESIS, 0, -1}; /* -1: Megatron's */
+    LossScaler s = {fixed > 0 ? fixed : 0x1p32, fixed <= 0, HYSTERESIS, 0, -1};
     return s;
 }
 
@@ -1821,10 +1833,10 @@ typedef struct {
     LossScaler scaler;
 } Progress;
 
-/* Sums gradients over the ranks that hold the same parameters. The word embedding is used twice,
- * for tokens on the first stage and for logits on the last one: both gradients are added. Then come
- * the data replicas, which had other sequences [§2.3]. Within a tensor group nothing is summed:
- * there the gradients of replicated parameters are equal already (see chapter 3). */
+/* Sums what is still partial. The word embedding is used twice, for tokens on the first stage and
+ * for logits on the last one: both gradients are added. Then come the data replicas, which had
+ * other sequences [§2.3]. Within a tensor group nothing is summed: there the gradients of
+ * replicated parameters are equal already (see chapter 3). */
 static void reduce_gradients(Rank *k)
 {
     if (k->first_stage || k->last_stage) {
@@ -1843,12 +1855,12 @@ static double gradient_norm(Rank *k)
 {
     double sum = 0;
     set_place(k, "gradient norm", "[§4.2]", -1);
-    for (size_t i = 0, end; i < k->tensors && k->dp.rank == 0; i = end) {
+    for (size_t i = 0, end; i < k->tensors; i = end) {
         const Tensor *t = &k->tensor[i];
         size_t n = 0; /* t and its neighbours, at once: there are only zeros between them */
         for (end = i; end < k->tensors && k->tensor[end].counted == t->counted; end++)
             n = k->tensor[end].offset + k->tensor[end].n - t->offset;
-        if (t->counted) sum += sum_squares(k->gradients + t->offset, n);
+        if (t->counted && k->dp.rank == 0) sum += sum_squares(k->gradients + t->offset, n);
     }
     all_reduce(&k->world, &sum, 1, DOUBLE_ARRAY, SUM);
     return sqrt(sum);
@@ -1881,12 +1893,12 @@ typedef struct {
     int skipped; /* an overflow: the weights did not change */
 } StepResult;
 
-/* One training step, in the order of Megatron's code (pretrain_gpt2.py, fp16.py). The gradient is
- * clipped by the factor min(1, clip / (norm + 1e-6)) [P28].
- * DEVIATION: the loss is the mean over all targets of the global batch, and so is its gradient:
- * each target has the share 1/targets, on whichever replica it is [P29, P30]. Megatron takes the
- * mean on each replica and divides gradients by d before their sum. Overflows are seen in the norm;
- * Megatron reduces a separate flag. */
+/* One training step, in the order of Megatron's code (code A, pretrain_gpt2.py and fp16.py). The
+ * gradient is clipped by the factor min(1, clip / (norm + 1e-6)) [P28]. DEVIATION: the loss is the
+ * mean over all targets of the global batch, and so is its gradient: each target has the share
+ * 1/targets, on whichever replica it is [P29, P30]. Megatron takes the mean on each replica and
+ * divides gradients by d before their sum. Overflows are seen in the norm; Megatron reduces a
+ * separate flag. */
 static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t micro_batches,
                              Feed feed, void *source)
 {
@@ -1907,11 +1919,11 @@ static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t mi
     all_reduce(&k->world, &r.loss, 1, DOUBLE_ARRAY, SUM);
 
     const double clip = o->clip > 0 ? fmin(o->clip / (r.grad_norm + 1e-6), 1) : 1;
+    loss_scaler_update(&p->scaler, r.skipped);
     if (!r.skipped) {
         update_weights(k, o, p->updates, clip / r.loss_scale);
         p->updates++;
     }
-    loss_scaler_update(&p->scaler, r.skipped);
     p->step++;
     p->samples += sequences;
     return r;
@@ -1921,7 +1933,7 @@ static StepResult train_step(Rank *k, const Optimizer *o, Progress *p, size_t mi
  * Chapter 7. Data and the training loop [§4.1]
  * =================================================================================================
  *
- * Documents are joined into one stream of tokens, with <|endoftext|> between them. The stream is
+ * Documents are joined into one stream of tokens, with <|endoftext|> after each. The stream is
  * cut into samples of T inputs; the labels are the same tokens shifted by one [code V
  * data/gpt2_dataset.py]. Each data replica takes its part of every batch; all tensor ranks of a
  * replica read the same. */
@@ -1967,8 +1979,8 @@ typedef struct {
     size_t *sample;       /* [samples] shuffled */
 } Dataset;
 
-/* The last valid_percent (0..100) of the tokens are held out. The dataset has those, or the others
- * (held_out 0). */
+/* The last valid_percent (0..100) of the tokens are held out. held_out 1: the dataset is this part;
+ * 0: it is all before it. */
 static Dataset *dataset_open(const Corpus *c, double valid_percent, int held_out, size_t T,
                              uint64_t seed)
 {
@@ -2085,9 +2097,7 @@ static void set_tokens(Rank *k, MicroBatch *mb, const int *tokens, const real *w
     device_upload(mb->weight, k->host, N * sizeof *k->host);
 }
 
-/* Data replica r takes the r-th contiguous part of the global batch.
- * DEVIATION: every rank reads its samples from the shared memory. In Megatron the first tensor rank
- * reads them and broadcasts. */
+/* What feed_samples() reads from. */
 typedef struct {
     Dataset *data;
     const Progress *progress;
@@ -2095,6 +2105,9 @@ typedef struct {
     int *tokens; /* (B,T+1) */
 } Samples;
 
+/* Data replica r takes the r-th contiguous part of the global batch.
+ * DEVIATION: every rank reads its samples from the shared memory. In Megatron the first tensor rank
+ * reads them and broadcasts. */
 static void feed_samples(void *source, Rank *k, MicroBatch *mb, size_t i)
 {
     const Samples *s = (const Samples *)source;
@@ -2231,8 +2244,8 @@ static void train_rank(Comm *world, void *arg)
  * Chapter 8. Stages, recomputation [§4.2], 1F1B (beyond the paper: arXiv 2104.04473 §2.2)
  * =================================================================================================
  *
- * How a micro-batch passes a stage forward and backward; in which order the micro-batches of a step
- * do so (1F1B: one forward, one backward); and what a rank keeps in memory for that. */
+ * How a micro-batch goes through a stage, forward and backward; in which order the micro-batches of
+ * a step do so (1F1B: one forward, one backward); and what a rank keeps in memory for that. */
 
 /* ---- One micro-batch through one stage ------------------------------------------------------- */
 
@@ -2310,9 +2323,11 @@ static int most_in_flight(const Rank *k, size_t micro_batches)
  * time, as in GPipe, where all forward passes come first; but there m micro-batches are in flight,
  * and here p - i [P56, P57; doc/pipeline.md draws it]. After the warm-up each forward pass is
  * followed by the backward pass of the micro-batch p - i - 1 earlier. So slots of k->flight can be
- * reused in turn: the micro-batch p - i earlier has finished its backward pass. A stage receives,
- * works and sends; as recv blocks until the other stage has sent, nothing else needs to keep the
- * order. Returns the sum of this rank's weighted losses. */
+ * reused in turn: the micro-batch p - i earlier has finished its backward pass.
+ *
+ * A stage receives, works and sends. recv waits for the other stage, and nothing else needs to keep
+ * the order; send does not wait for it, since a mailbox has room for a message. Returns the sum of
+ * this rank's weighted losses. */
 static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real scale)
 {
     const size_t warmup = min_size((size_t)(k->pp.size - k->pp.rank - 1), m);
@@ -2384,7 +2399,7 @@ static void carve_saved(Saved *a, const Rank *k, Arena *arena)
 
 /* The activations of all micro-batches in flight. With recomputation each layer keeps its input,
  * and all layers share the rest. flight has k->in_flight entries of depth + 1 layers. Without
- * gradients (inference) there is only what the forward pass needs. */
+ * gradients (inference) there is only what the forward pass writes. */
 static void carve_activations(Rank *k, MicroBatch *flight, Arena *arena, int gradients)
 {
     const size_t N = k->B * k->T, C = k->config.C;
@@ -2687,7 +2702,7 @@ static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit
     }
     free(tokens);
     free(weight);
-    all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM); /* sum_losses() is 0 but on the first rank */
+    all_reduce(&k->tp, &sum, 1, DOUBLE_ARRAY, SUM); /* sum_losses() is 0 except on the first rank */
     score.loss = sum / (double)max_size(score.targets, 1);
     return score;
 }
@@ -2695,8 +2710,8 @@ static Score text_loss(Rank *k, const Tokens *text, size_t overlap, size_t limit
 /* exp(loss) [App. E eq.4], with Megatron's cap on the exponent. */
 static double perplexity(double loss) { return exp(fmin(loss, 20)); }
 
-/* The exponent of [App. E eq.4]: the sum of all losses, divided by the number of original tokens;
- * by T_o - 1, as in Megatron's code [P53]. */
+/* The exponent of [App. E eq.4]: the sum of all losses divided by T_o in the paper, by T_o - 1 in
+ * Megatron's code and here [P53]. */
 static double adjusted_loss(double loss, size_t targets, size_t original_tokens)
 {
     return loss * (double)targets / (double)max_size(original_tokens - 1, 1);
@@ -2856,7 +2871,7 @@ static Accuracy lambada_accuracy(Rank *k, const Lambada *l, size_t limit, int pa
 typedef struct {
     double temperature; /* 0: always the most probable token */
     size_t top_k;       /* draw from the top_k most probable tokens; 0: from all */
-    double top_p;       /* draw from the most probable tokens that have this probability together */
+    double top_p;       /* draw from the fewest most probable tokens whose sum is top_p; 1: all */
     uint64_t seed;
 } Sampler;
 
@@ -2881,8 +2896,8 @@ static void sift_down(Candidate *heap, size_t n, size_t i)
     }
 }
 
-/* Moves the best tokens of heap (V) to its end, in order: as many as top-k and top-p allow, and one
- * at least. Returns how many; *mass is the sum of their p. Only these get sorted. */
+/* Moves the best tokens of heap (V) to its end, the very best last: as many as top-k and top-p
+ * allow, and one at least. Returns how many; *mass is the sum of their p. Only these get sorted. */
 static size_t keep_best(Candidate *heap, size_t V, const Sampler *s, double total, double *mass)
 {
     size_t kept = 0;
@@ -2988,11 +3003,12 @@ static void generator_read(Generator *g, const int *tokens, size_t n)
     k->T = T;
 }
 
-/* Appends up to `count` tokens to text and calls emit for each. It ends early at end_of_text, which
- * is appended but not emitted. All tensor ranks call it, and get the same tokens. The prompt is
- * read at once, then one token at a time. There is room for k->T positions: of a longer prompt the
- * last ones are read; when all are full, the last half of the text is read again from position 0,
- * because keys and values in the cache belong to their positions. */
+/* Appends up to `count` tokens to text, which is not empty, and calls emit for each. It ends early
+ * at end_of_text, which is appended but not emitted. Needs pp = dp = 1; all ranks call it, and get
+ * the same tokens. The prompt is read at once, then one token at a time. There is room for k->T
+ * positions: of a longer prompt the last ones are read. When all are full, the last (k->T + 1) / 2
+ * tokens are read again from position 0, because keys and values in the cache belong to their
+ * positions. */
 static void generate(Generator *g, Tokens *text, size_t count, const Sampler *s, int end_of_text,
                      void (*emit)(void *arg, int id), void *arg)
 {
