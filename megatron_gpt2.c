@@ -206,8 +206,9 @@ static void gelu_linear_backward(act *dpre, act *dw, const act *dz, const act *y
 /* ---- Dropout --------------------------------------------------------------------------------- */
 
 /* A dropout site's mask. Element i of a tensor is kept if the random word number first + i of the
- * stream (seed, site, step) is at least p * 2^32; what is kept is divided by 1 - p. Chapter 3 says
- * which masks are equal on all ranks. */
+ * stream (seed, site, step) is at least p * 2^32; what is kept is divided by 1 - p. So a mask is a
+ * function of these numbers alone. Those of the attention's probabilities differ between tensor
+ * ranks, the others are equal (see "Dropout's masks" in chapter 3). */
 typedef struct {
     uint64_t seed;
     uint32_t site, step;
@@ -453,9 +454,10 @@ static int is_writer(const Comm *world);
  * X_1 A_1 + X_2 A_2 is a sum over the ranks. It must be complete before GeLU, because GeLU(a + b)
  * is not GeLU(a) + GeLU(b) [eq.2, P3]. If A is cut by columns, [Y_1, Y_2] = [GeLU(X A_1), GeLU(X
  * A_2)], and each rank goes on alone [eq.3, P2]. Its Y_i are columns of Y, and B cut by rows fits
- * them: Z = Y_1 B_1 + Y_2 B_2 is a sum over the ranks, needed once, at the end. Attention is cut in
- * the same way: Q, K and V by columns, in whole heads, since a head needs no other head; the matrix
- * of its output by rows [Fig. 3b].
+ * them: Z = Y_1 B_1 + Y_2 B_2 is a sum over the ranks, needed once, at the end. The bias of such a
+ * row-parallel matrix is added once, after the sum: in each rank's term it would be added t times
+ * [P4]. Attention is cut in the same way: Q, K and V by columns, in whole heads, since a head needs
+ * no other head; the matrix of its output by rows [Fig. 3b].
  *
  * ([Y_1, Y_2] are side by side. Weights are stored transposed: columns of A are rows of w here.)
  *
@@ -640,10 +642,7 @@ static Dropout attention_dropout(const Rank *k, size_t layer, const MicroBatch *
  * this rank's part only:
  *
  *     x -> LN -> f -> QKV, attention, output -> g -> + bias, dropout, + x   -> res      Fig. 3b
- *   res -> LN -> f -> A_i, GeLU, B_i         -> g -> + bias, dropout, + res -> next x   Fig. 3a
- *
- * The bias of a row-parallel matrix is added after g: in the partial sums it would be added t times
- * [P4]. */
+ *   res -> LN -> f -> A_i, GeLU, B_i         -> g -> + bias, dropout, + res -> next x   Fig. 3a */
 static void block_forward(Rank *k, size_t l, MicroBatch *mb)
 {
     const Layer *w = &k->w.layer[l];
@@ -1602,6 +1601,29 @@ struct Tensor {
                                       counts once in a sum over all ranks [P27] */
 };
 
+/* The row of the whole tensor that is local row i of tensor rank r's slice. */
+static size_t whole_row(const Tensor *t, int r, size_t i)
+{
+    const size_t rows = t->local_rows, third = rows / 3; /* QKV: rows of Q_r, of K_r, of V_r */
+    if (t->spec->split == COLUMN_PARALLEL) return (size_t)r * rows + i;
+    if (t->spec->split == QKV) return i / third * (t->rows / 3) + (size_t)r * third + i % third;
+    return i;
+}
+
+/* The column of the whole tensor that is the slice's first. */
+static size_t whole_col(const Tensor *t, int r)
+{
+    return t->spec->split == ROW_PARALLEL ? (size_t)r * t->local_cols : 0;
+}
+
+/* Local rows that are no padding of the vocabulary. The padding stays zero for ever. */
+static size_t real_rows(const Tensor *t, int r)
+{
+    if (t->spec->rows != DIM_V) return t->local_rows;
+    const size_t first = (size_t)r * t->local_rows;
+    return first >= t->rows ? 0 : min_size(t->local_rows, t->rows - first);
+}
+
 /* The name, with the layer filled in. */
 static char *tensor_name(char name[NAME_SIZE], const Tensor *t)
 {
@@ -1661,29 +1683,6 @@ static size_t list_tensors(Tensor *list, size_t *elements, const Config *c, Layo
     }
     if (elements) *elements = offset;
     return n;
-}
-
-/* The row of the whole tensor that is local row i of tensor rank r's slice. */
-static size_t whole_row(const Tensor *t, int r, size_t i)
-{
-    const size_t rows = t->local_rows, third = rows / 3; /* QKV: rows of Q_r, of K_r, of V_r */
-    if (t->spec->split == COLUMN_PARALLEL) return (size_t)r * rows + i;
-    if (t->spec->split == QKV) return i / third * (t->rows / 3) + (size_t)r * third + i % third;
-    return i;
-}
-
-/* The column of the whole tensor that is the slice's first. */
-static size_t whole_col(const Tensor *t, int r)
-{
-    return t->spec->split == ROW_PARALLEL ? (size_t)r * t->local_cols : 0;
-}
-
-/* Local rows that are no padding of the vocabulary. The padding stays zero for ever. */
-static size_t real_rows(const Tensor *t, int r)
-{
-    if (t->spec->rows != DIM_V) return t->local_rows;
-    const size_t first = (size_t)r * t->local_rows;
-    return first >= t->rows ? 0 : min_size(t->local_rows, t->rows - first);
 }
 
 /* Points the fields of p into an arena at base; Spec.field says where in its struct a tensor's
