@@ -1824,7 +1824,7 @@ static void source_close(Source *s)
  * Chapter 5. Eras: what Megatron called its tensors
  *
  * The model has not changed since 2019, but the names of its tensors have. An era lists them in the
- * order of the table in chapter 4 of megatron_gpt2.c, once for each weight and its bias: "weight"
+ * order of the table in chapter 5 of megatron_gpt2.c, once for each weight and its bias: "weight"
  * or "bias" is added. TransformerEngine fuses a LayerNorm with the matrix after it, so its
  * parameters are named after that matrix.
  *

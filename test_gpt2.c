@@ -814,7 +814,7 @@ static void test_twin_models(void)
     }
 }
 
-/* ---- Chapter 2: every operator against a naive double version -------------------------------- */
+/* ---- Chapters 1 and 4: every operator against a naive double version ------------------------- */
 
 /* The mask's definition, one element at a time: 0 or 1/(1-p). */
 static inline real dropout_factor(Dropout d, size_t index)
@@ -930,10 +930,10 @@ static void test_exponential(void)
     check("e^x in a loop, relative", worst, 2.1 * U);
 }
 
-/* Functions of one number and the bounds that chapter 2 states. A row is a function on a range of
+/* Functions of one number and the bounds that doc/accuracy.md states. A row is a function on a range of
  * floats. Its error is given in a unit: an ulp of the result; an ulp times a condition number,
  * where the rounding of the argument counts; or absolute. Each float is tried twice: in a row of
- * many, as chapter 2 computes it, and alone, because compilers make different code of the two. */
+ * many, as chapter 4 computes it, and alone, because compilers make different code of the two. */
 typedef enum { EXPONENTIAL, GELU_OF_TANH, GELU_OF_ERF, SLOPE_OF_TANH, SLOPE_OF_ERF } Function;
 typedef enum { ULP, ULP_1_V, ULP_1_XX, ABSOLUTE } ErrorUnit;
 typedef struct {
@@ -1820,7 +1820,7 @@ typedef struct {
     real scale;
 } CrossEntropyCase;
 
-/* The work of chapter 5 on one thread: loops over ranks stand for its three all-reduces. */
+/* The work of chapter 3 on one thread: loops over ranks stand for its three all-reduces. */
 static double cross_entropy_case_loss(void *arg)
 {
     CrossEntropyCase *c = (CrossEntropyCase *)arg;
@@ -1862,7 +1862,7 @@ static CrossEntropyCase *cross_entropy_case(double std)
     return c;
 }
 
-/* The bounds that chapter 2 states for each element of a softmax, in float, against double: for
+/* The bounds that doc/accuracy.md states for each element of a softmax, in float, against double: for
  * wide logits, where the rounding of z - max counts, and for sums of many terms. Errors are
  * relative to these bounds. */
 static void softmax_bounds(size_t V, double std)
@@ -2204,7 +2204,7 @@ static void test_threads(void)
     free(two);
 }
 
-/* ---- Chapters 8 and 9: text and data --------------------------------------------------------- */
+/* ---- Chapters 7, 9 and 15: text and data ----------------------------------------------------- */
 
 /* A new folder in SCRATCH; text_path(f, name) is a path in it. */
 typedef struct {
@@ -3229,7 +3229,7 @@ static void test_benchmark_texts(void)
     tokenizer_close(t);
 }
 
-/* ---- Chapter 1: JSON, and chapter 11: checkpoints -------------------------------------------- */
+/* ---- Chapter 14: JSON, checkpoints ----------------------------------------------------------- */
 
 static double seconds(void)
 {
@@ -3392,7 +3392,7 @@ static void test_json_strings(void)
     free(text);
 }
 
-/* ---- A place for files, and writers of files that are independent of chapter 11's ------------ */
+/* ---- A place for files, and writers of files that are independent of chapter 14's ------------ */
 
 static char *make_folder_in(char path[PATH_MAX], const char *parent)
 {
@@ -4821,7 +4821,7 @@ static void test_plan_memory(void)
     check_equal("a rank's memory is its parts", plan.bytes_per_rank, parts + plan.activation_bytes);
     check_equal("two moments", plan.moment_bytes / sizeof(real),
                 2 * plan.weights_bytes / sizeof(act));
-    check_equal("activations are chapter 6's", plan.activation_bytes,
+    check_equal("activations are chapter 8's", plan.activation_bytes,
                 (double)activation_bytes(&in.config, in.layout, 0, 8, 1024, 1, 1));
     in = scaling_case(3, 1);
     layer = 8.0 * 1024 * 3072;
@@ -5279,7 +5279,7 @@ static double worst_tensor(char name[NAME_SIZE], const real *a, const real *b, c
     return worst;
 }
 
-/* ---- Chapter 3 ------------------------------------------------------------------------------- */
+/* ---- Chapters 2 and 12 ----------------------------------------------------------------------- */
 
 typedef struct {
     int wrong;
@@ -5820,7 +5820,7 @@ static void test_masks(void)
     check_true("the next layer has other masks", changed > 100);
 }
 
-/* ---- Chapter 7: P31, P33-P39 ----------------------------------------------------------------- */
+/* ---- Chapter 6: P31, P33-P39 ----------------------------------------------------------------- */
 
 static void test_learning_rate(void)
 {
@@ -6770,7 +6770,7 @@ static void test_paper_data(void)
                 status, 0);
 }
 
-/* ---- More of chapter 3 ----------------------------------------------------------------------- */
+/* ---- More of chapters 2 and 12 --------------------------------------------------------------- */
 
 /* A longer message after a short one needs a larger mailbox. Several in a row arrive in order. */
 static void growing_messages_rank(Comm *world, void *arg)
@@ -6847,7 +6847,7 @@ static void test_record(void)
     free(trace.event);
 }
 
-/* ---- More of chapter 4 ----------------------------------------------------------------------- */
+/* ---- More of chapter 5 ----------------------------------------------------------------------- */
 
 /* The distribution of each tensor follows from its name, and no two tensors
  * draw the same numbers [P40]. */
@@ -6940,7 +6940,7 @@ static void test_layout_refuses(void)
     check_dies("an MLP that --tp does not divide", cut_mlp, &one, "MLP width 126");
 }
 
-/* ---- More of chapter 5 ----------------------------------------------------------------------- */
+/* ---- More of chapter 3 ----------------------------------------------------------------------- */
 
 /* Each site has its own probability, and its own stream in every layer. */
 static void test_dropout_sites(void)
@@ -7064,7 +7064,7 @@ static void test_low_logits(void)
     }
 }
 
-/* ---- More of chapter 6 ----------------------------------------------------------------------- */
+/* ---- More of chapter 8 ----------------------------------------------------------------------- */
 
 /* A target that does not count adds nothing, even where its loss is infinite. */
 static void uncounted_rank(Comm *world, void *arg)
@@ -7091,7 +7091,7 @@ static void test_sum_losses(void)
     run_ranks(1, uncounted_rank, &t);
 }
 
-/* ---- More of chapter 7 ----------------------------------------------------------------------- */
+/* ---- More of chapter 6 ----------------------------------------------------------------------- */
 
 static void test_learning_rate_ends(void)
 {
@@ -7439,7 +7439,7 @@ static void test_sampler_ties(void)
     check_equal("  and only there", perplexity(3), exp(3));
 }
 
-/* ---- More of chapter 12 ---------------------------------------------------------------------- */
+/* ---- More of chapter 16 ---------------------------------------------------------------------- */
 
 /* trace_agrees() sees a message too many, one too long and one too few. Its
  * reports go to /dev/null. */
@@ -7558,7 +7558,7 @@ static void test_trace_output(void)
     }
 }
 
-/* ---- More of chapter 13 ---------------------------------------------------------------------- */
+/* ---- More of chapter 17 ---------------------------------------------------------------------- */
 
 /* Parses options as from a command line, its words separated by single blanks. They stay in
  * `line`. */
@@ -7976,7 +7976,7 @@ static void test_eval_output(void)
 
 /* ---- convert ------------------------------------------------------------------------------------
  *
- * The program is run, and its outputs are read with chapter 11 and with its own inspect. */
+ * The program is run, and its outputs are read with chapter 14 and with its own inspect. */
 
 /* Runs ./convert with these arguments. Returns its exit status. convert_output is what it wrote to
  * stdout, convert_error what it wrote to stderr; the next call overwrites both. */

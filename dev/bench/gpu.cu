@@ -192,7 +192,7 @@ static void ceilings(bool tiny)
     device_free(flood.p);
 }
 
-/* Times every operator, in the order of chapter 2. Backward passes add to the same few arrays again
+/* Times every operator, in the order of chapter 1. Backward passes add to the same few arrays again
  * and again; the numbers become meaningless, but not infinite. The process ends afterwards and
  * frees all memory. */
 static void operators(const Config *config, bool tiny, size_t B)

@@ -1,6 +1,6 @@
 /* stopwatch.h - a stopwatch around every operator. stopwatch.sed makes a copy of megatron_gpt2.c,
- * which includes this file before chapter 3, and in which every call of an operator f is a call of watched_f. It
- * takes times only in the thread that has set watch.on.
+ * which includes this file before chapter 3, and in which every call of an operator f is a call of
+ * watched_f. It takes times only in the thread that has set watch.on.
  *
  * A linear layer's time is split into its products and the rest. The bias's gradient is then a call
  * of its own. Where GeLU is fused into the product, the product runs a second time, alone and
