@@ -930,10 +930,11 @@ static void test_exponential(void)
     check("e^x in a loop, relative", worst, 2.1 * U);
 }
 
-/* Functions of one number and the bounds that doc/accuracy.md states. A row is a function on a range of
- * floats. Its error is given in a unit: an ulp of the result; an ulp times a condition number,
- * where the rounding of the argument counts; or absolute. Each float is tried twice: in a row of
- * many, as chapter 4 computes it, and alone, because compilers make different code of the two. */
+/* Functions of one number and the bounds that doc/accuracy.md states. A row is a function on a
+ * range of floats. Its error is given in a unit: an ulp of the result; an ulp times a condition
+ * number, where the rounding of the argument counts; or absolute. Each float is tried twice: in a
+ * row of many, as chapter 4 computes it, and alone, because compilers make different code of the
+ * two. */
 typedef enum { EXPONENTIAL, GELU_OF_TANH, GELU_OF_ERF, SLOPE_OF_TANH, SLOPE_OF_ERF } Function;
 typedef enum { ULP, ULP_1_V, ULP_1_XX, ABSOLUTE } ErrorUnit;
 typedef struct {
@@ -1862,8 +1863,8 @@ static CrossEntropyCase *cross_entropy_case(double std)
     return c;
 }
 
-/* The bounds that doc/accuracy.md states for each element of a softmax, in float, against double: for
- * wide logits, where the rounding of z - max counts, and for sums of many terms. Errors are
+/* The bounds that doc/accuracy.md states for each element of a softmax, in float, against double:
+ * for wide logits, where the rounding of z - max counts, and for sums of many terms. Errors are
  * relative to these bounds. */
 static void softmax_bounds(size_t V, double std)
 {
