@@ -619,32 +619,29 @@ static Instruction next_instruction(Pickle *p)
     return in;
 }
 
-/* Prints a string or name from a file, at most `most` bytes of it, on one line. */
-static void print_bytes(FILE *f, const char *s, size_t length, size_t most)
-{
-    for (size_t i = 0; i < min_size(length, most); i++) {
-        int visible = s[i] >= ' ' && s[i] <= '~';
-        if (s[i] == '\n') fputc('.', f);
-        else fputc(visible ? s[i] : '?', f);
-    }
-    if (length > most) fputs("..", f);
-}
+enum { VISIBLE = 164 };
 
-static void print_quoted(FILE *f, const char *s, size_t length, size_t most)
+/* A string or name from a file, at most `most` bytes of it, on one line. Returns text. */
+static char *visible(char text[VISIBLE], const char *s, size_t length, size_t most)
 {
-    fputc('"', f);
-    print_bytes(f, s, length, most);
-    fputc('"', f);
+    size_t n = min_size(length, most);
+    for (size_t i = 0; i < n; i++) {
+        text[i] = s[i] >= ' ' && s[i] <= '~' ? s[i] : '?';
+        if (s[i] == '\n') text[i] = '.';
+    }
+    strcpy(text + n, length > most ? ".." : "");
+    return text;
 }
 
 static void list_instruction(const Pickle *p, size_t at, const Instruction *in)
 {
     FILE *f = p->listing;
+    char text[VISIBLE];
     fprintf(f, "%9zu  %-11s ", at, in->op->name);
     switch (in->op->argument) {
     case NO_ARGUMENT: break;
-    case BYTES_4: print_quoted(f, in->bytes, in->length, 60); break;
-    case LINES: print_bytes(f, in->bytes, in->length, 120); break;
+    case BYTES_4: fprintf(f, "\"%s\"", visible(text, in->bytes, in->length, 60)); break;
+    case LINES: fputs(visible(text, in->bytes, in->length, 120), f); break;
     case BIG_ENDIAN_REAL: fprintf(f, "%.12g", in->real); break;
     case LONG: fprintf(f, "(%zu bytes)", in->length); break;
     default: fprintf(f, "%lld", in->integer);
@@ -1003,12 +1000,12 @@ static void push_literal(Pickle *p, const Instruction *in)
 
 static void list_call(const Pickle *p, Ref callable, Ref result)
 {
+    const Node *name = &p->node[callable], *made = &p->node[result];
+    char text[VISIBLE];
     if (!p->listing) return;
-    fputs(": ", p->listing);
-    print_bytes(p->listing, p->node[callable].is.string,
-                p->node[callable].type == N_GLOBAL ? p->node[callable].length : 0, 120);
-    fprintf(p->listing, p->node[result].type == N_OPAQUE ? " is not called" : " is known: a %s",
-            node_name[p->node[result].type]);
+    visible(text, name->is.string, name->type == N_GLOBAL ? name->length : 0, 120);
+    fprintf(p->listing, made->type == N_OPAQUE ? ": %s is not called" : ": %s is known: a %s", text,
+            node_name[made->type]);
 }
 
 static void execute(Pickle *p, const Instruction *in)
@@ -1952,12 +1949,17 @@ typedef struct {
     unsigned char given[32];                /* by number in the table */
 } Choices;
 
+/* What stands beside the model in a file; 0 if it is absent, or the file has no pickle. */
+static Ref find_entry(const TensorFile *file, const char *key)
+{
+    return file->pickle.nodes ? dict_get(&file->pickle, file->root, key) : 0;
+}
+
 /* An argument of the training run; 0 if it is absent or None. */
 static Ref find_argument(const TensorFile *file, const char *name)
 {
     const Pickle *p = &file->pickle;
-    Ref args = p->nodes ? dict_get(p, file->root, "args") : 0;
-    Ref value = args ? dict_get(p, args, name) : 0;
+    Ref args = find_entry(file, "args"), value = args ? dict_get(p, args, name) : 0;
     return value && p->node[value].type != N_NONE ? value : 0;
 }
 
@@ -2328,7 +2330,7 @@ static void check_parts(const Model *m, const Source *source)
 static int find_version(const TensorFile *file, double chosen)
 {
     const Pickle *p = &file->pickle;
-    Ref ref = dict_get(p, file->root, "checkpoint_version");
+    Ref ref = find_entry(file, "checkpoint_version");
     double version = node_value(&p->node[ref]);
     if (ref && version != 0 && version != 1 && version != 2 && version != 3)
         die("%s: its checkpoint_version is none of 0, 1, 2, 3", file->path);
@@ -3353,68 +3355,69 @@ static const char *find_era(const Source *s)
     return era == HUGGING_FACE ? "Hugging Face" : eras[era].when;
 }
 
-/* A value of the args or of the top level, as JSON. */
-static void print_node(const Pickle *p, Ref ref)
+/* A value of a pickle; its text is JSON, too. */
+static void print_node(Emitter *e, const char *key, const Pickle *p, Ref ref)
 {
     const Node *n = &p->node[ref];
-    if (!ref || n->type == N_NONE) printf("null");
-    else if (n->type == N_INTEGER) printf("%lld", n->is.integer);
-    else if (n->type == N_REAL && isfinite(n->is.real)) printf("%.12g", n->is.real);
-    else if (n->type == N_FLAG) printf(n->is.integer ? "true" : "false");
-    else if (n->type == N_STRING) json_write_string(stdout, n->is.string, n->length);
-    else if (n->type == N_GLOBAL) print_quoted(stdout, n->is.string, n->length, 120);
-    else printf("\"(%s)\"", node_name[n->type]);
+    char name[VISIBLE];
+    if (e->json) emit_key(e, key);
+    if (!ref || n->type == N_NONE) fputs("null", e->out);
+    else if (n->type == N_INTEGER) fprintf(e->out, "%lld", n->is.integer);
+    else if (n->type == N_REAL && isfinite(n->is.real)) fprintf(e->out, "%.12g", n->is.real);
+    else if (n->type == N_FLAG) fputs(n->is.integer ? "true" : "false", e->out);
+    else if (n->type == N_STRING) json_write_string(e->out, n->is.string, n->length);
+    else if (n->type == N_GLOBAL)
+        fprintf(e->out, "\"%s\"", visible(name, n->is.string, n->length, 120));
+    else fprintf(e->out, "\"(%s)\"", node_name[n->type]);
 }
 
-static void print_arguments(const TensorFile *file, int json)
+static void print_arguments(Emitter *e, const TensorFile *file)
 {
     const Pickle *p = &file->pickle;
-    Ref args = p->nodes ? dict_get(p, file->root, "args") : 0;
-    const char *between = "";
-    if (json) printf("\"args\": {");
-    else if (args) printf("args:");
+    Ref args = find_entry(file, "args");
+    char name[VISIBLE];
+    emit_open(e, "args", '{');
+    if (args) emit_text(e, "args:");
     for (uint32_t cell = args ? p->node[args].first : 0, value; cell; cell = p->cell[value].next) {
         const Node *key = &p->node[p->cell[cell].value];
         value = p->cell[cell].next;
         if (key->type != N_STRING) continue;
-        if (json) {
-            printf("%s", between);
-            json_write_string(stdout, key->is.string, key->length);
-            printf(": ");
-            between = ", ";
-        } else {
-            putchar(' ');
-            print_bytes(stdout, key->is.string, key->length, 120);
-            putchar('=');
-        }
-        print_node(p, p->cell[value].value);
+        emit_text(e, " %s=", visible(name, key->is.string, key->length, 120));
+        emit_bytes(e, NULL, key->is.string, key->length); /* a key that may need escapes */
+        if (e->json) fputs(": ", e->out);
+        e->comma = 0;
+        print_node(e, NULL, p, p->cell[value].value);
     }
-    if (json) printf("}, ");
-    else if (args) printf("\n");
+    if (args) emit_text(e, "\n");
+    emit_close(e, '}');
 }
 
-static void print_views(const TensorFile *file, int json)
+/* A shape or strides; their text is JSON, too. */
+static void print_sizes(Emitter *e, const char *key, const char *format, size_t n,
+                        const size_t *size)
 {
-    char shape[SHAPE_TEXT], stride[SHAPE_TEXT];
+    char text[SHAPE_TEXT];
+    if (e->json) emit_key(e, key);
+    fprintf(e->out, e->json ? "%s" : format, shape_text(text, n, size));
+}
+
+static void print_views(Emitter *e, const TensorFile *file)
+{
+    char name[VISIBLE], crc[16];
+    emit_open(e, "tensors", '[');
     for (size_t i = 0; i < file->views; i++) {
         const View *v = &file->view[i];
-        const char *dtype = dtype_name[v->t.dtype];
-        unsigned sum = (unsigned)checksum(v, 0, 0, 0);
-        shape_text(shape, v->t.dims, v->t.shape);
-        shape_text(stride, v->t.dims, v->stride);
-        if (!json) {
-            size_t n = strlen(v->t.name);
-            printf("  ");
-            print_bytes(stdout, v->t.name, n, 160);
-            printf("%*s %-4s %-14s strides %-12s crc32 %08x\n", n < 72 ? (int)(72 - n) : 0, "",
-                   dtype, shape, stride, sum);
-            continue;
-        }
-        printf(i ? ", {\"name\": " : "{\"name\": ");
-        json_write_string(stdout, v->t.name, strlen(v->t.name));
-        printf(", \"dtype\": \"%s\", \"shape\": %s, \"strides\": %s, \"crc32\": \"%08x\"}", dtype,
-               shape, stride, sum);
+        snprintf(crc, sizeof crc, "%08x", (unsigned)checksum(v, 0, 0, 0));
+        emit_open(e, NULL, '{');
+        emit_text(e, "  %-72s ", visible(name, v->t.name, strlen(v->t.name), 160));
+        emit_string(e, "name", NULL, v->t.name);
+        emit_string(e, "dtype", "%-4s ", dtype_name[v->t.dtype]);
+        print_sizes(e, "shape", "%-14s ", v->t.dims, v->t.shape);
+        print_sizes(e, "strides", "strides %-12s ", v->t.dims, v->stride);
+        emit_string(e, "crc32", "crc32 %s\n", crc);
+        emit_close(e, '}');
     }
+    emit_close(e, ']');
 }
 
 static void inspect(const Choices *o)
@@ -3426,33 +3429,28 @@ static void inspect(const Choices *o)
     identify_all(&s);
     const TensorFile *first = &s.file[0];
     const Pickle *p = &first->pickle;
-    Ref version = p->nodes ? dict_get(p, first->root, "checkpoint_version") : 0;
-    Ref iteration = p->nodes ? dict_get(p, first->root, "iteration") : 0;
-    if (o->json)
-        printf(
-            "{\"container\": \"%s\", \"archive\": %s, \"names\": \"%s\", \"tp\": %d, \"pp\": %d, "
-            "\"checkpoint_version\": ",
-            s.container, s.archive.members ? "true" : "false", find_era(&s), s.layout.tp,
-            s.layout.pp);
-    else
-        printf("%s, names of %s; %d tensor ranks x %d stages; checkpoint_version ", s.container,
-               find_era(&s), s.layout.tp, s.layout.pp);
-    print_node(p, version);
-    printf(o->json ? ", \"iteration\": " : ", iteration ");
-    print_node(p, iteration);
-    printf(o->json ? ", " : "\n");
-    print_arguments(first, o->json);
-    if (o->json) printf("\"files\": [");
+    Emitter e = make_emitter(stdout, o->json);
+    emit_open(&e, NULL, '{');
+    emit_string(&e, "container", "%s, ", s.container);
+    emit_flag(&e, "archive", s.archive.members > 0);
+    emit_string(&e, "names", "names of %s; ", find_era(&s));
+    emit_count(&e, "tp", "%zu tensor ranks x ", (size_t)s.layout.tp);
+    emit_count(&e, "pp", "%zu stages; ", (size_t)s.layout.pp);
+    emit_text(&e, "checkpoint_version ");
+    print_node(&e, "checkpoint_version", p, find_entry(first, "checkpoint_version"));
+    emit_text(&e, ", iteration ");
+    print_node(&e, "iteration", p, find_entry(first, "iteration"));
+    emit_text(&e, "\n");
+    print_arguments(&e, first);
+    emit_open(&e, "files", '[');
     for (size_t i = 0; i < s.files; i++) {
-        if (o->json) {
-            printf(i ? ", {\"path\": " : "{\"path\": ");
-            json_write_string(stdout, s.file[i].path, strlen(s.file[i].path));
-            printf(", \"tensors\": [");
-        } else printf("%s\n", s.file[i].path);
-        print_views(&s.file[i], o->json);
-        if (o->json) printf("]}");
+        emit_open(&e, NULL, '{');
+        emit_string(&e, "path", "%s\n", s.file[i].path);
+        print_views(&e, &s.file[i]);
+        emit_close(&e, '}');
     }
-    if (o->json) printf("]}\n");
+    emit_close(&e, ']');
+    emit_close(&e, '}');
     source_close(&s);
 }
 
@@ -3594,31 +3592,30 @@ static int remove_entry(const char *path, const struct stat *st, int type, struc
 static void print_result(const Choices *o, const Source *s, const Model *m, const char *to,
                          const Written *w)
 {
+    static const char *const orders[] = {"0", "1", "2 or 3"};
     const Config *c = &m->config;
-    static const char *const orders[] = {", Q K V of version 0", ", Q K V of version 1",
-                                         ", Q K V of version 2 or 3"};
-    const char *order = m->how.hugging_face ? "" : orders[min_size((size_t)m->how.version, 2)];
-    char shape[256];
-    snprintf(
-        shape, sizeof shape,
-        o->json
-            ? "\"layers\": %zu, \"hidden\": %zu, \"heads\": %zu, \"positions\": %zu, \"vocab\": %zu"
-            : "%zu layers, hidden size %zu, %zu heads, %zu positions, %zu tokens",
-        c->L, c->C, c->H, c->P, c->V);
-    if (o->json) {
-        printf("{\"from\": \"%s\", \"container\": \"%s\", \"names\": \"%s\", \"tp\": %d, "
-               "\"pp\": %d, \"version\": %d, %s, ",
-               m->how.hugging_face ? "hf" : "megatron", s->container, find_era(s), s->layout.tp,
-               s->layout.pp, m->how.version, shape);
-        printf("\"parameters\": %zu, \"to\": \"%s\", \"files\": %zu, \"tensors\": %zu, \"bytes\": "
-               "%zu}\n",
-               count_parameters(c), to, w->files, w->tensors, w->bytes);
-    } else {
-        printf("read: %s, names of %s, %d x %d ranks%s\n", s->container, find_era(s), s->layout.tp,
-               s->layout.pp, order);
-        printf("GPT-2: %s; %zu parameters\nwritten: %s, %zu tensors in %zu files, %zu bytes\n",
-               shape, count_parameters(c), o->operand[1], w->tensors, w->files, w->bytes);
-    }
+    size_t version = (size_t)m->how.version;
+    Emitter e = make_emitter(stdout, o->json);
+    emit_open(&e, NULL, '{');
+    emit_string(&e, "from", NULL, m->how.hugging_face ? "hf" : "megatron");
+    emit_string(&e, "container", "read: %s, ", s->container);
+    emit_string(&e, "names", "names of %s, ", find_era(s));
+    emit_count(&e, "tp", "%zu x ", (size_t)s->layout.tp);
+    emit_count(&e, "pp", "%zu ranks", (size_t)s->layout.pp);
+    emit_count(&e, "version", NULL, version);
+    if (!m->how.hugging_face) emit_text(&e, ", Q K V of version %s", orders[min_size(version, 2)]);
+    emit_count(&e, "layers", "\nGPT-2: %zu layers, ", c->L);
+    emit_count(&e, "hidden", "hidden size %zu, ", c->C);
+    emit_count(&e, "heads", "%zu heads, ", c->H);
+    emit_count(&e, "positions", "%zu positions, ", c->P);
+    emit_count(&e, "vocab", "%zu tokens; ", c->V);
+    emit_count(&e, "parameters", "%zu parameters\n", count_parameters(c));
+    emit_string(&e, "to", NULL, to);
+    emit_text(&e, "written: %s, %zu tensors in ", o->operand[1], w->tensors);
+    emit_count(&e, "files", "%zu files, ", w->files);
+    emit_count(&e, "tensors", NULL, w->tensors);
+    emit_count(&e, "bytes", "%zu bytes\n", w->bytes);
+    emit_close(&e, '}');
 }
 
 static void convert(const Choices *o, const char *folder, const SavePaths *out)

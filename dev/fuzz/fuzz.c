@@ -204,8 +204,9 @@ static void read_checkpoint(const char *path)
         check_views(&s.file[i]);
     }
     if (!s.folder && !find_argument(&s.file[0], "num_layers")) o.config = shape;
-    print_arguments(&s.file[0], 1);
-    for (size_t i = 0; i < s.files; i++) print_views(&s.file[i], 1);
+    Emitter e = make_emitter(stdout, 1);
+    print_arguments(&e, &s.file[0]);
+    for (size_t i = 0; i < s.files; i++) print_views(&e, &s.file[i]);
     model_open(&m, &s, &o);
     int tp = m.config.H % 2 || m.config.F % 2 ? 1 : 2;
     int pp = m.config.L % 2 ? 1 : 2;
