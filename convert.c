@@ -308,9 +308,7 @@ static Map scratch_memory(const char *folder, size_t n)
 static Map inflate_member(const Zip *z, const Member *m)
 {
     enum { STEP = 1 << 30 }; /* zlib counts in 32 bits */
-    size_t in = 0, out = 0;
     int status = Z_OK;
-    char none; /* zlib wants an address for its output, even of no bytes */
     z_stream s;
     if (m->size / 1032 > m->packed) bad_zip(z, m->name, "claims to inflate to more than it can");
     if (__atomic_sub_fetch(&z->reading->inflation_left, (long long)m->size, __ATOMIC_RELAXED) < 0)
@@ -318,21 +316,16 @@ static Map inflate_member(const Zip *z, const Member *m)
     Map map = scratch_memory(z->reading->scratch, m->size);
     memset(&s, 0, sizeof s);
     if (inflateInit2(&s, -MAX_WBITS) != Z_OK) die("out of memory");
-    for (s.next_out = (Bytef *)&none; status == Z_OK; status = inflate(&s, Z_NO_FLUSH)) {
-        if (!s.avail_in && in < m->packed) {
-            s.next_in = (Bytef *)(m->data + in);
-            s.avail_in = (uInt)min_size(STEP, m->packed - in);
-            in += s.avail_in;
-        }
-        if (!s.avail_out && out < m->size) {
-            s.next_out = (Bytef *)(map.data + out);
-            s.avail_out = (uInt)min_size(STEP, m->size - out);
-            out += s.avail_out;
-        }
+    s.next_in = (Bytef *)m->data;
+    s.next_out = (Bytef *)map.data;
+    while (status == Z_OK) {
+        s.avail_in = (uInt)min_size(STEP, m->packed - s.total_in);
+        s.avail_out = (uInt)min_size(STEP, m->size - s.total_out);
+        status = inflate(&s, Z_NO_FLUSH);
     }
-    int all_read = in == m->packed && !s.avail_in, all_made = out == m->size && !s.avail_out;
+    int complete = s.total_in == m->packed && s.total_out == m->size;
     inflateEnd(&s);
-    if (status != Z_STREAM_END || !all_read || !all_made)
+    if (status != Z_STREAM_END || !complete)
         bad_zip(z, m->name, "does not inflate to as many bytes as its entry says");
     return map;
 }
@@ -966,35 +959,32 @@ static int is_utf8(const char *s, size_t n)
 
 static void push_literal(Pickle *p, const Instruction *in)
 {
-    Node n;
-    memset(&n, 0, sizeof n);
-    n.type = N_INTEGER; /* BININT, BININT1, BININT2 */
-    n.is.integer = in->integer;
+    Ref ref = new_node(p, N_INTEGER); /* BININT, BININT1, BININT2 */
+    Node *n = &p->node[ref];
+    n->is.integer = in->integer;
     switch (in->op->code) {
-    case NONE: n.type = N_NONE; break;
+    case NONE: n->type = N_NONE; break;
     case NEWTRUE:
     case NEWFALSE:
-        n.type = N_FLAG;
-        n.is.integer = in->op->code == NEWTRUE;
+        n->type = N_FLAG;
+        n->is.integer = in->op->code == NEWTRUE;
         break;
-    case EMPTY_DICT: n.type = N_DICT; break;
-    case EMPTY_LIST: n.type = N_LIST; break;
-    case EMPTY_TUPLE: n.type = N_TUPLE; break;
+    case EMPTY_DICT: n->type = N_DICT; break;
+    case EMPTY_LIST: n->type = N_LIST; break;
+    case EMPTY_TUPLE: n->type = N_TUPLE; break;
     case BINFLOAT:
-        n.type = N_REAL;
-        n.is.real = in->real;
+        n->type = N_REAL;
+        n->is.real = in->real;
         break;
-    case LONG1: read_long(&n, in); break;
+    case LONG1: read_long(n, in); break;
     case GLOBAL:
     case BINUNICODE:
-        n.type = in->op->code == GLOBAL ? N_GLOBAL : N_STRING;
-        n.is.string = in->bytes;
-        n.length = (uint32_t)in->length;
-        if (n.type == N_STRING && !is_utf8(in->bytes, in->length))
+        n->type = in->op->code == GLOBAL ? N_GLOBAL : N_STRING;
+        n->is.string = in->bytes;
+        n->length = (uint32_t)in->length;
+        if (n->type == N_STRING && !is_utf8(in->bytes, in->length))
             bad_pickle(p, "a string is not UTF-8");
     }
-    Ref ref = new_node(p, n.type);
-    p->node[ref] = n;
     push(p, ref);
 }
 
@@ -1054,6 +1044,13 @@ static void execute(Pickle *p, const Instruction *in)
     }
 }
 
+/* Orders two strings that do not end with NUL. */
+static int compare_bytes(const char *a, size_t a_length, const char *b, size_t b_length)
+{
+    int order = memcmp(a, b, min_size(a_length, b_length));
+    return order ? order : (a_length > b_length) - (a_length < b_length);
+}
+
 /* Orders keys by type and value. A key that is neither a number nor a string equals only itself. */
 static int compare_keys(const void *a, const void *b)
 {
@@ -1063,8 +1060,7 @@ static int compare_keys(const void *a, const void *b)
     if (x->type < N_STRING)
         return (x->is.integer > y->is.integer) - (x->is.integer < y->is.integer);
     if (x->type != N_STRING) return (x > y) - (x < y);
-    order = memcmp(x->is.string, y->is.string, min_size(x->length, y->length));
-    return order ? order : (x->length > y->length) - (x->length < y->length);
+    return compare_bytes(x->is.string, x->length, y->is.string, y->length);
 }
 
 /* In Python the second value would silently win. */
@@ -1193,8 +1189,7 @@ static int is_legacy(Map map)
 static int compare_storages(const void *a, const void *b)
 {
     const TorchStorage *x = *(const TorchStorage *const *)a, *y = *(const TorchStorage *const *)b;
-    int order = memcmp(x->key, y->key, min_size(x->key_length, y->key_length));
-    return order ? order : (x->key_length > y->key_length) - (x->key_length < y->key_length);
+    return compare_bytes(x->key, x->key_length, y->key, y->key_length);
 }
 
 /* Lists the storages by key. Tensors that share a storage each name it, and must agree on it. */
@@ -1317,25 +1312,14 @@ static void open_container(TensorFile *file)
     }
 }
 
-/* Gives a view its numbers. */
-static void find_data(TensorFile *file, View *v)
-{
-    TorchStorage *storage = &file->pickle.storage[v->storage];
-    if (!storage->data) storage->data = zip_read(&file->zip, storage_member(file, storage)).data;
-    v->t.data = storage->data + v->offset * dtype_size[v->t.dtype];
-}
-
-static View *add_view(TensorFile *file, const char *name)
+/* Lists a tensor of the file under a name, of which it keeps a copy. */
+static void add_view(TensorFile *file, View v, const char *name)
 {
     if (file->views >= MAX_TENSORS) die("%s holds more than %d tensors", file->path, MAX_TENSORS);
-    if (file->pickle.reading)
-        charge(file->pickle.reading, file->path, 1, sizeof *file->view + strlen(name));
-    file->view = (View *)grow(file->view, file->views, &file->view_room, sizeof *file->view);
-    View *v = &file->view[file->views++];
-    memset(v, 0, sizeof *v);
-    v->t.name = keep_string(name, strlen(name));
-    v->t.path = file->path;
-    return v;
+    if (file->pickle.reading) charge(file->pickle.reading, file->path, 1, sizeof v + strlen(name));
+    file->view = (View *)grow(file->view, file->views, &file->view_room, sizeof v);
+    v.t.name = keep_string(name, strlen(name));
+    file->view[file->views++] = v;
 }
 
 /* Collects the tensors of a state dict, and of the dicts in it. The keys that lead to a tensor,
@@ -1366,12 +1350,8 @@ static void collect_tensors(TensorFile *file, Ref dict, char name[MAX_NAME], int
             continue; /* TransformerEngine's, of FP8 training */
         if (node->type == N_DICT)
             collect_tensors(file, p->cell[value].value, name, depth + 1, steps);
-        else if (node->type == N_TENSOR) {
-            View *v = add_view(file, name);
-            const char *kept = v->t.name;
-            *v = describe_tensor(p, node->first);
-            v->t.name = kept;
-        } else
+        else if (node->type == N_TENSOR) add_view(file, describe_tensor(p, node->first), name);
+        else
             die("%s: under the name %.120s a tensor is expected, not a value of type %s",
                 file->path, name, node_name[node->type]);
     }
@@ -1390,8 +1370,12 @@ static void find_values(TensorFile *file)
         if (file->zip.member[i].wanted) zip_read(&file->zip, &file->zip.member[i]);
     size_t viewed = 0, stored = file->zip.members ? 0 : file->map.size;
     for (size_t i = 0; i < file->views; i++) {
-        find_data(file, &file->view[i]);
-        viewed += file->view[i].t.bytes;
+        View *v = &file->view[i];
+        TorchStorage *storage = &file->pickle.storage[v->storage];
+        if (!storage->data)
+            storage->data = zip_read(&file->zip, storage_member(file, storage)).data;
+        v->t.data = storage->data + v->offset * dtype_size[v->t.dtype];
+        viewed += v->t.bytes;
     }
     for (size_t i = 0; i < file->zip.members; i++)
         if (file->zip.member[i].wanted) stored += file->zip.member[i].size;
@@ -1440,11 +1424,11 @@ static void tensor_file_open(TensorFile *file, Reading *reading)
 static void add_safetensors(TensorFile *file, const Safetensors *from)
 {
     for (size_t i = 0; i < from->tensors; i++) {
-        View *v = add_view(file, from->tensor[i].name);
-        const char *name = v->t.name;
-        v->t = from->tensor[i];
-        v->t.name = name;
-        for (size_t d = v->t.dims, step = 1; d-- > 0; step *= v->t.shape[d]) v->stride[d] = step;
+        View v;
+        memset(&v, 0, sizeof v);
+        v.t = from->tensor[i];
+        for (size_t d = v.t.dims, step = 1; d-- > 0; step *= v.t.shape[d]) v.stride[d] = step;
+        add_view(file, v, v.t.name);
     }
 }
 
@@ -1514,8 +1498,8 @@ static void list_folder(Paths *list, const char *root, const char *below, int de
     size_t number[3];
     DIR *stream = opendir(join_path(path, root, below));
     if (!stream && !depth) die("cannot open the folder %s: %s", root, strerror(errno));
-    for (struct dirent *entry; stream && (entry = readdir(stream));) {
-        const char *name = entry->d_name;
+    const char *name = stream ? next_name(stream) : NULL;
+    for (; name; name = next_name(stream)) {
         if (snprintf(path, sizeof path, "%s%s", below, name) >= PATH_MAX - 1)
             die("a path in %s is too long", root);
         list_path(list, path);
@@ -2376,23 +2360,19 @@ static void check_agreement(const Source *s)
 {
     /* clang-format off */
     static const char *const names[] = {
+        "iteration", "checkpoint_version", /* and these of the args: */
         "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings",
         "ffn_hidden_size", "layernorm_epsilon", "make_vocab_size_divisible_by", "orig_vocab_size"};
     /* clang-format on */
-    static const char *const outside[] = {"iteration", "checkpoint_version"};
     const TensorFile *first = &s->file[0];
-    const Pickle *p = &first->pickle;
     for (size_t rank = 0; rank < s->files; rank++) {
         const TensorFile *file = &s->file[rank];
-        const Pickle *q = &file->pickle;
         const char *differs = NULL;
-        for (int i = 0; i < 2; i++)
-            if (!same_nodes(p, dict_get(p, first->root, outside[i]), q,
-                            dict_get(q, file->root, outside[i])))
-                differs = outside[i];
-        for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-            if (!same_nodes(p, find_argument(first, names[i]), q, find_argument(file, names[i])))
-                differs = names[i];
+        for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+            Ref a = i < 2 ? find_entry(first, names[i]) : find_argument(first, names[i]);
+            Ref b = i < 2 ? find_entry(file, names[i]) : find_argument(file, names[i]);
+            if (!same_nodes(&first->pickle, a, &file->pickle, b)) differs = names[i];
+        }
         if (differs)
             die("%s and %s disagree on %s: they are of different checkpoints", first->path,
                 file->path, differs);
