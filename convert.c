@@ -1815,39 +1815,36 @@ static void source_close(Source *s)
 
 typedef struct {
     const char *when, *embedding, *body; /* prefixes of the embeddings and of everything else */
-    const char *name[9];                 /* of each weight and its bias, in the table's order */
+    const char *name[7];                 /* of each weight and its bias, in the table's order */
 } Era;
+
+static const char *const embedding_names[] = {"word_embeddings.", "position_embeddings."};
 
 /* clang-format off */
 static const Era eras[] = {
     {"July 2019, flat", "", "transformer.",
-     {"word_embeddings.", "position_embeddings.", "input_layernorm.", "attention.query_key_value.",
-      "attention.dense.", "post_attention_layernorm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.",
-      "final_layernorm."}},
+     {"input_layernorm.", "attention.query_key_value.", "attention.dense.",
+      "post_attention_layernorm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.", "final_layernorm."}},
     {"October 2019, transformer", "language_model.embedding.", "language_model.transformer.",
-     {"word_embeddings.", "position_embeddings.", "input_layernorm.", "attention.query_key_value.",
-      "attention.dense.", "post_attention_layernorm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.",
-      "final_layernorm."}},
+     {"input_layernorm.", "attention.query_key_value.", "attention.dense.",
+      "post_attention_layernorm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.", "final_layernorm."}},
     {"January 2021, encoder", "language_model.embedding.", "language_model.encoder.",
-     {"word_embeddings.", "position_embeddings.", "input_layernorm.",
-      "self_attention.query_key_value.", "self_attention.dense.", "post_attention_layernorm.",
-      "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.", "final_layernorm."}},
+     {"input_layernorm.", "self_attention.query_key_value.", "self_attention.dense.",
+      "post_attention_layernorm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.", "final_layernorm."}},
     {"September 2023, encoder", "language_model.embedding.", "language_model.encoder.",
-     {"word_embeddings.", "position_embeddings.", "input_norm.", "self_attention.query_key_value.",
-      "self_attention.dense.", "post_attention_norm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.",
-      "final_norm."}},
+     {"input_norm.", "self_attention.query_key_value.", "self_attention.dense.",
+      "post_attention_norm.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.", "final_norm."}},
     {"2023, encoder with TransformerEngine", "language_model.embedding.", "language_model.encoder.",
-     {"word_embeddings.", "position_embeddings.", "self_attention.layernorm_qkv.layer_norm_",
-      "self_attention.layernorm_qkv.", "self_attention.proj.", "layernorm_mlp.layer_norm_",
-      "layernorm_mlp.fc1_", "layernorm_mlp.fc2_", "final_layernorm."}},
+     {"self_attention.layernorm_qkv.layer_norm_", "self_attention.layernorm_qkv.",
+      "self_attention.proj.", "layernorm_mlp.layer_norm_", "layernorm_mlp.fc1_",
+      "layernorm_mlp.fc2_", "final_layernorm."}},
     {"Megatron-Core", "embedding.", "decoder.",
-     {"word_embeddings.", "position_embeddings.", "input_layernorm.", "self_attention.linear_qkv.",
-      "self_attention.linear_proj.", "pre_mlp_layernorm.", "mlp.linear_fc1.", "mlp.linear_fc2.",
-      "final_layernorm."}},
+     {"input_layernorm.", "self_attention.linear_qkv.", "self_attention.linear_proj.",
+      "pre_mlp_layernorm.", "mlp.linear_fc1.", "mlp.linear_fc2.", "final_layernorm."}},
     {"Megatron-Core with TransformerEngine", "embedding.", "decoder.",
-     {"word_embeddings.", "position_embeddings.", "self_attention.linear_qkv.layer_norm_",
-      "self_attention.linear_qkv.", "self_attention.linear_proj.", "mlp.linear_fc1.layer_norm_",
-      "mlp.linear_fc1.", "mlp.linear_fc2.", "final_layernorm."}},
+     {"self_attention.linear_qkv.layer_norm_", "self_attention.linear_qkv.",
+      "self_attention.linear_proj.", "mlp.linear_fc1.layer_norm_", "mlp.linear_fc1.",
+      "mlp.linear_fc2.", "final_layernorm."}},
 };
 /* clang-format on */
 enum { N_ERAS = sizeof eras / sizeof *eras, HUGGING_FACE = N_ERAS, WRITTEN_ERA = 2 };
@@ -1858,7 +1855,7 @@ static char *era_name(char name[MAX_NAME], const Era *era, const Spec *spec, siz
     const char *last = strrchr(spec->name, '.') + 1; /* "weight" or "bias" */
     size_t i = (size_t)(spec - specs);
     int is_embedding = i < 2; /* these have no bias */
-    const char *own = era->name[is_embedding ? i : i / 2 + 1];
+    const char *own = is_embedding ? embedding_names[i] : era->name[i / 2 - 1];
     const char *prefix = is_embedding ? era->embedding : era->body;
     if (spec->in_layer) snprintf(name, MAX_NAME, "%slayers.%zu.%s%s", prefix, layer, own, last);
     else snprintf(name, MAX_NAME, "%s%s%s", prefix, own, last);
