@@ -317,7 +317,7 @@ static Map inflate_member(const Zip *z, const Member *m)
     memset(&s, 0, sizeof s);
     if (inflateInit2(&s, -MAX_WBITS) != Z_OK) die("out of memory");
     s.next_in = (Bytef *)m->data;
-    s.next_out = (Bytef *)map.data;
+    s.next_out = (Bytef *)map.data; /* an address even for no bytes: zlib wants one */
     while (status == Z_OK) {
         s.avail_in = (uInt)min_size(STEP, m->packed - s.total_in);
         s.avail_out = (uInt)min_size(STEP, m->size - s.total_out);
@@ -454,7 +454,6 @@ typedef struct {
     size_t nodes, cells, depth, storages;
     size_t node_room, cell_room, stack_room, memo_room, storage_room;
     Reading *reading;
-    FILE *listing; /* NULL: none */
 } Pickle;
 
 __attribute__((noreturn, format(printf, 2, 3))) static void bad_pickle(const Pickle *p,
@@ -628,7 +627,7 @@ static char *visible(char text[VISIBLE], const char *s, size_t length, size_t mo
 
 static void list_instruction(const Pickle *p, size_t at, const Instruction *in)
 {
-    FILE *f = p->listing;
+    FILE *f = p->reading->listing;
     char text[VISIBLE];
     fprintf(f, "%9zu  %-11s ", at, in->op->name);
     switch (in->op->argument) {
@@ -992,9 +991,9 @@ static void list_call(const Pickle *p, Ref callable, Ref result)
 {
     const Node *name = &p->node[callable], *made = &p->node[result];
     char text[VISIBLE];
-    if (!p->listing) return;
     visible(text, name->is.string, name->type == N_GLOBAL ? name->length : 0, 120);
-    fprintf(p->listing, made->type == N_OPAQUE ? ": %s is not called" : ": %s is known: a %s", text,
+    fprintf(p->reading->listing,
+            made->type == N_OPAQUE ? ": %s is not called" : ": %s is known: a %s", text,
             node_name[made->type]);
 }
 
@@ -1035,7 +1034,7 @@ static void execute(Pickle *p, const Instruction *in)
         top = pop(p);
         callable = pop(p);
         result = call(p, callable, top);
-        list_call(p, callable, result);
+        if (p->reading->listing) list_call(p, callable, result);
         push(p, result);
         break;
     case BUILD: build(p); break;
@@ -1089,7 +1088,8 @@ static Ref run_pickle(Pickle *p, const char *what)
 {
     Instruction in;
     size_t first = p->nodes;
-    if (p->listing) fprintf(p->listing, "%s: a pickle that builds %s\n", p->path, what);
+    FILE *listing = p->reading->listing;
+    if (listing) fprintf(listing, "%s: a pickle that builds %s\n", p->path, what);
     p->start = p->at;
     if (!p->nodes) new_node(p, N_MARK);
     do {
@@ -1097,9 +1097,9 @@ static Ref run_pickle(Pickle *p, const char *what)
         in = next_instruction(p);
         if ((in.op->code == PROTO) != (at == p->start))
             bad_pickle(p, "PROTO belongs at the start, and only there");
-        if (p->listing) list_instruction(p, at, &in);
+        if (listing) list_instruction(p, at, &in);
         execute(p, &in);
-        if (p->listing) fputc('\n', p->listing);
+        if (listing) fputc('\n', listing);
     } while (in.op->code != STOP);
     Ref result = pop(p);
     if (p->depth) bad_pickle(p, "%zu items are left on its stack", p->depth);
@@ -1392,7 +1392,6 @@ static void tensor_file_open(TensorFile *file, Reading *reading)
     file->pickle.path = path;
     file->pickle.map = file->map;
     file->pickle.reading = reading;
-    file->pickle.listing = reading->listing;
     if (is_legacy(file->map)) open_legacy(file);
     else {
         const char *start = "version https://git-", *hint = "";
@@ -1701,17 +1700,11 @@ static void check_bin_index(const Source *s, const Json *index, const JsonValue 
     free(all.tensor);
 }
 
-/* pytorch_model.bin, or its shards. */
-static void open_bins(Source *s)
+/* Opens the shards of a pytorch_model.bin. */
+static void open_bin_shards(Source *s)
 {
-    static const char whole[] = "pytorch_model.bin";
     char what[PATH_MAX];
     size_t n;
-    if (file_exists(s->path, whole)) {
-        add_named_file(s, whole);
-        open_all(s);
-        return;
-    }
     Map text = map_file(join_path(what, s->path, "pytorch_model.bin.index.json"));
     Json index = json_parse(text.data, text.size, what);
     const JsonValue *map = json_get(&index, index.value, "weight_map");
@@ -1741,7 +1734,10 @@ static int open_hugging_face(Source *s)
         s->container = "safetensors";
         add_file(s, s->path, none);
         add_safetensors(&s->file[0], &s->safetensors);
-    } else open_bins(s);
+    } else if (found == 2) {
+        add_named_file(s, weights[found]);
+        open_all(s);
+    } else open_bin_shards(s);
     return 1;
 }
 
@@ -3497,18 +3493,18 @@ static void parse_choices(Choices *o, int argc, char **argv)
     for (int i = 0; i < N_CHOICES; i++)
         if (choices[i].fallback) set_option(o, &choices[i], choices[i].fallback);
     o->inspect = argc > 1 && !strcmp(argv[1], "inspect");
+    size_t operands = o->inspect ? 1 : 2;
     for (int i = 1 + o->inspect; i < argc; i++) {
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) print_usage();
+        if (asks_help(argv[i])) print_usage();
         if (argv[i][0] == '-')
             i = parse_option(o, o->given, choices, N_CHOICES,
                              o->inspect ? "inspect" : "a conversion",
                              o->inspect ? INSPECT : CONVERT, argc, argv, i);
-        else if (o->operands == (o->inspect ? 1 : 2))
-            usage_error("%s is one argument too many", argv[i]);
+        else if (o->operands == operands) usage_error("%s is one argument too many", argv[i]);
         else o->operand[o->operands++] = argv[i];
     }
     if (argc < 2) print_usage();
-    if (o->operands < (o->inspect ? 1 : 2))
+    if (o->operands < operands)
         usage_error(o->inspect ? "inspect needs IN" : "IN and OUT are needed");
     if (o->to && !is_one_of(o->to, formats))
         usage_error("--to %s: hf or megatron is expected", o->to);
