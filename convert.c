@@ -1112,14 +1112,6 @@ static Ref run_pickle(Pickle *p, const char *what)
     return result;
 }
 
-static void pickle_free(Pickle *p)
-{
-    free(p->node);
-    free(p->cell);
-    free(p->storage);
-    memset(p, 0, sizeof *p);
-}
-
 /* =================================================================================================
  * Chapter 3. torch.save: a pickle and storages
  *
@@ -1435,7 +1427,9 @@ static void tensor_file_close(TensorFile *file)
 {
     for (size_t i = 0; i < file->views; i++) free((void *)file->view[i].t.name);
     free(file->view);
-    pickle_free(&file->pickle);
+    free(file->pickle.node);
+    free(file->pickle.cell);
+    free(file->pickle.storage);
     zip_close(&file->zip);
     free((void *)file->path);
 }
@@ -1570,10 +1564,9 @@ typedef struct {
 /* Is this a rank file? Files of other names belong to the optimizer. */
 static int is_rank_file(RankFile *file, const char *path)
 {
-    const char *base = base_name(path), *parent = base;
+    const char *base = base_name(path), *parent = base > path ? base - 1 : base;
     size_t number[3] = {0, 0, 0};
     if (strcmp(base, "model_optim_rng.pt") && strcmp(base, "model_rng.pt")) return 0;
-    if (parent > path) parent--;
     while (parent > path && parent[-1] != '/') parent--;
     memset(file, 0, sizeof *file);
     file->path = path;
@@ -2399,9 +2392,10 @@ static void check_ranks(const Source *s)
 static size_t find_shape(Model *m, const Source *source, const Choices *o)
 {
     const TensorFile *first = &source->file[0];
+    int has_config = o->config || source->folder;
     int has_args = find_argument(first, "num_layers") != 0, tied = 1;
     for (size_t i = 0; i < source->files; i++) refuse_other_models(&source->file[i]);
-    if (o->config || source->folder) {
+    if (has_config) {
         if (o->config) m->config = read_config_file(o->config, &tied);
         else m->config = read_config(source->path, &tied);
         m->gelu = m->config.gelu == GELU_ERF ? "gelu" : "gelu_new";
@@ -2421,7 +2415,7 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
         die("%s: %zu heads, an MLP of width %zu and %zu layers cannot have been cut for "
             "%zu tensor ranks x %zu stages",
             m->path, c->H, c->F, c->L, tp, pp);
-    if (o->config || source->folder) return c->V;
+    if (has_config) return c->V;
     return count_argument(first, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
 }
 
@@ -2852,8 +2846,7 @@ static void write_safetensors(const char *path, const Tensor *list, Output *out,
     /* so that the tensors start on a cache line */
     fprintf(text, "%*s", (int)((64 - (8 + size) % 64) % 64), "");
     if (fclose(text)) die("out of memory");
-    uint64_t length = size;
-    fwrite(&length, 8, 1, f);
+    put(f, size, 8);
     fwrite(header, 1, size, f);
     for (size_t i = 0; i < n; i++) out[i].at += 8 + size;
     write_tensors(path, f, out, list, n, a, 0, m, 0);
