@@ -1451,6 +1451,20 @@ static void tensor_file_close(TensorFile *file)
 static const char tracker[] = "latest_checkpointed_iteration.txt";
 enum { MAX_RANK_FILES = 4096, MAX_TRACKER = 64 };
 
+/* The input, and its files of tensors: rank files, or the files of a Hugging Face model. */
+typedef struct {
+    const char *path;
+    const char *container; /* in words */
+    Reading reading;
+    Map map;     /* of a file */
+    Zip archive; /* which may be a zip archive of a checkpoint */
+    Safetensors safetensors;
+    Layout layout;
+    int folder; /* it is a Hugging Face folder, with a config.json */
+    size_t files, room;
+    TensorFile *file;
+} Source;
+
 /* The paths in a folder or an archive. */
 typedef struct {
     char **path;
@@ -1508,14 +1522,6 @@ static const char *base_name(const char *path)
     return strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
 }
 
-/* The bytes of a file below a folder, or in an archive if there is one. */
-static Map read_below(const char *folder, Zip *archive, const char *name)
-{
-    char path[PATH_MAX];
-    return archive->members ? zip_read(archive, zip_find(archive, name))
-                            : map_file(join_path(path, folder, name));
-}
-
 /* Reads a tracker. Its word becomes part of a path, so only the two forms are accepted. */
 static void read_tracker(char iteration[MAX_TRACKER], const char *path, Map map)
 {
@@ -1534,23 +1540,24 @@ static void read_tracker(char iteration[MAX_TRACKER], const char *path, Map map)
 }
 
 /* The folder that the outermost tracker names, with a slash; "" if there is no tracker. */
-static void follow_tracker(char iteration[PATH_MAX], const Paths *list, const char *folder,
-                           Zip *archive)
+static void follow_tracker(char iteration[PATH_MAX], const Paths *list, const Source *s)
 {
     const char *found = NULL;
-    char name[MAX_TRACKER];
+    char name[MAX_TRACKER], path[PATH_MAX];
+    const Zip *archive = s->archive.members ? &s->archive : NULL;
     for (size_t i = 0; i < list->n; i++)
         if (!strcmp(base_name(list->path[i]), tracker) &&
             (!found || strlen(list->path[i]) < strlen(found)))
             found = list->path[i];
     *iteration = 0;
     if (!found) return;
-    Map map = read_below(folder, archive, found);
-    read_tracker(name, folder, map);
-    if (!archive->members) unmap_file(map);
+    Map map = archive ? zip_read(archive, zip_find(archive, found))
+                      : map_file(join_path(path, s->path, found));
+    read_tracker(name, s->path, map);
+    if (!archive) unmap_file(map);
     int length = (int)(base_name(found) - found);
     if (snprintf(iteration, PATH_MAX, "%.*s%s/", length, found, name) >= PATH_MAX)
-        die("a path in %s is too long", folder);
+        die("a path in %s is too long", s->path);
 }
 
 /* A rank file. */
@@ -1591,59 +1598,44 @@ __attribute__((noreturn)) static void no_checkpoint(const Paths *list, const cha
 }
 
 /* The rank files of a checkpoint, all tensor ranks of stage 0 first. The caller frees the list. */
-static const char **find_rank_files(const Paths *list, Layout *layout, const char *folder,
-                                    Zip *archive)
+static const char **find_rank_files(Source *s, const Paths *list)
 {
     char iteration[PATH_MAX];
     size_t n = 0, tp = 1, pp = 1;
     RankFile *file = (RankFile *)xcalloc(list->n, sizeof *file);
-    follow_tracker(iteration, list, folder, archive);
+    follow_tracker(iteration, list, s);
     for (size_t i = 0; i < list->n; i++)
         if (!strncmp(list->path[i], iteration, strlen(iteration)))
             n += (size_t)is_rank_file(&file[n], list->path[i]);
-    if (!n) no_checkpoint(list, folder, iteration);
+    if (!n) no_checkpoint(list, s->path, iteration);
     for (size_t i = 0; i < n; i++) {
         tp = max_size(tp, file[i].tp + 1);
         pp = max_size(pp, file[i].pp + 1);
         if (file[i].iteration != file[0].iteration ||
             strncmp(file[i].path, file[0].path, file[0].iteration))
-            die("%s holds several iterations, of %s and of %s, and no %s: name one of them", folder,
-                file[0].path, file[i].path, tracker);
+            die("%s holds several iterations, of %s and of %s, and no %s: name one of them",
+                s->path, file[0].path, file[i].path, tracker);
         if (file[i].numbers == 3 || file[i].numbers != file[0].numbers)
             die("%s: %s does not fit its neighbours: all mp_rank_00 or all mp_rank_00_000 is "
                 "expected",
-                folder, file[i].path);
+                s->path, file[i].path);
     }
     if (n > MAX_RANK_FILES || tp * pp > n)
         die("%s: the folders' numbers go up to %zu tensor ranks x %zu stages, but %zu have a model",
-            folder, tp, pp, n);
+            s->path, tp, pp, n);
     const char **ordered = (const char **)xcalloc(tp * pp, sizeof *ordered);
     for (size_t i = 0; i < n; i++) {
         const char **slot = &ordered[file[i].pp * tp + file[i].tp];
-        if (*slot) die("%s: %s and %s are of one and the same rank", folder, *slot, file[i].path);
+        if (*slot) die("%s: %s and %s are of one and the same rank", s->path, *slot, file[i].path);
         *slot = file[i].path;
     }
     free(file);
-    layout->tp = (int)tp;
-    layout->pp = (int)pp;
+    s->layout.tp = (int)tp;
+    s->layout.pp = (int)pp;
     return ordered;
 }
 
 /* ---- The input, whatever it is --------------------------------------------------------------- */
-
-/* The input, and its files of tensors: rank files, or the files of a Hugging Face model. */
-typedef struct {
-    const char *path;
-    const char *container; /* in words */
-    Reading reading;
-    Map map;     /* of a file */
-    Zip archive; /* which may be a zip archive of a checkpoint */
-    Safetensors safetensors;
-    Layout layout;
-    int folder; /* it is a Hugging Face folder, with a config.json */
-    size_t files, room;
-    TensorFile *file;
-} Source;
 
 /* Adds a file of tensors, still to be opened. */
 static void add_file(Source *s, const char *path, Map map)
@@ -1667,7 +1659,7 @@ static void add_named_file(Source *s, const char *name)
 {
     char path[PATH_MAX];
     join_path(path, s->path, name);
-    if (s->archive.members) add_file(s, path, read_below(s->path, &s->archive, name));
+    if (s->archive.members) add_file(s, path, zip_read(&s->archive, zip_find(&s->archive, name)));
     else add_file(s, path, map_input(s, path));
 }
 
@@ -1740,7 +1732,7 @@ static void open_rank_files(Source *s)
     Paths list = {NULL, 0, 0};
     for (size_t i = 0; i < s->archive.members; i++) list_path(&list, s->archive.member[i].name);
     if (!s->archive.members) list_folder(&list, s->path, "", 0);
-    const char **file = find_rank_files(&list, &s->layout, s->path, &s->archive);
+    const char **file = find_rank_files(s, &list);
     for (int i = 0; i < s->layout.tp * s->layout.pp; i++) add_named_file(s, file[i]);
     for (size_t i = 0; i < list.n; i++) free(list.path[i]);
     free(list.path);
