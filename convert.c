@@ -2161,8 +2161,9 @@ typedef struct {
     Config config;
     const char *gelu; /* as in config.json */
     Arrangement how;
-    int untied; /* config.json says so: then there must be an equal lm_head */
-    Part *part; /* of each rank */
+    int untied;    /* config.json says so: then there must be an equal lm_head */
+    size_t stated; /* tokens without padding, as the input states; SIZE_MAX: it does not */
+    Part *part;    /* of each rank */
 } Model;
 
 /* The number of a rank's tensor of this spec and layer; part->tensors if there is none. */
@@ -2379,25 +2380,25 @@ static void check_ranks(const Source *s)
     }
 }
 
-/* The shape from --config, the folder's config.json, the args, or the tensors. Returns how many
- * tokens there are without padding, or SIZE_MAX if nothing tells. */
-static size_t find_shape(Model *m, const Source *source, const Choices *o)
+/* The shape from --config, the folder's config.json, the args, or the tensors. */
+static void find_shape(Model *m, const Source *source, const Choices *o)
 {
     const TensorFile *first = &source->file[0];
-    int has_config = o->config || source->folder;
     int has_args = find_argument(first, "num_layers") != 0, tied = 1;
     for (size_t i = 0; i < source->files; i++) refuse_other_models(&source->file[i]);
-    if (has_config) {
+    if (o->config || source->folder) {
         if (o->config) m->config = read_config_file(o->config, &tied);
         else m->config = read_config(source->path, &tied);
         m->gelu = m->config.gelu == GELU_ERF ? "gelu" : "gelu_new";
         if (!tied && !m->how.hugging_face)
             die("%s: \"tie_word_embeddings\" is false, but Megatron's GPT-2 ties them", o->config);
         m->untied = !tied;
+        m->stated = m->config.V;
     } else {
         if (has_args) m->config = config_from_arguments(first);
         else m->config = config_from_shapes(first, source->layout);
         m->gelu = activation_argument(first);
+        m->stated = count_argument(first, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
     }
     Config *c = &m->config, a = has_args ? config_from_arguments(first) : *c;
     if (a.L != c->L || a.C != c->C || a.H != c->H || a.F != c->F || a.P != c->P)
@@ -2407,19 +2408,16 @@ static size_t find_shape(Model *m, const Source *source, const Choices *o)
         die("%s: %zu heads, an MLP of width %zu and %zu layers cannot have been cut for "
             "%zu tensor ranks x %zu stages",
             m->path, c->H, c->F, c->L, tp, pp);
-    if (has_config) return c->V;
-    return count_argument(first, "orig_vocab_size", SIZE_MAX / 2, SIZE_MAX);
 }
 
 /* The number of a tokenizer's tokens. With padding, they must make the rows of the model: otherwise
- * the tokenizer is of another model. stated: the number that the input states, or SIZE_MAX. */
-static size_t count_tokens(const TensorFile *file, const Model *m, size_t stated,
-                           const char *folder)
+ * the tokenizer is of another model. */
+static size_t count_tokens(const TensorFile *file, const Model *m, const char *folder)
 {
     Tokenizer *t = tokenizer_open(folder);
     size_t V = t->vocabulary, multiple = (size_t)m->how.layout.tp;
     multiple *= count_argument(file, "make_vocab_size_divisible_by", 1 << 20, 128);
-    if (stated != V && round_up(V, multiple) != m->how.padded)
+    if (m->stated != V && round_up(V, multiple) != m->how.padded)
         die("%s: there are %zu rows for tokens, but the tokenizer's %zu would be padded to a "
             "multiple of %zu: give --vocab-size N",
             m->path, m->how.padded, V, multiple);
@@ -2427,14 +2425,13 @@ static size_t count_tokens(const TensorFile *file, const Model *m, size_t stated
     return V;
 }
 
-/* How many rows of the word embedding are tokens. stated: as above. */
-static size_t find_vocabulary(const TensorFile *file, const Model *m, size_t stated,
-                              const Choices *o)
+/* How many rows of the word embedding are tokens. */
+static size_t find_vocabulary(const TensorFile *file, const Model *m, const Choices *o)
 {
-    size_t padded = m->how.padded, V = stated, tokens = SIZE_MAX;
+    size_t padded = m->how.padded, V = m->stated, tokens = SIZE_MAX;
     if (o->vocab_size) V = o->vocab_size;
     if (o->keep_padding) V = padded;
-    if (o->tokenizer && !o->vocab_size) tokens = count_tokens(file, m, stated, o->tokenizer);
+    if (o->tokenizer && !o->vocab_size) tokens = count_tokens(file, m, o->tokenizer);
     if (V == SIZE_MAX) V = tokens;
     if (V == SIZE_MAX && padded == padded_vocab(50257, m->how.layout.tp)) V = 50257; /* GPT-2's */
     if (V == SIZE_MAX)
@@ -2471,10 +2468,10 @@ static void model_open(Model *m, Source *source, const Choices *o)
         refuse_copies(source);
         check_ranks(source);
     }
-    size_t stated = find_shape(m, source, o), tp = (size_t)source->layout.tp;
-    size_t ranks = tp * (size_t)source->layout.pp;
-    m->how.padded = source->folder ? stated : rows_of(first, "wte.weight") * tp;
-    m->config.V = find_vocabulary(first, m, stated, o);
+    find_shape(m, source, o);
+    size_t tp = (size_t)source->layout.tp, ranks = tp * (size_t)source->layout.pp;
+    m->how.padded = source->folder ? m->stated : rows_of(first, "wte.weight") * tp;
+    m->config.V = find_vocabulary(first, m, o);
     m->part = (Part *)xcalloc(ranks, sizeof *m->part);
     for (size_t rank = 0; rank < ranks; rank++) {
         Part *part = &m->part[rank];
