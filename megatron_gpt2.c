@@ -4888,25 +4888,6 @@ static char *config_text(size_t *size, const Config *c, int end_of_text)
  * file, and writes them into it when it saves: so a checkpoint that was saved in one layout can be
  * loaded in any other. */
 
-/* The slices that a rank holds, and where. */
-typedef struct {
-    const Config *config;
-    Layout layout;
-    int rank;             /* in the world */
-    const Tensor *tensor; /* (tensors) shapes, and offsets into the arrays */
-    size_t tensors;
-    act *weights;
-    real *master; /* the weights where act is narrower than real; else NULL */
-    real *m, *v;  /* AdamW's moments; NULL: there are none */
-} Slices;
-
-static Slices slices_of(const Rank *k)
-{
-    Slices s = {&k->config, k->layout, k->world.rank, k->tensor, k->tensors,
-                k->weights, k->master, k->m,          k->v};
-    return s;
-}
-
 /* The arrays of a rank that are saved, and what the names of their tensors begin with. */
 typedef enum { WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS } ArrayKind;
 static const char *const stored_prefix[] = {"transformer.", "m.", "v."};
@@ -4919,9 +4900,9 @@ static char *stored_name(char name[NAME_SIZE], ArrayKind kind, const Tensor *t)
 }
 
 /* Such an array, as reals; NULL if the weights are there only as act. */
-static real *stored_array(const Slices *s, ArrayKind kind)
+static real *stored_array(const Rank *k, ArrayKind kind)
 {
-    real *const arrays[] = {s->master, s->m, s->v};
+    real *const arrays[] = {k->master, k->m, k->v};
     return arrays[kind];
 }
 
@@ -5072,42 +5053,31 @@ static Safetensors open_model(Config *c, const char *folder)
     return s;
 }
 
-/* Fills one array of a rank from a file that expect_tensors() has checked. Every rank calls it. */
-static void load_array(const Slices *s, const Safetensors *file, ArrayKind kind)
+/* Fills one array of a rank from a file that expect_tensors() has checked. */
+static void load_array(Rank *k, const Safetensors *file, ArrayKind kind)
 {
-    real *to = stored_array(s, kind);
-    for (size_t i = 0; i < s->tensors; i++) {
-        const Tensor *t = &s->tensor[i];
+    real *to = stored_array(k, kind);
+    for (size_t i = 0; i < k->tensors; i++) {
+        const Tensor *t = &k->tensor[i];
         char name[NAME_SIZE];
         const StoredTensor *stored = find_stored(file, stored_name(name, kind, t));
         real *slice = (real *)xcalloc(t->n, sizeof *slice); /* padding stays zero */
-        read_slice(slice, stored, t, tp_rank(s->layout, s->rank));
+        read_slice(slice, stored, t, tp_rank(k->layout, k->world.rank));
         if (!is_finite_slice(slice, t->n))
             die("%s: tensor %s has a value that is NaN, infinite or too large", stored->path,
                 stored->name);
-        if (kind == WEIGHTS) act_upload(s->weights + t->offset, slice, t->n);
+        if (kind == WEIGHTS) act_upload(k->weights + t->offset, slice, t->n);
         if (to) device_upload(to + t->offset, slice, t->n * sizeof *slice);
         free(slice);
     }
 }
 
-static void load_weights(const Slices *s, const Safetensors *model)
-{
-    load_array(s, model, WEIGHTS);
-}
-
-static void load_moments(const Slices *s, const Safetensors *trainer)
-{
-    load_array(s, trainer, FIRST_MOMENTS);
-    load_array(s, trainer, SECOND_MOMENTS);
-}
-
-/* Fills a rank's weights and, unless trainer is NULL, its moments. */
 static void load_rank(Rank *k, const Safetensors *model, const Safetensors *trainer)
 {
-    Slices slices = slices_of(k);
-    load_weights(&slices, model);
-    if (trainer) load_moments(&slices, trainer);
+    load_array(k, model, WEIGHTS);
+    if (!trainer) return;
+    load_array(k, trainer, FIRST_MOMENTS);
+    load_array(k, trainer, SECOND_MOMENTS);
 }
 
 /* Opens trainer.safetensors of a checkpoint and checks it against the model. */
@@ -5444,7 +5414,7 @@ static void copy_tokenizer(const char *to, const char *from)
 
 /* Writes this rank's slices of the arrays first .. last into the file. Where several ranks hold the
  * same elements, one of them writes. */
-static void save_arrays(const Slices *s, const char *folder, const char *name, int first, int last)
+static void save_arrays(const Rank *k, const char *folder, const char *name, int first, int last)
 {
     char path[PATH_MAX], key[NAME_SIZE];
     /* The header tells where each tensor lies. */
@@ -5456,19 +5426,19 @@ static void save_arrays(const Slices *s, const char *folder, const char *name, i
     if (base == (char *)MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
     close(fd);
     for (int kind = first; kind <= last; kind++)
-        for (size_t i = 0; i < s->tensors; i++) {
-            const Tensor *t = &s->tensor[i];
-            const real *from = stored_array(s, (ArrayKind)kind);
+        for (size_t i = 0; i < k->tensors; i++) {
+            const Tensor *t = &k->tensor[i];
+            const real *from = stored_array(k, (ArrayKind)kind);
             const StoredTensor *stored = find_stored(&file, stored_name(key, (ArrayKind)kind, t));
             if (!t->counted) continue;
             real *slice = (real *)xcalloc(t->n, sizeof *slice);
             if (from) device_download(slice, from + t->offset, t->n * sizeof *slice);
-            else act_download(slice, s->weights + t->offset, t->n);
+            else act_download(slice, k->weights + t->offset, t->n);
             if (!is_finite_slice(slice, t->n))
                 die("%s has become NaN or infinite: not saved; an earlier checkpoint is as it was",
                     key);
             float *to = (float *)(void *)(base + (stored->data - map.data));
-            write_slice(to, slice, t, tp_rank(s->layout, s->rank));
+            write_slice(to, slice, t, tp_rank(k->layout, k->world.rank));
             free(slice);
         }
     if (msync(base, map.size, MS_SYNC)) die("cannot write %s: %s", path, strerror(errno));
@@ -5479,32 +5449,32 @@ static void save_arrays(const Slices *s, const char *folder, const char *name, i
 /* Saves a checkpoint; without moments, only a model. All ranks call it together, after
  * check_save_folder(). tokenizer: the folder of vocab.json and merges.txt, or NULL; end_of_text:
  * that token's id, or -1. */
-static void save_checkpoint(const Slices *s, Comm *world, const char *dir, const char *tokenizer,
-                            int end_of_text, const Metadata *metadata, size_t entries)
+static void save_checkpoint(Rank *k, const char *dir, const char *tokenizer, int end_of_text,
+                            const Metadata *metadata, size_t entries)
 {
     SavePaths p = save_paths(dir);
-    barrier(world); /* all have resolved the paths before rank 0 changes the folders */
-    if (world->rank == 0) {
+    barrier(&k->world); /* all have resolved the paths before rank 0 changes the folders */
+    if (k->world.rank == 0) {
         size_t size;
-        char *config = config_text(&size, s->config, end_of_text);
+        char *config = config_text(&size, &k->config, end_of_text);
         delete_folder(p.tmp, NULL);
         if (mkdir(p.tmp, 0777)) die("cannot create %s: %s", p.tmp, strerror(errno));
         write_file(p.tmp, "config.json", config, size, 0);
-        create_tensors(p.tmp, "model.safetensors", s->config, WEIGHTS, WEIGHTS, NULL, 0);
-        if (s->m)
-            create_tensors(p.tmp, "trainer.safetensors", s->config, FIRST_MOMENTS, SECOND_MOMENTS,
+        create_tensors(p.tmp, "model.safetensors", &k->config, WEIGHTS, WEIGHTS, NULL, 0);
+        if (k->m)
+            create_tensors(p.tmp, "trainer.safetensors", &k->config, FIRST_MOMENTS, SECOND_MOMENTS,
                            metadata, entries);
         if (tokenizer) copy_tokenizer(p.tmp, tokenizer);
         free(config);
     }
-    barrier(world);
-    if (dp_rank(s->layout, s->rank) == 0) {
-        save_arrays(s, p.tmp, "model.safetensors", WEIGHTS, WEIGHTS);
-        if (s->m) save_arrays(s, p.tmp, "trainer.safetensors", FIRST_MOMENTS, SECOND_MOMENTS);
+    barrier(&k->world);
+    if (dp_rank(k->layout, k->world.rank) == 0) {
+        save_arrays(k, p.tmp, "model.safetensors", WEIGHTS, WEIGHTS);
+        if (k->m) save_arrays(k, p.tmp, "trainer.safetensors", FIRST_MOMENTS, SECOND_MOMENTS);
     }
-    barrier(world);
-    if (world->rank == 0) put_in_place(&p);
-    barrier(world);
+    barrier(&k->world);
+    if (k->world.rank == 0) put_in_place(&p);
+    barrier(&k->world);
 }
 
 /* ---- info ------------------------------------------------------------------------------------ */
@@ -7938,9 +7908,7 @@ static void save_run(const Run *run, Rank *k, const Progress *p)
             list.fact[list.n++] = fact;
         } else add_number(&list, key, option_number(option, t->o));
     }
-    Slices slices = slices_of(k);
-    save_checkpoint(&slices, &k->world, dir, t->tokenizer_folder, t->tokenizer->end_of_text,
-                    list.fact, list.n);
+    save_checkpoint(k, dir, t->tokenizer_folder, t->tokenizer->end_of_text, list.fact, list.n);
 }
 
 /* Ctrl-C: the step under way is finished, and saved, before the program ends; a second Ctrl-C ends

@@ -3850,6 +3850,21 @@ static void put_config(const char *folder, const Config *c)
     free(text);
 }
 
+/* A rank that has tensors only: for loading and saving. Arrays of it are the caller's to make. */
+static Rank rank_of_tensors(const Config *c, Layout s, const Comm *world)
+{
+    Rank k;
+    memset(&k, 0, sizeof k);
+    k.config = *c;
+    k.layout = s;
+    k.world = *world;
+    k.tensors = list_tensors(NULL, &k.elements, c, s, world->rank);
+    k.tensor = (Tensor *)xcalloc(k.tensors, sizeof *k.tensor);
+    list_tensors(k.tensor, NULL, c, s, world->rank);
+    k.weights = (act *)device_calloc(k.elements * sizeof(act));
+    return k;
+}
+
 /* A run of ranks that loads from one folder and saves to another. */
 typedef struct {
     Layout layout;
@@ -3892,34 +3907,29 @@ static void load_save_rank(Comm *world, void *arg)
     LoadSave *job = (LoadSave *)arg;
     Config c;
     Safetensors model = open_model(&c, job->from);
-    size_t elements, n = list_tensors(NULL, &elements, &c, job->layout, world->rank);
-    Tensor *list = (Tensor *)xcalloc(n, sizeof *list);
-    list_tensors(list, NULL, &c, job->layout, world->rank);
-    act *weights = (act *)device_calloc(elements * sizeof *weights);
-    real *master = job->master ? (real *)device_calloc(elements * sizeof(real)) : NULL;
-    real *m = job->moments ? (real *)device_calloc(elements * sizeof(real)) : NULL;
-    real *v = job->moments ? (real *)device_calloc(elements * sizeof(real)) : NULL;
-    Slices s = {&c, job->layout, world->rank, list, n, weights, master, m, v};
+    Rank k = rank_of_tensors(&c, job->layout, world);
+    if (job->master) k.master = (real *)device_calloc(k.elements * sizeof(real));
+    if (job->moments) k.m = (real *)device_calloc(k.elements * sizeof(real));
+    if (job->moments) k.v = (real *)device_calloc(k.elements * sizeof(real));
     int r = tp_rank(job->layout, world->rank);
-    load_weights(&s, &model);
-    count_wrong(job, list, n, weights, NULL, factor(""), r);
-    if (master) count_wrong(job, list, n, NULL, master, factor(""), r);
-    if (m) {
+    if (job->moments) {
         Safetensors trainer = open_trainer(job->from, &c);
-        load_moments(&s, &trainer);
+        load_rank(&k, &model, &trainer);
         safetensors_close(&trainer);
-        count_wrong(job, list, n, NULL, m, factor("m."), r);
-        count_wrong(job, list, n, NULL, v, factor("v."), r);
-    }
+        count_wrong(job, k.tensor, k.tensors, NULL, k.m, factor("m."), r);
+        count_wrong(job, k.tensor, k.tensors, NULL, k.v, factor("v."), r);
+    } else load_rank(&k, &model, NULL);
+    count_wrong(job, k.tensor, k.tensors, k.weights, NULL, factor(""), r);
+    if (k.master) count_wrong(job, k.tensor, k.tensors, NULL, k.master, factor(""), r);
     /* a save must write the masters, so the weights are zeroed */
-    if (master) device_zero(weights, elements * sizeof *weights);
-    if (job->to) save_checkpoint(&s, world, job->to, NULL, -1, job->fact, job->facts);
+    if (k.master) device_zero(k.weights, k.elements * sizeof *k.weights);
+    if (job->to) save_checkpoint(&k, job->to, NULL, -1, job->fact, job->facts);
     safetensors_close(&model);
-    device_free(weights);
-    device_free(master);
-    device_free(m);
-    device_free(v);
-    free(list);
+    device_free(k.weights);
+    device_free(k.master);
+    device_free(k.m);
+    device_free(k.v);
+    free(k.tensor);
 }
 
 static void load_save(void *arg)
@@ -3931,14 +3941,12 @@ static void load_save(void *arg)
 static void load_alone(void *folder)
 {
     Layout one = {1, 1, 1};
+    Comm world;
     Config c;
     Safetensors model = open_model(&c, (const char *)folder);
-    size_t elements, n = list_tensors(NULL, &elements, &c, one, 0);
-    Tensor *list = (Tensor *)xcalloc(n, sizeof *list);
-    list_tensors(list, NULL, &c, one, 0);
-    Slices s = {&c,   one,  0,   list, n, (act *)device_calloc(elements * sizeof(act)),
-                NULL, NULL, NULL};
-    load_weights(&s, &model);
+    memset(&world, 0, sizeof world);
+    Rank k = rank_of_tensors(&c, one, &world);
+    load_rank(&k, &model, NULL);
 }
 
 /* V is a prime. With four tensor ranks, one holds only padding. Heads are 17 wide, so
@@ -4175,30 +4183,27 @@ static void save_value(Comm *world, void *arg)
     Save *job = (Save *)arg;
     Layout one = {1, 1, 1};
     char text[32];
-    size_t elements, n = list_tensors(NULL, &elements, &job->config, one, 0);
-    Tensor *list = (Tensor *)xcalloc(n, sizeof *list);
-    real *x = (real *)xcalloc(elements, sizeof *x);
-    act *w = (act *)device_calloc(elements * sizeof *w);
+    Rank k = rank_of_tensors(&job->config, one, world);
+    real *x = (real *)xcalloc(k.elements, sizeof *x);
     snprintf(text, sizeof text, "%.17g", (double)job->value);
     Metadata fact = {"value", text};
-    list_tensors(list, NULL, &job->config, one, 0);
-    for (size_t i = 0; i < elements; i++) x[i] = job->value;
-    act_upload(w, x, elements);
-    Slices s = {&job->config, one, 0, list, n, w, NULL, x, x};
-    if (job->exchange || access(job->dir, F_OK))
-        save_checkpoint(&s, world, job->dir, NULL, -1, &fact, 1);
+    for (size_t i = 0; i < k.elements; i++) x[i] = job->value;
+    act_upload(k.weights, x, k.elements);
+    k.m = x;
+    k.v = x;
+    if (job->exchange || access(job->dir, F_OK)) save_checkpoint(&k, job->dir, NULL, -1, &fact, 1);
     else {
         SavePaths p = save_paths(job->dir), there = p;
         snprintf(there.dir, PATH_MAX, "%.4000s.next", p.dir);
-        save_checkpoint(&s, world, there.dir, NULL, -1, &fact, 1);
+        save_checkpoint(&k, there.dir, NULL, -1, &fact, 1);
         delete_folder(p.tmp, NULL);
         rename(there.dir, p.tmp);
         step_aside(&p);
         delete_folder(p.old, p.dir);
     }
-    device_free(w);
+    device_free(k.weights);
     free(x);
-    free(list);
+    free(k.tensor);
 }
 
 /* The value that all elements of the checkpoint in dir have; NaN if they differ. */
@@ -6040,8 +6045,7 @@ static void golden_rank(Comm *world, void *arg)
     Optimizer a = {1e-3, 1e-3, 0, 1, DECAY_PAPER, 0.9, 0.999, 1e-8, 0.01, clip[0], 1};
     Progress p = {0, 0, 0, make_loss_scaler(1)};
     Rank *k = rank_create(world, &o);
-    Slices shards = slices_of(k);
-    load_weights(&shards, &model);
+    load_rank(k, &model, NULL);
     for (int step = 0; step < 3; step++) {
         StepResult r = train_step(k, &a, &p, o.micro_batches, feed_golden, g);
         if (world->rank == 0) g->loss[step] = r.loss;
@@ -6063,8 +6067,7 @@ static void golden_logits_rank(Comm *world, void *arg)
     size_t T = find_stored(&g->golden, "tokens")->shape[1] - 1, n;
     RankOptions o = {c, g->layout, 2, 1, T, 0, 0, 1};
     Rank *k = rank_create(world, &o);
-    Slices shards = slices_of(k);
-    load_weights(&shards, &model);
+    load_rank(k, &model, NULL);
     feed_golden(g, k, &k->flight[0], 0);
     stage_forward(k, &k->flight[0]);
     act *logits = k->flight[0].logits;
@@ -6076,8 +6079,7 @@ static void golden_logits_rank(Comm *world, void *arg)
     real *expected = golden_values(g, "generate", &n);
     RankOptions one = {c, g->layout, 1, 1, c.P, 0, 0, 1};
     k = rank_create(world, &one);
-    Slices again = slices_of(k);
-    load_weights(&again, &model);
+    load_rank(k, &model, NULL);
     Generator *generator = generator_create(k);
     Sampler greedy = {0, 0, 1, 0};
     Tokens text = {NULL, 0, 0};
@@ -6189,10 +6191,9 @@ static void fixture_rank(Comm *world, void *arg)
     Layout s = {f->tp, 1, 1};
     RankOptions o = {c, s, 1, 1, f->T, 0, 0, 1};
     Rank *k = rank_create(world, &o);
-    Slices shards = slices_of(k);
     int *tokens = (int *)xcalloc(f->T + 1, sizeof *tokens); /* the last is only a target */
     memcpy(tokens, f->tokens, f->T * sizeof *tokens);
-    load_weights(&shards, &model);
+    load_rank(k, &model, NULL);
     set_tokens(k, &k->flight[0], tokens, NULL);
     stage_forward(k, &k->flight[0]);
     for (size_t row = 0; row < f->T; row++)
