@@ -4914,67 +4914,46 @@ static size_t stored_shape(size_t shape[2], const Tensor *t)
     return t->spec->cols == ONE ? 1 : 2;
 }
 
-/* Elements of a slice that are neighbours in the file: the i-th of them is element at + i of the
- * stored tensor, and element first + i * step of the slice. */
-typedef struct {
-    size_t n, at, first, step;
-} FileRun;
+/* Tiles of a slice are read and written one by one: the file may have a tensor transposed, and
+ * within a tile the cache lines of both are used to their end. */
+enum { FILE_TILE = 64 };
 
-enum { FILE_RUN = 64 };
-
-/* Does a run go down a column of the slice? It does where the file has the tensor transposed. A
- * vector is a column too: along its rows all runs would be 1 long. */
-static int runs_go_down(const Tensor *t) { return t->spec->conv1d || t->cols == 1; }
-
-/* Parts of a slice that are not neighbours in the whole tensor: a rank's Q, K and V. */
-static size_t slice_parts(const Tensor *t) { return t->spec->split == QKV ? 3 : 1; }
-
-/* The number of runs of tensor rank r's slice. Padding is in none of them. */
-static size_t count_runs(const Tensor *t, int r)
+/* Row i of tensor rank r's slice in the stored tensor: element j is at file_row() + j * file_step().
+ * Rows of padding are not there. */
+static size_t file_row(const Tensor *t, int r, size_t i)
 {
-    size_t parts = slice_parts(t), rows = real_rows(t, r);
-    if (!runs_go_down(t)) return rows;
-    return parts * ceil_div(rows / parts, FILE_RUN) * t->local_cols;
+    size_t row = whole_row(t, r, i), col = whole_col(t, r);
+    return t->spec->conv1d ? col * t->rows + row : row * t->cols + col;
 }
 
-/* Run i of tensor rank r's slice: a row, or FILE_RUN elements of a column. The next run takes the
- * same rows of the next column, so that the cache lines of these rows are used to their end. */
-static FileRun slice_run(const Tensor *t, int r, size_t i)
-{
-    size_t width = t->local_cols, x = whole_col(t, r);
-    if (!runs_go_down(t)) {
-        FileRun along = {width, whole_row(t, r, i) * t->cols + x, i * width, 1};
-        return along;
-    }
-    size_t part = real_rows(t, r) / slice_parts(t), pieces = ceil_div(part, FILE_RUN);
-    size_t piece = i / width, col = i % width, begin = piece % pieces * FILE_RUN;
-    size_t row = piece / pieces * part + begin;
-    FileRun down = {min_size(FILE_RUN, part - begin), (x + col) * t->rows + whole_row(t, r, row),
-                    row * width + col, width};
-    return down;
-}
+static size_t file_step(const Tensor *t) { return t->spec->conv1d ? t->rows : 1; }
 
 /* Fills tensor rank r's slice from a stored tensor. Padding stays as it is. */
 static void read_slice(real *slice, const StoredTensor *from, const Tensor *t, int r)
 {
-    size_t runs = count_runs(t, r);
+    size_t rows = real_rows(t, r), cols = t->local_cols, step = file_step(t);
 #pragma omp parallel for if (t->n >= 1 << 16)
-    for (size_t i = 0; i < runs; i++) {
-        FileRun run = slice_run(t, r, i);
-        for (size_t e = 0; e < run.n; e++)
-            slice[run.first + e * run.step] = stored_value(from, run.at + e);
-    }
+    for (size_t i0 = 0; i0 < rows; i0 += FILE_TILE)
+        for (size_t j0 = 0; j0 < cols; j0 += FILE_TILE)
+            for (size_t i = i0; i < min_size(i0 + FILE_TILE, rows); i++) {
+                size_t first = file_row(t, r, i);
+                for (size_t j = j0; j < min_size(j0 + FILE_TILE, cols); j++)
+                    slice[i * cols + j] = stored_value(from, first + j * step);
+            }
 }
 
 /* Writes tensor rank r's slice to its place in a stored tensor of floats. */
 static void write_slice(float *to, const real *slice, const Tensor *t, int r)
 {
-    size_t runs = count_runs(t, r);
+    size_t rows = real_rows(t, r), cols = t->local_cols, step = file_step(t);
 #pragma omp parallel for if (t->n >= 1 << 16)
-    for (size_t i = 0; i < runs; i++) {
-        FileRun run = slice_run(t, r, i);
-        for (size_t e = 0; e < run.n; e++) to[run.at + e] = (float)slice[run.first + e * run.step];
-    }
+    for (size_t i0 = 0; i0 < rows; i0 += FILE_TILE)
+        for (size_t j0 = 0; j0 < cols; j0 += FILE_TILE)
+            for (size_t i = i0; i < min_size(i0 + FILE_TILE, rows); i++) {
+                size_t first = file_row(t, r, i);
+                for (size_t j = j0; j < min_size(j0 + FILE_TILE, cols); j++)
+                    to[first + j * step] = (float)slice[i * cols + j];
+            }
 }
 
 /* Is none of n values NaN, infinite, or too large for a float? */
