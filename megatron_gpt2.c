@@ -4046,15 +4046,11 @@ static int json_peek(const JsonReader *r)
 __attribute__((noreturn)) static void json_expected(const JsonReader *r, const char *expected)
 {
     int c = json_peek(r);
-    const char *what = r->json.what;
-    if (c < 0)
-        die("%s is not valid JSON: at byte %zu %s was expected, but it ends there", what, r->at,
-            expected);
-    if (c > ' ' && c < 0x7F)
-        die("%s is not valid JSON: at byte %zu %s was expected, not '%c'", what, r->at, expected,
-            c);
-    die("%s is not valid JSON: at byte %zu %s was expected, not the byte 0x%02x", what, r->at,
-        expected, (unsigned)c);
+    char seen[32] = "but it ends there";
+    if (c > ' ' && c < 0x7F) snprintf(seen, sizeof seen, "not '%c'", c);
+    else if (c >= 0) snprintf(seen, sizeof seen, "not the byte 0x%02x", (unsigned)c);
+    die("%s is not valid JSON: at byte %zu %s was expected, %s", r->json.what, r->at, expected,
+        seen);
 }
 
 static void json_space(JsonReader *r)
@@ -4069,23 +4065,31 @@ static void json_take(JsonReader *r, const char *word)
         if (json_peek(r) != *c) json_expected(r, word);
 }
 
-/* The length in bytes of the UTF-8 character (RFC 3629) that begins the n bytes at s; 0 if none
- * does that is well-formed. */
-static size_t utf8_length(const char *s, size_t n)
+/* *code = the UTF-8 character (RFC 3629) that begins the n bytes at s. Returns its length in bytes;
+ * 0 if none does that is well-formed. */
+static size_t read_utf8(uint32_t *code, const char *s, size_t n)
 {
     static const uint32_t lowest[5] = {0, 0, 0x80, 0x800, 0x10000}; /* for each length */
     unsigned first = n ? (unsigned char)*s : 0xFF;
     size_t length = 0; /* the number of ones that first begins with */
+    *code = first;
     if (first < 0x80) return 1;
     while (first << length & 0x80) length++;
     if (length < 2 || length > 4 || length > n) return 0;
-    uint32_t code = first & (0x7Fu >> length);
+    *code &= 0x7Fu >> length;
     for (size_t i = 1; i < length; i++) {
         if (((unsigned char)s[i] & 0xC0) != 0x80) return 0;
-        code = code << 6 | ((unsigned char)s[i] & 0x3F);
+        *code = *code << 6 | ((unsigned char)s[i] & 0x3F);
     }
-    int surrogate = code >= 0xD800 && code < 0xE000;
-    return code < lowest[length] || code > 0x10FFFF || surrogate ? 0 : length;
+    int surrogate = *code >= 0xD800 && *code < 0xE000;
+    return *code < lowest[length] || *code > 0x10FFFF || surrogate ? 0 : length;
+}
+
+/* The length alone. */
+static size_t utf8_length(const char *s, size_t n)
+{
+    uint32_t code;
+    return read_utf8(&code, s, n);
 }
 
 /* Writes a character in UTF-8, and returns the place behind it. */
@@ -4918,8 +4922,8 @@ static size_t stored_shape(size_t shape[2], const Tensor *t)
  * within a tile the cache lines of both are used to their end. */
 enum { FILE_TILE = 64 };
 
-/* Row i of tensor rank r's slice in the stored tensor: element j is at file_row() + j * file_step().
- * Rows of padding are not there. */
+/* Where row i of tensor rank r's slice begins in the stored tensor; its elements are file_step()
+ * apart there. Padding is in no file. */
 static size_t file_row(const Tensor *t, int r, size_t i)
 {
     size_t row = whole_row(t, r, i), col = whole_col(t, r);
@@ -5544,11 +5548,8 @@ enum { NOT_A_CHARACTER = 0x110000 }; /* behind the last code point: a byte that 
  * byte that begins no well-formed character is a character by itself. */
 static size_t next_character(uint32_t *code, const char *text, size_t n)
 {
-    size_t length = utf8_length(text, n);
-    *code = (unsigned char)*text;
+    size_t length = read_utf8(code, text, n);
     if (!length) *code = NOT_A_CHARACTER;
-    if (length > 1) *code &= 0x7Fu >> length;
-    for (size_t i = 1; i < length; i++) *code = *code << 6 | (text[i] & 0x3F);
     return max_size(length, 1);
 }
 
@@ -7598,14 +7599,13 @@ static int parse_option(void *o, unsigned char *given, const Option *table, int 
     return i;
 }
 
-static int option_index(const char *name)
+/* Was this option, which the table has, on the command line? */
+static int given(const Options *o, const char *name)
 {
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (!strcmp(options[i].name, name)) return i;
-    return -1;
+    int i = 0;
+    while (strcmp(options[i].name, name)) i++;
+    return o->given[i];
 }
-
-static int given(const Options *o, const char *name) { return o->given[option_index(name)]; }
 
 /* The value of an option that is a COUNT or a NUMBER. */
 static double option_number(const Option *option, const Options *o)
