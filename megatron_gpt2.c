@@ -4170,21 +4170,23 @@ static void json_digits(JsonReader *r)
     while (json_at_digit(r)) r->at++;
 }
 
+/* Goes past one of these characters, if it stands here; returns whether it did. */
+static int json_skip(JsonReader *r, const char *any)
+{
+    int c = json_peek(r), found = c > 0 && strchr(any, c);
+    r->at += (size_t)found;
+    return found;
+}
+
 static double json_number_value(JsonReader *r)
 {
     char copy[512]; /* for strtod: the text has no NUL */
     size_t start = r->at;
-    if (json_peek(r) == '-') r->at++;
-    else if (!json_at_digit(r)) json_expected(r, "a value");
-    if (json_peek(r) == '0') r->at++; /* nothing may follow a leading zero */
-    else json_digits(r);
-    if (json_peek(r) == '.') {
-        r->at++;
-        json_digits(r);
-    }
-    if (json_peek(r) == 'e' || json_peek(r) == 'E') {
-        r->at++;
-        if (json_peek(r) == '+' || json_peek(r) == '-') r->at++;
+    if (!json_skip(r, "-") && !json_at_digit(r)) json_expected(r, "a value");
+    if (!json_skip(r, "0")) json_digits(r); /* nothing may follow a leading zero */
+    if (json_skip(r, ".")) json_digits(r);
+    if (json_skip(r, "eE")) {
+        json_skip(r, "+-");
         json_digits(r);
     }
     size_t length = r->at - start;
@@ -4230,9 +4232,8 @@ static void json_container(JsonReader *r, JsonType type, int depth)
     json_space(r);
     for (; json_peek(r) != close; r->json.value[self].length++) {
         if (r->json.value[self].length) {
-            if (json_peek(r) != ',')
+            if (!json_skip(r, ","))
                 json_expected(r, type == JSON_OBJECT ? "',' or '}'" : "',' or ']'");
-            r->at++;
             json_space(r);
         }
         if (type == JSON_OBJECT) {
@@ -4291,8 +4292,6 @@ static void json_free(Json *json)
 {
     free(json->value);
     free(json->text);
-    json->value = NULL;
-    json->text = NULL;
 }
 
 /* Member `key` of object, or NULL. */
@@ -4398,18 +4397,19 @@ __attribute__((format(printf, 2, 3))) static void emit_text(Emitter *e, const ch
     va_end(args);
 }
 
-/* Only JSON has keys and brackets. */
-static void emit_key(Emitter *e, const char *key)
+/* Only JSON has keys and brackets. Returns whether the value is to follow. */
+static int emit_key(Emitter *e, const char *key)
 {
+    if (!e->json) return 0;
     if (e->comma) fputs(", ", e->out);
     if (key) fprintf(e->out, "\"%s\": ", key);
     e->comma = 1;
+    return 1;
 }
 
 static void emit_open(Emitter *e, const char *key, char bracket)
 {
-    if (!e->json) return;
-    emit_key(e, key);
+    if (!emit_key(e, key)) return;
     fputc(bracket, e->out);
     e->depth++;
     e->comma = 0;
@@ -4426,9 +4426,7 @@ static void emit_close(Emitter *e, char bracket)
 
 static void emit_bytes(Emitter *e, const char *key, const char *bytes, size_t n)
 {
-    if (!e->json) return;
-    emit_key(e, key);
-    json_write_string(e->out, bytes, n);
+    if (emit_key(e, key)) json_write_string(e->out, bytes, n);
 }
 
 static void emit_string(Emitter *e, const char *key, const char *format, const char *s)
@@ -4439,18 +4437,14 @@ static void emit_string(Emitter *e, const char *key, const char *format, const c
 
 static void emit_count(Emitter *e, const char *key, const char *format, size_t n)
 {
-    if (e->json) {
-        emit_key(e, key);
-        fprintf(e->out, "%zu", n);
-    }
+    if (emit_key(e, key)) fprintf(e->out, "%zu", n);
     if (e->text && format) fprintf(e->out, format, n);
 }
 
 /* null in JSON for what it has no number for. */
 static void emit_number(Emitter *e, const char *key, const char *format, double x)
 {
-    if (e->json) {
-        emit_key(e, key);
+    if (emit_key(e, key)) {
         if (isfinite(x)) fprintf(e->out, "%.15g", x);
         else fputs("null", e->out);
     }
@@ -4460,9 +4454,7 @@ static void emit_number(Emitter *e, const char *key, const char *format, double 
 /* JSON only. */
 static void emit_flag(Emitter *e, const char *key, int flag)
 {
-    if (!e->json) return;
-    emit_key(e, key);
-    fputs(flag ? "true" : "false", e->out);
+    if (emit_key(e, key)) fputs(flag ? "true" : "false", e->out);
 }
 
 /* ---- Reading safetensors --------------------------------------------------------------------- */
