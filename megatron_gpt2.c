@@ -8352,9 +8352,33 @@ static void print_token(void *arg, int id)
     fflush(stdout);
 }
 
+/* As text only the last line's end: the rest came token by token. */
+static void print_generated(const Inference *in, const int *id, size_t n)
+{
+    char *bytes = NULL;
+    size_t size = 0, length;
+    Emitter e = make_emitter(stdout, in->o->json);
+    FILE *f = open_memstream(&bytes, &size);
+    if (!f) die("out of memory");
+    for (size_t i = 0; i < n; i++) {
+        const char *piece = decode(&length, in->tokenizer, id[i]);
+        fwrite(piece, 1, length, f);
+    }
+    if (fclose(f)) die("out of memory");
+    emit_text(&e, "\n");
+    emit_open(&e, NULL, '{');
+    emit_string(&e, "prompt", NULL, in->o->prompt);
+    emit_bytes(&e, "text", bytes, size);
+    emit_open(&e, "tokens", '[');
+    for (size_t i = 0; i < n; i++) emit_count(&e, NULL, NULL, (size_t)id[i]);
+    emit_close(&e, ']');
+    emit_close(&e, '}');
+    free(bytes);
+}
+
 static void generate_rank(Comm *world, void *arg)
 {
-    Inference *in = (Inference *)arg;
+    const Inference *in = (const Inference *)arg;
     const Options *o = in->o;
     Rank *k = inference_rank(world, in);
     Generator *g = generator_create(k);
@@ -8365,38 +8389,15 @@ static void generate_rank(Comm *world, void *arg)
     double start = now();
     generate(g, &text, o->tokens, &sampler, in->tokenizer->end_of_text,
              streams ? print_token : NULL, in->tokenizer);
-    if (is_writer(world))
-        fprintf(stderr, "%s%zu tokens, %.1f tokens/s\n", streams ? "\n" : "", text.n - in->text.n,
-                (double)(text.n - in->text.n) / (now() - start));
+    if (is_writer(world)) {
+        size_t n = text.n - in->text.n;
+        fprintf(stderr, "%s%zu tokens, %.1f tokens/s\n", streams ? "\n" : "", n,
+                (double)n / (now() - start));
+        print_generated(in, text.id + in->text.n, n);
+    }
+    free(text.id);
     generator_free(g);
     rank_free(k);
-    barrier(world); /* all have read the prompt */
-    if (is_writer(world)) {
-        free(in->text.id);
-        in->text = text;
-    } else free(text.id);
-}
-
-/* JSON only: as text it came token by token. */
-static void print_generated(Emitter *e, const Inference *in, size_t prompt)
-{
-    char *bytes = NULL;
-    size_t size = 0, n;
-    FILE *f = open_memstream(&bytes, &size);
-    if (!f) die("out of memory");
-    for (size_t i = prompt; i < in->text.n; i++) {
-        const char *piece = decode(&n, in->tokenizer, in->text.id[i]);
-        fwrite(piece, 1, n, f);
-    }
-    if (fclose(f)) die("out of memory");
-    emit_open(e, NULL, '{');
-    emit_string(e, "prompt", NULL, in->o->prompt);
-    emit_bytes(e, "text", bytes, size);
-    emit_open(e, "tokens", '[');
-    for (size_t i = prompt; i < in->text.n; i++) emit_count(e, NULL, NULL, (size_t)in->text.id[i]);
-    emit_close(e, ']');
-    emit_close(e, '}');
-    free(bytes);
 }
 
 static void run_generate(Options *o)
@@ -8406,13 +8407,10 @@ static void run_generate(Options *o)
     open_inference(&in, o, 1);
     encode(&in.text, in.tokenizer, o->prompt, strlen(o->prompt));
     if (!in.text.n) push_token(&in.text, padding(in.tokenizer)); /* as if a document began */
-    size_t prompt = in.text.n;
-    if (prompt > in.ranks.seq)
-        note("the prompt has %zu tokens: the model sees the last %zu\n", prompt, in.ranks.seq);
+    if (in.text.n > in.ranks.seq)
+        note("the prompt has %zu tokens: the model sees the last %zu\n", in.text.n, in.ranks.seq);
     emit_text(&e, "%s", o->prompt);
     run_ranks(world_size(in.ranks.layout), generate_rank, &in);
-    emit_text(&e, "\n");
-    print_generated(&e, &in, prompt);
     close_inference(&in);
 }
 
