@@ -6166,7 +6166,7 @@ static void add_path(Corpus *c, const Tokenizer *t, const char *name)
             name);
 }
 
-/* Reads and checks all data under n paths. Dies if a token is not in the vocabulary: the model's,
+/* Reads and checks all data under n > 0 paths. Dies if a token is not in the vocabulary: the model's,
  * or the tokenizer's if there is no model. */
 static Corpus *corpus_open(const char *const *paths, size_t n, const Tokenizer *t,
                            size_t vocabulary)
@@ -6178,9 +6178,7 @@ static Corpus *corpus_open(const char *const *paths, size_t n, const Tokenizer *
         die("<|endoftext|> is token %d of the tokenizer, but the model has %zu tokens",
             t->end_of_text, vocabulary);
     for (size_t i = 0; i < n; i++) add_path(c, t, paths[i]);
-    if (!c->tokens)
-        die("there is no text in %s%s", n ? paths[0] : "no paths",
-            n > 1 ? " and the other paths" : "");
+    if (!c->tokens) die("there is no text in %s%s", paths[0], n > 1 ? " and the other paths" : "");
     return c;
 }
 
@@ -7668,7 +7666,7 @@ __attribute__((format(printf, 1, 2))) static void note(const char *format, ...)
 
 static Layout make_layout(const Options *o)
 {
-    Layout s = {(int)o->tp, (int)max_size(o->pp, 1), (int)max_size(o->dp, 1)};
+    Layout s = {(int)o->tp, (int)o->pp, (int)o->dp};
     return s;
 }
 
@@ -7690,13 +7688,21 @@ static Config new_config(const Options *o)
 /* Sequences in one pass. */
 static size_t micro_batch_size(const Options *o)
 {
-    size_t dp = max_size(o->dp, 1), micro = o->micro_batch;
-    if (!micro) micro = o->pp > 1 ? 1 : max_size(o->batch / dp, 1);
-    if (o->batch % (dp * micro))
+    size_t micro = o->micro_batch;
+    if (!micro) micro = o->pp > 1 ? 1 : max_size(o->batch / o->dp, 1);
+    if (o->batch % (o->dp * micro))
         die("--batch %zu is no multiple of --dp %zu times --micro-batch %zu: every data rank must "
             "do whole passes",
-            o->batch, dp, micro);
+            o->batch, o->dp, micro);
     return micro;
+}
+
+/* Tokens in a sequence. */
+static size_t sequence_length(const Options *o, const Config *c)
+{
+    size_t seq = o->seq ? o->seq : c->P;
+    if (seq > c->P) die("--seq %zu is more than the model's %zu positions", seq, c->P);
+    return seq;
 }
 
 static void set_dropout(Config *c, const Options *o)
@@ -7790,6 +7796,7 @@ typedef struct {
     const Options *o;
     Tokenizer *tokenizer;
     const char *tokenizer_folder; /* its files go with the model; NULL: bytes */
+    Safetensors model, trainer;   /* to start from; else empty */
     size_t text_tokens; /* in all of the text: to notice when a run resumes with other text */
 } TrainCommand;
 
@@ -7947,8 +7954,9 @@ static void resume_options(Options *o, const Safetensors *trainer)
     }
 }
 
-static void resume_run(TrainCommand *t, Options *o, Safetensors *trainer)
+static void resume_run(TrainCommand *t, Options *o)
 {
+    const Safetensors *trainer = &t->trainer;
     const double most = 0x1p53;
     Progress *p = &t->run.progress;
     LossScaler *s = &p->scaler;
@@ -7968,16 +7976,13 @@ static void resume_run(TrainCommand *t, Options *o, Safetensors *trainer)
 /* kept = the lines of a log up to this step. Returns their bytes; kept has room for one more. */
 static size_t keep_steps(char *kept, Map log, size_t last)
 {
-    const char *line = log.data, *end = line + log.size;
     size_t n = 0, step;
-    while (line < end) {
-        const char *newline = (const char *)memchr(line, '\n', (size_t)(end - line));
-        if (!newline) break; /* half a line: the run was killed */
-        size_t length = (size_t)(newline + 1 - line);
-        memcpy(kept + n, line, length);
-        kept[n + length] = 0;
-        if (sscanf(kept + n, "{\"step\": %zu", &step) == 1 && step <= last) n += length;
-        line += length;
+    while (log.size) {
+        Map line = next_line(&log);
+        if (line.data[line.size - 1] != '\n') break; /* half a line: the run was killed */
+        memcpy(kept + n, line.data, line.size);
+        kept[n + line.size] = 0;
+        if (sscanf(kept + n, "{\"step\": %zu", &step) == 1 && step <= last) n += line.size;
     }
     return n;
 }
@@ -8013,7 +8018,7 @@ static Optimizer make_optimizer(const Options *o)
 }
 
 /* Shape, weights to start from, and options: from the command line, a model, or a checkpoint. */
-static void prepare_model(TrainCommand *t, Options *o, Safetensors *model, Safetensors *trainer)
+static void prepare_model(TrainCommand *t, Options *o)
 {
     static const char *const shape[] = {"--config", "--layers", "--hidden",
                                         "--heads",  "--vocab",  "--activation"};
@@ -8029,12 +8034,12 @@ static void prepare_model(TrainCommand *t, Options *o, Safetensors *model, Safet
     t->run.progress.scaler = make_loss_scaler(o->loss_scale);
     if (from) {
         recover_checkpoint(from);
-        *model = open_model(c, from);
-        t->run.model = model;
+        t->model = open_model(c, from);
+        t->run.model = &t->model;
     }
     if (o->resume) {
-        *trainer = open_trainer(o->resume, c);
-        resume_run(t, o, trainer);
+        t->trainer = open_trainer(o->resume, c);
+        resume_run(t, o);
     }
     t->tokenizer = find_tokenizer(o->tokenizer, from, c);
     if (!from) {
@@ -8045,8 +8050,7 @@ static void prepare_model(TrainCommand *t, Options *o, Safetensors *model, Safet
     t->tokenizer_folder = o->tokenizer;
     if (!o->tokenizer && from && has_tokenizer(from)) t->tokenizer_folder = from;
     set_dropout(c, o);
-    if (!o->seq) o->seq = c->P;
-    if (o->seq > c->P) die("--seq %zu is more than the model's %zu positions", o->seq, c->P);
+    o->seq = sequence_length(o, c);
 }
 
 /* Defaults that depend on other options, and all that the ranks need but the text. */
@@ -8145,16 +8149,15 @@ static void train(TrainCommand *t, Options *o)
 static void run_train(Options *o)
 {
     TrainCommand t;
-    Safetensors model, trainer;
     memset(&t, 0, sizeof t);
     if (!o->n_paths) usage_error("train needs --data");
-    prepare_model(&t, o, &model, &trainer);
+    prepare_model(&t, o);
     if (t.run.progress.step < o->steps) train(&t, o);
     else /* not an error: a script may resume until all is done */
         note("%s has done its %zu steps; --steps asks for more\n", o->resume, t.run.progress.step);
     tokenizer_close(t.tokenizer);
-    if (t.run.model) safetensors_close(&model);
-    if (t.run.trainer) safetensors_close(&trainer);
+    safetensors_close(&t.model);
+    safetensors_close(&t.trainer);
 }
 
 /* ---- eval, generate -------------------------------------------------------------------------- */
@@ -8174,7 +8177,7 @@ typedef struct {
 
 static void open_inference(Inference *in, const Options *o, size_t batch)
 {
-    Layout s = {(int)o->tp, 1, 1};
+    Layout s = make_layout(o);
     memset(in, 0, sizeof *in);
     if (!o->model) usage_error("%s needs --model", o->command->name);
     recover_checkpoint(o->model);
@@ -8185,9 +8188,7 @@ static void open_inference(Inference *in, const Options *o, size_t batch)
     check_tokenizer(in->tokenizer, &in->ranks.config);
     warn_if_crowded(s);
     in->ranks.layout = s;
-    in->ranks.seq = o->seq ? o->seq : in->ranks.config.P;
-    if (in->ranks.seq > in->ranks.config.P)
-        die("--seq %zu is more than the model's %zu positions", o->seq, in->ranks.config.P);
+    in->ranks.seq = sequence_length(o, &in->ranks.config);
     in->ranks.micro_batch = batch;
     if (!batch) in->ranks.micro_batch = max_size(2048 / in->ranks.seq, 1); /* work for all cores */
     in->ranks.micro_batches = 1;

@@ -7599,10 +7599,9 @@ static void test_defaults(void)
     o = options_of(as_given);
     check_equal("  as given", (double)micro_batch_size(&o), 2);
     TrainCommand t;
-    Safetensors none;
     memset(&t, 0, sizeof t);
     o = options_of(erf);
-    prepare_model(&t, &o, &none, &none);
+    prepare_model(&t, &o);
     const Config *c = &t.run.ranks.config;
     check_true("--activation gelu is erf", c->gelu == GELU_ERF);
     check_true("--dropout holds at all sites", c->embd_pdrop == (real)0.25 &&
@@ -7611,7 +7610,7 @@ static void test_defaults(void)
     tokenizer_close(t.tokenizer);
     memset(&t, 0, sizeof t);
     o = options_of(plain);
-    prepare_model(&t, &o, &none, &none);
+    prepare_model(&t, &o);
     check_true("the model's own: tanh, dropout 0.1, 257 tokens, 64 positions",
                c->gelu == GELU_TANH && c->embd_pdrop == (real)0.1 && c->attn_pdrop == (real)0.1 &&
                    c->resid_pdrop == (real)0.1 && c->V == 257 && o.seq == 64);
@@ -7656,11 +7655,11 @@ static void test_run_state(void)
     char path[PATH_MAX];
     Config c = make_config(1, 8, 2, 4, 257);
     snprintf(path, sizeof path, "%s/new_state", SCRATCH);
-    Safetensors trainer = open_trainer(path, &c);
     Options o = options_of(resumed);
     memset(&t, 0, sizeof t);
+    t.trainer = open_trainer(path, &c);
     t.run.progress.scaler = make_loss_scaler(1);
-    resume_run(&t, &o, &trainer);
+    resume_run(&t, &o);
     const Progress *q = &t.run.progress;
     check_true("steps 50, updates 40, samples 123, 777 tokens of text",
                q->step == 50 && q->updates == 40 && q->samples == 123 && t.text_tokens == 777);
@@ -7680,7 +7679,7 @@ static void test_run_state(void)
                a.lr == 0.5 && a.min_lr == 0.25 && a.warmup == 7 && a.decay_steps == 71 &&
                    a.decay == DECAY_COSINE && a.beta1 == 0.5 && a.beta2 == 0.75 && a.eps == 0.125 &&
                    a.weight_decay == 3 && a.clip == 4 && a.loss_scale == 0);
-    safetensors_close(&trainer);
+    safetensors_close(&t.trainer);
 }
 
 /* A log that is continued after step 3 loses its later steps and its half line. A
