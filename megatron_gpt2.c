@@ -6166,8 +6166,8 @@ static void add_path(Corpus *c, const Tokenizer *t, const char *name)
             name);
 }
 
-/* Reads and checks all data under n > 0 paths. Dies if a token is not in the vocabulary: the model's,
- * or the tokenizer's if there is no model. */
+/* Reads and checks all data under n > 0 paths. Dies if a token is not in the vocabulary: the
+ * model's, or the tokenizer's if there is no model. */
 static Corpus *corpus_open(const char *const *paths, size_t n, const Tokenizer *t,
                            size_t vocabulary)
 {
@@ -6659,73 +6659,43 @@ static Pass nth_pass(Schedule kind, size_t p, size_t m, size_t v, size_t i, size
     return pass;
 }
 
-typedef struct {
-    size_t done;            /* passes */
-    size_t in_flight, most; /* chunks whose backward pass is still to come: now, and at most */
-    double clock;
-} PlannedStage;
-
-/* A run of m micro-batches through p stages of v chunks. A whole stage needs tf > 0 forward and
- * tb > 0 backward, and messages need no time. */
-typedef struct {
-    Schedule kind;
-    size_t p, m, v;
-    double tf, tb;
-    double *forward, *backward; /* (v p, m) when each pass ended; 0: not yet */
-    PlannedStage *stage;        /* (p) */
-} Pipeline;
-
-/* A stage's next pass, if its input is there: it starts when stage and input are ready. Returns
- * whether it ran. */
-static int run_pass(Pipeline *run, size_t i)
-{
-    PlannedStage *stage = &run->stage[i];
-    Pass pass = nth_pass(run->kind, run->p, run->m, run->v, i, stage->done);
-    size_t part = pass.chunk * run->p + i, here = part * run->m + pass.micro_batch;
-    int is_first = part == 0, is_last = part + 1 == run->p * run->v;
-    double *input = NULL; /* the first part has its tokens */
-    if (!pass.backward && !is_first) input = &run->forward[here - run->m];
-    if (pass.backward) input = is_last ? &run->forward[here] : &run->backward[here + run->m];
-    if (input && *input == 0) return 0;
-    if (input) stage->clock = fmax(stage->clock, *input);
-    if (pass.backward) {
-        stage->clock += run->tb / (double)run->v;
-        stage->in_flight--;
-        run->backward[here] = stage->clock;
-    } else {
-        stage->clock += run->tf / (double)run->v;
-        stage->in_flight++;
-        run->forward[here] = stage->clock;
-    }
-    stage->most = max_size(stage->most, stage->in_flight);
-    stage->done++;
-    return 1;
-}
-
-/* Returns the bubble: idle time / time of the work. most_in_flight (p): chunks whose backward pass
+/* A run of m micro-batches through p stages of v chunks. A whole stage takes tf > 0 forward and
+ * tb > 0 backward, messages take no time, and a pass starts when its stage and its input are ready.
+ * Returns the bubble: idle time / time of the work. most_in_flight (p): chunks whose backward pass
  * is still to come, at most, on each stage. v > 1: m is a multiple of p. */
 static double simulate_pipeline(size_t *most_in_flight, Schedule kind, size_t p, size_t m, size_t v,
                                 double tf, double tb)
 {
-    Pipeline run = {kind, p, m, v, tf, tb, NULL, NULL, NULL};
-    size_t left = 2 * m * v * p, before = left + 1;
-    double end = 0;
-    run.forward = (double *)xcalloc(2 * v * p * m, sizeof *run.forward);
-    run.backward = run.forward + v * p * m;
-    run.stage = (PlannedStage *)xcalloc(p, sizeof *run.stage);
+    size_t parts = v * p, left = 2 * m * parts, before = left + 1;
+    double *forward = (double *)xcalloc(2 * parts * m, sizeof *forward), end = 0;
+    double *backward = forward + parts * m; /* (parts, m) when each pass ended; 0: not yet */
+    double *clock = (double *)xcalloc(p, sizeof *clock); /* when each stage's last pass ended */
+    size_t *done = (size_t *)xcalloc(2 * p, sizeof *done), *in_flight = done + p; /* done: passes */
+    memset(most_in_flight, 0, p * sizeof *most_in_flight);
     while (left > 0) {
         if (left == before)
             die("the schedule of %zu stages and %zu micro-batches does not end", p, m);
         before = left;
         for (size_t i = 0; i < p; i++)
-            while (run.stage[i].done < 2 * m * v && run_pass(&run, i)) left--;
+            for (; done[i] < 2 * m * v; done[i]++, left--) {
+                Pass pass = nth_pass(kind, p, m, v, i, done[i]);
+                size_t part = pass.chunk * p + i, here = part * m + pass.micro_batch;
+                const double *input = NULL; /* the first part has its tokens */
+                if (pass.backward) input = part + 1 == parts ? &forward[here] : &backward[here + m];
+                else if (part > 0) input = &forward[here - m];
+                if (input && *input == 0) break;
+                if (input) clock[i] = fmax(clock[i], *input);
+                clock[i] += (pass.backward ? tb : tf) / (double)v;
+                (pass.backward ? backward : forward)[here] = clock[i];
+                if (pass.backward) in_flight[i]--;
+                else in_flight[i]++;
+                most_in_flight[i] = max_size(most_in_flight[i], in_flight[i]);
+            }
     }
-    for (size_t i = 0; i < p; i++) {
-        end = fmax(end, run.stage[i].clock);
-        most_in_flight[i] = run.stage[i].most;
-    }
-    free(run.forward);
-    free(run.stage);
+    for (size_t i = 0; i < p; i++) end = fmax(end, clock[i]);
+    free(forward);
+    free(clock);
+    free(done);
     return end / ((double)m * (tf + tb)) - 1;
 }
 
