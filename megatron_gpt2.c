@@ -6469,16 +6469,6 @@ static int class_of(uint32_t code)
  * sizes of the products.
  * ============================================================================================== */
 
-typedef struct {
-    Config config;
-    Layout layout;
-    size_t batch, micro_batch; /* sequences: in an iteration, on all data ranks; in one pass */
-    size_t seq;                /* tokens of a sequence */
-    int recompute;
-    double peak;      /* TFLOP/s that a rank of the user's machine sustains; 0: not given */
-    double bandwidth; /* GB/s of a ring there */
-} PlanInput;
-
 /* All doubles, so that one table can print them; counts are exact up to 2^53. "per_rank": of the
  * rank that has most. */
 typedef struct {
@@ -6492,23 +6482,25 @@ typedef struct {
     double v100_seconds, v100_efficiency, v100_days, seconds, efficiency;
 } Plan;
 
+/* Sequences of a step, on all data ranks. */
+static size_t batch_size(const RankOptions *in)
+{
+    return in->micro_batch * in->micro_batches * (size_t)in->layout.dp;
+}
+
 /* Dies unless the run can be cut this way. Unlike check_layout, it allows as many data ranks as the
  * paper had. */
-static void check_plan(const PlanInput *in)
+static void check_plan(const RankOptions *in)
 {
     Layout s = in->layout, tensor = {s.tp, 1, 1}, pipeline = {1, s.pp, 1};
     check_layout(&in->config, tensor);
     check_layout(&in->config, pipeline);
     if (s.dp < 1 || s.dp > 65536) die("--dp %d: 1 to 65536 data ranks can be planned", s.dp);
-    size_t rows = in->micro_batch * (size_t)s.dp;
     if (in->micro_batch < 1 || in->micro_batch > 65536)
         die("--micro-batch %zu: 1 to 65536 can be planned", in->micro_batch);
-    if (in->batch < 1 || in->batch % rows)
-        die("--batch %zu is no multiple of --micro-batch %zu times --dp %d", in->batch,
-            in->micro_batch, s.dp);
-    if (in->batch / rows > 65536)
-        die("--batch %zu makes %zu micro-batches: at most 65536 can be planned", in->batch,
-            in->batch / rows);
+    if (in->micro_batches < 1 || in->micro_batches > 65536)
+        die("--batch %zu makes %zu micro-batches: at most 65536 can be planned", batch_size(in),
+            in->micro_batches);
     if (in->seq < 1 || in->seq > in->config.P)
         die("--seq %zu: the model has %zu positions", in->seq, in->config.P);
     /* No product of these sizes overflows. */
@@ -6594,12 +6586,12 @@ static size_t message_bytes(const Message *m) { return m->elements * type_size(m
 
 /* What each rank of a stage sends and receives in one iteration; list has room for MAX_MESSAGES.
  * Returns how many there are. */
-static size_t list_messages(Message *list, const PlanInput *in, int stage)
+static size_t list_messages(Message *list, const RankOptions *in, int stage)
 {
     const Config *c = &in->config;
     Layout s = in->layout;
     size_t t = (size_t)s.tp, p = (size_t)s.pp, d = (size_t)s.dp, ranks = t * p * d, n = 0, arena;
-    size_t m = in->batch / in->micro_batch / d, bs = in->micro_batch * in->seq, bsh = bs * c->C;
+    size_t m = in->micro_batches, bs = in->micro_batch * in->seq, bsh = bs * c->C;
     size_t both = 2 * m * (c->L / p), again = in->recompute ? both : 0; /* attention's and MLP's */
     size_t first = stage == 0 ? m : 0, last = stage == s.pp - 1 ? m : 0, end = first || last;
     size_t after_first = m - first, before_last = m - last;
@@ -6732,7 +6724,7 @@ static double message_seconds(const Machine *machine, const Message *m, Layout s
 /* Seconds of an iteration = (FLOPs / (ranks * rate) + tp and pp messages) * (1 + bubble) + all
  * other messages, on the stage that talks most; nothing overlaps, as in the paper. It does not see
  * that narrow products are slower, nor the duplicated LayerNorms: it flatters large t. */
-static double project(const PlanInput *in, const Machine *machine, double flops, double bubble)
+static double project(const RankOptions *in, const Machine *machine, double flops, double bubble)
 {
     double worst = 0;
     for (int stage = 0; stage < in->layout.pp; stage++) {
@@ -6752,7 +6744,7 @@ static double project(const PlanInput *in, const Machine *machine, double flops,
 /* ---- The plan -------------------------------------------------------------------------------- */
 
 /* Parameters and memory of the stage that has most. */
-static void plan_memory(Plan *plan, const PlanInput *in)
+static void plan_memory(Plan *plan, const RankOptions *in)
 {
     const Config *c = &in->config;
     Layout s = in->layout;
@@ -6791,7 +6783,7 @@ static void plan_memory(Plan *plan, const PlanInput *in)
 
 /* All stages take equally long, and backward passes two or, with recomputation, three times as long
  * as forward ones. */
-static void plan_pipeline(Plan *plan, const PlanInput *in)
+static void plan_pipeline(Plan *plan, const RankOptions *in)
 {
     size_t p = (size_t)in->layout.pp, m = (size_t)plan->micro_batches;
     size_t *most = (size_t *)xcalloc(p, sizeof *most);
@@ -6809,7 +6801,7 @@ static void plan_pipeline(Plan *plan, const PlanInput *in)
 /* all_reduces_per_iteration counts as the paper does: those of b*s*h that one micro-batch meets on
  * its way through all stages. The paper's 4 a layer leave out embedding, logits and recomputation:
  * 4l+2, with it 6l+2 [P6]. */
-static void plan_messages(Plan *plan, const PlanInput *in)
+static void plan_messages(Plan *plan, const RankOptions *in)
 {
     Message list[MAX_MESSAGES];
     size_t bsh = in->micro_batch * in->seq * in->config.C;
@@ -6828,32 +6820,37 @@ static void plan_messages(Plan *plan, const PlanInput *in)
     }
 }
 
-static Plan make_plan(const PlanInput *in)
+static Plan make_plan(const RankOptions *in)
 {
     Plan plan;
     const Config *c = &in->config;
-    Machine yours = {in->peak * 1e12, in->bandwidth * 1e9, 0, 15e-6, INT_MAX, sizeof(act)};
+    size_t batch = batch_size(in);
     double ranks = world_size(in->layout);
     memset(&plan, 0, sizeof plan);
     plan.parameters = (double)count_parameters(c);
-    plan.micro_batches = (double)(in->batch / in->micro_batch / (size_t)in->layout.dp);
+    plan.micro_batches = (double)in->micro_batches;
     plan_pipeline(&plan, in);
     plan_memory(&plan, in);
     plan_messages(&plan, in);
-    plan.tokens_per_iteration = (double)in->batch * (double)in->seq;
-    plan.flops_formula = flops_formula(c, in->batch, in->seq, in->recompute);
-    plan.flops_per_iteration = flops_exact(c, in->layout.tp, in->batch, in->seq, in->recompute);
+    plan.tokens_per_iteration = (double)batch * (double)in->seq;
+    plan.flops_formula = flops_formula(c, batch, in->seq, in->recompute);
+    plan.flops_per_iteration = flops_exact(c, in->layout.tp, batch, in->seq, in->recompute);
     plan.v100_seconds = project(in, &v100, plan.flops_per_iteration, plan.bubble);
     plan.v100_efficiency = plan.flops_per_iteration / (ranks * v100.flops) / plan.v100_seconds;
     plan.v100_days = training_days(300000 * PAPER_BATCH, plan.parameters, ranks,
                                    v100.flops * plan.v100_efficiency);
     plan.seconds = NAN;
     plan.efficiency = NAN;
-    if (in->peak > 0 && in->bandwidth > 0) {
-        plan.seconds = project(in, &yours, plan.flops_per_iteration, plan.bubble);
-        plan.efficiency = plan.flops_per_iteration / (ranks * yours.flops) / plan.seconds;
-    }
     return plan;
+}
+
+/* Projects the plan on a machine whose ranks sustain so many FLOP/s, and bytes/s in a ring. */
+static void project_yours(Plan *plan, const RankOptions *in, double flops, double bandwidth)
+{
+    Machine yours = {flops, bandwidth, 0, 15e-6, INT_MAX, sizeof(act)};
+    double ranks = world_size(in->layout);
+    plan->seconds = project(in, &yours, plan->flops_per_iteration, plan->bubble);
+    plan->efficiency = plan->flops_per_iteration / (ranks * flops) / plan->seconds;
 }
 
 /* ---- Printing -------------------------------------------------------------------------------- */
@@ -6908,7 +6905,7 @@ static const Figure figures[] = {
 };
 /* clang-format on */
 
-static void print_messages(Emitter *e, const PlanInput *in, int stage)
+static void print_messages(Emitter *e, const RankOptions *in, int stage)
 {
     Message list[MAX_MESSAGES];
     size_t n = list_messages(list, in, stage);
@@ -6932,14 +6929,14 @@ static void print_messages(Emitter *e, const PlanInput *in, int stage)
     emit_close(e, ']');
 }
 
-static void print_plan(const PlanInput *in, const Plan *plan, int json)
+static void print_plan(const RankOptions *in, const Plan *plan, int json)
 {
     const Config *c = &in->config;
     Layout s = in->layout;
     Emitter e = make_emitter(stdout, json);
     emit_text(&e, "%zu layers, hidden %zu, %zu heads, vocabulary %zu; ", c->L, c->C, c->H, c->V);
     emit_text(&e, "tp %d pp %d dp %d; batch %zu of %zu tokens, %zu a pass%s\n\n", s.tp, s.pp, s.dp,
-              in->batch, in->seq, in->micro_batch, in->recompute ? ", recomputed" : "");
+              batch_size(in), in->seq, in->micro_batch, in->recompute ? ", recomputed" : "");
     emit_open(&e, NULL, '{');
     for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {
         const Figure *f = &figures[i];
@@ -6974,23 +6971,22 @@ static void add(Row *row, const char *key, const char *heading, int decimals, do
 }
 
 /* The scaling study: layers recomputed, a batch of 8 for each group of tensor ranks [§5.1]. */
-static PlanInput paper_input(const char *preset, int tp)
+static RankOptions paper_input(const char *preset, int tp)
 {
-    PlanInput in = {find_preset(preset), {tp, 1, 1}, 8, 8, 1024, 1, 0, 0};
+    RankOptions in = {find_preset(preset), {tp, 1, 1}, 8, 1, 1024, 1, 1, 0};
     return in;
 }
 
 /* The same with 64 data ranks. */
-static Plan plan_512(PlanInput in)
+static Plan plan_512(RankOptions in)
 {
     in.layout.dp = 64;
-    in.batch = 512;
     return make_plan(&in);
 }
 
 static void table_1(Row *row, const char *preset, int r)
 {
-    PlanInput in = paper_input(preset, 1 << r);
+    RankOptions in = paper_input(preset, 1 << r);
     Plan plan = make_plan(&in);
     double h = (double)in.config.C, heads = (double)in.config.H;
     add(row, "hidden", "hidden", 0, h);
@@ -7007,8 +7003,8 @@ static void table_1(Row *row, const char *preset, int r)
 
 static void figure_4(Row *row, const char *preset, int r)
 {
-    PlanInput in = paper_input(preset, 1 << r), plain = in; /* plain: without recomputation */
-    size_t bs = in.batch * in.seq, bsh = bs * in.config.C;
+    RankOptions in = paper_input(preset, 1 << r), plain = in; /* plain: without recomputation */
+    size_t bs = in.micro_batch * in.seq, bsh = bs * in.config.C;
     double message = 0, sent = 0, cross_entropy = 0;
     Message list[MAX_MESSAGES];
     plain.recompute = 0;
@@ -7052,7 +7048,7 @@ static void table_2(Row *row, const char *preset, int r)
 static void table_7(Row *row, const char *label, int r)
 {
     static const double percent[] = {82, 80, 77};
-    PlanInput in = paper_input("8.3B", 8);
+    RankOptions in = paper_input("8.3B", 8);
     double heads = atoi(label);
     in.config.H = (size_t)heads;
     add(row, "head_size", "h/heads", 0, (double)in.config.C / heads);
@@ -7065,7 +7061,7 @@ static void table_7(Row *row, const char *label, int r)
 static void table_8(Row *row, const char *label, int r)
 {
     static const double speedup[] = {1, 1.64, 2.34, 2.98};
-    PlanInput in = paper_input("1.2B", atoi(label));
+    RankOptions in = paper_input("1.2B", atoi(label));
     double gpus = in.layout.tp, efficiency = make_plan(&in).v100_efficiency;
     add(row, "paper_speedup", "paper", 2, speedup[r]);
     add(row, "paper_percent", "paper %", 2, 100 * speedup[r] / gpus);
@@ -7077,7 +7073,7 @@ static void table_8(Row *row, const char *label, int r)
 static void figure_5(Row *row, const char *preset, int r)
 {
     static const double percent[] = {100, 95, 82, 77}, percent_dp[] = {96, 83, 79, 74};
-    PlanInput in = paper_input(preset, 1 << r);
+    RankOptions in = paper_input(preset, 1 << r);
     double gpus = in.layout.tp;
     double rate = percent[r] / 100 * PAPER_RATE, rate_dp = percent_dp[r] / 100 * PAPER_RATE;
     add(row, "gpus", "GPUs", 0, gpus);
@@ -7181,7 +7177,7 @@ static void print_paper(int json)
 
 /* What a stage's ranks say by group and operation: count calls, and elements of all of them
  * together. total has room for MAX_MESSAGES; returns how many there are. */
-static size_t total_messages(Message *total, const PlanInput *in, int stage)
+static size_t total_messages(Message *total, const RankOptions *in, int stage)
 {
     Message list[MAX_MESSAGES];
     size_t n = list_messages(list, in, stage), totals = 0;
@@ -7216,7 +7212,7 @@ static Message sum_events(const Trace *trace, const Message *total)
 
 /* Do the events of a rank of this stage add up to what the plan lists, for every group and
  * operation? Says where not. */
-static int trace_agrees(const Trace *trace, const PlanInput *in, int stage)
+static int trace_agrees(const Trace *trace, const RankOptions *in, int stage)
 {
     Message total[MAX_MESSAGES];
     size_t n = total_messages(total, in, stage), events = 0;
@@ -7273,7 +7269,7 @@ static void print_layer(Emitter *e, const Trace *trace, int layer)
 
 /* Totals of a stage by group and operation, and of the tensor group by layer. Returns whether they
  * are the plan's. */
-static int print_totals(Emitter *e, const Trace *trace, const PlanInput *in, int stage)
+static int print_totals(Emitter *e, const Trace *trace, const RankOptions *in, int stage)
 {
     int depth = (int)in->config.L / in->layout.pp, agrees = trace_agrees(trace, in, stage);
     Message total[MAX_MESSAGES];
@@ -7301,7 +7297,7 @@ static int print_totals(Emitter *e, const Trace *trace, const PlanInput *in, int
 }
 
 /* The first rank of each stage. Returns whether all totals are the plan's. */
-static int print_trace(const Trace *trace, const PlanInput *in, int json)
+static int print_trace(const Trace *trace, const RankOptions *in, int json)
 {
     int agrees = 1, stage_ranks = in->layout.tp * in->layout.dp;
     Emitter e = make_emitter(stdout, json);
@@ -7675,6 +7671,14 @@ static size_t sequence_length(const Options *o, const Config *c)
     return seq;
 }
 
+static RankOptions training_ranks(const Options *o, const Config *c)
+{
+    size_t micro = micro_batch_size(o), micro_batches = o->batch / micro / o->dp;
+    RankOptions r = {*c, make_layout(o), micro,  micro_batches, sequence_length(o, c),
+                     1,  o->recompute,   o->seed};
+    return r;
+}
+
 static void set_dropout(Config *c, const Options *o)
 {
     if (!given(o, "--dropout")) return;
@@ -7879,9 +7883,8 @@ static int is_interrupted(Rank *k)
 
 static void report_start(const Run *run)
 {
-    const RankOptions *r = &run->ranks;
-    size_t sequences = r->micro_batch * r->micro_batches * (size_t)r->layout.dp;
-    run->report->meter = meter_start("step", run->progress.step, run->steps, sequences * r->seq);
+    size_t tokens = batch_size(&run->ranks) * run->ranks.seq;
+    run->report->meter = meter_start("step", run->progress.step, run->steps, tokens);
 }
 
 static void report_step(const Run *run, const Progress *p, const StepResult *r, double held_out)
@@ -8026,7 +8029,6 @@ static void prepare_model(TrainCommand *t, Options *o)
 /* Defaults that depend on other options, and all that the ranks need but the text. */
 static void prepare_training(TrainCommand *t, Options *o)
 {
-    Layout s = make_layout(o);
     RankOptions *r = &t->run.ranks;
     if (!o->decay_steps) o->decay_steps = o->steps;
     if (!o->resume && !given(o, "--min-lr")) o->min_lr = o->lr / 15;
@@ -8036,20 +8038,14 @@ static void prepare_training(TrainCommand *t, Options *o)
         die("--min-lr %g is above --lr %g: the floor must be below the peak", o->min_lr, o->lr);
     if (o->eval_every && o->valid_percent == 0)
         die("--eval-every needs text to be held out: give --valid-percent");
-    check_layout(&r->config, s);
+    check_layout(&r->config, make_layout(o));
     t->o = o;
     t->run.optimizer = make_optimizer(o);
     t->run.steps = o->steps;
     t->run.save_every = o->save_every;
     t->run.eval_every = o->eval_every;
     t->run.eval_iters = o->eval_iters;
-    r->layout = s;
-    r->micro_batch = micro_batch_size(o);
-    r->micro_batches = o->batch / r->micro_batch / (size_t)s.dp;
-    r->seq = o->seq;
-    r->seed = o->seed;
-    r->training = 1;
-    r->recompute = o->recompute;
+    *r = training_ranks(o, &r->config);
     check_memory(r);
 }
 
@@ -8404,15 +8400,6 @@ static void run_tokenize(Options *o)
     tokenizer_close(t);
 }
 
-static PlanInput plan_input(const Options *o)
-{
-    PlanInput in = {new_config(o), make_layout(o), o->batch,    micro_batch_size(o), 0,
-                    o->recompute,  o->peak,        o->bandwidth};
-    in.seq = in.config.P;
-    check_plan(&in);
-    return in;
-}
-
 static void run_plan(Options *o)
 {
     if (o->paper) {
@@ -8426,8 +8413,11 @@ static void run_plan(Options *o)
     }
     if (given(o, "--peak") != given(o, "--bandwidth"))
         usage_error("--peak and --bandwidth go together");
-    PlanInput in = plan_input(o);
+    Config c = new_config(o);
+    RankOptions in = training_ranks(o, &c);
+    check_plan(&in);
     Plan plan = make_plan(&in);
+    if (o->peak > 0) project_yours(&plan, &in, o->peak * 1e12, o->bandwidth * 1e9);
     print_plan(&in, &plan, o->json);
 }
 
@@ -8463,18 +8453,17 @@ static void trace_rank(Comm *world, void *arg)
 
 static void run_trace(Options *o)
 {
-    PlanInput in = plan_input(o);
-    size_t micro_batches = in.batch / in.micro_batch / (size_t)in.layout.dp;
-    int ranks = world_size(in.layout);
-    set_dropout(&in.config, o);
-    check_layout(&in.config, in.layout);
-    Traced t = {
-        {in.config, in.layout, in.micro_batch, micro_batches, in.seq, 1, in.recompute, o->seed},
-        (Trace *)xcalloc((size_t)ranks, sizeof(Trace))};
+    Config c = new_config(o);
+    set_dropout(&c, o);
+    Traced t = {training_ranks(o, &c), NULL};
+    int ranks = world_size(t.ranks.layout);
+    check_plan(&t.ranks);
+    check_layout(&c, t.ranks.layout);
     check_memory(&t.ranks);
-    warn_if_crowded(in.layout);
+    warn_if_crowded(t.ranks.layout);
+    t.trace = (Trace *)xcalloc((size_t)ranks, sizeof *t.trace);
     run_ranks(ranks, trace_rank, &t);
-    if (is_writer(NULL) && !print_trace(t.trace, &in, o->json))
+    if (is_writer(NULL) && !print_trace(t.trace, &t.ranks, o->json))
         die("the trace is not what `plan` lists: one of the two is wrong");
     for (int r = 0; r < ranks; r++) free(t.trace[r].event);
     free(t.trace);

@@ -4498,24 +4498,24 @@ static void test_fixtures(void)
  *
  * The paper's numbers [P5, P6, P8-P10, P14, P17, P18, P21-P23, P40, P42-P50, P56-P62]. */
 
-static PlanInput plan_case(const char *preset, int tp, int pp, int dp, size_t batch, size_t micro,
+static RankOptions plan_case(const char *preset, int tp, int pp, int dp, size_t batch, size_t micro,
                            int recompute)
 {
-    PlanInput in;
+    RankOptions in;
     memset(&in, 0, sizeof in);
     in.config = find_preset(preset);
     in.layout.tp = tp;
     in.layout.pp = pp;
     in.layout.dp = dp;
-    in.batch = batch;
     in.micro_batch = micro;
+    in.micro_batches = batch / micro / (size_t)dp;
     in.seq = in.config.P;
     in.recompute = recompute;
     return in;
 }
 
 /* Model j of Table 1 on 2^j tensor ranks and dp replicas, as the paper ran it. */
-static PlanInput scaling_case(int j, int dp)
+static RankOptions scaling_case(int j, int dp)
 {
     static const char *const name[4] = {"1.2B", "2.5B", "4.2B", "8.3B-scaling"};
     return plan_case(name[j], 1 << j, 1, dp, 8 * (size_t)dp, 8, 1);
@@ -4529,7 +4529,7 @@ static void test_plan_parameters(void)
     static const double per_rank[4] = {355788800, 178493440, 89845760, 45521920};
     static const double padded[4] = {50304, 50432, 50688, 51200};
     for (int i = 0; i < 6; i++) {
-        PlanInput in = plan_case(name[i], 1, 1, 1, 1, 1, 0);
+        RankOptions in = plan_case(name[i], 1, 1, 1, 1, 1, 0);
         double l = (double)in.config.L, h = (double)in.config.C;
         char what[64];
         snprintf(what, sizeof what, "P42 parameters of %s", name[i]);
@@ -4538,7 +4538,7 @@ static void test_plan_parameters(void)
         check("P43 the formula lacks 2h, off by (rounding of 1e10: 2e-6)",
               fabs(exact[i] - formula - 2 * h), 1e-5);
     }
-    PlanInput in = plan_case("8.3B", 8, 1, 1, 8, 8, 0);
+    RankOptions in = plan_case("8.3B", 8, 1, 1, 8, 8, 0);
     Plan plan = make_plan(&in);
     check_equal("P44 8.3B, t=8: parameters of a rank", plan.parameters_per_rank, 1043549184);
     check_equal("P44 sum over the tensor ranks / P, rounded", round(plan.replication * 1e5),
@@ -4620,7 +4620,7 @@ static void test_plan_messages(void)
                     share[i] * 1680);
     }
 
-    PlanInput in = scaling_case(3, 1), plain = in;
+    RankOptions in = scaling_case(3, 1), plain = in;
     plain.recompute = 0;
     size_t n = list_messages(list, &plain, 0), bsh = 8 * 1024 * 3072, bs = 8 * 1024;
     check_equal("P6 4l+2 all-reduces of b*s*h, l=72", count_calls(list, n, "tp", "all_reduce", bsh),
@@ -4643,11 +4643,11 @@ static void test_plan_messages(void)
         check_equal("P10 a layer's four, elements", 4 * elements_sent(&list[i]), 176160768);
     }
     /* P5: one more layer needs four more all-reduces. */
-    PlanInput deeper = plain;
+    RankOptions deeper = plain;
     deeper.config.L++;
     check_equal("P5 all-reduces of one layer", make_plan(&deeper).all_reduces_per_iteration - 290,
                 4);
-    PlanInput alone = plan_case("1.2B", 1, 1, 1, 8, 8, 0);
+    RankOptions alone = plan_case("1.2B", 1, 1, 1, 8, 8, 0);
     check_equal("one rank says nothing", (double)list_messages(list, &alone, 0), 0);
 
     /* 8.3B, d=64, fp16: 4.109 GB of gradients [paper.md §3]. The arena's
@@ -4720,8 +4720,8 @@ static void test_plan_flops(void)
     static const double table_2_pflops[3] = {1.51, 3.92, 13.8};
     static const double efficiency[4] = {100, 82, 58.5, 37.25};
     static const double head_1 = 96, head_2[3] = {64, 96, 128}, head_7[3] = {192, 128, 96};
-    PlanInput one = plan_case("1.2B", 1, 1, 1, 8, 8, 1);
-    PlanInput all = plan_case("8.3B", 8, 1, 64, 512, 8, 1);
+    RankOptions one = plan_case("1.2B", 1, 1, 1, 8, 8, 1);
+    RankOptions all = plan_case("8.3B", 8, 1, 64, 512, 8, 1);
     Plan plan = make_plan(&one), plan_all = make_plan(&all);
     check("P46 F(8,1024,40,1536) = 8.6329e13, off by", fabs(plan.flops_per_iteration - 8.6329e13),
           5e8);
@@ -4739,7 +4739,7 @@ static void test_plan_flops(void)
           1e-14);
     check("formula, without recomputation, off by", fabs(make_plan(&one).flops_formula / count - 1),
           1e-14);
-    PlanInput padded = plan_case("124M", 8, 1, 1, 1, 1, 0); /* 50,257 tokens become 51,200 */
+    RankOptions padded = plan_case("124M", 8, 1, 1, 1, 1, 0); /* 50,257 tokens become 51,200 */
     plan = make_plan(&padded);
     check("padding costs 6BsC for each of 943 tokens, off by",
           fabs((plan.flops_per_iteration - plan.flops_formula) / (6.0 * 1024 * 768 * 943) - 1),
@@ -4781,7 +4781,7 @@ static void test_plan_projection(void)
     /* 62.4 TFLOP/s, 130 GB/s, recomputed */
     static const double v1_gpu[4] = {1, 0.946, 0.873, 0.794};
     for (int r = 0; r < 4; r++) {
-        PlanInput in = scaling_case(r, 1), plain = in;
+        RankOptions in = scaling_case(r, 1), plain = in;
         Machine v1 = {62.4e12, 130e9, 1, 15e-6, 16, 2}, h200 = {560e12, 365e9, 1, 15e-6, 8, 2};
         double h = hidden[r], l = layers[r], t = 1 << r, rows = 8 * 1024;
         /* attention scores are counted in full */
@@ -4799,7 +4799,7 @@ static void test_plan_projection(void)
         check("V100 efficiency, off by", fabs(efficiency - v1_gpu[r]), 4e-3);
     }
     /* Bubble: four stages, eight micro-batches and free messages take 1.375 times as long. */
-    PlanInput deep = plan_case("8.3B", 1, 4, 1, 8, 1, 1);
+    RankOptions deep = plan_case("8.3B", 1, 4, 1, 8, 1, 1);
     Machine free_talk = {1e12, 1e30, 1e30, 0, 64, 2};
     double bubble = make_plan(&deep).bubble;
     check("bubble of 3/8 in time, off by", fabs(project(&deep, &free_talk, 4e12, bubble) - 1.375),
@@ -4808,7 +4808,7 @@ static void test_plan_projection(void)
 
 static void test_plan_memory(void)
 {
-    PlanInput in = plan_case("1.2B", 1, 1, 1, 8, 8, 0);
+    RankOptions in = plan_case("1.2B", 1, 1, 1, 8, 8, 0);
     Plan plan = make_plan(&in);
     double layer = 8.0 * 1024 * 1536;
     check("P58 1.2B: 34 + 5as/h = 87.33, off by",
@@ -5034,7 +5034,7 @@ static void test_plan_pipeline(void)
     check("P56 bubble against a second simulator, in ticks, largest gap", tick_gap, 3e-14);
     check_equal("P57 peaks that are not min(p-i, m), or min(warm-up + 1, v m)", wrong, 0);
 
-    PlanInput in = plan_case("8.3B", 2, 4, 2, 16, 1, 0);
+    RankOptions in = plan_case("8.3B", 2, 4, 2, 16, 1, 0);
     Plan plan = make_plan(&in);
     check_equal("plan: m = B/(b d)", plan.micro_batches, 8);
     check_equal("plan: bubble", plan.bubble, 0.375);
@@ -5043,15 +5043,15 @@ static void test_plan_pipeline(void)
     check_equal("plan: in flight", plan.in_flight, 4);
 }
 
-static void bad_plan(void *arg) { check_plan((const PlanInput *)arg); }
+static void bad_plan(void *arg) { check_plan((const RankOptions *)arg); }
 
 static void test_plan_refuses(void)
 {
-    PlanInput good = plan_case("8.3B", 8, 1, 64, 512, 8, 1), in;
+    RankOptions good = plan_case("8.3B", 8, 1, 64, 512, 8, 1), in;
     check_plan(&good); /* 512 ranks, as in the paper */
     in = good;
-    in.batch = 500;
-    check_dies("batch that does not divide", bad_plan, &in, "--batch 500");
+    in.micro_batches = 0;
+    check_dies("no micro-batches", bad_plan, &in, "--batch 0");
     in = good;
     in.micro_batch = 0;
     check_dies("no micro-batch", bad_plan, &in, "--micro-batch 0");
@@ -5071,7 +5071,7 @@ static void test_plan_refuses(void)
     in.seq = 1025;
     check_dies("more tokens than positions", bad_plan, &in, "--seq 1025");
     in = good;
-    in.batch = (size_t)512 * 65537;
+    in.micro_batches = 65537;
     check_dies("too many micro-batches", bad_plan, &in, "65537 micro-batches");
     in = good;
     in.config.C = (size_t)24 << 40;
@@ -5493,8 +5493,14 @@ static void test_trace_is_plan(void)
             t.steps = 1;
             t.recompute = recompute;
             run_training(&t);
-            PlanInput in = {t.config,   t.layout,  t.batch, t.micro_batch,
-                            t.config.P, recompute, 0,       0};
+            RankOptions in = {t.config,
+                              t.layout,
+                              t.micro_batch,
+                              t.batch / t.micro_batch / (size_t)t.layout.dp,
+                              t.config.P,
+                              1,
+                              recompute,
+                              0};
             for (int r = 0; r < world_size(t.layout); r++)
                 agrees &= trace_agrees(&t.trace[r], &in, pp_rank(t.layout, r));
             snprintf(what, sizeof what, "tp %d pp %d dp %d%s: every rank's messages are the plan's",
@@ -7451,7 +7457,8 @@ static void test_trace_disagrees(void)
     Training t = make_training(s);
     t.steps = 1;
     run_training(&t);
-    PlanInput in = {t.config, t.layout, t.batch, t.micro_batch, t.config.P, 0, 0, 0};
+    size_t micro_batches = t.batch / t.micro_batch / (size_t)s.dp;
+    RankOptions in = {t.config, s, t.micro_batch, micro_batches, t.config.P, 1, 0, 0};
     Trace *trace = &t.trace[0];
     int agrees[5], saved = dup(STDERR_FILENO), null = open("/dev/null", O_WRONLY);
     fflush(stderr);
@@ -7530,7 +7537,7 @@ static void test_trace_output(void)
              e = json.value + e->end, stage++) {
             const JsonValue *layers = json_get(&json, e, "layers");
             const JsonValue *agrees = json_get(&json, e, "agrees_with_plan");
-            PlanInput in = plan_case("tiny", s.tp, s.pp, s.dp, 8, 2, 0);
+            RankOptions in = plan_case("tiny", s.tp, s.pp, s.dp, 8, 2, 0);
             Message list[MAX_MESSAGES];
             size_t calls = 0;
             in.config = make_config(4, 32, 4, 8, 257);
