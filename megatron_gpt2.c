@@ -3981,15 +3981,6 @@ static void meter_show(Meter *m, size_t done, const char *name, double value)
  * weights; large models have shards and an index instead. A checkpoint is a model's folder with one
  * more file: trainer.safetensors has AdamW's moments and the state of training.
  *
- *     JSON                  a strict reader, and functions to write values
- *     Reading safetensors   one file, or shards with an index
- *     config.json           read into a Config, and written from one
- *     Slices                where the elements of a rank's slices lie in whole tensors
- *     Loading               fills the arrays of a rank from files
- *     Folders               how a new checkpoint replaces the last one
- *     Saving                all ranks write one checkpoint together
- *     info                  prints what files hold
- *
  * Anyone may have made these files: nothing is used before it has been checked.
  * ============================================================================================== */
 
@@ -7946,32 +7937,25 @@ static void resume_run(TrainCommand *t, Options *o)
     t->run.trainer = trainer;
 }
 
-/* kept = the lines of a log up to this step. Returns their bytes; kept has room for one more. */
-static size_t keep_steps(char *kept, Map log, size_t last)
-{
-    size_t n = 0, step;
-    while (log.size) {
-        Map line = next_line(&log);
-        if (line.data[line.size - 1] != '\n') break; /* half a line: the run was killed */
-        memcpy(kept + n, line.data, line.size);
-        kept[n + line.size] = 0;
-        if (sscanf(kept + n, "{\"step\": %zu", &step) == 1 && step <= last) n += line.size;
-    }
-    return n;
-}
-
-/* A resumed run does some steps again, if they were not saved: they go out of its log. */
+/* A resumed run does some steps again, if they were not saved: they go out of its log. So do lines
+ * that are no steps, and half a line, if the run was killed. */
 static FILE *open_log(const char *path, size_t step)
 {
     if (step > 0 && access(path, F_OK) == 0) {
-        Map map = map_file(path);
-        char path_new[PATH_MAX], *kept = (char *)xcalloc(map.size + 1, 1);
-        size_t n = keep_steps(kept, map, step);
-        unmap_file(map);
+        Map log = map_file(path), rest = log;
+        char path_new[PATH_MAX], begin[64];
         FILE *f = fopen(extend_path(path_new, path, ".tmp"), "w");
-        if (!f || fwrite(kept, 1, n, f) != n || fclose(f) || rename(path_new, path))
+        while (f && rest.size) {
+            Map line = next_line(&rest);
+            size_t number;
+            snprintf(begin, sizeof begin, "%.*s", (int)min_size(line.size, 63), line.data);
+            if (line.data[line.size - 1] == '\n' && sscanf(begin, "{\"step\": %zu", &number) == 1 &&
+                number <= step)
+                fwrite(line.data, 1, line.size, f);
+        }
+        if (!f || ferror(f) || fclose(f) || rename(path_new, path))
             die("cannot rewrite %s: %s", path, strerror(errno));
-        free(kept);
+        unmap_file(log);
     }
     FILE *f = fopen(path, "a");
     if (!f) die("cannot write %s: %s", path, strerror(errno));
