@@ -7348,10 +7348,10 @@ typedef struct {
     size_t operands;
     const char *config, *activation, *tokenizer, *init, *resume, *save, *log;
     const char *model, *wikitext, *lambada, *prompt, *lr_decay;
-    size_t layers, hidden, heads, seq, vocab, batch, micro_batch, steps, warmup, decay_steps, seed;
+    Optimizer optimizer; /* its decay: see make_optimizer() */
+    size_t layers, hidden, heads, seq, vocab, batch, micro_batch, steps, seed;
     size_t tp, pp, dp, save_every, eval_every, eval_iters, overlap, limit, tokens, top_k;
-    double lr, min_lr, beta1, beta2, adam_eps, weight_decay, clip, dropout, loss_scale;
-    double valid_percent, temperature, top_p, peak, bandwidth;
+    double dropout, valid_percent, temperature, top_p, peak, bandwidth;
     unsigned char given[64]; /* by number in options[]: was it on the command line? */
 } Options;
 
@@ -7394,29 +7394,29 @@ static const Option options[] = {
     {"--steps",         "N",    "training steps in all",
      TRAIN, COUNT, AT(steps), 1, HUGE_COUNT, "1000", 1},
     {"--lr",            "X",    "peak learning rate",
-     TRAIN, NUMBER, AT(lr), 0, 1e3, "1.5e-4", 1},
+     TRAIN, NUMBER, AT(optimizer.lr), 0, 1e3, "1.5e-4", 1},
     {"--min-lr",        "X",    "floor of its decay; default: --lr / 15, the paper's ratio",
-     TRAIN, NUMBER, AT(min_lr), 0, 1e3, NULL, 1},
+     TRAIN, NUMBER, AT(optimizer.min_lr), 0, 1e3, NULL, 1},
     {"--warmup",        "N",    "steps of linear warm-up; default: a hundredth of --decay-steps",
-     TRAIN, COUNT, AT(warmup), 0, HUGE_COUNT, NULL, 1},
+     TRAIN, COUNT, AT(optimizer.warmup), 0, HUGE_COUNT, NULL, 1},
     {"--decay-steps",   "N",    "where the cosine ends; default: --steps",
-     TRAIN, COUNT, AT(decay_steps), 1, HUGE_COUNT, NULL, 1},
+     TRAIN, COUNT, AT(optimizer.decay_steps), 1, HUGE_COUNT, NULL, 1},
     {"--lr-decay",      "NAME", "paper, megatron or cosine: what its cosine spans",
      TRAIN, TEXT, AT(lr_decay), 0, 0, "paper", 1},
     {"--beta1",         "X",    "AdamW",
-     TRAIN, NUMBER, AT(beta1), 0, 0.999999, "0.9", 1},
+     TRAIN, NUMBER, AT(optimizer.beta1), 0, 0.999999, "0.9", 1},
     {"--beta2",         "X",    "AdamW",
-     TRAIN, NUMBER, AT(beta2), 0, 0.999999, "0.999", 1},
+     TRAIN, NUMBER, AT(optimizer.beta2), 0, 0.999999, "0.999", 1},
     {"--adam-eps",      "X",    "AdamW",
-     TRAIN, NUMBER, AT(adam_eps), 1e-30, 1, "1e-8", 1},
+     TRAIN, NUMBER, AT(optimizer.eps), 1e-30, 1, "1e-8", 1},
     {"--weight-decay",  "X",    "decoupled; not for biases and LayerNorm",
-     TRAIN, NUMBER, AT(weight_decay), 0, 1e3, "0.01", 1},
+     TRAIN, NUMBER, AT(optimizer.weight_decay), 0, 1e3, "0.01", 1},
     {"--clip",          "X",    "largest norm of the whole gradient; 0: any",
-     TRAIN, NUMBER, AT(clip), 0, 1e30, "1", 1},
+     TRAIN, NUMBER, AT(optimizer.clip), 0, 1e30, "1", 1},
     {"--dropout",       "X",    "at all four sites; default: the model's, 0.1 of a new one",
      TRAIN | TRACE, NUMBER, AT(dropout), 0, 0.99, NULL, 0},
     {"--loss-scale",    "X",    "fixed; 0: dynamic, from 2^32",
-     TRAIN, NUMBER, AT(loss_scale), 0, 0x1p64, LOSS_SCALE, 1},
+     TRAIN, NUMBER, AT(optimizer.loss_scale), 0, 0x1p64, LOSS_SCALE, 1},
     {"--seed",          "N",    "of weights, order of samples, dropout, tokens drawn",
      TRAIN | GENERATE | TRACE, COUNT, AT(seed), 0, HUGE_COUNT, "1234", 1},
     {"--tp",            "P",    "tensor-parallel ranks [§3]",
@@ -7962,15 +7962,16 @@ static FILE *open_log(const char *path, size_t step)
     return f;
 }
 
+/* The options' optimizer, with the decay that --lr-decay names. */
 static Optimizer make_optimizer(const Options *o)
 {
     static const char *const decay[] = {"paper", "megatron", "cosine"}; /* in the order of Decay */
+    Optimizer a = o->optimizer;
     int d = 0;
     while (d < 3 && strcmp(o->lr_decay, decay[d])) d++;
     if (d == 3)
         die("--lr-decay %s is not known: paper, megatron or cosine is expected", o->lr_decay);
-    Optimizer a = {o->lr,    o->min_lr,   o->warmup,       o->decay_steps, (Decay)d,     o->beta1,
-                   o->beta2, o->adam_eps, o->weight_decay, o->clip,        o->loss_scale};
+    a.decay = (Decay)d;
     return a;
 }
 
@@ -7988,7 +7989,7 @@ static void prepare_model(TrainCommand *t, Options *o)
         if (given(o, shape[i]))
             die("%s cannot be combined with %s: the shape is that of %s", shape[i],
                 o->init ? "--init" : "--resume", from);
-    t->run.progress.scaler = make_loss_scaler(o->loss_scale);
+    t->run.progress.scaler = make_loss_scaler(o->optimizer.loss_scale);
     if (from) {
         recover_checkpoint(from);
         t->model = open_model(c, from);
@@ -8014,12 +8015,13 @@ static void prepare_model(TrainCommand *t, Options *o)
 static void prepare_training(TrainCommand *t, Options *o)
 {
     RankOptions *r = &t->run.ranks;
-    if (!o->decay_steps) o->decay_steps = o->steps;
-    if (!o->resume && !given(o, "--min-lr")) o->min_lr = o->lr / 15;
-    if (!o->resume && !given(o, "--warmup")) o->warmup = o->decay_steps / 100; /* 3k of 300k */
+    Optimizer *a = &o->optimizer;
+    if (!a->decay_steps) a->decay_steps = o->steps;
+    if (!o->resume && !given(o, "--min-lr")) a->min_lr = a->lr / 15;
+    if (!o->resume && !given(o, "--warmup")) a->warmup = a->decay_steps / 100; /* 3k of 300k */
     if (!o->resume && !given(o, "--valid-percent")) o->valid_percent = o->eval_every ? 5 : 0;
-    if (o->min_lr > o->lr)
-        die("--min-lr %g is above --lr %g: the floor must be below the peak", o->min_lr, o->lr);
+    if (a->min_lr > a->lr)
+        die("--min-lr %g is above --lr %g: the floor must be below the peak", a->min_lr, a->lr);
     if (o->eval_every && o->valid_percent == 0)
         die("--eval-every needs text to be held out: give --valid-percent");
     check_layout(&r->config, make_layout(o));

@@ -4499,7 +4499,7 @@ static void test_fixtures(void)
  * The paper's numbers [P5, P6, P8-P10, P14, P17, P18, P21-P23, P40, P42-P50, P56-P62]. */
 
 static RankOptions plan_case(const char *preset, int tp, int pp, int dp, size_t batch, size_t micro,
-                           int recompute)
+                             int recompute)
 {
     RankOptions in;
     memset(&in, 0, sizeof in);
@@ -5493,14 +5493,9 @@ static void test_trace_is_plan(void)
             t.steps = 1;
             t.recompute = recompute;
             run_training(&t);
-            RankOptions in = {t.config,
-                              t.layout,
-                              t.micro_batch,
-                              t.batch / t.micro_batch / (size_t)t.layout.dp,
-                              t.config.P,
-                              1,
-                              recompute,
-                              0};
+            RankOptions in = {
+                t.config,   t.layout, t.micro_batch, t.batch / t.micro_batch / (size_t)t.layout.dp,
+                t.config.P, 1,        recompute,     0};
             for (int r = 0; r < world_size(t.layout); r++)
                 agrees &= trace_agrees(&t.trace[r], &in, pp_rank(t.layout, r));
             snprintf(what, sizeof what, "tp %d pp %d dp %d%s: every rank's messages are the plan's",
@@ -7592,13 +7587,13 @@ static void test_defaults(void)
     char plain[] = "train --data x --seed 5";
     Options o = options_of(train);
     check_true("AdamW: 1.5e-4, betas 0.9 0.999, eps 1e-8, decay 0.01 [P31, P32]",
-               o.lr == 1.5e-4 && o.beta1 == 0.9 && o.beta2 == 0.999 && o.adam_eps == 1e-8 &&
-                   o.weight_decay == 0.01);
+               o.optimizer.lr == 1.5e-4 && o.optimizer.beta1 == 0.9 && o.optimizer.beta2 == 0.999 &&
+                   o.optimizer.eps == 1e-8 && o.optimizer.weight_decay == 0.01);
     check_true("clip 1, cosine as in the paper, seed 1234 [P28, P35]",
-               o.clip == 1 && !strcmp(o.lr_decay, "paper") && o.seed == 1234);
-    check_true("batch 8, 1000 steps, loss scale 1, one rank", o.batch == 8 && o.steps == 1000 &&
-                                                                  o.loss_scale == 1 && o.tp == 1 &&
-                                                                  o.pp == 1 && o.dp == 1);
+               o.optimizer.clip == 1 && !strcmp(o.lr_decay, "paper") && o.seed == 1234);
+    check_true("batch 8, 1000 steps, loss scale 1, one rank",
+               o.batch == 8 && o.steps == 1000 && o.optimizer.loss_scale == 1 && o.tp == 1 &&
+                   o.pp == 1 && o.dp == 1);
     o = options_of(one);
     check_equal("micro-batch of 12 sequences on 3 data ranks", (double)micro_batch_size(&o), 4);
     o = options_of(stages);
@@ -7675,12 +7670,13 @@ static void test_run_state(void)
                    q->scaler.iteration == 49 && q->scaler.last_overflow == 17);
     check_true("sequence, batch, steps, seed, held-out share",
                o.seq == 3 && o.batch == 5 && o.steps == 60 && o.seed == 9 && o.valid_percent == 11);
-    check_true("learning rate and its course", o.lr == 0.5 && o.min_lr == 0.25 && o.warmup == 7 &&
-                                                   o.decay_steps == 71 &&
-                                                   !strcmp(o.lr_decay, "cosine"));
-    check_true("AdamW, dynamic scaling", o.beta1 == 0.5 && o.beta2 == 0.75 && o.adam_eps == 0.125 &&
-                                             o.weight_decay == 3 && o.loss_scale == 0);
-    check_equal("what the command line says goes before", o.clip, 4);
+    check_true("learning rate and its course",
+               o.optimizer.lr == 0.5 && o.optimizer.min_lr == 0.25 && o.optimizer.warmup == 7 &&
+                   o.optimizer.decay_steps == 71 && !strcmp(o.lr_decay, "cosine"));
+    check_true("AdamW, dynamic scaling",
+               o.optimizer.beta1 == 0.5 && o.optimizer.beta2 == 0.75 && o.optimizer.eps == 0.125 &&
+                   o.optimizer.weight_decay == 3 && o.optimizer.loss_scale == 0);
+    check_equal("what the command line says goes before", o.optimizer.clip, 4);
     Optimizer a = make_optimizer(&o);
     check_true("all of it reaches the optimizer",
                a.lr == 0.5 && a.min_lr == 0.25 && a.warmup == 7 && a.decay_steps == 71 &&
