@@ -4901,45 +4901,25 @@ static size_t stored_shape(size_t shape[2], const Tensor *t)
     return t->spec->cols == ONE ? 1 : 2;
 }
 
-/* Tiles of a slice are read and written one by one: the file may have a tensor transposed, and
- * within a tile the cache lines of both are used to their end. */
-enum { FILE_TILE = 64 };
-
-/* Where row i of tensor rank r's slice begins in the stored tensor; its elements are file_step()
- * apart there. Padding is in no file. */
-static size_t file_row(const Tensor *t, int r, size_t i)
+/* Copies between tensor rank r's slice and its place in a stored tensor: from there to the slice;
+ * or, unless `to` is NULL, from the slice to there, as floats. Padding is in no file, and stays as
+ * it is. Tiles go one by one: the file may have the tensor transposed, and within a tile the cache
+ * lines of both sides are used to their end. */
+static void copy_slice(real *slice, const StoredTensor *from, float *to, const Tensor *t, int r)
 {
-    size_t row = whole_row(t, r, i), col = whole_col(t, r);
-    return t->spec->conv1d ? col * t->rows + row : row * t->cols + col;
-}
-
-static size_t file_step(const Tensor *t) { return t->spec->conv1d ? t->rows : 1; }
-
-/* Fills tensor rank r's slice from a stored tensor. Padding stays as it is. */
-static void read_slice(real *slice, const StoredTensor *from, const Tensor *t, int r)
-{
-    size_t rows = real_rows(t, r), cols = t->local_cols, step = file_step(t);
+    enum { TILE = 64 };
+    size_t rows = real_rows(t, r), cols = t->local_cols, x = whole_col(t, r);
+    int transposed = t->spec->conv1d;
 #pragma omp parallel for if (t->n >= 1 << 16)
-    for (size_t i0 = 0; i0 < rows; i0 += FILE_TILE)
-        for (size_t j0 = 0; j0 < cols; j0 += FILE_TILE)
-            for (size_t i = i0; i < min_size(i0 + FILE_TILE, rows); i++) {
-                size_t first = file_row(t, r, i);
-                for (size_t j = j0; j < min_size(j0 + FILE_TILE, cols); j++)
-                    slice[i * cols + j] = stored_value(from, first + j * step);
-            }
-}
-
-/* Writes tensor rank r's slice to its place in a stored tensor of floats. */
-static void write_slice(float *to, const real *slice, const Tensor *t, int r)
-{
-    size_t rows = real_rows(t, r), cols = t->local_cols, step = file_step(t);
-#pragma omp parallel for if (t->n >= 1 << 16)
-    for (size_t i0 = 0; i0 < rows; i0 += FILE_TILE)
-        for (size_t j0 = 0; j0 < cols; j0 += FILE_TILE)
-            for (size_t i = i0; i < min_size(i0 + FILE_TILE, rows); i++) {
-                size_t first = file_row(t, r, i);
-                for (size_t j = j0; j < min_size(j0 + FILE_TILE, cols); j++)
-                    to[first + j * step] = (float)slice[i * cols + j];
+    for (size_t i0 = 0; i0 < rows; i0 += TILE)
+        for (size_t j0 = 0; j0 < cols; j0 += TILE)
+            for (size_t i = i0; i < min_size(i0 + TILE, rows); i++) {
+                size_t y = whole_row(t, r, i);
+                for (size_t j = j0; j < min_size(j0 + TILE, cols); j++) {
+                    size_t at = transposed ? (x + j) * t->rows + y : y * t->cols + x + j;
+                    if (to) to[at] = (float)slice[i * cols + j];
+                    else slice[i * cols + j] = stored_value(from, at);
+                }
             }
 }
 
@@ -5028,7 +5008,7 @@ static void load_array(Rank *k, const Safetensors *file, ArrayKind kind)
         char name[NAME_SIZE];
         const StoredTensor *stored = find_stored(file, stored_name(name, kind, t));
         real *slice = (real *)xcalloc(t->n, sizeof *slice); /* padding stays zero */
-        read_slice(slice, stored, t, tp_rank(k->layout, k->world.rank));
+        copy_slice(slice, stored, NULL, t, tp_rank(k->layout, k->world.rank));
         if (!is_finite_slice(slice, t->n))
             die("%s: tensor %s has a value that is NaN, infinite or too large", stored->path,
                 stored->name);
@@ -5404,7 +5384,7 @@ static void save_arrays(const Rank *k, const char *folder, const char *name, int
                 die("%s has become NaN or infinite: not saved; an earlier checkpoint is as it was",
                     key);
             float *to = (float *)(void *)(base + (stored->data - map.data));
-            write_slice(to, slice, t, tp_rank(k->layout, k->world.rank));
+            copy_slice(slice, NULL, to, t, tp_rank(k->layout, k->world.rank));
             free(slice);
         }
     if (msync(base, map.size, MS_SYNC)) die("cannot write %s: %s", path, strerror(errno));
@@ -7170,19 +7150,16 @@ static void print_paper(int json)
  * together. total has room for MAX_MESSAGES; returns how many there are. */
 static size_t total_messages(Message *total, const RankOptions *in, int stage)
 {
-    Message list[MAX_MESSAGES];
-    size_t n = list_messages(list, in, stage), totals = 0;
-    for (const Message *m = list; m < list + n; m++) {
+    size_t n = list_messages(total, in, stage), totals = 0;
+    for (size_t j = 0; j < n; j++) {
+        Message m = total[j];
         size_t i = 0;
-        while (i < totals && (strcmp(total[i].group, m->group) || strcmp(total[i].op, m->op))) i++;
-        if (i == totals) {
-            total[totals] = *m;
-            total[totals].count = 0;
-            total[totals].elements = 0;
-            totals++;
-        }
-        total[i].count += m->count;
-        total[i].elements += m->count * m->elements;
+        m.elements *= m.count;
+        while (i < totals && (strcmp(total[i].group, m.group) || strcmp(total[i].op, m.op))) i++;
+        if (i < totals) {
+            total[i].count += m.count;
+            total[i].elements += m.elements;
+        } else total[totals++] = m;
     }
     return totals;
 }
