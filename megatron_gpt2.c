@@ -5044,7 +5044,8 @@ static Safetensors open_trainer(const char *folder, const Config *c)
 
 /* The state of training stands in the file's metadata, as text: "step": "1000". */
 typedef struct {
-    const char *key, *value;
+    const char *key;
+    char value[32];
 } Metadata;
 
 /* The value of this key in the metadata; dies if there is none. */
@@ -7786,49 +7787,44 @@ static void draw_curve(const Curve *c, size_t first, size_t last)
     printf(" steps %zu..%zu\n", first + 1, last);
 }
 
-/* What a checkpoint says beside its tensors: where the run stands, and the options it remembers. */
-typedef struct {
-    Metadata fact[16 + N_OPTIONS];
-    char text[16 + N_OPTIONS][32];
-    size_t n;
-} MetadataList;
-
-static void add_number(MetadataList *list, const char *key, double value)
+static Metadata number_fact(const char *key, double value)
 {
-    char *text = list->text[list->n];
-    snprintf(text, sizeof *list->text, "%.17g", value);
-    list->fact[list->n].key = key;
-    list->fact[list->n].value = text;
-    list->n++;
+    Metadata fact = {key, ""};
+    snprintf(fact.value, sizeof fact.value, "%.17g", value);
+    return fact;
 }
 
+/* What a checkpoint says beside its tensors: where the run stands, and the options it remembers. */
 static void save_run(const Run *run, Rank *k, const Progress *p)
 {
     const TrainCommand *t = (const TrainCommand *)run;
     const LossScaler *s = &p->scaler;
     const char *dir = save_folder(t->o);
     if (!dir) return;
-    MetadataList list;
-    list.n = 0;
-    add_number(&list, "step", (double)p->step);
-    add_number(&list, "updates", (double)p->updates);
-    add_number(&list, "samples", (double)p->samples);
-    add_number(&list, "loss_scale_now", s->scale);
-    add_number(&list, "loss_scale_dynamic", s->dynamic);
-    add_number(&list, "loss_scale_hysteresis", s->hysteresis);
-    add_number(&list, "loss_scale_iteration", (double)s->iteration);
-    add_number(&list, "loss_scale_last_overflow", (double)s->last_overflow);
-    add_number(&list, "text_tokens", (double)t->text_tokens);
+    Metadata fact[9 + N_OPTIONS] = {
+        number_fact("step", (double)p->step),
+        number_fact("updates", (double)p->updates),
+        number_fact("samples", (double)p->samples),
+        number_fact("loss_scale_now", s->scale),
+        number_fact("loss_scale_dynamic", s->dynamic),
+        number_fact("loss_scale_hysteresis", s->hysteresis),
+        number_fact("loss_scale_iteration", (double)s->iteration),
+        number_fact("loss_scale_last_overflow", (double)s->last_overflow),
+        number_fact("text_tokens", (double)t->text_tokens),
+    };
+    size_t n = 9;
     for (const Option *option = options; option < options + N_OPTIONS; option++) {
-        const char *key = option->name + 2; /* without -- */
         if (!option->remembered) continue;
-        if (option->kind == TEXT) {
+        const char *key = option->name + 2; /* without -- */
+        if (option->kind != TEXT) fact[n] = number_fact(key, option_number(option, t->o));
+        else { /* a known name: make_optimizer() has seen it */
             const void *field = (const char *)t->o + option->field;
-            Metadata fact = {key, *(char *const *)field};
-            list.fact[list.n++] = fact;
-        } else add_number(&list, key, option_number(option, t->o));
+            fact[n].key = key;
+            snprintf(fact[n].value, sizeof fact[n].value, "%s", *(char *const *)field);
+        }
+        n++;
     }
-    save_checkpoint(k, dir, t->tokenizer_folder, t->tokenizer->end_of_text, list.fact, list.n);
+    save_checkpoint(k, dir, t->tokenizer_folder, t->tokenizer->end_of_text, fact, n);
 }
 
 /* Ctrl-C: the step under way is finished, and saved, before the program ends; a second Ctrl-C ends

@@ -4182,11 +4182,10 @@ static void save_value(Comm *world, void *arg)
 {
     Save *job = (Save *)arg;
     Layout one = {1, 1, 1};
-    char text[32];
     Rank k = rank_of_tensors(&job->config, one, world);
     real *x = (real *)xcalloc(k.elements, sizeof *x);
-    snprintf(text, sizeof text, "%.17g", (double)job->value);
-    Metadata fact = {"value", text};
+    Metadata fact = {"value", ""};
+    snprintf(fact.value, sizeof fact.value, "%.17g", (double)job->value);
     for (size_t i = 0; i < k.elements; i++) x[i] = job->value;
     act_upload(k.weights, x, k.elements);
     k.m = x;
