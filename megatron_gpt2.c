@@ -4056,8 +4056,8 @@ static void json_take(JsonReader *r, const char *word)
         if (json_peek(r) != *c) json_expected(r, word);
 }
 
-/* *code = the UTF-8 character (RFC 3629) that begins the n bytes at s. Returns its length in bytes;
- * 0 if none does that is well-formed. */
+/* *code = the UTF-8 character (RFC 3629) at s. Returns its length in bytes, up to n; 0: there is
+ * no well-formed one. */
 static size_t read_utf8(uint32_t *code, const char *s, size_t n)
 {
     static const uint32_t lowest[5] = {0, 0, 0x80, 0x800, 0x10000}; /* for each length */
@@ -4269,8 +4269,7 @@ static void json_value(JsonReader *r, const char *key, int depth)
 static Json json_parse(const char *text, size_t size, const char *what)
 {
     JsonReader r = {{NULL, NULL, what}, text, size, 0, 0, NULL};
-    size_t most =
-        2; /* values: the root, one behind each comma and bracket, and one that is missing */
+    size_t most = 2; /* values: the root, one behind each comma and bracket, and a missing one */
     for (size_t i = 0; i < size; i++) most += text[i] == ',' || text[i] == '[' || text[i] == '{';
     r.json.value = (JsonValue *)xcalloc(most, sizeof *r.json.value);
     r.json.text = r.out = (char *)xcalloc(size, 1);
@@ -4524,8 +4523,7 @@ static char *shape_text(char text[SHAPE_TEXT], size_t dims, const size_t *shape)
     return text;
 }
 
-/* Reads member `key` of a tensor's entry, an array of at most `most` whole numbers. Returns how
- * many there are. */
+/* Reads member `key` of a tensor's entry, `most` whole numbers at most. Returns their number. */
 static size_t read_sizes(size_t *size, size_t most, const StoredFile *f, const JsonValue *entry,
                          const char *key)
 {
@@ -4773,8 +4771,7 @@ static int find_gelu(Gelu *gelu, const char *name)
            !strcmp(name, "gelu_pytorch_tanh");
 }
 
-/* Reads a config.json. *tied: the word embedding also makes the logits, as in the paper [§3 output
- * embedding]. */
+/* Reads a config.json. *tied: the word embedding also makes the logits [§3 output embedding]. */
 static Config read_config_file(const char *path, int *tied)
 {
     char shown[SHOWN];
@@ -5704,8 +5701,7 @@ static void encode_word(Tokens *out, const Tokenizer *t, Word *w, const char *te
     for (uint32_t i = 0; i < n; i = w->after[i]) push_token(out, (int)w->id[i]);
 }
 
-/* Appends the tokens of a text. <|endoftext|> in it is the one special token, as in Hugging Face's
- * tokenizers. */
+/* Appends the tokens of a text. <|endoftext|> is the one special token, as in Hugging Face's. */
 static void encode_part(Tokens *out, const Tokenizer *t, const char *text, size_t n)
 {
     Word word = {NULL, NULL, NULL, NULL, 0, 0, 0};
@@ -5753,8 +5749,7 @@ static void encode(Tokens *out, const Tokenizer *t, const char *text, size_t n)
     free(start);
 }
 
-/* The n bytes of a token; none for an id outside the tokenizer's vocabulary: a model's may be
- * larger. */
+/* The n bytes of a token; none for an id that only the model's larger vocabulary has. */
 static const char *decode(size_t *n, const Tokenizer *t, int id)
 {
     int known = id >= 0 && (size_t)id < t->vocabulary;
@@ -5848,8 +5843,7 @@ static void load_vocabulary(Tokenizer *t, const char *path, const int byte_of[BY
     unmap_file(map);
 }
 
-/* Reads a line "left right" for each merge, the lowest rank first. The first line may be a comment,
- * "#version: ..". */
+/* Reads a line "left right" for each merge, the lowest rank first, after "#version: .." or not. */
 static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_CHARACTERS],
                         const Token *sorted)
 {
@@ -5897,8 +5891,7 @@ static void load_merges(Tokenizer *t, const char *path, const int byte_of[BYTE_C
     unmap_file(map);
 }
 
-/* Reads a folder's tokenizer: vocab.json and merges.txt, or under older names encoder.json and
- * vocab.bpe. */
+/* Reads a folder's vocab.json and merges.txt, or encoder.json and vocab.bpe, their older names. */
 static Tokenizer *tokenizer_open(const char *folder)
 {
     Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
@@ -6441,8 +6434,7 @@ static int class_of(uint32_t code)
  * sizes of the products.
  * ============================================================================================== */
 
-/* All doubles, so that one table can print them; counts are exact up to 2^53. "per_rank": of the
- * rank that has most. */
+/* All doubles, for one table to print; exact up to 2^53. "per_rank": of the rank that has most. */
 typedef struct {
     double parameters, parameters_per_rank, replication;
     double bytes_per_rank, weights_bytes, gradient_bytes, moment_bytes, master_bytes;
@@ -6460,8 +6452,7 @@ static size_t batch_size(const RankOptions *in)
     return in->micro_batch * in->micro_batches * (size_t)in->layout.dp;
 }
 
-/* Dies unless the run can be cut this way. Unlike check_layout, it allows as many data ranks as the
- * paper had. */
+/* Dies unless the run can be cut this way, on as many data ranks as the paper had, or more. */
 static void check_plan(const RankOptions *in)
 {
     Layout s = in->layout, tensor = {s.tp, 1, 1}, pipeline = {1, s.pp, 1};
@@ -6682,8 +6673,7 @@ typedef struct {
  * our assumption. Servers are joined at 100 GB/s. */
 static const Machine v100 = {39e12, 130e9, 100e9, 15e-6, 16, 2};
 
-/* Groups other than tp leave the server, and the t rings of a server's tensor ranks share its
- * network. */
+/* Groups other than tp leave the server; the rings of its tensor ranks share its network. */
 static double message_seconds(const Machine *machine, const Message *m, Layout s)
 {
     int tensor = !strcmp(m->group, "tp"), span = tensor ? s.tp : world_size(s);
@@ -6753,8 +6743,7 @@ static void plan_memory(Plan *plan, const RankOptions *in)
     plan->zero3_bytes = zero_bytes(3, s.dp) * plan->parameters_per_rank;
 }
 
-/* All stages take equally long, and backward passes two or, with recomputation, three times as long
- * as forward ones. */
+/* Stages take equally long; a backward pass takes two forward ones, recomputed three. */
 static void plan_pipeline(Plan *plan, const RankOptions *in)
 {
     size_t p = (size_t)in->layout.pp, m = (size_t)plan->micro_batches;
@@ -6827,8 +6816,7 @@ static void project_yours(Plan *plan, const RankOptions *in, double flops, doubl
 
 /* ---- Printing -------------------------------------------------------------------------------- */
 
-/* One number of a plan: its JSON key, and how to tell it to people: in units of `unit`, with
- * `decimals`. */
+/* One number of a plan: its JSON key, and how to tell it to people. */
 typedef struct {
     const char *key;
     size_t field; /* its place in Plan */
@@ -7236,8 +7224,7 @@ static void print_layer(Emitter *e, const Trace *trace, int layer)
     emit_close(e, '}');
 }
 
-/* Totals of a stage by group and operation, and of the tensor group by layer. Returns whether they
- * are the plan's. */
+/* A stage's totals by group and operation, and by layer. Returns whether they are the plan's. */
 static int print_totals(Emitter *e, const Trace *trace, const RankOptions *in, int stage)
 {
     int depth = (int)in->config.L / in->layout.pp, agrees = trace_agrees(trace, in, stage);
@@ -7333,8 +7320,7 @@ typedef struct {
     unsigned char given[64]; /* by number in options[]: was it on the command line? */
 } Options;
 
-/* Every option: parsing, help, defaults, and what a checkpoint remembers all come from this
- * table. */
+/* From this table come parsing, help, defaults, and what a checkpoint remembers. */
 typedef struct {
     const char *name, *argument, *help;
     int commands;
@@ -7552,8 +7538,7 @@ static int parse_paths(Options *o, int argc, char **argv, int i)
     return i - 1;
 }
 
-/* Fills o from the command line. Returns 0 if help was asked for, and printed, so that there is no
- * work to do. */
+/* Fills o from the command line. Returns 0 if it asked for help, which is printed then. */
 static int parse_options(Options *o, int argc, char **argv)
 {
     memset(o, 0, sizeof *o);
@@ -7827,8 +7812,7 @@ static void save_run(const Run *run, Rank *k, const Progress *p)
     save_checkpoint(k, dir, t->tokenizer_folder, t->tokenizer->end_of_text, fact, n);
 }
 
-/* Ctrl-C: the step under way is finished, and saved, before the program ends; a second Ctrl-C ends
- * it at once. */
+/* Ctrl-C: the run ends after this step, and a save; at the second Ctrl-C it ends at once. */
 static int interrupted; /* any thread may take the signal, and all read it */
 static void interrupt(int signal_number)
 {
@@ -8191,8 +8175,7 @@ static void eval_lambada(Inference *in)
     lambada_close(&in->lambada);
 }
 
-/* Encodes --wikitext, detokenised, or --data. Returns the original tokens of --wikitext, 0 of
- * --data. */
+/* Encodes --wikitext, detokenised, or --data. Returns --wikitext's original tokens, or 0. */
 static size_t read_text(Inference *in)
 {
     const Options *o = in->o;
