@@ -6922,9 +6922,9 @@ enum { MAX_ROWS = 4, MAX_CELLS = 11 };
 typedef struct {
     Entry cell[MAX_CELLS];
     size_t n;
-} Row;
+} TableRow;
 
-static void add(Row *row, const char *key, const char *heading, int decimals, double x)
+static void add(TableRow *row, const char *key, const char *heading, int decimals, double x)
 {
     Entry cell = {key, heading, decimals, x};
     row->cell[row->n++] = cell;
@@ -6944,7 +6944,7 @@ static Plan plan_512(RankOptions in)
     return make_plan(&in);
 }
 
-static void table_1(Row *row, const char *preset, int r)
+static void table_1(TableRow *row, const char *preset, int r)
 {
     RankOptions in = paper_input(preset, 1 << r);
     Plan plan = make_plan(&in);
@@ -6961,7 +6961,7 @@ static void table_1(Row *row, const char *preset, int r)
     add(row, "flops_512", "FLOP(512)", -1, plan_512(in).flops_per_iteration);
 }
 
-static void figure_4(Row *row, const char *preset, int r)
+static void figure_4(TableRow *row, const char *preset, int r)
 {
     RankOptions in = paper_input(preset, 1 << r), plain = in; /* plain: without recomputation */
     size_t bs = in.micro_batch * in.seq, bsh = bs * in.config.C;
@@ -6986,7 +6986,7 @@ static void figure_4(Row *row, const char *preset, int r)
     add(row, "logits", "   logits", 0, (double)(bs * in.config.V));
 }
 
-static void table_2(Row *row, const char *preset, int r)
+static void table_2(TableRow *row, const char *preset, int r)
 {
     static const double gpus[] = {64, 128, 512}, days[] = {0.86, 2.27, 2.10};
     Config c = find_preset(preset);
@@ -7005,7 +7005,7 @@ static void table_2(Row *row, const char *preset, int r)
     add(row, "tflops_gpu", "TF/GPU", 1, flops / seconds / gpus[r] / 1e12);
 }
 
-static void table_7(Row *row, const char *label, int r)
+static void table_7(TableRow *row, const char *label, int r)
 {
     static const double percent[] = {82, 80, 77};
     RankOptions in = paper_input("8.3B", 8);
@@ -7018,7 +7018,7 @@ static void table_7(Row *row, const char *label, int r)
     add(row, "scores", "scores/GPU", 0, heads / in.layout.tp * 8 * 1024 * 1024);
 }
 
-static void table_8(Row *row, const char *label, int r)
+static void table_8(TableRow *row, const char *label, int r)
 {
     static const double speedup[] = {1, 1.64, 2.34, 2.98};
     RankOptions in = paper_input("1.2B", atoi(label));
@@ -7030,7 +7030,7 @@ static void table_8(Row *row, const char *label, int r)
     add(row, "tflops_gpu", "TF/GPU", 1, speedup[r] / gpus * PAPER_RATE / 1e12);
 }
 
-static void figure_5(Row *row, const char *preset, int r)
+static void figure_5(TableRow *row, const char *preset, int r)
 {
     static const double percent[] = {100, 95, 82, 77}, percent_dp[] = {96, 83, 79, 74};
     RankOptions in = paper_input(preset, 1 << r);
@@ -7048,7 +7048,7 @@ static void figure_5(Row *row, const char *preset, int r)
     add(row, "pflops_dp", "PFLOP/s", 2, 64 * gpus * rate_dp / 1e15);
 }
 
-static void paper_totals(Row *row, const char *label, int r)
+static void paper_totals(TableRow *row, const char *label, int r)
 {
     (void)label;
     (void)r;
@@ -7061,7 +7061,7 @@ static void paper_totals(Row *row, const char *label, int r)
 
 typedef struct {
     const char *key;
-    void (*fill)(Row *row, const char *label, int r); /* r: the row's number */
+    void (*fill)(TableRow *row, const char *label, int r); /* r: the row's number */
     const char *label[MAX_ROWS];
     const char *title, *remark; /* remark: where paper, code and arithmetic disagree */
 } Table;
@@ -7105,7 +7105,7 @@ static void print_table(Emitter *e, const Table *t)
     emit_open(e, t->key, '[');
     emit_text(e, "%s\n%-12s", t->title, "");
     for (int r = 0; r < MAX_ROWS && t->label[r]; r++) {
-        Row row;
+        TableRow row;
         row.n = 0;
         t->fill(&row, t->label[r], r);
         const Entry *end = row.cell + row.n;

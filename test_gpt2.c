@@ -4704,7 +4704,7 @@ static Cells table_cells(const char *key)
     memset(&cells, 0, sizeof cells);
     while (strcmp(t->key, key)) t++;
     for (int r = 0; r < MAX_ROWS && t->label[r]; r++) {
-        Row row;
+        TableRow row;
         row.n = 0;
         t->fill(&row, t->label[r], r);
         for (size_t c = 0; c < row.n; c++) cells.value[r][c] = row.cell[c].x;
