@@ -6452,7 +6452,7 @@ static size_t batch_size(const RankOptions *in)
     return in->micro_batch * in->micro_batches * (size_t)in->layout.dp;
 }
 
-/* Dies unless the run can be cut this way, on as many data ranks as the paper had, or more. */
+/* Dies unless the run can be cut this way. More ranks may be planned than check_layout() allows. */
 static void check_plan(const RankOptions *in)
 {
     Layout s = in->layout, tensor = {s.tp, 1, 1}, pipeline = {1, s.pp, 1};
@@ -6915,18 +6915,18 @@ typedef struct {
     const char *key, *heading;
     int decimals;
     double x;
-} Entry;
+} TableCell;
 
 enum { MAX_ROWS = 4, MAX_CELLS = 11 };
 
 typedef struct {
-    Entry cell[MAX_CELLS];
+    TableCell cell[MAX_CELLS];
     size_t n;
 } TableRow;
 
 static void add(TableRow *row, const char *key, const char *heading, int decimals, double x)
 {
-    Entry cell = {key, heading, decimals, x};
+    TableCell cell = {key, heading, decimals, x};
     row->cell[row->n++] = cell;
 }
 
@@ -7108,12 +7108,12 @@ static void print_table(Emitter *e, const Table *t)
         TableRow row;
         row.n = 0;
         t->fill(&row, t->label[r], r);
-        const Entry *end = row.cell + row.n;
+        const TableCell *end = row.cell + row.n;
         if (r == 0)
-            for (const Entry *c = row.cell; c < end; c++) emit_text(e, "  %6s", c->heading);
+            for (const TableCell *c = row.cell; c < end; c++) emit_text(e, "  %6s", c->heading);
         emit_open(e, NULL, '{');
         emit_string(e, "name", "\n%-12s", t->label[r]);
-        for (const Entry *c = row.cell; c < end; c++) {
+        for (const TableCell *c = row.cell; c < end; c++) {
             int width = (int)max_size(6, strlen(c->heading));
             emit_number(e, c->key, NULL, c->x);
             if (c->decimals < 0) emit_text(e, "  %*.2e", width, c->x);
