@@ -3856,8 +3856,7 @@ static void *xcalloc(size_t count, size_t size)
     return p;
 }
 
-/* Makes room for one more element in an array of n elements. Returns p, or where its elements are
- * now: then the capacity has doubled. */
+/* Makes room for element n of an array; the capacity may double. Returns where the array is now. */
 static void *grow(void *p, size_t n, size_t *capacity, size_t size)
 {
     if (n < *capacity) return p;
@@ -4056,8 +4055,7 @@ static void json_take(JsonReader *r, const char *word)
         if (json_peek(r) != *c) json_expected(r, word);
 }
 
-/* *code = the UTF-8 character (RFC 3629) at s. Returns its length in bytes, up to n; 0: there is
- * no well-formed one. */
+/* *code = the UTF-8 character (RFC 3629) that begins s (n). Returns its length; 0: malformed. */
 static size_t read_utf8(uint32_t *code, const char *s, size_t n)
 {
     static const uint32_t lowest[5] = {0, 0, 0x80, 0x800, 0x10000}; /* for each length */
@@ -4449,9 +4447,8 @@ static void emit_flag(Emitter *e, const char *key, int flag)
 
 /* ---- Reading safetensors --------------------------------------------------------------------- */
 
-/* A safetensors file is three things in a row: 8 bytes, the length of the header; the header, a
- * JSON object with the type, shape and place of each tensor; the tensors, little-endian, row by
- * row, without gaps. */
+/* A safetensors file: 8 bytes, the length of the header; the header, a JSON object with the type,
+ * shape and place of each tensor; the tensors, little-endian, row by row, without gaps. */
 
 /* Real numbers come first. */
 typedef enum { F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL_, N_DTYPES } Dtype;
@@ -4762,8 +4759,7 @@ static real stored_value(const StoredTensor *t, size_t i)
 
 /* ---- config.json ----------------------------------------------------------------------------- */
 
-/* The activation function of this name; returns 0 if it is not known. The formula with tanh has
- * three names, that with erf one. */
+/* The activation function of this name, three for tanh, one for erf; returns 0 if not known. */
 static int find_gelu(Gelu *gelu, const char *name)
 {
     *gelu = strcmp(name, "gelu") ? GELU_TANH : GELU_ERF;
@@ -4869,8 +4865,7 @@ static char *config_text(size_t *size, const Config *c, int end_of_text)
 /* ---- Slices: between a rank's arenas and whole tensors in files ------------------------------ */
 
 /* Files hold whole tensors and know nothing of ranks. Each rank reads its slices from the mapped
- * file, and writes them into it when it saves: so a checkpoint that was saved in one layout can be
- * loaded in any other. */
+ * file, and writes them into it: so a checkpoint saved in one layout can be loaded in any other. */
 
 /* The arrays of a rank that are saved, and what the names of their tensors begin with. */
 typedef enum { WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS } ArrayKind;
@@ -4962,8 +4957,7 @@ static void expect_tensors(const Safetensors *s, const char *path, const Config 
     free(list);
 }
 
-/* Older files also hold h.N.attn.bias, the causal mask, and h.N.attn.masked_bias, which is -10000.
- * Neither is a weight. */
+/* Older files also hold h.N.attn.bias, the causal mask, and h.N.attn.masked_bias: no weights. */
 static int is_mask(const char *name)
 {
     int n = 0;
@@ -5176,8 +5170,7 @@ static int same_place(const struct stat *a, const struct stat *b)
     return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
-/* No two runs may save to one folder: this one holds a lock on the empty file DIR.lock until it
- * ends. The file stays. */
+/* No two runs may save to one folder: each locks the empty file DIR.lock, which stays. */
 static void lock_save_folder(const SavePaths *p)
 {
     char path[PATH_MAX];
@@ -5284,8 +5277,7 @@ static int reserve(int fd, size_t n)
     return ftruncate(fd, (off_t)n) ? errno : 0;
 }
 
-/* Writes a new file: n bytes of data, and space for `more`. A full disk is noticed here, before
- * anything is replaced. */
+/* Writes a new file: n bytes, and space for `more`. A full disk is noticed before any harm. */
 static void write_file(const char *folder, const char *name, const char *data, size_t n,
                        size_t more)
 {
@@ -5356,8 +5348,7 @@ static void copy_tokenizer(const char *to, const char *from)
     }
 }
 
-/* Writes this rank's slices of the arrays first .. last into the file. Where several ranks hold the
- * same elements, one of them writes. */
+/* Writes this rank's slices of the arrays first .. last; of equal slices, one rank writes one. */
 static void save_arrays(const Rank *k, const char *folder, const char *name, int first, int last)
 {
     char path[PATH_MAX], key[NAME_SIZE];
@@ -5773,8 +5764,7 @@ static void byte_characters(int byte_of[BYTE_CHARACTERS])
     }
 }
 
-/* Writes to out the bytes that a token's name stands for. Returns how many: 0 if the name is empty,
- * or has other characters. */
+/* out = the bytes that a token's name stands for. Returns how many; 0: it is no such name. */
 static size_t bytes_of_name(char *out, const int byte_of[BYTE_CHARACTERS], const char *name,
                             size_t n)
 {
@@ -6257,8 +6247,7 @@ static void lambada_close(Lambada *l)
 
 /* ---- Unicode: which characters are letters, numbers, white space ----------------------------- */
 
-/* Each entry is a code point << 2 | class: from this code point on, up to that of the next entry,
- * all characters have this class. */
+/* An entry is a code point << 2 | class: so are the characters from there to the next entry. */
 /* clang-format off */ /* make_classes.py writes from here .. */
 static const uint32_t class_starts[] = { /* Unicode 16.0.0 */
     0x0, 0x27, 0x38, 0x83, 0x84, 0xC2, 0xE8, 0x105, 0x16C, 0x185, 0x1EC, 0x217, 0x218, 0x283, 0x284,
@@ -6547,8 +6536,7 @@ static double elements_sent(const Message *m)
 
 static size_t message_bytes(const Message *m) { return m->elements * type_size(m->type); }
 
-/* What each rank of a stage sends and receives in one iteration; list has room for MAX_MESSAGES.
- * Returns how many there are. */
+/* list (MAX_MESSAGES) = what a rank of a stage sends and receives in a step. Returns how many. */
 static size_t list_messages(Message *list, const RankOptions *in, int stage)
 {
     const Config *c = &in->config;
@@ -7167,8 +7155,7 @@ static Message sum_events(const Trace *trace, const Message *total)
     return sum;
 }
 
-/* Do the events of a rank of this stage add up to what the plan lists, for every group and
- * operation? Says where not. */
+/* Do a rank's events add up to what the plan lists, by group and operation? Says where not. */
 static int trace_agrees(const Trace *trace, const RankOptions *in, int stage)
 {
     Message total[MAX_MESSAGES];
@@ -7716,8 +7703,7 @@ struct Report {
     size_t skipped;
 };
 
-/* A training run, and what the command needs around it. `run` comes first: save_run() finds the
- * other fields from there. */
+/* A training run, and what is around it. `run` comes first: save_run() finds the rest from it. */
 typedef struct {
     Run run;
     Report report;
