@@ -4893,25 +4893,46 @@ static size_t stored_shape(size_t shape[2], const Tensor *t)
     return t->spec->cols == ONE ? 1 : 2;
 }
 
-/* Copies between tensor rank r's slice and its place in a stored tensor: from there to the slice;
- * or, unless `to` is NULL, from the slice to there, as floats. Padding is in no file, and stays as
- * it is. Tiles go one by one: the file may have the tensor transposed, and within a tile the cache
- * lines of both sides are used to their end. */
-static void copy_slice(real *slice, const StoredTensor *from, float *to, const Tensor *t, int r)
+/* Where local row i of tensor rank r's slice lies in the stored tensor: column j is element at + j
+ * * step. Conv1D's weights are [in, out] there. */
+typedef struct {
+    size_t at, step;
+} StoredRow;
+
+static inline StoredRow stored_row(const Tensor *t, int r, size_t i)
 {
-    enum { TILE = 64 };
-    size_t rows = real_rows(t, r), cols = t->local_cols, x = whole_col(t, r);
-    int transposed = t->spec->conv1d;
+    const size_t y = whole_row(t, r, i), x = whole_col(t, r);
+    const StoredRow as_it_is = {y * t->cols + x, 1}, transposed = {x * t->rows + y, t->rows};
+    return t->spec->conv1d ? transposed : as_it_is;
+}
+
+/* read_slice() and write_slice() go through a slice in tiles, so that neither side is read or
+ * written in long leaps where the file has it transposed. Padding is left alone. */
+enum { SLICE_TILE = 64 };
+
+static void read_slice(real *slice, const StoredTensor *from, const Tensor *t, int r)
+{
+    const size_t rows = real_rows(t, r), cols = t->local_cols;
 #pragma omp parallel for if (t->n >= 1 << 16)
-    for (size_t i0 = 0; i0 < rows; i0 += TILE)
-        for (size_t j0 = 0; j0 < cols; j0 += TILE)
-            for (size_t i = i0; i < min_size(i0 + TILE, rows); i++) {
-                size_t y = whole_row(t, r, i);
-                for (size_t j = j0; j < min_size(j0 + TILE, cols); j++) {
-                    size_t at = transposed ? (x + j) * t->rows + y : y * t->cols + x + j;
-                    if (to) to[at] = (float)slice[i * cols + j];
-                    else slice[i * cols + j] = stored_value(from, at);
-                }
+    for (size_t i0 = 0; i0 < rows; i0 += SLICE_TILE)
+        for (size_t j0 = 0; j0 < cols; j0 += SLICE_TILE)
+            for (size_t i = i0; i < min_size(i0 + SLICE_TILE, rows); i++) {
+                const StoredRow row = stored_row(t, r, i);
+                for (size_t j = j0; j < min_size(j0 + SLICE_TILE, cols); j++)
+                    slice[i * cols + j] = stored_value(from, row.at + j * row.step);
+            }
+}
+
+static void write_slice(float *to, const real *slice, const Tensor *t, int r)
+{
+    const size_t rows = real_rows(t, r), cols = t->local_cols;
+#pragma omp parallel for if (t->n >= 1 << 16)
+    for (size_t i0 = 0; i0 < rows; i0 += SLICE_TILE)
+        for (size_t j0 = 0; j0 < cols; j0 += SLICE_TILE)
+            for (size_t i = i0; i < min_size(i0 + SLICE_TILE, rows); i++) {
+                const StoredRow row = stored_row(t, r, i);
+                for (size_t j = j0; j < min_size(j0 + SLICE_TILE, cols); j++)
+                    to[row.at + j * row.step] = (float)slice[i * cols + j];
             }
 }
 
@@ -4999,7 +5020,7 @@ static void load_array(Rank *k, const Safetensors *file, ArrayKind kind)
         char name[NAME_SIZE];
         const StoredTensor *stored = find_stored(file, stored_name(name, kind, t));
         real *slice = (real *)xcalloc(t->n, sizeof *slice); /* padding stays zero */
-        copy_slice(slice, stored, NULL, t, tp_rank(k->layout, k->world.rank));
+        read_slice(slice, stored, t, tp_rank(k->layout, k->world.rank));
         if (!is_finite_slice(slice, t->n))
             die("%s: tensor %s has a value that is NaN, infinite or too large", stored->path,
                 stored->name);
@@ -5373,7 +5394,7 @@ static void save_arrays(const Rank *k, const char *folder, const char *name, int
                 die("%s has become NaN or infinite: not saved; an earlier checkpoint is as it was",
                     key);
             float *to = (float *)(void *)(base + (stored->data - map.data));
-            copy_slice(slice, NULL, to, t, tp_rank(k->layout, k->world.rank));
+            write_slice(to, slice, t, tp_rank(k->layout, k->world.rank));
             free(slice);
         }
     if (msync(base, map.size, MS_SYNC)) die("cannot write %s: %s", path, strerror(errno));

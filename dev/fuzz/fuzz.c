@@ -229,7 +229,7 @@ static void read_model(const char *path)
     char name[NAME_SIZE];
     for (size_t i = 0; i < n; i++) {
         real *slice = (real *)xcalloc(list[i].n, sizeof *slice);
-        copy_slice(slice, find_stored(&s, stored_name(name, WEIGHTS, &list[i])), NULL, &list[i], 0);
+        read_slice(slice, find_stored(&s, stored_name(name, WEIGHTS, &list[i])), &list[i], 0);
         free(slice);
     }
     if (file_exists(path, "trainer.safetensors")) {
