@@ -1617,7 +1617,7 @@ static size_t whole_col(const Tensor *t, int r)
 }
 
 /* Local rows that are no padding of the vocabulary. The padding stays zero for ever. */
-static size_t real_rows(const Tensor *t, int r)
+static size_t unpadded_rows(const Tensor *t, int r)
 {
     if (t->spec->rows != DIM_V) return t->local_rows;
     const size_t first = (size_t)r * t->local_rows;
@@ -1743,7 +1743,7 @@ static void init_params(act *base, const Tensor *list, size_t n, const Config *c
         const size_t number = t->layer * N_SPECS + (size_t)(t->spec - specs);
         const uint32_t site = SITE_INIT + (uint32_t)number;
         const double std = t->spec->init == INIT_SCALED ? 0.02 / sqrt(2.0 * (double)c->L) : 0.02;
-        const size_t cols = t->local_cols, rows = real_rows(t, r), at_once = 1024;
+        const size_t cols = t->local_cols, rows = unpadded_rows(t, r), at_once = 1024;
         real *block = (real *)xcalloc(min_size(rows, at_once) * cols, sizeof *block);
         for (size_t row0 = 0; row0 < rows; row0 += at_once) { /* padding stays zero */
             const size_t count = min_size(at_once, rows - row0);
@@ -4912,7 +4912,7 @@ enum { SLICE_TILE = 64 };
 
 static void read_slice(real *slice, const StoredTensor *from, const Tensor *t, int r)
 {
-    const size_t rows = real_rows(t, r), cols = t->local_cols;
+    const size_t rows = unpadded_rows(t, r), cols = t->local_cols;
 #pragma omp parallel for if (t->n >= 1 << 16)
     for (size_t i0 = 0; i0 < rows; i0 += SLICE_TILE)
         for (size_t j0 = 0; j0 < cols; j0 += SLICE_TILE)
@@ -4925,7 +4925,7 @@ static void read_slice(real *slice, const StoredTensor *from, const Tensor *t, i
 
 static void write_slice(float *to, const real *slice, const Tensor *t, int r)
 {
-    const size_t rows = real_rows(t, r), cols = t->local_cols;
+    const size_t rows = unpadded_rows(t, r), cols = t->local_cols;
 #pragma omp parallel for if (t->n >= 1 << 16)
     for (size_t i0 = 0; i0 < rows; i0 += SLICE_TILE)
         for (size_t j0 = 0; j0 < cols; j0 += SLICE_TILE)

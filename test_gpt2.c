@@ -388,7 +388,7 @@ static void draw_weights(Rank *k)
     for (size_t i = 0; i < k->tensors; i++) {
         const Tensor *t = &k->tensor[i];
         real *x = (real *)xcalloc(t->n, sizeof *x);
-        for (size_t row = 0; row < real_rows(t, k->tp.rank); row++)
+        for (size_t row = 0; row < unpadded_rows(t, k->tp.rank); row++)
             for (size_t col = 0; col < t->local_cols; col++) {
                 real z = 0;
                 size_t index =
@@ -3887,10 +3887,10 @@ static void count_wrong(LoadSave *job, const Tensor *list, size_t n, const act *
         for (size_t row = 0; row < t->local_rows; row++)
             for (size_t col = 0; col < t->local_cols; col++) {
                 size_t at = t->offset + row * t->local_cols + col;
-                size_t y = row < real_rows(t, r) ? whole_row(t, r, row) : 0;
+                size_t y = row < unpadded_rows(t, r) ? whole_row(t, r, row) : 0;
                 size_t x = whole_col(t, r) + col;
                 float seen = weights ? (float)weights[at] : (float)other[at], expected;
-                if (row >= real_rows(t, r)) {
+                if (row >= unpadded_rows(t, r)) {
                     padding += seen != 0;
                     continue;
                 }
@@ -5158,7 +5158,7 @@ static int gather(real *out, const act *arena, const Rank *k, int compare)
     for (size_t i = 0; i < k->tensors; i++) {
         const Tensor *t = &k->tensor[i], *w = find_whole(whole, n, t);
         int r = tp_rank(k->layout, k->world.rank);
-        for (size_t row = 0; row < real_rows(t, r); row++)
+        for (size_t row = 0; row < unpadded_rows(t, r); row++)
             for (size_t col = 0; col < t->local_cols; col++) {
                 real *to = out + w->offset + whole_row(t, r, row) * t->cols + whole_col(t, r) + col;
                 const act *from = arena + t->offset + row * t->local_cols + col;
@@ -5176,7 +5176,7 @@ static void perturb(Rank *k)
 {
     for (size_t i = 0; i < k->tensors; i++) {
         const Tensor *t = &k->tensor[i];
-        for (size_t row = 0; row < real_rows(t, k->tp.rank); row++)
+        for (size_t row = 0; row < unpadded_rows(t, k->tp.rank); row++)
             for (size_t col = 0; col < t->local_cols; col++) {
                 real z = 0;
                 size_t index =
