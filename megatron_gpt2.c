@@ -5180,6 +5180,7 @@ static void delete_folder(const char *folder, const char *keep)
 /* Completes an exchange that was interrupted. Call it before looking for a checkpoint in dir. */
 static void recover_checkpoint(const char *dir)
 {
+    if (!is_writer(NULL)) return;
     SavePaths p = save_paths(dir);
     int between = access(p.dir, F_OK) && !access(p.old, F_OK) && !access(p.tmp, F_OK);
     if (between && rename(p.old, p.dir))
@@ -5410,7 +5411,7 @@ static void save_checkpoint(Rank *k, const char *dir, const char *tokenizer, int
 {
     SavePaths p = save_paths(dir);
     barrier(&k->world); /* all have resolved the paths before rank 0 changes the folders */
-    if (k->world.rank == 0) {
+    if (is_writer(&k->world)) {
         size_t size;
         char *config = config_text(&size, &k->config, end_of_text);
         delete_folder(p.tmp, NULL);
@@ -5429,7 +5430,7 @@ static void save_checkpoint(Rank *k, const char *dir, const char *tokenizer, int
         if (k->m) save_arrays(k, p.tmp, "trainer.safetensors", FIRST_MOMENTS, SECOND_MOMENTS);
     }
     barrier(&k->world);
-    if (k->world.rank == 0) put_in_place(&p);
+    if (is_writer(&k->world)) put_in_place(&p);
     barrier(&k->world);
 }
 
@@ -8442,7 +8443,7 @@ static void spin_briefly(char **argv)
 
 int main(int argc, char **argv)
 {
-    static Options o;
+    Options o;
     spin_briefly(argv);
     int command = parse_options(&o, argc, argv) ? o.command->bit : 0;
     if (!(command & RUNS) && !is_writer(NULL)) return 0; /* without ranks, one process works */
