@@ -76,6 +76,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __clang__ /* it says so where errno, which sqrt may set, keeps a loop from being vectorised */
+#pragma clang diagnostic ignored "-Wpass-failed"
+#endif
 
 /* =================================================================================================
  *

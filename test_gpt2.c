@@ -9320,7 +9320,7 @@ static const Test tests[] = {
     {"model_slopes",       "the model's gradients against finite differences",
                            test_model_finite_differences, 1, 1},
     {"initial_model",      "P21 P40", test_initial_model, 1, 0},
-    {"masks",              "P25; of P24, seeds per rank, there is nothing: see attention_drop",
+    {"masks",              "P25; of P24, seeds per rank, there is nothing: see attention_dropout",
                            test_masks, 1, 0},
     {"learning_rate",      "P33 P34 P35", test_learning_rate, 1, 0},
     {"loss_scaler",        "P36 P37 P38", test_loss_scaler, 1, 0},
