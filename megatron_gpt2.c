@@ -41,8 +41,8 @@
  *     replica 1  | 2 3 |  ---> | 6 7 |   pipeline groups:  0-4, 1-5, 2-6, 3-7   other layers
  *                                        data groups:      0-2, 1-3, 4-6, 5-7   other sequences
  *
- * CONTRACTS. Outputs come first, then inputs, dimensions, options; before them the rank or group
- * that a function works for. Backward functions write dx and add to dw. Matrices are row-major, and
+ * CONTRACTS. Outputs mostly come first, then inputs, dimensions, options; before them the rank or
+ * group that a function works for. Backward functions write dx and add to dw. Matrices are row-major, and
  * their shapes stand beside them. An array has a singular name, its length the plural: tensor
  * [tensors]. Bad input ends in die(): one line on stderr, exit status 1. Two global variables
  * change: `spoken` (chapter 13: an error is told once) and `interrupted` (chapter 17: Ctrl-C). The
@@ -76,7 +76,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __clang__ /* it says so where errno, which sqrt may set, keeps a loop from being vectorised */
+#ifdef __clang__ /* it warns where errno, which sqrt may set, keeps a loop from being vectorised */
 #pragma clang diagnostic ignored "-Wpass-failed"
 #endif
 
@@ -2327,9 +2327,10 @@ static int most_in_flight(const Rank *k, size_t micro_batches)
  * followed by the backward pass of the micro-batch p - i - 1 earlier. So slots of k->flight can be
  * reused in turn: the micro-batch p - i earlier has finished its backward pass.
  *
- * A stage receives, works and sends. recv waits for the other stage, and nothing else needs to keep
- * the order; send does not wait for it, since a mailbox has room for a message. Returns the sum of
- * this rank's weighted losses. */
+ * A stage receives, works and sends; recv waits for the other stage, and nothing else needs to keep
+ * the order. send waits only while the message before it is still in the mailbox; doc/pipeline.md
+ * shows that the stages cannot all wait for each other. Returns the sum of this rank's weighted
+ * losses. */
 static double pipeline_step(Rank *k, size_t m, Feed feed, void *source, real scale)
 {
     const size_t warmup = min_size((size_t)(k->pp.size - k->pp.rank - 1), m);

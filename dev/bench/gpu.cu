@@ -311,8 +311,8 @@ static void step_rank(Comm *world, void *arg)
     Rank *k = rank_create(world, &s->ranks);
     const size_t N = k->B * k->T;
     int *tokens = random_tokens(N + k->B, c->V);
-    init_params(k->weights, k->tensor, k->tensors, c, 1, k->tp.rank);
-    start_master(k);
+    k->seed = 1;
+    init_rank(k);
     for (int i = -1; i < ROUNDS; i++) { /* a round of warm-up is STEPS steps */
         if (i == 0) memory = s->memory - free_memory();
         if (i >= 0) take_turns(k, s, i == 0 ? "ready" : "done");
