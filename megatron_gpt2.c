@@ -42,11 +42,11 @@
  *                                        data groups:      0-2, 1-3, 4-6, 5-7   other sequences
  *
  * CONTRACTS. Outputs mostly come first, then inputs, dimensions, options; before them the rank or
- * group that a function works for. Backward functions write dx and add to dw. Matrices are row-major, and
- * their shapes stand beside them. An array has a singular name, its length the plural: tensor
- * [tensors]. Bad input ends in die(): one line on stderr, exit status 1. Two global variables
- * change: `spoken` (chapter 13: an error is told once) and `interrupted` (chapter 17: Ctrl-C). The
- * source compiles as C11 and as C++17. */
+ * group that a function works for. Backward functions write dx and add to dw. Matrices are
+ * row-major, and their shapes stand beside them. An array has a singular name, its length the
+ * plural: tensor [tensors]. Bad input ends in die(): one line on stderr, exit status 1. Two global
+ * variables change: `spoken` (chapter 13: an error is told once) and `interrupted` (chapter 17:
+ * Ctrl-C). The source compiles as C11 and as C++17. */
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
